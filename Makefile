@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all set-up themselves: a virtual environment in .venv, pinned by constraints.txt.
+PYTHON ?= python3
+# Tests at a time: 2 takes about half as long, on a machine that has the cores to spare.
+WORKERS ?= 0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: demo test soak bench picture setup clean
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Midwatch needs Python 3.11 or newer (PYTHON=python3.12 make ...)"; exit 2; }
+	@echo "setting up $(VENV) (once; about a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,test]'
+	@touch $@
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/midwatch run recipes/demo.toml
+
+test: $(STAMP)
+	@sh tests/setup.sh
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+soak: $(STAMP)
+	@sh tests/setup.sh
+	@$(BIN)/python -m pytest -m soak --timeout=3600
+
+bench: $(STAMP)
+	@$(BIN)/python -m bench
+
+picture: $(STAMP)
+	@$(BIN)/python -m docs.picture
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

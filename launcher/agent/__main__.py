@@ -1,0 +1,137 @@
+"""`python -P -m launcher.agent RUN --node NAME`: holds this node's ranks for the controller.
+
+With `--detach` it reads its keys from standard input, leaves for the background, and says on standard output which process it is;
+an agent that is there already is named instead. `--step` does the same and stays in the foreground, for a step of Slurm's. With
+`--join` it finds a controller that knows nothing of it, by a key file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+
+from launcher.agent.agent import Agent
+from launcher.joining import Joining, await_controller, read_key_file
+from launcher.keys import Identity, KeysError, store_identity
+from launcher.network import NetworkError
+from launcher.paths import RunPaths, runtime_directory
+from launcher.recipe import RecipeError, load_recipe
+
+log = logging.getLogger("launcher.agent")
+
+
+class Place:
+    """One agent a run and node: held by a lock for as long as its process lives."""
+
+    def __init__(self, paths: RunPaths, node: str) -> None:
+        self._file = runtime_directory() / f"{paths.key}.{node.replace('/', '_')}.agent"
+        self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600)
+
+    def take(self) -> bool:
+        """Whether it was free."""
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def sign(self) -> str:
+        """Writes down who holds it, and gives that."""
+        said = json.dumps({"pid": os.getpid(), "created": psutil.Process().create_time()})
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, said.encode(), 0)
+        return said
+
+    def holder(self) -> str:
+        return os.pread(self._handle, 1000, 0).decode(errors="replace")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="midwatch-agent", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--node", required=True)
+    parser.add_argument("--detach", action="store_true")
+    parser.add_argument("--step", action="store_true")
+    parser.add_argument("--join", default="")
+    parser.add_argument("--key-file", type=Path)
+    arguments = parser.parse_args()
+    paths, node = RunPaths(arguments.run), arguments.node
+    log_file = paths.logs / node / "agent.log"
+    try:
+        identity: Path | None = None
+        joining: Joining | None = None
+        if arguments.join:
+            key = read_key_file(arguments.key_file)
+            identity = _keep(key.identity, paths, node)
+            joining = Joining(arguments.join, key.run_key)
+        elif arguments.detach or arguments.step:
+            identity = _keep(Identity.decode(sys.stdin.buffer.readline()), paths, node)
+        recipe = load_recipe(paths.recipe)
+        place = Place(paths, node)
+        if not place.take():
+            print(place.holder(), flush=True)
+            return 0
+        if arguments.detach:
+            _leave_for_the_background(log_file, place)
+        elif arguments.step:
+            print(place.sign(), flush=True)
+            _write_to(log_file)
+        else:
+            place.sign()
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
+        )
+        if joining is not None and identity is not None:
+            await_controller(joining, paths, identity)
+        agent = Agent(paths, node, recipe, identity, joining)
+    except (RecipeError, KeysError, NetworkError, OSError, ValueError) as error:
+        print(error, file=sys.stderr, flush=True)
+        return 2
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.leave_when_told() if arguments.step else agent.leave())
+    return agent.run()
+
+
+def _keep(identity: Identity, paths: RunPaths, node: str) -> Path:
+    """Puts the keys into a file that only this user reads. Raises KeysError."""
+    file = runtime_directory() / f"{paths.key}.{node.replace('/', '_')}.identity"
+    store_identity(identity, file)
+    return file
+
+
+def _leave_for_the_background(log_file: Path, place: Place) -> None:
+    """Goes on in a child of its own session; the parent says which, and ends."""
+    read, write = os.pipe()
+    if os.fork():
+        os.close(write)
+        said = os.read(read, 1000)
+        os.write(1, said + b"\n")
+        os._exit(0 if said else 1)
+    os.close(read)
+    os.setsid()
+    os.write(write, place.sign().encode())
+    os.close(write)
+    _write_to(log_file)
+
+
+def _write_to(log_file: Path) -> None:
+    """Everything said from now on goes there."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    out = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for handle, number in ((null, 0), (out, 1), (out, 2)):
+        os.dup2(handle, number)
+    os.chdir("/")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

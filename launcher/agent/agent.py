@@ -1,0 +1,279 @@
+"""One node's ranks, and the link to the controller.
+
+An agent keeps its ranks while the controller is away, for as long as they step; ranks that neither step nor are watched are ended
+after a minute, and an agent without ranks and without a controller leaves after one. Its own death ends its ranks at once: they
+hold the other end of a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import struct
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from launcher import protocol as p
+from launcher.agent import stacks
+from launcher.agent.environment import presentable, rank_environment
+from launcher.agent.hangs import Hang, HangWatch
+from launcher.agent.probe import ProbePort
+from launcher.agent.stats import NodeReader
+from launcher.joining import Joining, ways_to
+from launcher.link import Connection
+from launcher.network import address_of, address_that_reaches, interface_of
+from launcher.paths import RunPaths, read_address, runtime_directory
+from launcher.recipe import Recipe
+
+if TYPE_CHECKING:
+    from launcher.agent.elastic import RankGroup
+
+log = logging.getLogger("launcher.agent")
+
+FORSAKEN_SECONDS = 60.0
+STATS_SECONDS = 1.0
+LOOPBACK = "127.0.0.1"
+
+
+class Agent:
+    """Obeys the controller, tells it how the node fares, and looks after the ranks when it is gone."""
+
+    def __init__(self, paths: RunPaths, node: str, recipe: Recipe, identity: Path | None, joining: Joining | None = None) -> None:
+        """Raises NetworkError where this node has no address for the others."""
+        self._paths, self._node, self._recipe, self._identity = paths, node, recipe, identity
+        self._joining = joining
+        self._told_to_leave = self._turned_away = False
+        self._orders: queue.Queue[p.Message | None] = queue.Queue()
+        self._leaving = threading.Event()
+        self._ended: p.RanksEnded | None = None
+        self._group: RankGroup | None = None
+        runtime = runtime_directory()
+        self._guard = runtime / f"{paths.key}.{os.getpid()}.guard"
+        self._heartbeat = runtime / f"{paths.key}.{os.getpid()}.beat"
+        os.mkfifo(self._guard, 0o600)
+        self._guard_handle = os.open(self._guard, os.O_RDWR)
+        self._address = self._find_address()
+        self._probe = ProbePort(self._address) if self._address != LOOPBACK else None
+        self._link = Connection(
+            "agent-link", paths.address, self._hello, self._opened, self._orders.put, self._refused, identity, joining
+        )
+        self._reader = NodeReader(node, paths.root)
+        self._hangs = HangWatch(recipe.cluster.hang_seconds, recipe.cluster.hang_first_seconds)
+        self._hung = 0
+        """The generation that was last reported as hung."""
+
+    def _find_address(self) -> str:
+        """Where the other nodes reach this one: on the recipe's interface, else on the way to the controller."""
+        cluster = self._recipe.cluster
+        if cluster.interface is not None:
+            return address_of(cluster.interface)
+        address = read_address(self._paths.address)
+        ways = ways_to(address, self._joining)
+        if cluster.backend == "local" or not ways:
+            return LOOPBACK
+        places = [urlsplit(way) for way in ways]
+        return address_that_reaches([(place.hostname or "", place.port or 0) for place in places])
+
+    def run(self) -> int:
+        """Works until the controller sends it away, or nobody needs it any more."""
+        self._link.start()
+        threading.Thread(target=_import_torch, name="import-torch", daemon=True).start()
+        stats = threading.Thread(target=self._report_stats, name="stats", daemon=True)
+        stats.start()
+        try:
+            while not self._leaving.is_set():
+                try:
+                    order = self._orders.get(timeout=1.0)
+                except queue.Empty:
+                    self._check_forsaken()
+                    continue
+                if order is not None:
+                    self._obey(order)
+        finally:
+            self._leaving.set()
+            self._end_ranks()
+            self._link.close()
+            if self._probe is not None:
+                self._probe.close()
+            stats.join(timeout=5)
+            self._reader.close()
+            os.close(self._guard_handle)
+            sockets = self._heartbeat.parent.glob(f"{self._heartbeat.stem}.w*")
+            for file in [self._guard, *self._beats(), *sockets, *([self._identity] if self._identity is not None else [])]:
+                file.unlink(missing_ok=True)
+        return 1 if self._turned_away else 0
+
+    def leave(self) -> None:
+        self._leaving.set()
+        self._orders.put(None)
+
+    def leave_when_told(self) -> None:
+        """Leaves when the controller says so, for it may want a checkpoint first; at once where it is gone, or asked again."""
+        if self._told_to_leave or self._link.lost_since is not None:
+            self.leave()
+        self._told_to_leave = True
+
+    # The link
+
+    def _hello(self) -> p.AgentHello:
+        group = self._ranks()
+        return p.AgentHello(
+            version=p.VERSION,
+            run=self._joining.run_key if self._joining is not None else self._paths.key,
+            node=self._node,
+            pid=os.getpid(),
+            generation=group.generation if group is not None else self._ended.generation if self._ended is not None else 0,
+            address=self._address,
+            probe_port=self._probe.port if self._probe is not None else 0,
+        )
+
+    def _opened(self, answer: p.Message) -> None:
+        if self._ended is not None:
+            self._link.send(self._ended)
+
+    def _refused(self, reason: str) -> None:
+        log.error("the controller refuses this agent: %s", reason)
+        self._turned_away = True
+        self.leave()
+
+    # Orders
+
+    def _obey(self, order: p.Message) -> None:
+        if isinstance(order, p.Gather):
+            self._gather(order)
+        elif isinstance(order, p.EndRanks):
+            log.info("ending the ranks of generation %d: %s", order.generation, order.reason)
+            group = self._ranks()
+            if group is not None and group.generation == order.generation:
+                group.end()
+            elif self._ended is None or self._ended.generation != order.generation:
+                self._tell_ended(order.generation, False, (), "there were none")
+        elif isinstance(order, p.TakeStacks):
+            taken = self._take_stacks(order.generation)
+            self._link.send(p.StacksTaken(generation=order.generation, file=taken[0], stuck=taken[1]))
+        elif isinstance(order, p.Leave):
+            self._wait_for_ranks(10)
+            self._leaving.set()
+
+    def _gather(self, gather: p.Gather) -> None:
+        from launcher.agent.elastic import RankGroup
+
+        self._end_ranks()
+        generation = gather.start.generation
+        interface = interface_of(self._address) if self._address != LOOPBACK else None
+        environment = {
+            **rank_environment(self._recipe.cluster.threads, interface),
+            **gather.environment,
+            "MIDWATCH_GENERATION": str(generation),
+            "MIDWATCH_GUARD": str(self._guard),
+        }
+        if self._identity is not None:
+            environment["MIDWATCH_IDENTITY"] = str(self._identity)
+        logs = self._paths.logs / self._node
+        logs.mkdir(parents=True, exist_ok=True)
+        for file in self._beats():
+            file.unlink(missing_ok=True)
+        shown = presentable({**os.environ, **environment})
+
+        def opened(port: int) -> None:
+            self._link.send(p.Gathered(generation=generation, store_port=port, environment=shown))
+
+        self._ended = None
+        self._group = group = RankGroup(
+            gather, self._paths.root, self._paths.key, logs, environment, self._heartbeat, opened, self._tell_ended
+        )
+        group.start()
+
+    def _tell_ended(self, generation: int, ok: bool, exits: tuple[p.RankExit, ...], reason: str) -> None:
+        log.info("generation %d ended: ok=%s %s %s", generation, ok, exits, reason)
+        self._ended = p.RanksEnded(generation=generation, ok=ok, exits=exits, reason=reason)
+        self._group = None
+        self._link.send(self._ended)
+
+    def _ranks(self) -> RankGroup | None:
+        return self._group
+
+    def _end_ranks(self) -> None:
+        group = self._ranks()
+        if group is not None:
+            group.end()
+            group.join(15)
+
+    def _wait_for_ranks(self, seconds: float) -> None:
+        group = self._ranks()
+        if group is not None:
+            group.join(seconds)
+
+    # Looking after
+
+    def _check_forsaken(self) -> None:
+        """Ends what neither the controller nor progress speaks for."""
+        since = self._link.lost_since
+        if since is None or time.monotonic() - since < FORSAKEN_SECONDS:
+            return
+        if self._ranks() is None:
+            if self._joining is not None and not self._told_to_leave:
+                return  # nobody but the operator would start it again
+            log.warning("no controller for %d s and no ranks: leaving", FORSAKEN_SECONDS)
+            self._leaving.set()
+        elif time.time() - max((when for _, when, _, _ in map(_read_beat, self._beats())), default=0.0) > FORSAKEN_SECONDS:
+            log.warning("no controller and no step for %d s: ending the ranks", FORSAKEN_SECONDS)
+            self._end_ranks()
+
+    def _beats(self) -> list[Path]:
+        """The file of each rank that has passed a boundary."""
+        return list(self._heartbeat.parent.glob(f"{self._heartbeat.name}.*"))
+
+    def _report_stats(self) -> None:
+        while not self._leaving.wait(STATS_SECONDS):
+            group = self._ranks()
+            generation = group.generation if group is not None else 0
+            ranks = tuple(
+                p.RankBeat(rank, pid, *_read_beat(self._heartbeat.with_name(f"{self._heartbeat.name}.{rank}")))
+                for rank, pid in (group.pids().items() if group is not None else ())
+            )
+            self._link.send(self._reader.read(ranks, generation))
+            hang = self._hangs.see(generation, ranks) if ranks else None
+            if hang is not None and generation != self._hung:
+                self._hung = generation
+                self._tell_hung(generation, hang)
+
+    def _tell_hung(self, generation: int, hang: Hang) -> None:
+        log.error("rank %s has not moved in %s for %.0f s", ", ".join(map(str, hang.ranks)), hang.phase, hang.seconds)
+        file, stuck = self._take_stacks(generation)
+        told = p.Hung(generation=generation, phase=hang.phase, seconds=hang.seconds, limit=hang.limit, file=file, stuck=stuck)
+        if not self._link.send(told):
+            log.error("the controller is out of reach: ending the ranks that hang")
+            group = self._ranks()
+            if group is not None:
+                group.end()
+
+    def _take_stacks(self, generation: int) -> tuple[str, tuple[int, ...]]:
+        """The file, below the run's directory, that says where this node's ranks are, and which of them did not answer."""
+        group = self._ranks()
+        if group is None or group.generation != generation:
+            return "", ()
+        try:
+            taken = stacks.take(self._heartbeat, group.pids(), self._paths.logs / self._node, generation)
+        except OSError as error:
+            log.error("the stacks cannot be written: %s", error)
+            return "", ()
+        return str(taken.file.relative_to(self._paths.root)), taken.stuck
+
+
+def _read_beat(file: Path) -> tuple[int, float, str, float]:
+    """Step, time by the clock, phase and own seconds a step as of a rank's last move; nothing where it has not moved yet."""
+    with contextlib.suppress(OSError, struct.error, IndexError):
+        step, when, phase, own = struct.unpack("<QdIf", file.read_bytes()[:24])
+        return int(step), float(when), p.PHASES[phase], float(own)
+    return 0, 0.0, p.PHASES[0], 0.0
+
+
+def _import_torch() -> None:
+    """Imports torch while the controller is still busy: it takes seconds."""
+    import launcher.agent.elastic  # noqa: F401

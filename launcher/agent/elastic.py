@@ -1,0 +1,218 @@
+"""One generation of ranks under torch's LocalElasticAgent, with a rendezvous that the controller has already held.
+
+Each generation is one run of a fresh LocalElasticAgent with no restarts of its own, over a TCPStore of its own on a new port: stale
+keys of an earlier generation cannot be met, and torch's restart count decides nothing. The ranks find what they start from in the
+store under START_KEY.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # is public; its stubs leave it out
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.rendezvous import (
+    RendezvousGracefulExitError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
+
+from launcher.agent.stacks import socket_of
+from launcher.protocol import Gather, RankExit
+
+log = logging.getLogger("launcher.agent")
+
+START_KEY = "midwatch/start"
+MONITOR_SECONDS = 0.1
+SHUTDOWN_SECONDS = 5
+STORE_SECONDS = 20
+
+
+class ControlledRendezvous(RendezvousHandler):
+    """A rendezvous whose members the controller has chosen; nobody else can join or restart it."""
+
+    def __init__(self, run: str, gather: Gather, store: TCPStore, end: threading.Event) -> None:
+        """Once `end` is set, the elastic agent stops its ranks at its next look."""
+        self._run, self._gather, self._store, self._end = run, gather, store, end
+
+    def get_backend(self) -> str:
+        return "midwatch"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        if self._end.is_set():
+            raise RendezvousGracefulExitError("the controller has ended this generation")
+        info = RendezvousStoreInfo(master_addr=self._gather.store_host, master_port=self._store.port)
+        return RendezvousInfo(self._store, self._gather.node_rank, self._gather.nodes, info)
+
+    def is_closed(self) -> bool:
+        return self._end.is_set()
+
+    def set_closed(self) -> None:
+        self._end.set()
+
+    def num_nodes_waiting(self) -> int:
+        if self._end.is_set():
+            raise RendezvousGracefulExitError("the controller has ended this generation")
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run
+
+    def shutdown(self) -> bool:
+        return True
+
+
+class RankLogs(LogsSpecs):
+    """Gives each rank its environment just before it starts; ranks append to a log of their own, named there."""
+
+    def __init__(self, directory: Path, environment: dict[str, str], heartbeat: Path) -> None:
+        super().__init__(log_dir=str(directory))
+        self._directory, self._environment, self._heartbeat = directory, environment, heartbeat
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        for environment in envs.values():
+            rank = environment["RANK"]
+            environment |= self._environment
+            environment["MIDWATCH_LOG"] = str(self._directory / f"{rank}.log")
+            environment["MIDWATCH_HEARTBEAT"] = str(self._heartbeat)
+            environment["TORCH_WORKER_SERVER_SOCKET"] = str(socket_of(self._heartbeat, int(rank)))
+        errors = {rank: str(self._directory / f".error-{rank}.json") for rank in envs}
+        for file in errors.values():
+            Path(file).unlink(missing_ok=True)
+        none = dict.fromkeys(envs, "")
+        return LogsDest(stdouts=none, stderrs=none, tee_stdouts=none, tee_stderrs=none, error_files=errors)
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._directory)
+
+
+class RankGroup:
+    """The ranks of one generation on this node, in a thread that ends with them."""
+
+    def __init__(
+        self,
+        gather: Gather,
+        run_directory: Path,
+        run: str,
+        log_directory: Path,
+        environment: dict[str, str],
+        heartbeat: Path,
+        opened: Callable[[int], None],
+        ended: Callable[[int, bool, tuple[RankExit, ...], str], None],
+    ) -> None:
+        """`opened` gets the port of the generation's store when it is there, `ended` is called when all ranks are gone."""
+        self.generation = gather.start.generation
+        self._gather, self._run_name, self._directory = gather, run, run_directory
+        self._opened, self._ended = opened, ended
+        self._logs, self._environment, self._heartbeat = log_directory, environment, heartbeat
+        self._ending = threading.Event()
+        self._elastic: LocalElasticAgent | None = None
+        self._thread = threading.Thread(target=self._run, name=f"generation-{self.generation}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        """Ends the ranks; `ended` is called when they are gone."""
+        self._ending.set()
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+    def pids(self) -> dict[int, int]:
+        """Process number of each rank here."""
+        context = self._elastic._pcontext if self._elastic is not None else None  # torch has no public way to them
+        first = self._gather.node_rank * self._gather.ranks_per_node
+        return {first + local: pid for local, pid in context.pids().items()} if context is not None else {}
+
+    def _run(self) -> None:
+        ok, reason = False, ""
+        exits: tuple[RankExit, ...] = ()
+        try:
+            store = _open_store(self._gather)
+            self._opened(store.port)
+            self._elastic = self._prepare(store)
+            result = self._elastic.run()
+            if result is None:
+                reason = "ended by the controller"
+            else:
+                ok, exits = result.state == WorkerState.SUCCEEDED, _exits(result)
+        except Exception as error:
+            log.exception("generation %d", self.generation)
+            reason = "ended by the controller" if self._ending.is_set() else f"{type(error).__name__}: {_first_line(str(error))}"
+        self._ended(self.generation, ok, tuple(self._explained(e) for e in exits), reason)
+
+    def _prepare(self, store: TCPStore) -> LocalElasticAgent:
+        spec = WorkerSpec(
+            role="trainer",
+            local_world_size=self._gather.ranks_per_node,
+            rdzv_handler=ControlledRendezvous(self._run_name, self._gather, store, self._ending),
+            entrypoint=sys.executable,
+            args=("-P", "-m", "trainer", str(self._directory)),
+            max_restarts=0,
+            monitor_interval=MONITOR_SECONDS,
+        )
+        logs = RankLogs(self._logs, self._environment, self._heartbeat)
+        return LocalElasticAgent(spec, logs, exit_barrier_timeout=30, shutdown_timeout=SHUTDOWN_SECONDS)
+
+    def _explained(self, ended: RankExit) -> RankExit:
+        """With the last line of the rank's log, where it ended by itself and left no other word."""
+        if ended.message or ended.code <= 0:
+            return ended
+        try:
+            lines = (self._logs / f"{ended.rank}.log").read_bytes()[-4096:].decode(errors="replace").splitlines()
+        except OSError:
+            return ended
+        return RankExit(ended.rank, ended.code, next((line.strip()[:300] for line in reversed(lines) if line.strip()), ""))
+
+
+def _exits(result: RunResult) -> tuple[RankExit, ...]:
+    """How ranks failed, the first to fail first: the others are mostly its victims."""
+    failures = sorted(result.failures.items(), key=lambda item: item[1].timestamp)
+    return tuple(RankExit(rank, failure.exitcode, _first_line(failure.message)) for rank, failure in failures)
+
+
+def _first_line(message: str) -> str:
+    text = message.strip()
+    return "" if text.startswith("Signal ") or "To enable traceback" in text else text.splitlines()[-1][:300] if text else ""
+
+
+def _open_store(gather: Gather) -> TCPStore:
+    """Node 0 opens the generation's store, at its own address alone; the others join it. Raises OSError or RuntimeError."""
+    if gather.node_rank:
+        return TCPStore(
+            gather.store_host,
+            gather.store_port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=STORE_SECONDS),
+        )
+    listener = socket.socket(socket.AF_INET6 if ":" in gather.store_host else socket.AF_INET)
+    listener.bind((gather.store_host, 0))
+    listener.listen(1024)
+    port = int(listener.getsockname()[1])
+    store = TCPStore(
+        gather.store_host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=STORE_SECONDS),
+        master_listen_fd=listener.detach(),  # the store closes it
+    )
+    store.set(START_KEY, msgspec.msgpack.encode(gather.start))  # type: ignore[arg-type]  # takes bytes, too
+    return store

@@ -1,0 +1,59 @@
+"""The local backend: the agent of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import psutil
+
+from launcher import journal as j
+from launcher.backends import FIRST_SECONDS, Started, StartError
+from launcher.paths import RunPaths, host_name
+
+
+class LocalBackend:
+    """Starts the agent in a session of its own and tells by process number and time of creation whether it lives."""
+
+    patience, lacking = FIRST_SECONDS, ""
+
+    def __init__(self, paths: RunPaths, python: str | None) -> None:
+        self._paths, self._python = paths, python or sys.executable
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return (host_name(),)
+
+    async def start(self, node: str) -> Started:
+        directory = self._paths.logs / node
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with (directory / "agent.log").open("ab") as out:
+                process = subprocess.Popen(
+                    [self._python, "-P", "-m", "launcher.agent", str(self._paths.root.resolve()), "--node", node],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                    cwd="/",
+                    env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                )
+            _children.append(process)
+            return Started(process.pid, psutil.Process(process.pid).create_time())
+        except (OSError, psutil.Error) as error:
+            raise StartError(f"the agent of {node} cannot be started: {error}") from None
+
+    def alive(self, agent: j.AgentStarted) -> bool | None:
+        for child in _children:
+            child.poll()
+        try:
+            process = psutil.Process(agent.pid)
+            same = abs(process.create_time() - agent.created) < 1.0
+            return bool(same and process.status() != psutil.STATUS_ZOMBIE)
+        except psutil.Error:
+            return False
+
+
+_children: list[subprocess.Popen[bytes]] = []
+"""Agents started by this controller; asked now and then, so that none is left a zombie."""

@@ -1,0 +1,57 @@
+"""The ssh backend: an agent on each host, started by the operator's own ssh and left running when ssh ends.
+
+What an agent must keep to itself, its key, goes to it over ssh's standard input. An agent that is there already is found again, so
+starting twice is harmless.
+"""
+
+from __future__ import annotations
+
+import json
+
+from launcher import journal as j
+from launcher.backends import FIRST_SECONDS, Started, StartError
+from launcher.keys import RunKeys
+from launcher.paths import RunPaths
+from launcher.recipe import Cluster
+from launcher.ssh import Ssh, SshError, remote_command
+
+START_SECONDS = 60.0
+
+
+class SshBackend:
+    """Agents on the recipe's hosts."""
+
+    patience, lacking = FIRST_SECONDS, ""
+
+    def __init__(self, paths: RunPaths, cluster: Cluster) -> None:
+        self._paths, self._cluster = paths, cluster
+        self._ssh = Ssh(cluster.ssh_options)
+        self._hosts = cluster.host_names
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return self._hosts
+
+    async def start(self, node: str) -> Started:
+        identity = RunKeys.ensure(self._paths).issue("agent", node)
+        words = ["-P", "-m", "launcher.agent", str(self._paths.root.resolve()), "--node", node, "--detach"]
+        try:
+            result = await self._ssh.run(node, remote_command(self._cluster, words), identity.encode() + b"\n", START_SECONDS)
+        except SshError as error:
+            raise StartError(f"{node}: {error}") from None
+        return started(node, result.status, result.stdout, result.stderr)
+
+    def alive(self, agent: j.AgentStarted) -> bool | None:
+        return None
+
+
+def started(node: str, status: int, stdout: str, stderr: str) -> Started:
+    """What `launcher.agent --detach` has said. Raises StartError where that is no agent."""
+    for line in reversed(stdout.splitlines()):  # login scripts may have said something before
+        try:
+            said = json.loads(line)
+            return Started(int(said["pid"]), float(said["created"]))
+        except (ValueError, TypeError, KeyError):
+            continue
+    words = [line.strip() for line in stderr.splitlines() if line.strip()]
+    raise StartError(f"{node}: the agent does not start (status {status}): {words[-1] if words else 'it says nothing'}")

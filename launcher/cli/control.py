@@ -1,0 +1,254 @@
+"""The commands that need no screen: looking at a run and steering it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from launcher import protocol as p
+from launcher.cli.runs import NoSuchRun, RunLine, find_anywhere, find_run, known_runs, line_of, read_ledger
+from launcher.client import Client, ClientError
+from launcher.commands import describe
+from launcher.paths import RunPaths
+from launcher.remote import RemoteRun
+
+T = TypeVar("T")
+
+WAKES_CONTROLLER = ("resume", "rollback", "set", "stop", "golden", "ungolden", "node-add")
+"""Commands for which a controller is started where none lives."""
+
+
+def steer(arguments: argparse.Namespace) -> int:
+    """Gives one command and tells its outcome."""
+    verb, values = command_of(arguments)
+    root = find_anywhere(arguments.run)
+
+    async def give() -> p.CommandView:
+        async with Client(root, start=arguments.command in WAKES_CONTROLLER) as client:
+            return await client.command(verb, values, wait=not arguments.no_wait)
+
+    view = asyncio.run(give())
+    if arguments.json:
+        print(msgspec.json.encode(view).decode())
+    else:
+        print(outcome_text(view))
+    return 0 if view.state in ("done", "queued", "sent") else 1
+
+
+def command_of(arguments: argparse.Namespace) -> tuple[p.Verb, dict[str, Any]]:
+    """The command that parsed arguments mean."""
+    name = arguments.command
+    if name == "pause":
+        return ("release" if arguments.release else "pause"), {}
+    if name == "stop":
+        return ("stop-now" if arguments.now else "stop"), {}
+    if name == "rollback":
+        return "rollback", {"checkpoint": arguments.checkpoint, "skip": arguments.skip, "lr_scale": arguments.lr_scale}
+    if name == "set":
+        return "set", {"key": arguments.key, "value": arguments.value}
+    if name == "advance":
+        return "advance", {"to": arguments.to} if arguments.to else {}
+    if name in ("golden", "ungolden"):
+        return name, {"checkpoint": arguments.checkpoint}
+    if name == "cancel":
+        return "cancel", {"id": arguments.id}
+    if name.startswith("node-"):
+        return name, {"node": arguments.node}
+    return name, {}
+
+
+def outcome_text(view: p.CommandView) -> str:
+    """A command and what came of it, in a line."""
+    at = f" at step {view.step}" if view.step is not None else ""
+    detail = ", ".join(f"{k} {v}" for k, v in view.detail.items() if k != "step")
+    why = f": {view.reason}" if view.reason else f" ({detail})" if detail else ""
+    return f"{describe(view.verb, view.arguments)}: {view.state}{at}{why}"
+
+
+def ps(arguments: argparse.Namespace) -> int:
+    lines = [_line(root) for root in known_runs()]
+    if arguments.json:
+        print(msgspec.json.encode(lines).decode())
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for column in ("RUN", "STATE", "STEP", "CONTROLLER", "DIRECTORY"):
+        table.add_column(column, overflow="fold")
+    for line in lines:
+        table.add_row(line.name, line.state, f"{line.step}", "lives" if line.controller else "-", line.directory)
+    Console().print(table)
+    return 0
+
+
+def _line(root: Path) -> RunLine:
+    try:
+        return line_of(root)
+    except NoSuchRun as error:
+        return RunLine(root.name, str(root), f"cannot be read: {error}", "", 0, False, 0.0)
+
+
+def status(arguments: argparse.Namespace) -> int:
+    root = find_anywhere(arguments.run)
+    try:
+        snapshot = asyncio.run(snapshot_of(root))
+    except ClientError:
+        if isinstance(root, RemoteRun):
+            raise
+        return _status_without_controller(root, arguments.json)
+    if arguments.json:
+        print(msgspec.json.encode(snapshot).decode())
+        return 0
+    console = Console()
+    reason = f" ({snapshot.reason})" if snapshot.reason else ""
+    console.print(
+        f"{snapshot.run}: [bold]{snapshot.state}[/]{reason}, step {snapshot.step} of {snapshot.total_steps}", highlight=False
+    )
+    table = Table(box=None, pad_edge=False)
+    for column in ("STAGE", "OBJECTIVE", "STATE", "STEP", "PRODUCT"):
+        table.add_column(column)
+    for stage in snapshot.stages:
+        table.add_row(stage.name, stage.objective, stage.state, f"{stage.step}/{stage.steps}", stage.product or "")
+    console.print(table)
+    golden = [c.id for c in snapshot.checkpoints if c.golden]
+    newest = snapshot.checkpoints[-1].id if snapshot.checkpoints else "none"
+    console.print(
+        f"checkpoints {len(snapshot.checkpoints)}, newest {newest}, golden {', '.join(golden) or 'none'}", highlight=False
+    )
+    for command in snapshot.commands:
+        if command.state in ("queued", "sent"):
+            console.print(f"waiting: #{command.number} {outcome_text(command)}", highlight=False)
+    return 0
+
+
+async def snapshot_of(root: Path | RemoteRun) -> p.Snapshot:
+    arrived = asyncio.Event()
+    async with Client(root, subscribe=True, read_only=True, on_snapshot=lambda _: arrived.set()) as client:
+        await asyncio.wait_for(arrived.wait(), 10)
+        assert client.snapshot is not None
+        return client.snapshot
+
+
+def _status_without_controller(root: Path, as_json: bool) -> int:
+    ledger, line = read_ledger(root), line_of(root)
+    if as_json:
+        print(msgspec.json.encode({"run": line.name, "state": line.state, "reason": line.reason, "controller": False}).decode())
+    else:
+        reason = f" ({ledger.reason})" if ledger.reason else ""
+        print(f"{line.name}: {ledger.state}{reason}; no controller is running (midwatch attach {root} starts one)")
+    return 0
+
+
+def journal(arguments: argparse.Namespace) -> int:
+    root = find_anywhere(arguments.run)
+
+    async def ask() -> p.JournalReply:
+        async with Client(root, read_only=True, start=True) as client:
+            return await client.ask(p.JournalQuery(id=0, limit=5000), p.JournalReply)
+
+    lines = asyncio.run(ask()).lines
+    if arguments.json:
+        for line in lines:
+            print(msgspec.json.encode(line).decode())
+        return 0
+    from datetime import datetime
+
+    for line in lines:
+        when = datetime.fromtimestamp(line.time).strftime("%Y-%m-%d %H:%M:%S")
+        print(f"{when}  {line.author or '-':<10} {line.kind:<10} {line.text}")
+    return 0
+
+
+def metrics(arguments: argparse.Namespace) -> int:
+    root = find_anywhere(arguments.run)
+
+    async def ask() -> p.MetricsReply:
+        async with Client(root, read_only=True, start=True) as client:
+            query = p.MetricsQuery(id=0, names=tuple(arguments.names), last=arguments.last)
+            return await client.ask(query, p.MetricsReply)
+
+    reply = asyncio.run(ask())
+    if arguments.json:
+        print(msgspec.json.encode({"names": reply.names, "rows": reply.rows}).decode())
+    elif not arguments.names:
+        print("\n".join(reply.names))
+    else:
+        for name, rows in reply.rows.items():
+            for row in rows:
+                print(f"{name}  lineage {row.lineage}  step {row.step}  {row.value:g}")
+    return 0
+
+
+def node(arguments: argparse.Namespace) -> int:
+    from launcher.cli.nodes import node as on_nodes
+
+    return on_nodes(arguments)
+
+
+def agent(arguments: argparse.Namespace) -> int:
+    from launcher.cli.nodes import agent as become_agent
+
+    return become_agent(arguments)
+
+
+def completion(arguments: argparse.Namespace) -> int:
+    import shtab
+
+    from launcher.cli.parser import make_parser
+
+    print(shtab.complete(make_parser(), shell=arguments.shell))
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    from launcher.cli.check import check as check_all
+
+    return check_all(arguments)
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    from launcher.cli.logs import show
+
+    root = RunPaths(find_run(arguments.run)).logs
+    return show(root, arguments.file, arguments.list, arguments.lines, arguments.follow, arguments.grep)
+
+
+def relay(arguments: argparse.Namespace) -> int:
+    import os
+
+    from launcher.relay import relay as pass_on
+    from launcher.slurm import SlurmError, SlurmRun, own_allocation, read_job, relay_step
+
+    try:
+        root = find_anywhere(arguments.run)
+        if isinstance(root, SlurmRun):
+            words = relay_step(root)
+            os.execvp(words[0], words)
+        root = find_run(arguments.run)
+        job = read_job(RunPaths(root))
+        return pass_on(root, start=job is None or job.id != own_allocation())  # a step's would end with this connection
+    except OSError as error:
+        print(f"midwatch: srun cannot be started: {error.strerror}", file=sys.stderr)
+        return 1
+    except (NoSuchRun, SlurmError) as error:
+        print(f"midwatch: {error}", file=sys.stderr)
+        return 1
+
+
+COMMANDS = {
+    "relay": relay,
+    "agent": agent,
+    "ps": ps,
+    "status": status,
+    "journal": journal,
+    "metrics": metrics,
+    "completion": completion,
+    "check": check,
+    "logs": logs,
+    "node": node,
+}

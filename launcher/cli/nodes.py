@@ -1,0 +1,93 @@
+"""`midwatch node …` and `midwatch agent`: what a run's nodes are doing, what they may be used for, and how they join."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from launcher import protocol as p
+from launcher.cli import control
+from launcher.cli.runs import find_anywhere, find_run
+from launcher.joining import check_url, make_key, read_key_file
+from launcher.keys import KeysError
+from launcher.paths import RunPaths, host_name
+
+
+def node(arguments: argparse.Namespace) -> int:
+    if arguments.node_command == "list":
+        return _list(arguments)
+    if arguments.node_command == "key":
+        return _key(arguments)
+    arguments.command = f"node-{arguments.node_command}"
+    return control.steer(arguments)
+
+
+def agent(arguments: argparse.Namespace) -> int:
+    """Becomes the agent of this machine; returns only where it cannot."""
+    if problem := check_url(arguments.join):
+        print(f"midwatch: {problem}", file=sys.stderr)
+        return 2
+    try:
+        key = read_key_file(Path(arguments.key_file))
+    except KeysError as error:
+        print(f"midwatch: {error}", file=sys.stderr)
+        return 2
+    paths = RunPaths(Path(arguments.run or key.run).absolute())
+    if not paths.is_run():
+        way = "the run's directory must lie on storage that all nodes share; --run names it where that is mounted elsewhere"
+        print(f"midwatch: {paths.root}: there is no run here ({way})", file=sys.stderr)
+        return 2
+    words = ["-P", "-m", "launcher.agent", str(paths.root), "--node", arguments.node or host_name()]
+    words += ["--join", arguments.join, "--key-file", os.path.abspath(arguments.key_file)]
+    return os.execv(sys.executable, [sys.executable, *words])
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    try:
+        key = make_key(RunPaths(find_run(arguments.run)), arguments.node)
+    except KeysError as error:
+        print(f"midwatch: {error}", file=sys.stderr)
+        return 1
+    if sys.stdout.isatty():
+        print(
+            "midwatch: a key is secret and not for the screen; give it a file: (umask 077; midwatch node key ... > FILE)",
+            file=sys.stderr,
+        )
+        return 2
+    print(key.decode())
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    nodes = asyncio.run(control.snapshot_of(find_anywhere(arguments.run))).nodes
+    if arguments.json:
+        print(msgspec.json.encode(nodes).decode())
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for column in ("NODE", "STATE", "RANKS", "CPU", "MEMORY", "GPUS", "FAILURES", "NOTE"):
+        table.add_column(column, overflow="fold")
+    for view in nodes:
+        table.add_row(view.name, view.state, _ranks(view), *_figures(view.stats), str(view.failures or ""), view.note)
+    Console().print(table)
+    return 0
+
+
+def _ranks(view: p.NodeView) -> str:
+    if not view.ranks:
+        return "-"
+    last = view.first_rank + view.ranks - 1
+    return f"{view.first_rank}-{last}" if view.ranks > 1 else str(view.first_rank)
+
+
+def _figures(stats: p.NodeStats | None) -> tuple[str, str, str]:
+    if stats is None:
+        return "-", "-", "-"
+    busy = sum(stats.cpus) / len(stats.cpus) if stats.cpus else 0.0
+    return f"{busy:.0%}", f"{stats.memory_used / 1e9:.1f}/{stats.memory_total / 1e9:.1f} GB", str(len(stats.gpus) or "none")

@@ -1,0 +1,127 @@
+"""The arguments of `midwatch`. Imports nothing heavy: `midwatch --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from shards.commands import add_commands as add_shards_commands
+
+EPILOG = """exit status: 0 done or finished; 1 failed or refused; 2 the recipe or the arguments are wrong;
+3 a watch rule stopped the run; 4 an operator or a signal stopped it (it can be resumed)
+
+RUN is a run directory, the name of a run that `midwatch ps` lists, or ssh://[USER@]HOST[:PORT]/NAME for a run on another
+machine (ssh://HOST//DIRECTORY names its directory)."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole parser, for the command and for shell completion."""
+    parser = argparse.ArgumentParser(
+        prog="midwatch",
+        description="A terminal for standing watch over LLM training runs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and leave")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_running(commands)
+    _add_looking(commands)
+    _add_steering(commands)
+    shards = commands.add_parser("shards", help="build and look at token shards")
+    add_shards_commands(shards.add_subparsers(dest="shards_name", required=True, metavar="COMMAND"))
+    completion = commands.add_parser("completion", help="print a completion script for the shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    return parser
+
+
+def _add_running(commands: Any) -> None:
+    run = commands.add_parser("run", help="start a run of a recipe and watch it")
+    run.add_argument("recipe", help="the recipe, a TOML file")
+    run.add_argument("--dir", metavar="RUN", help="run directory to make (default: runs/NAME)")
+    run.add_argument("--headless", action="store_true", help="no screen: one line a report interval; ends when the run does")
+    run.add_argument("--json", action="store_true", help="headless: one JSON object a line")
+    run.add_argument(
+        "--script", metavar="TEXT", help='headless: commands by step, as "20: checkpoint, golden; 40: rollback golden --skip 5"'
+    )
+    run.add_argument("--detach", action="store_true", help="start the run and leave; with --headless, do not stop it on a signal")
+    run.add_argument("--no-check", action="store_true", help="start without checking the nodes first")
+    attach = commands.add_parser("attach", help="watch a run, starting its controller where none lives")
+    attach.add_argument("run", metavar="RUN", nargs="?", help="default: the newest run")
+    attach.add_argument("--read-only", action="store_true", help="watch without the keys that command")
+    attach.add_argument("--headless", action="store_true", help="no screen: one line a report interval")
+    attach.add_argument("--json", action="store_true", help="headless: one JSON object a line")
+    agent = commands.add_parser("agent", help="make this machine a node of a run whose nodes join by themselves")
+    agent.add_argument("--join", required=True, metavar="URL", help="wss://HOST:PORT of the run's controller ([cluster] port)")
+    agent.add_argument("--key-file", required=True, metavar="FILE", help="made by: midwatch node key RUN [NODE] > FILE")
+    agent.add_argument("--node", metavar="NAME", help="this node's name in the run (default: its host name)")
+    agent.add_argument("--run", metavar="DIR", help="the run's directory here (default: where it was when the key was made)")
+    relay = commands.add_parser("relay", help="connect a client beyond ssh with a run here; what ssh://HOST/RUN calls")
+    relay.add_argument("run", metavar="RUN")
+    check = commands.add_parser("check", help="check a recipe, and the nodes that it names, without starting anything")
+    check.add_argument("recipe")
+    check.add_argument("--dir", metavar="RUN", help="run directory that would be made: its storage is checked (default: runs/NAME)")
+    check.add_argument("--json", action="store_true", help="everything, as one JSON object")
+
+
+def _add_looking(commands: Any) -> None:
+    ps = commands.add_parser("ps", help="list the runs of this machine")
+    ps.add_argument("--json", action="store_true")
+    status = commands.add_parser("status", help="how a run stands")
+    status.add_argument("run", metavar="RUN", nargs="?")
+    status.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    logs = commands.add_parser("logs", help="logs of ranks, agents and the controller")
+    logs.add_argument("run", metavar="RUN", nargs="?")
+    logs.add_argument("--file", help="one log, as listed by --list (default: all)")
+    logs.add_argument("--list", action="store_true", help="name the logs")
+    logs.add_argument("-n", "--lines", type=int, default=50)
+    logs.add_argument("-f", "--follow", action="store_true")
+    logs.add_argument("--grep", metavar="PATTERN", default="", help="only lines that match the regular expression")
+    journal = commands.add_parser("journal", help="who did what, when, and what came of it")
+    journal.add_argument("run", metavar="RUN", nargs="?")
+    journal.add_argument("--json", action="store_true")
+    metrics = commands.add_parser("metrics", help="print a metric's rows")
+    metrics.add_argument("run", metavar="RUN")
+    metrics.add_argument("names", nargs="*", metavar="METRIC", help="none: list the metrics")
+    metrics.add_argument("-n", "--last", type=int, default=20)
+    metrics.add_argument("--json", action="store_true")
+
+
+def _add_steering(commands: Any) -> None:
+    def add(name: str, about: str, among: Any = commands) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = among.add_parser(name, help=about)
+        parser.add_argument("run", metavar="RUN")
+        parser.add_argument("--json", action="store_true", help="the outcome as a JSON object")
+        parser.add_argument("--no-wait", action="store_true", help="leave when the command is accepted")
+        return parser
+
+    pause = add("pause", "hold the ranks after this step, or release them")
+    pause.add_argument("--release", action="store_true", help="checkpoint, end the ranks and give the GPUs back")
+    add("resume", "go on, after a pause, a release, a stop or a failure")
+    add("checkpoint", "save now")
+    add("golden", "trust a checkpoint: it is never pruned").add_argument("checkpoint", metavar="ID")
+    add("ungolden", "take that back").add_argument("checkpoint", metavar="ID")
+    rollback = add("rollback", "go back to a checkpoint, in place")
+    rollback.add_argument("checkpoint", metavar="ID", help="its id, a step, `golden` or `latest`")
+    rollback.add_argument("--skip", type=int, default=0, metavar="N", help="pass over the next N steps of data")
+    rollback.add_argument("--lr-scale", type=float, default=1.0, metavar="X", help="multiply the learning rate")
+    add("advance", "end the stage here and begin the next").add_argument("--to", metavar="STAGE", help="a later stage")
+    set_ = add("set", "change a live setting")
+    set_.add_argument("key", metavar="KEY")
+    set_.add_argument("value", metavar="VALUE", type=float)
+    add("cancel", "take back a command that waits").add_argument("id", metavar="ID")
+    stop = add("stop", "checkpoint, end the ranks and close the run")
+    stop.add_argument("--now", action="store_true", help="without a checkpoint")
+    nodes = commands.add_parser("node", help="look at nodes, and take them out or put them back")
+    on_nodes = nodes.add_subparsers(dest="node_command", required=True, metavar="COMMAND")
+    listed = on_nodes.add_parser("list", help="every node, its ranks and how it fares")
+    listed.add_argument("run", metavar="RUN", nargs="?")
+    listed.add_argument("--json", action="store_true")
+    key = on_nodes.add_parser("key", help="make a key file for a node that joins by itself, on standard output")
+    key.add_argument("run", metavar="RUN")
+    key.add_argument("node", metavar="NODE", nargs="?", help="default: one key for all nodes")
+    for name, about in (
+        ("drain", "go on without it, after a checkpoint"),
+        ("add", "use it again, its failures forgotten"),
+        ("quarantine", "go on without it, at once, from the newest checkpoint"),
+    ):
+        add(name, about, on_nodes).add_argument("node", metavar="NODE")

@@ -1,0 +1,150 @@
+"""Runs that go through Slurm's queue: submitted by `midwatch run` and `midwatch resume`, waited for, and taken back."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import getpass
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from launcher.cli.runs import find_run, read_ledger
+from launcher.paths import RunPaths, read_address
+from launcher.reach import ClientError
+from launcher.recipe import RecipeError, load_recipe
+from launcher.slurm import SlurmError, SlurmRun, Standing, cancel, elsewhere, own_allocation, read_job, standing, submit
+
+POLL_SECONDS = 2.0
+"""Between two questions to Slurm while a job waits: its controller has other work."""
+FAILED, STOPPED = 1, 4
+
+
+def needs_job(paths: RunPaths) -> bool:
+    """Whether the run is Slurm's and there is no allocation yet."""
+    return load_recipe(paths.recipe).cluster.backend == "slurm" and own_allocation() is None
+
+
+def submit_run(paths: RunPaths) -> SlurmRun:
+    """Raises RecipeError, and leaves no run behind, where Slurm does not take it."""
+    try:
+        job = submit(paths, load_recipe(paths.recipe))
+    except SlurmError as error:
+        _unmake(paths)
+        raise RecipeError(f"the run cannot be submitted: {error}") from None
+    print(f"midwatch: submitted as job {job.id}", file=sys.stderr)
+    return SlurmRun(f"job {job.id}", None, str(paths.root.resolve()), job.id)
+
+
+def _unmake(paths: RunPaths) -> None:
+    """Takes away a run directory in which nothing has happened yet."""
+    for file in (paths.recipe, paths.batch_script):
+        file.unlink(missing_ok=True)
+    for directory in (paths.journal, paths.metrics, paths.checkpoints, paths.logs, paths.address.parent, paths.root):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+def wait_in_queue(run: SlurmRun, *, as_json: bool, owns: bool) -> int | None:
+    """Shows the queue until the controller is there; an exit status where it is not to come. Raises ClientError."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    term = _term(run.root)  # that of the job before, where there was one
+    told = ""
+    try:
+        while True:
+            now = _standing(run)
+            if now.over:
+                log = RunPaths(run.root).logs / "slurm.log"
+                print(f"midwatch: the job {run.job} has ended ({now}); see {log}", file=sys.stderr)
+                return FAILED
+            if now.runs and (_term(run.root) > term or _beats(run.root)):
+                return None
+            if str(now) != told:
+                told = str(now)
+                _tell(run, now, as_json)
+            time.sleep(0.3 if now.runs else POLL_SECONDS)
+    except KeyboardInterrupt:
+        if owns:
+            _cancel(run)
+        else:
+            ways = f"midwatch attach {run.root} waits for it, midwatch stop {run.root} takes it back"
+            print(f"\nmidwatch: job {run.job} stays queued: {ways}", file=sys.stderr)
+        return STOPPED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ask_queue(arguments: argparse.Namespace) -> int | None:
+    """What `stop`, `resume` and `status` are for a run whose job waits or is over; None where they are for its controller."""
+    if (arguments.run or "").startswith("ssh://"):
+        return None
+    root = find_run(arguments.run)
+    job = read_job(RunPaths(root))
+    if job is None or not job.submitted or own_allocation() == job.id:
+        return None
+    run = elsewhere(root)
+    if run is None:
+        return _resubmit(root) if arguments.command == "resume" else None
+    now = _standing(run)
+    if now.runs:
+        return None
+    if arguments.command == "stop":
+        _cancel(run)
+        return 0
+    if arguments.command == "status":
+        said = {"run": root.name, "state": read_ledger(root).state, "job": run.job, "queue": str(now), "controller": False}
+        print(json.dumps(said) if arguments.json else f"{root.name}: job {run.job} is {now}")
+        return 0
+    raise ClientError(f"job {run.job} is {now}; the run goes on when it begins")
+
+
+def _resubmit(root: Path) -> int | None:
+    paths = RunPaths(root)
+    if read_ledger(root).state == "finished":
+        return None  # the controller says it best
+    try:
+        job = submit(paths, load_recipe(paths.recipe), resume=getpass.getuser())
+    except SlurmError as error:
+        raise ClientError(f"{root}: cannot be submitted: {error}") from None
+    print(f"resume: submitted as job {job.id} (midwatch attach {root} waits for it)")
+    return 0
+
+
+def _standing(run: SlurmRun) -> Standing:
+    try:
+        return standing(run.job)
+    except SlurmError as error:
+        raise ClientError(str(error)) from None
+
+
+def _cancel(run: SlurmRun) -> None:
+    try:
+        cancel(run.job)
+    except SlurmError as error:
+        raise ClientError(str(error)) from None
+    print(f"midwatch: job {run.job} is taken back; midwatch resume {run.root} submits it again", file=sys.stderr)
+
+
+def _tell(run: SlurmRun, now: Standing, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"queue": {"job": run.job, "state": now.state, "reason": now.reason, "start": now.start}}), flush=True)
+    else:
+        print(f"job {run.job} is {now}", flush=True)
+
+
+def _term(root: Path) -> int:
+    address = read_address(RunPaths(root).address)
+    return address.term if address is not None else 0
+
+
+def _beats(root: Path) -> bool:
+    """Whether the controller of the address lives: one that has gone leaves it with the oldest of times."""
+    with contextlib.suppress(OSError):
+        return time.time() - RunPaths(root).address.stat().st_mtime < 20
+    return False
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

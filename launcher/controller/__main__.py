@@ -1,0 +1,270 @@
+"""`python -P -m launcher.controller RUN`: takes over a run and serves until it is over and nobody is watching."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from launcher import journal as j
+from launcher.backends import backend_of
+from launcher.controller.batch import Batch
+from launcher.controller.building import Building
+from launcher.controller.commits import Commits
+from launcher.controller.dispatch import Dispatch
+from launcher.controller.generations import Generations
+from launcher.controller.listener import Listener, ListenError
+from launcher.controller.office import Office
+from launcher.controller.pool import Pool
+from launcher.controller.queries import Queries
+from launcher.controller.reports import Reports
+from launcher.controller.server import Doorkeeper
+from launcher.controller.stragglers import Stragglers
+from launcher.controller.versions import installed_versions
+from launcher.controller.view import View
+from launcher.controller.watching import Watching, action
+from launcher.keys import KeysError, RunKeys
+from launcher.metrics.store import Metrics
+from launcher.paths import (
+    Address,
+    RunLock,
+    RunPaths,
+    beat,
+    cache_directory,
+    host_name,
+    runtime_directory,
+    say_farewell,
+    write_address,
+)
+from launcher.protocol import Command
+from launcher.recipe import Recipe, RecipeError, Watch, load_recipe
+from launcher.roles import group_id, socket_directory
+
+log = logging.getLogger("launcher.controller")
+
+BEAT_SECONDS = 3.0
+"""Between two signs of life on the storage that the run's machines share."""
+MOST_FILES = 65536
+"""Handles that are asked for where the system allows it: a connection takes one, and the usual 1,024 are too few for many nodes."""
+LINGER_SECONDS = 3.0
+"""How long a finished run is served after its last client has gone."""
+
+
+async def serve(paths: RunPaths) -> int:
+    """One term in office; the value is the exit status."""
+    recipe = load_recipe(paths.recipe)
+    paths.create()
+    room = _socket_directory(recipe, paths)
+    lock = RunLock(paths)
+    if not _take(lock):
+        log.info("another controller lives; leaving the run to it")
+        return 0
+    journal = j.Journal(paths.journal, time.time(), host_name(), os.getpid(), installed_versions())
+    index = cache_directory() / f"{paths.key}.metrics.sqlite"
+    index.parent.mkdir(parents=True, exist_ok=True)
+    metrics = Metrics.open(paths.metrics, index, journal.term)
+    office = Office(paths, recipe, journal, metrics)
+    for place in journal.damaged:
+        office.note("alarm", f"a journal entry is damaged: {place}")
+    if not office.ledger.started:
+        office.record(j.RunBegan(time=office.clock(), name=recipe.run.name, recipe=recipe.digest()))
+    term = Term(office)
+    server = await term.door.listen(room / f"{paths.key}.{journal.term}.sock")
+    socket = server.sockets[0].getsockname()
+    listener: Listener | None = None
+    remotes: tuple[str, ...] = ()
+    beats: asyncio.Task[None] | None = None
+    try:
+        if recipe.cluster.backend != "local":
+            identity = (await asyncio.to_thread(RunKeys.ensure, paths)).issue("controller", host_name())
+            listener = Listener(identity, term.door.serve, term.door.refusals)
+            remotes = await listener.open(recipe.cluster)
+            log.info("listening for the run's nodes on %s", ", ".join(remotes))
+        address = Address(
+            term=journal.term,
+            url=f"unix:{socket}",
+            host=host_name(),
+            pid=os.getpid(),
+            remote=remotes[0] if remotes else "",
+            also=remotes[1:],
+        )
+        write_address(paths.address, address)
+        beats = asyncio.create_task(_beat(paths, address), name="beat")
+        await term.run()
+    except j.Ousted as error:
+        log.warning("ousted: %s", error)
+    finally:
+        if beats is not None:
+            beats.cancel()
+            await asyncio.to_thread(say_farewell, paths.address, journal.term)
+        if listener is not None:
+            await listener.close()
+        server.close()
+        await server.wait_closed()
+        Path(socket).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            metrics.close()
+        journal.close()
+        lock.release()
+    return 0
+
+
+def _socket_directory(recipe: Recipe, paths: RunPaths) -> Path:
+    """The user's own, or, where a group of operators is to reach the socket, one that they can enter."""
+    group = recipe.cluster.operators
+    return runtime_directory() if group is None else socket_directory(group, group_id(group, str(paths.recipe)))
+
+
+async def _beat(paths: RunPaths, address: Address) -> None:
+    """Shows other machines that this controller lives."""
+    while True:
+        await asyncio.sleep(BEAT_SECONDS)
+        await asyncio.to_thread(beat, paths.address, address)
+
+
+def _take(lock: RunLock) -> bool:
+    """Tries for half a second: a client that only looks whether a controller lives holds the lock for a moment."""
+    for _ in range(10):
+        if lock.take():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+class Term:
+    """The parts of one controller, put together."""
+
+    def __init__(self, office: Office) -> None:
+        self._office = office
+        commits = Commits(office)
+        pool = Pool(office, backend_of(office.recipe, office.paths))
+        self.generations = Generations(office, commits, Building(office), pool)
+        self.dispatch = Dispatch(office, commits, self.generations)
+        self.watching = Watching(office.recipe.watch, self._rule_fires)
+        self.dispatch.on_rollback = self.watching.forget
+        view = View(office)
+        reports = Reports(office, commits, self.dispatch, self.generations, self.watching)
+        self.door = Doorkeeper(office, self.dispatch, self.generations, reports, view, Queries(office, commits, view))
+        self._commits = commits
+        self.stragglers = Stragglers(office)
+        self._batch = Batch.of(office, self.dispatch, self.generations)
+        self._quit = asyncio.Event()
+        self._restore()
+
+    def _restore(self) -> None:
+        """Fills in from the index what a screen wants at once."""
+        office = self._office
+        path = office.ledger.path()
+        for series in office.metrics.names():
+            point = office.metrics.latest(series.name, path)
+            if point is not None:
+                office.live.latest[series.name] = point.value
+                if series.name == "train/loss":
+                    office.live.step, office.live.tokens, office.live.step_time = point.step, point.tokens, point.time
+
+    async def run(self) -> None:
+        """Works until the run is over and nobody watches, or a later term begins."""
+        self._commits.adopt()
+        if self._batch is not None:
+            self._batch.begin()
+        self.generations.take_over()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._quit.set)
+        if self._batch is not None:
+            loop.add_signal_handler(signal.SIGTERM, self._batch.job_ends)
+            loop.add_signal_handler(signal.SIGUSR1, self._batch.limit_is_near)
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        tasks = [
+            self._task(c) for c in (self.door.publish(), self.dispatch.run(), self._tick(), self._leave(), self._told_to_quit())
+        ]
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return asyncio.create_task(work)
+
+    async def _told_to_quit(self) -> None:
+        """A signal ends the controller, not the run: the ranks train on, and the next term takes over. A batch job's mean more."""
+        if self._batch is not None:
+            await self._batch.until_over()
+        else:
+            await self._quit.wait()
+
+    async def _tick(self) -> None:
+        """What is looked after every half second."""
+        beat = 0
+        while True:
+            await asyncio.sleep(0.5)
+            beat += 1
+            self.generations.look()
+            self.stragglers.look()
+            self._office.retry_backlog()
+            if not self._office.paths.is_run():
+                raise j.Ousted("the run directory is gone")
+            if (self._office.paths.journal / f"{self._office.term + 1:06d}.log").exists():
+                raise j.Ousted("a later term has begun")
+            if beat % 4 == 0:
+                await self._flush_metrics()
+            self._office.touch()
+
+    async def _flush_metrics(self) -> None:
+        try:
+            await asyncio.to_thread(self._office.metrics.flush)
+        except OSError as error:  # a full disk: the rows wait, and the run goes on
+            log.warning("metrics cannot be written: %s", error)
+
+    async def _leave(self) -> None:
+        """Ends the term some time after the run is over and the last client has gone."""
+        office = self._office
+        idle = 0.0
+        while idle < LINGER_SECONDS:
+            resting = office.state in ("finished", "failed") or (office.state == "released" and not office.ledger.generation_live)
+            idle = idle + 0.25 if (resting or office.over.is_set()) and self.door.clients == 0 else 0.0
+            await asyncio.sleep(0.25)
+        self.generations.dismiss()
+        await asyncio.sleep(0.1)
+
+    def _rule_fires(self, rule: Watch, step: int, value: float) -> None:
+        office = self._office
+        office.note("alarm", f"watch rule {rule.name}: {rule.metric} is {value:g}", step)
+        command = action(rule)
+        if command is None:
+            return
+        verb, arguments = command
+        asked = Command(id=f"watch/{rule.name}/{office.ledger.lineage}/{step}", verb=verb, arguments=arguments)
+        with contextlib.suppress(j.JournalError):
+            self.dispatch.accept(asked, f"watch rule {rule.name}")
+
+
+def main() -> int:
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
+    )
+    logging.getLogger("websockets").setLevel(logging.WARNING)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
+    try:
+        return asyncio.run(serve(RunPaths(Path(sys.argv[1]))))
+    except (RecipeError, j.JournalError, KeysError, ListenError, PermissionError) as error:
+        log.error("%s", error)
+        return 2
+    except Exception:
+        log.exception("the controller failed")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

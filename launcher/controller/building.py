@@ -1,0 +1,110 @@
+"""The data stage: builds tokenizer and shards in a process of its own, and shows how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from launcher import journal as j
+from launcher.controller.office import Office
+from launcher.paths import write_atomically
+from launcher.recipe import Recipe
+from shards import build as builder
+from shards.commands import BUSY
+from shards.spec import Build
+
+
+class BuildError(Exception):
+    """The data cannot be built; the message says where and why."""
+
+
+def build_of(recipe: Recipe) -> Build:
+    """What `shards` is to build for a recipe whose data directory is known."""
+    assert recipe.data.dir is not None
+    return Build(data=recipe.data, tokenizer=recipe.tokenizer, out=recipe.data.dir, seed=recipe.run.seed)
+
+
+class Building:
+    """At most one build, ended with the controller."""
+
+    def __init__(self, office: Office) -> None:
+        self._office = office
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def ensure(self) -> None:
+        """Returns when the data is there, at once if it was built before. Raises BuildError."""
+        office = self._office
+        build = build_of(office.recipe)
+        if await asyncio.to_thread(builder.is_built, build):
+            if office.ledger.data_seconds is None:
+                office.record(j.DataBuilt(time=office.clock(), directory=build.out, seconds=0.0))
+            return
+        office.live.building_since = office.clock()
+        while not await self._built(build):
+            office.live.building = (0.0, "another run is building the same data; waiting for it")
+            office.touch()
+            await asyncio.sleep(1.0)
+        seconds = office.clock() - office.live.building_since
+        office.record(j.DataBuilt(time=office.clock(), directory=build.out, seconds=seconds))
+
+    async def _built(self, build: Build) -> bool:
+        """Builds; False where somebody else is at it. Raises BuildError."""
+        spec = Path(tempfile.mkdtemp(prefix="midwatch-")) / "build.json"
+        write_atomically(spec, msgspec.json.encode(build))
+        try:
+            return await self._run(spec)
+        finally:
+            spec.unlink()
+            spec.parent.rmdir()
+
+    async def _run(self, spec: Path) -> bool:
+        self._process = process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "shards", "build", "--spec", str(spec), "--json"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=1 << 20,
+        )
+        assert process.stdout is not None and process.stderr is not None
+        errors = asyncio.create_task(process.stderr.read())
+        try:
+            async for line in process.stdout:
+                self._progress(line)
+            status = await process.wait()
+            said = (await errors).decode(errors="replace").strip()
+        except asyncio.CancelledError:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), 5)
+            raise
+        if status == BUSY:
+            return False
+        if status:
+            raise BuildError(said.splitlines()[-1] if said else f"the build of the data ended with status {status}")
+        return True
+
+    def _progress(self, line: bytes) -> None:
+        try:
+            said = json.loads(line)
+            done, total = float(said.get("done") or 0), float(said.get("total") or 0)
+            text = f"{said['phase']}: {said.get('message') or ''}".strip(" :")
+            self._office.live.building = (_overall(str(said["phase"]), done / total if total else 0.0), text)
+        except (ValueError, TypeError, KeyError):
+            return
+        self._office.touch()
+
+
+_PHASES = {"read": (0.0, 0.2), "tokenizer": (0.2, 0.45), "encode": (0.45, 0.85), "write": (0.85, 0.95), "verify": (0.95, 1.0)}
+"""Share of the whole at which each phase of the build begins and ends."""
+
+
+def _overall(phase: str, part: float) -> float:
+    begin, end = _PHASES.get(phase, (0.0, 1.0) if phase != "done" else (1.0, 1.0))
+    return begin + (end - begin) * min(1.0, max(0.0, part))

@@ -1,0 +1,129 @@
+"""The controller's clients: screens, the command line and reporters, which watch, ask and command.
+
+Each screen has one slot for the newest snapshot, so one that does not read costs neither memory nor anybody's time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
+
+from launcher import journal as j
+from launcher import protocol as p
+from launcher.controller.dispatch import Dispatch
+from launcher.controller.office import Office
+from launcher.controller.queries import Queries
+from launcher.controller.view import View
+
+log = logging.getLogger("launcher.controller")
+
+SNAPSHOT_SECONDS = 0.2
+"""Between two snapshots, or longer where they are large:"""
+SNAPSHOT_RATE = 4e6
+"""Bytes a second that a screen is sent; a thousand nodes of eight GPUs are 3.5 MB, and speak once a second."""
+
+
+class Clients:
+    """Serves every client there is."""
+
+    def __init__(self, office: Office, dispatch: Dispatch, view: View, queries: Queries) -> None:
+        self._office, self._dispatch, self._view, self._queries = office, dispatch, view, queries
+        self._screens: dict[ServerConnection, asyncio.Event] = {}
+        self._frame = b""
+        self.count = 0
+        self._waiting: dict[int, list[asyncio.Future[None]]] = {}
+        office.ended_listeners.append(self._command_ended)
+
+    async def publish(self) -> None:
+        """Draws up a snapshot whenever something has changed, and hands it to the screens."""
+        while True:
+            await self._office.changed.wait()
+            self._office.changed.clear()
+            if self._screens:
+                try:
+                    self._frame = p.encode(self._view.snapshot())
+                except Exception:  # a picture that cannot be drawn must not end the controller
+                    log.exception("the snapshot cannot be drawn up")
+                for event in self._screens.values():
+                    event.set()
+            await asyncio.sleep(max(SNAPSHOT_SECONDS, len(self._frame) / SNAPSHOT_RATE if self._screens else 0.0))
+
+    async def serve(self, connection: ServerConnection, hello: p.ClientHello, author: str) -> None:
+        """Talks with one client until it leaves; `author` is who its commands are of."""
+        if hello.version != p.VERSION:
+            reason = f"this controller speaks version {p.VERSION} of the protocol, you {hello.version}; use the same Midwatch"
+            await connection.send(p.encode(p.Refused(reason=reason)))
+            return
+        office = self._office
+        welcome = p.ClientWelcome(term=office.term, run=office.recipe.run.name, directory=str(office.paths.root), author=author)
+        await connection.send(p.encode(welcome))
+        pusher = asyncio.create_task(self._push(connection)) if hello.subscribe else None
+        commands: set[asyncio.Task[None]] = set()
+        self.count += 1
+        try:
+            async for frame in connection:
+                message = p.decode(frame)
+                if isinstance(message, p.Command):
+                    if hello.read_only:
+                        refused = _refused(message, author, office.clock(), "this client is read-only")
+                        await connection.send(p.encode(p.CommandReply(command=refused)))
+                        continue
+                    task = asyncio.create_task(self._command(connection, message, author))
+                    commands.add(task)
+                    task.add_done_callback(commands.discard)
+                else:
+                    await connection.send(p.encode(await self._queries.answer(message)))
+        finally:
+            self.count -= 1
+            for task in [*commands, *([pusher] if pusher else [])]:
+                task.cancel()
+            self._screens.pop(connection, None)
+
+    async def _push(self, connection: ServerConnection) -> None:
+        event = self._screens[connection] = asyncio.Event()
+        with contextlib.suppress(ConnectionClosed):
+            await connection.send(p.encode(self._view.snapshot()))
+            while True:
+                await event.wait()
+                event.clear()
+                await connection.send(self._frame)
+
+    async def _command(self, connection: ServerConnection, command: p.Command, author: str) -> None:
+        office = self._office
+        try:
+            view = self._dispatch.accept(command, author)
+        except j.Ousted:
+            office.over.set()
+            return
+        except j.JournalError as error:
+            view = _refused(command, author, office.clock(), str(error))
+        if command.wait and view.state in ("queued", "sent"):
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(view.number, []).append(future)
+            await future
+            view = office.ledger.commands[view.number]
+        with contextlib.suppress(ConnectionClosed):
+            await connection.send(p.encode(p.CommandReply(command=view)))
+
+    def _command_ended(self, entry: j.CommandEnded) -> None:
+        for future in self._waiting.pop(entry.number, []):
+            if not future.done():
+                future.set_result(None)
+
+
+def _refused(command: p.Command, author: str, now: float, reason: str) -> p.CommandView:
+    """The answer to a command that was not even taken in."""
+    return p.CommandView(
+        id=command.id,
+        number=0,
+        verb=command.verb,
+        arguments=command.arguments,
+        author=author,
+        time=now,
+        state="refused",
+        reason=reason,
+    )

@@ -1,0 +1,192 @@
+"""What rank 0 reports, taken in once: each message is stored in journal or metrics before it is acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+
+from launcher import journal as j
+from launcher import protocol as p
+from launcher.controller.commits import Commits
+from launcher.controller.dispatch import Dispatch
+from launcher.controller.generations import Generations
+from launcher.controller.office import Office
+from launcher.controller.watching import Watching
+from launcher.metrics.chunks import Frame, Row
+from launcher.metrics.columns import Segment
+
+log = logging.getLogger("launcher.controller")
+
+ROWS_SECONDS = 1.0
+
+Send = Callable[[p.Message], None]
+
+
+class Reports:
+    """Stores by (source, number), so that a resend changes nothing."""
+
+    def __init__(self, office: Office, commits: Commits, dispatch: Dispatch, generations: Generations, watching: Watching) -> None:
+        self._office, self._commits, self._dispatch = office, commits, dispatch
+        self._generations, self._watching = generations, watching
+        self._taken = 0
+        """Highest number of this generation's control messages that was taken in by this controller."""
+        self._of_generation = -1
+
+    def acknowledged(self) -> int:
+        """Highest number of the control messages of the living generation that is stored."""
+        if self._of_generation != self._office.ledger.generation:
+            self._of_generation, self._taken = self._office.ledger.generation, 0
+        return max(self._taken, self._office.ledger.reported)
+
+    def metrics(self, source: str, message: p.Numbered) -> bool:
+        """One step's row; whether it was new. Raises OSError where it cannot be stored."""
+        row = message.body
+        if isinstance(row, p.Dropped):
+            self._office.live.dropped += row.count
+            return True
+        if not isinstance(row, p.Metrics):
+            return False
+        office = self._office
+        stored = Row(lineage=row.lineage, step=row.step, tokens=row.tokens, time=row.time, values=row.values)
+        new = office.metrics.add(Frame(source, message.number, [stored]))
+        if new and row.lineage == office.ledger.lineage:
+            self._see(row)
+        return new
+
+    def _see(self, row: p.Metrics) -> None:
+        live = self._office.live
+        live.latest |= row.values
+        if "train/loss" in row.values:
+            if row.step > live.step:
+                self._generations.progressed()
+            live.step, live.tokens, live.step_time = row.step, row.tokens, row.time
+            seconds = row.values.get("perf/step_seconds")
+            if seconds is not None and math.isfinite(seconds):
+                live.step_seconds.append(seconds)
+        self._watching.see(row)
+        self._office.touch()
+
+    async def rows_stored(self, ready: p.CheckpointReady) -> None:
+        """Waits, though not for long, until the metrics up to a checkpoint's step are durable: its line will need them."""
+        office = self._office
+        end = time.monotonic() + ROWS_SECONDS
+        while ready.step and time.monotonic() < end:
+            newest = office.metrics.latest("train/loss", [Segment(ready.lineage, -1, None)])
+            if newest is not None and newest.step >= ready.step:
+                break
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(office.metrics.sync)
+
+    def _reached(self, step: int, lineage: int | None = None) -> None:
+        """Control may be ahead of telemetry in telling how far the ranks are."""
+        office = self._office
+        if lineage is None or lineage == office.ledger.lineage:
+            office.live.step = max(office.live.step, step)
+
+    def control(self, message: p.Numbered, send: Send) -> None:
+        """Anything but metrics; acknowledged by the caller. What the ranks of an ended generation still say changes nothing."""
+        if not self._office.ledger.generation_live:
+            return
+        if message.number <= self.acknowledged():
+            if isinstance(message.body, p.CheckpointReady):
+                send(self._commits.take(message.body, 0))
+            return
+        self._take(message.body, message.number, send)
+        self._taken = message.number
+
+    def _take(self, body: p.RankBody, report: int, send: Send) -> None:
+        office = self._office
+        now = office.clock()
+        if isinstance(body, p.Phase):
+            self._phase(body, report)
+        elif isinstance(body, p.Outcome):
+            self._reached(body.step)
+            self._dispatch.outcome(body, report)
+        elif isinstance(body, p.CheckpointReady):
+            send(self._commits.take(body, report))
+        elif isinstance(body, p.CheckpointFailed):
+            self._checkpoint_failed(body, report)
+        elif isinstance(body, p.StageBorder):
+            self._border(body, report)
+        elif isinstance(body, p.Sampled):
+            office.record(
+                j.SampleTaken(
+                    time=now,
+                    report=report,
+                    stage=body.stage,
+                    step=body.step,
+                    lineage=body.lineage,
+                    prompt=body.prompt,
+                    text=body.text,
+                )
+            )
+        elif isinstance(body, p.Note):
+            office.note(body.level, body.text, body.step, report)
+        elif isinstance(body, p.Ended):
+            self._reached(body.step)
+            self._dispatch.ranks_ended(body.cause, body.step, body.checkpoint)
+            self._generations.ended(body.cause)
+
+    def _phase(self, phase: p.Phase, report: int) -> None:
+        office = self._office
+        office.live.phase = phase
+        self._reached(phase.step, phase.lineage)
+        if phase.settings and phase.settings != office.ledger.settings:
+            office.record(
+                j.SettingsInForce(
+                    time=office.clock(), report=report, lineage=phase.lineage, step=phase.step, settings=phase.settings
+                )
+            )
+        if phase.phase == "paused":
+            if office.state != "paused":
+                office.change_state("paused", "" if office.ledger.held else self._newest_alarm())
+            self._generations.training()
+        elif phase.phase in ("training", "evaluating", "sampling"):
+            if office.state != "paused" or phase.phase == "training":
+                office.change_state("training")
+            self._generations.training()
+        office.touch()
+        self._dispatch.wake()
+
+    def _newest_alarm(self) -> str:
+        """Why ranks that nobody has paused hold: what they have just raised an alarm about."""
+        for _, entry in reversed(self._office.journal.entries[-50:]):
+            if isinstance(entry, j.Noted) and entry.level == "alarm":
+                return entry.text
+        return ""
+
+    def _checkpoint_failed(self, failed: p.CheckpointFailed, report: int) -> None:
+        office = self._office
+        office.note("alarm", f"checkpoint {failed.id} could not be written: {failed.reason}", failed.step)
+        for number in failed.numbers:
+            self._dispatch.outcome(p.Outcome(number=number, ok=False, step=failed.step, reason=failed.reason), 0)
+        office.record(j.CheckpointFailed(time=office.clock(), report=report, id=failed.id, step=failed.step, reason=failed.reason))
+
+    def _border(self, border: p.StageBorder, report: int) -> None:
+        office = self._office
+        if border.event == "begin":
+            office.record(
+                j.StageBegan(
+                    time=office.clock(),
+                    report=report,
+                    stage=border.stage,
+                    step=border.step,
+                    lineage=border.lineage,
+                    stage_step=border.stage_step,
+                )
+            )
+            return
+        office.record(
+            j.StageEnded(
+                time=office.clock(),
+                report=report,
+                stage=border.stage,
+                step=border.step,
+                stage_step=border.stage_step,
+                lineage=border.lineage,
+                product=border.product,
+            )
+        )

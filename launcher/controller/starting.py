@@ -1,0 +1,78 @@
+"""What a generation starts from: the checkpoint, made sure of, the lineage, and the environment to compare with the last one."""
+
+from __future__ import annotations
+
+from launcher import checkpoints as files
+from launcher import journal as j
+from launcher.controller.commits import Commits
+from launcher.controller.office import Office
+from launcher.controller.versions import installed_versions
+from launcher.protocol import Lineage, Start
+
+
+async def check_restart_point(office: Office, commits: Commits, *, thorough: bool) -> str:
+    """Verifies what the ranks will load: its sizes, and where `thorough` every byte. What is wrong, or empty."""
+    while (view := office.ledger.restart_point()) is not None:
+        try:
+            files.check_sizes(office.paths.checkpoints / view.id, office.ledger.digests.get(view.id))
+            problem = await commits.verify(view) if thorough else ""
+        except files.CheckpointError as error:
+            problem = str(error)
+        if not problem:
+            return ""
+        lineage = office.ledger.lineages[office.ledger.lineage]
+        if view.id == lineage.fork:
+            return f"the checkpoint to restart from is damaged: {problem}; roll back to another one"
+        office.note("alarm", f"checkpoint {view.id} is damaged and passed over: {problem}")
+        office.record(j.CheckpointPruned(time=office.clock(), id=view.id))
+    line = office.ledger.lineages.get(office.ledger.lineage)
+    if line is not None and line.fork is not None:
+        return f"the checkpoint to restart from, {line.fork}, is gone; roll back to another one"
+    return ""
+
+
+def compose(office: Office, *, repeats: bool) -> Start:
+    """Decides what the next generation starts from; opens a lineage where it `repeats` steps."""
+    ledger = office.ledger
+    restart = ledger.restart_point()
+    step = restart.step if restart is not None else 0
+    if not ledger.lineages:
+        office.record(j.LineageOpened(time=office.clock(), lineage=Lineage(id=1, time=office.clock())))
+    elif repeats or office.live.step > step:
+        office.record(_crash_lineage(office, restart.id if restart is not None else None, step))
+    lineage = ledger.lineages[ledger.lineage]
+    at_fork = restart is None or restart.id == lineage.fork
+    open_numbers = [c.number for c in ledger.open_commands()]
+    return Start(
+        generation=ledger.generation + 1,
+        term=office.term,
+        lineage=lineage,
+        checkpoint=restart.id if restart is not None else None,
+        skip=lineage.skip if at_fork else 0,
+        lr_scale=lineage.lr_scale if at_fork else 1.0,
+        applied=min(open_numbers) - 1 if open_numbers else ledger.newest_command,
+        replays=ledger.replays(step),
+        paused=ledger.held,
+    )
+
+
+def _crash_lineage(office: Office, fork: str | None, step: int) -> j.LineageOpened:
+    parent = office.ledger.lineages[office.ledger.lineage]
+    carried = parent if fork == parent.fork else Lineage(id=0)
+    now = office.clock()
+    lineage = Lineage(
+        id=office.ledger.newest_lineage + 1,
+        parent=parent.id,
+        fork=fork,
+        fork_step=step,
+        cause="crash",
+        skip=carried.skip,
+        lr_scale=carried.lr_scale,
+        time=now,
+    )
+    return j.LineageOpened(time=now, lineage=lineage, undone=max(0, office.live.step - step))
+
+
+def environment_of(nodes: tuple[str, ...], world: int) -> dict[str, str]:
+    """What an operator should see changed between two generations."""
+    return {**installed_versions(), "nodes": ", ".join(nodes), "ranks": str(world)}

@@ -1,0 +1,284 @@
+"""Draws up the snapshot that screens show, from the ledger and what is live."""
+
+from __future__ import annotations
+
+import statistics
+
+from launcher import journal as j
+from launcher.commands import describe
+from launcher.controller.office import Node, Office
+from launcher.protocol import JournalLine, NodeView, Snapshot, StageView
+from launcher.recipe import Stage
+
+EVENTS = 12
+ENDED_COMMANDS = 8
+
+
+class View:
+    """Keeps what is costly to work out between two snapshots."""
+
+    def __init__(self, office: Office) -> None:
+        self._office = office
+        self._lines: list[JournalLine] = []
+        self._read = 0
+        self._losses: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}
+
+    def journal(self) -> list[JournalLine]:
+        """All entries that an operator should see, oldest first."""
+        entries = self._office.journal.entries
+        while self._read < len(entries):
+            term, entry = entries[self._read]
+            line = line_of(self._office, self._read, term, entry)
+            if line is not None:
+                self._lines.append(line)
+            self._read += 1
+        return self._lines
+
+    def snapshot(self) -> Snapshot:
+        office = self._office
+        ledger, live = office.ledger, office.live
+        stages = self._stages()
+        left = [s.seconds_left for s in stages if s.state in ("running", "waiting")]
+        ended = [c for c in ledger.commands.values() if c.state not in ("queued", "sent")][-ENDED_COMMANDS:]
+        return Snapshot(
+            run=office.recipe.run.name,
+            directory=str(office.paths.root),
+            state=ledger.state,
+            reason=ledger.reason,
+            phase=live.phase.phase if live.phase is not None else "",
+            time=office.clock(),
+            started=ledger.started,
+            term=office.term,
+            generation=ledger.generation,
+            lineage=ledger.lineage,
+            world=ledger.world if ledger.generation_live else 0,
+            step=live.step,
+            total_steps=self._total_steps(stages),
+            tokens=live.tokens,
+            stage=next((s.name for s in stages if s.state == "running"), ""),
+            seconds_left=sum(s for s in left if s is not None) if left and None not in left else None,
+            stages=tuple(stages),
+            lineages=tuple(ledger.lineages.values()),
+            checkpoints=tuple(sorted(ledger.checkpoints.values(), key=lambda c: (c.step, c.time))),
+            commands=(*ended, *ledger.open_commands()),
+            nodes=self._nodes(),
+            latest=dict(live.latest),
+            settings=ledger.settings,
+            settings_asked=ledger.asked,
+            events=tuple(self.journal()[-EVENTS:]),
+            changes=ledger.changes,
+            dropped=live.dropped,
+            refused_peers=live.refused_peers,
+            stragglers=live.stragglers,
+        )
+
+    def _nodes(self) -> tuple[NodeView, ...]:
+        ledger = self._office.ledger
+        order = {name: i for i, name in enumerate(ledger.generation_nodes)} if ledger.generation_live else {}
+        return tuple(self._node(node, order.get(node.name)) for node in self._office.live.nodes.values())
+
+    def _node(self, node: Node, place: int | None) -> NodeView:
+        """`place`: among the nodes of the living generation."""
+        ledger, cluster = self._office.ledger, self._office.recipe.cluster
+        record, used = ledger.node(node.name), place is not None
+        state: str = "up" if node.reachable and (used or cluster.backend == "local") else "spare" if node.reachable else "gone"
+        if record.mark != "in use":
+            state = record.mark
+        elif not node.reachable:
+            state = "out of reach" if used else "starting" if node.stats is None and not node.problem else "gone"
+        return NodeView(
+            name=node.name,
+            state=state,  # type: ignore[arg-type]  # one of the literals above
+            ranks=cluster.ranks_per_node if used or cluster.backend == "local" else 0,
+            first_rank=place * cluster.ranks_per_node if place is not None else 0,
+            failures=record.failures,
+            note=record.reason if record.mark != "in use" else node.problem,
+            stats=node.stats,
+        )
+
+    def _total_steps(self, stages: list[StageView]) -> int:
+        return sum(s.step if s.state in ("done", "cut short") else s.steps for s in stages if s.objective != "data")
+
+    def _stages(self) -> list[StageView]:
+        office = self._office
+        current = office.live.phase.stage if office.live.phase is not None else ""
+        views = [self._data_stage()]
+        product: str | None = None
+        pace = statistics.median(office.live.step_seconds) if office.live.step_seconds else None
+        for stage in office.recipe.stage:
+            view = self._stage(stage, current, product, pace)
+            product = view.product or product
+            views.append(view)
+        return views
+
+    def _data_stage(self) -> StageView:
+        office = self._office
+        seconds = office.ledger.data_seconds
+        if seconds is not None:
+            note = "built" if seconds else "was there already"
+            return StageView(name="data", objective="data", state="done", step=100, steps=100, seconds=seconds, note=note)
+        part, note = office.live.building
+        began = office.live.building_since
+        spent = office.clock() - began if began else 0.0
+        state = "failed" if office.state == "failed" else "running"
+        left = spent / part - spent if part > 0.02 else None
+        return StageView(
+            name="data",
+            objective="data",
+            state=state,  # type: ignore[arg-type]  # one of the two literals above
+            step=int(100 * part),
+            steps=100,
+            seconds=spent,
+            seconds_left=left,
+            note=note,
+        )
+
+    def _stage(self, stage: Stage, current: str, origin: str | None, pace: float | None) -> StageView:
+        office = self._office
+        record = office.ledger.stage_record(stage.name)
+        running = stage.name == current
+        step, seconds, left = 0, 0.0, None
+        state = "waiting"
+        phase = office.live.phase
+        if (
+            running
+            and phase is not None
+            and not (record is not None and record.ended is not None and record.stage_steps >= stage.steps)
+        ):
+            state = "running"
+            first = record.first_step if record is not None else office.live.step - phase.stage_step
+            step = max(0, min(stage.steps, office.live.step - first))
+            seconds = office.clock() - record.began if record is not None else 0.0
+            left = pace * (stage.steps - step) if pace is not None else None
+        elif record is not None and record.ended is not None:
+            state = "done" if record.stage_steps >= stage.steps else "cut short"
+            step, seconds = record.stage_steps, record.ended - record.began
+        elif record is not None and record.began:
+            state = "running"
+            step = max(0, min(stage.steps, office.live.step - record.first_step))
+            seconds = office.clock() - record.began
+        return StageView(
+            name=stage.name,
+            objective=stage.objective,
+            state=state,  # type: ignore[arg-type]  # one of the literals above
+            step=step,
+            steps=stage.steps,
+            context=stage.context,
+            global_batch=stage.global_batch,
+            mixture=stage.mixture,
+            lr=stage.lr,
+            seconds=seconds,
+            seconds_left=left if state == "running" else None,
+            tokens=step * stage.global_batch * stage.context,
+            product=record.product if record is not None and state in ("done", "cut short") else None,
+            origin=origin,
+            losses=self._stage_losses(stage, state) if record is not None else {},
+        )
+
+    def _stage_losses(self, stage: Stage, state: str) -> dict[str, tuple[float, float]]:
+        """First and newest held-out loss of each source within the stage, on the line in force."""
+        office = self._office
+        record = office.ledger.stage_record(stage.name)
+        if record is None:
+            return {}
+        key = (stage.name, office.ledger.lineage)
+        if key in self._losses and state in ("done", "cut short"):
+            return self._losses[key]
+        losses = {}
+        path = office.ledger.path()
+        stop = (record.last_step if record.last_step is not None and state != "running" else office.live.step) + 1
+        for source in stage.mixture:
+            # The row at a later stage's border is the end of the stage before it.
+            rows = office.metrics.rows(f"eval/{source}/loss", path, record.first_step + (record.first_step > 0), stop, 10_000)
+            if len(rows):
+                losses[source] = (float(rows[0]["value"]), float(rows[-1]["value"]))
+        if state in ("done", "cut short"):
+            self._losses[key] = losses
+        return losses
+
+
+def line_of(office: Office, index: int, term: int, entry: j.Entry) -> JournalLine | None:
+    """The entry in an operator's words; None for what only the machine needs."""
+    told = _tell(office, entry)
+    if told is None:
+        return None
+    kind, text, level = told
+    return JournalLine(index=index, time=entry.time, term=term, kind=kind, author=entry.author, text=text, level=level)  # type: ignore[arg-type]
+
+
+def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
+    match entry:
+        case j.TermBegan():
+            return "controller", f"term {entry.term} began on {entry.host}", "info"
+        case j.RunBegan():
+            return "run", f"{entry.name} began", "info"
+        case j.StateChanged():
+            return (
+                "state",
+                entry.state + (f": {entry.reason}" if entry.reason else ""),
+                "alarm" if entry.state == "failed" else "info",
+            )
+        case j.DataBuilt():
+            return "data", f"built in {entry.seconds:.0f} s" if entry.seconds else "was there already", "info"
+        case j.GenerationBegan():
+            source = f"from {entry.checkpoint}" if entry.checkpoint else "from the beginning"
+            return "ranks", f"generation {entry.generation}: {entry.world} ranks, {source}", "info"
+        case j.NodeMarked():
+            reason = f": {entry.reason}" if entry.reason else ""
+            return "node", f"{entry.node} is {entry.mark}{reason}", "info" if entry.mark == "in use" else "warning"
+        case j.NodeFailed():
+            return "node", f"{entry.node} failed: {entry.reason}", "alarm"
+        case j.GenerationEnded():
+            return "ranks", f"generation {entry.generation} ended at step {entry.step}: {entry.cause}", "info"
+        case j.CommandAccepted():
+            return "command", f"#{entry.number} {describe(entry.verb, entry.arguments)}", "info"
+        case j.CommandEnded():
+            return _tell_outcome(office, entry)
+        case j.LineageOpened():
+            line = entry.lineage
+            since = f"from {line.fork}" if line.fork else "from the beginning"
+            undone = f", {entry.undone} steps undone" if entry.undone else ""
+            skip = f", {line.skip} steps of data skipped" if line.skip else ""
+            scale = f", learning rate x{line.lr_scale:g}" if line.lr_scale != 1 else ""
+            return (
+                "lineage",
+                f"{line.id} ({line.cause}) {since}{undone}{skip}{scale}",
+                "info" if line.cause == "start" else "warning",
+            )
+        case j.LineageAbandoned():
+            return "lineage", f"{entry.lineage} was abandoned: the rollback did not come about", "warning"
+        case j.CheckpointCommitted():
+            size = entry.bytes / 1e6
+            suspect = ", SUSPECT" if entry.suspect else ""
+            return (
+                "checkpoint",
+                f"{entry.id}: {size:.1f} MB in {entry.seconds:.2f} s{suspect}",
+                "warning" if entry.suspect else "info",
+            )
+        case j.CheckpointPruned():
+            return "checkpoint", f"{entry.id} deleted", "info"
+        case j.GoldenMarked():
+            return "golden", f"{entry.id} is {'golden' if entry.golden else 'golden no more'}", "info"
+        case j.StageBegan():
+            return "stage", f"{entry.stage} began at step {entry.step}", "info"
+        case j.StageEnded():
+            return "stage", f"{entry.stage} ended after {entry.stage_step} steps: {entry.product}", "info"
+        case j.Noted():
+            return "note", entry.text, entry.level
+        case j.SampleTaken():
+            return "sample", f"{entry.stage}: {entry.prompt!r} -> {entry.text[:80]!r}", "info"
+        case _:
+            return None
+
+
+def _tell_outcome(office: Office, entry: j.CommandEnded) -> tuple[str, str, str]:
+    command = office.ledger.commands.get(entry.number)
+    words = describe(command.verb, command.arguments) if command is not None else ""
+    at = f" at step {entry.step}" if entry.step is not None else ""
+    reason = f": {entry.reason}" if entry.reason else ""
+    found = ", ".join(f"{k} {v}" for k, v in entry.detail.items() if k != "step")
+    return (
+        "outcome",
+        f"#{entry.number} {words}: {entry.state}{at}{reason}{f' ({found})' if found else ''}",
+        ("info" if entry.state in ("done", "cancelled") else "warning"),
+    )

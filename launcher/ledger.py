@@ -1,0 +1,320 @@
+"""What the journal's entries add up to: lineages, checkpoints, commands, stages and the run's state.
+
+`Ledger.apply` is the only way it changes, so a controller that takes over gets the same ledger from the same journal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
+
+import msgspec
+
+from launcher import journal as j
+from launcher.metrics.columns import Segment
+from launcher.protocol import CheckpointView, CommandView, Lineage, Replay, Sampled, State
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A stage's course along the line in force."""
+
+    began: float
+    first_step: int
+    """Step of the run at which it began."""
+    ended: float | None = None
+    last_step: int | None = None
+    stage_steps: int = 0
+    """Its own steps, when it ended."""
+    product: str | None = None
+
+
+@dataclass
+class NodeRecord:
+    """What the journal holds for and against a node."""
+
+    mark: Literal["in use", "drained", "quarantined"] = "in use"
+    reason: str = ""
+    failures: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Ledger:
+    """The run as the journal tells it."""
+
+    state: State = "building"
+    reason: str = ""
+    started: float = 0.0
+    term: int = 0
+    generation: int = 0
+    """The newest; it lives while `generation_live`."""
+    generation_live: bool = False
+    generation_commits: list[str] = field(default_factory=list)
+    """Checkpoints of the newest generation that are committed."""
+    generation_nodes: tuple[str, ...] = ()
+    """Its nodes, in the order of their ranks."""
+    nodes: dict[str, NodeRecord] = field(default_factory=dict)
+    world: int = 0
+    held: bool = False
+    """An operator has paused the ranks and not resumed them since."""
+    reported: int = 0
+    """Highest number of rank 0's messages in this generation that is stored."""
+    lineages: dict[int, Lineage] = field(default_factory=dict)
+    lineage: int = 0
+    newest_lineage: int = 0
+    """Highest number that a lineage ever had; abandoned ones count."""
+    checkpoints: dict[str, CheckpointView] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    commands: dict[int, CommandView] = field(default_factory=dict)
+    newest_command: int = 0
+    """Highest number that a command ever had."""
+    by_id: dict[str, int] = field(default_factory=dict)
+    """Number of each command by the id that its client gave it."""
+    start_checkpoint: str | None = None
+    """What the newest generation started from."""
+    sent_in: dict[int, int] = field(default_factory=dict)
+    """Generation that each command was last sent to."""
+    rollbacks: dict[int, int] = field(default_factory=dict)
+    """Lineage that each rollback command has opened."""
+    applied: int = 0
+    """Highest number of a command that the ranks have answered."""
+    sets: list[tuple[int, int, str, float]] = field(default_factory=list)
+    """(lineage, step, key, value) of each `set` that was applied."""
+    borders: list[j.StageBegan | j.StageEnded] = field(default_factory=list)
+    """Beginnings and ends of stages, on all lineages, in their order."""
+    settings: dict[str, float] = field(default_factory=dict)
+    asked: dict[str, float] = field(default_factory=dict)
+    """Settings asked for that a rollback has put back."""
+    samples: list[Sampled] = field(default_factory=list)
+    agents: dict[str, j.AgentStarted] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
+    data_seconds: float | None = None
+    generation_environment: dict[str, str] = field(default_factory=dict)
+    _left: dict[int, tuple[int, dict[str, float]]] = field(default_factory=dict)
+    """For each lineage that one in force was left for: that one, and the settings that were asked for then."""
+
+    def apply(self, term: int, entry: j.Entry) -> None:
+        """Takes one entry into account."""
+        self.term = term
+        self.reported = max(self.reported, entry.report)
+        handler = getattr(self, f"_on_{type(entry).__name__}", None)
+        if handler is not None:
+            handler(entry)
+
+    # One method an entry kind, named after it.
+
+    def _on_TermBegan(self, entry: j.TermBegan) -> None:
+        self.changes = differences(self.versions, entry.versions)
+        self.versions = entry.versions
+        for number, command in self.commands.items():
+            if command.verb == "rollback" and command.state == "sent" and number not in self.rollbacks:
+                self.commands[number] = msgspec.structs.replace(command, state="queued")
+
+    def _on_RunBegan(self, entry: j.RunBegan) -> None:
+        self.started = entry.time
+
+    def _on_StateChanged(self, entry: j.StateChanged) -> None:
+        self.state, self.reason = cast(State, entry.state), entry.reason
+
+    def _on_DataBuilt(self, entry: j.DataBuilt) -> None:
+        self.data_seconds = entry.seconds
+
+    def _on_AgentStarted(self, entry: j.AgentStarted) -> None:
+        self.agents[entry.node] = entry
+
+    def _on_NodeMarked(self, entry: j.NodeMarked) -> None:
+        node = self.node(entry.node)
+        node.mark, node.reason = entry.mark, entry.reason
+        if entry.mark == "in use":
+            node.failures = 0
+
+    def _on_NodeFailed(self, entry: j.NodeFailed) -> None:
+        self.node(entry.node).failures += 1
+
+    def _on_RanksEnvironment(self, entry: j.RanksEnvironment) -> None:
+        self.node(entry.node).environment = entry.environment
+
+    def _on_GenerationBegan(self, entry: j.GenerationBegan) -> None:
+        self.generation, self.generation_live, self.world = entry.generation, True, entry.world
+        self.generation_nodes = entry.nodes
+        self.generation_commits = []
+        self.reported = 0
+        self.start_checkpoint = entry.checkpoint
+        if self.generation_environment:
+            self.changes = differences(self.generation_environment, entry.environment)
+        self.generation_environment = entry.environment
+
+    def _on_GenerationEnded(self, entry: j.GenerationEnded) -> None:
+        self.generation = max(self.generation, entry.generation)
+        self.generation_live = False
+
+    def _on_CommandAccepted(self, entry: j.CommandAccepted) -> None:
+        self.by_id[entry.id] = entry.number
+        self.newest_command = max(self.newest_command, entry.number)
+        self.commands[entry.number] = CommandView(
+            id=entry.id,
+            number=entry.number,
+            verb=entry.verb,
+            arguments=entry.arguments,
+            author=entry.author,
+            time=entry.time,
+            state="queued",
+        )
+
+    def _on_CommandSent(self, entry: j.CommandSent) -> None:
+        self.sent_in[entry.number] = entry.generation
+        self.newest_command = max(self.newest_command, entry.number)
+        if entry.number in self.commands:  # not so where damage has taken its acceptance
+            self.commands[entry.number] = msgspec.structs.replace(self.commands[entry.number], state="sent")
+
+    def _on_CommandEnded(self, entry: j.CommandEnded) -> None:
+        self.newest_command = max(self.newest_command, entry.number)
+        if entry.number not in self.commands:
+            return
+        command = msgspec.structs.replace(
+            self.commands[entry.number], state=entry.state, step=entry.step, detail=entry.detail, reason=entry.reason
+        )
+        self.commands[entry.number] = command
+        if entry.state in ("done", "failed") and entry.step is not None:
+            self.applied = max(self.applied, entry.number)
+        if entry.state == "done" and command.verb in ("pause", "resume", "release"):
+            self.held = command.verb == "pause"
+        if command.verb == "set" and entry.state == "done":
+            key, value = str(command.arguments["key"]), float(command.arguments["value"])
+            self.sets.append((self.lineage, entry.step or 0, key, value))
+            self.asked.pop(key, None)
+
+    def _on_LineageOpened(self, entry: j.LineageOpened) -> None:
+        lineage = entry.lineage
+        if entry.number is not None:
+            self.rollbacks[entry.number] = lineage.id
+        self._left[lineage.id] = self.lineage, self.asked
+        if lineage.cause == "rollback":
+            path = self.path()
+            undone = {k: v for line, step, k, v in self.sets if _on_path(path, line, step) and step >= lineage.fork_step}
+            self.asked = self.asked | undone
+        self.lineages[lineage.id] = lineage
+        self.lineage, self.newest_lineage = lineage.id, max(self.newest_lineage, lineage.id)
+        if lineage.cause == "crash" and lineage.parent is not None:
+            again = [(step, k, v) for line, step, k, v in self.sets if line == lineage.parent and step >= lineage.fork_step]
+            self.sets += [(lineage.id, step, k, v) for step, k, v in again]
+        on_line = self._on_line
+        self.checkpoints = {i: msgspec.structs.replace(c, on_line=on_line(c)) for i, c in self.checkpoints.items()}
+
+    def _on_LineageAbandoned(self, entry: j.LineageAbandoned) -> None:
+        before, self.asked = self._left.get(entry.lineage, (0, {}))
+        self.lineages.pop(entry.lineage, None)
+        self.rollbacks = {number: lineage for number, lineage in self.rollbacks.items() if lineage != entry.lineage}
+        if self.lineage == entry.lineage or self.lineage not in self.lineages:
+            self.lineage = before if before in self.lineages else max(self.lineages, default=0)
+        self.checkpoints = {i: msgspec.structs.replace(c, on_line=self._on_line(c)) for i, c in self.checkpoints.items()}
+
+    def _on_CheckpointCommitted(self, entry: j.CheckpointCommitted) -> None:
+        view = CheckpointView(
+            id=entry.id,
+            step=entry.step,
+            lineage=entry.lineage,
+            stage=entry.stage,
+            stage_step=entry.stage_step,
+            ended=entry.ended,
+            time=entry.time,
+            bytes=entry.bytes,
+            suspect=entry.suspect,
+            loss=entry.loss,
+        )
+        self.checkpoints[entry.id] = msgspec.structs.replace(view, on_line=self._on_line(view))
+        self.digests[entry.id] = entry.digest
+        if entry.generation == self.generation:
+            self.generation_commits.append(entry.id)
+
+    def _on_CheckpointPruned(self, entry: j.CheckpointPruned) -> None:
+        self.checkpoints.pop(entry.id, None)
+        self.digests.pop(entry.id, None)
+
+    def _on_GoldenMarked(self, entry: j.GoldenMarked) -> None:
+        if entry.id in self.checkpoints:
+            self.checkpoints[entry.id] = msgspec.structs.replace(self.checkpoints[entry.id], golden=entry.golden)
+
+    def _on_StageBegan(self, entry: j.StageBegan) -> None:
+        self.borders.append(entry)
+
+    def _on_StageEnded(self, entry: j.StageEnded) -> None:
+        self.borders.append(entry)
+
+    def _on_SettingsInForce(self, entry: j.SettingsInForce) -> None:
+        self.settings = entry.settings
+        self.asked = {k: v for k, v in self.asked.items() if k in entry.settings and entry.settings[k] != v}
+
+    def _on_SampleTaken(self, entry: j.SampleTaken) -> None:
+        self.samples.append(
+            Sampled(stage=entry.stage, step=entry.step, lineage=entry.lineage, prompt=entry.prompt, text=entry.text)
+        )
+
+    # Questions.
+
+    def node(self, name: str) -> NodeRecord:
+        """The node's record, an empty one where nothing is known of it."""
+        return self.nodes.setdefault(name, NodeRecord())
+
+    def path(self, lineage: int | None = None) -> list[Segment]:
+        """The segments of the line that ends in a lineage (the one in force), oldest first."""
+        segments: list[Segment] = []
+        current, last = self.lineages.get(self.lineage if lineage is None else lineage), None
+        while current is not None:
+            segments.append(Segment(current.id, current.fork_step if current.parent is not None else -1, last))
+            last = current.fork_step if last is None else min(last, current.fork_step)
+            current = self.lineages.get(current.parent) if current.parent is not None else None
+        segments.reverse()
+        return segments
+
+    def _on_line(self, checkpoint: CheckpointView) -> bool:
+        return _on_path(self.path(), checkpoint.lineage, checkpoint.step)
+
+    def restart_point(self) -> CheckpointView | None:
+        """The newest good checkpoint of the lineage in force, else its fork; None: from the beginning."""
+        own = [c for c in self.checkpoints.values() if c.lineage == self.lineage and not c.suspect]
+        if own:
+            return max(own, key=lambda c: (c.step, c.ended, c.time))
+        lineage = self.lineages.get(self.lineage)
+        return self.checkpoints.get(lineage.fork) if lineage is not None and lineage.fork is not None else None
+
+    def replays(self, after_step: int) -> tuple[Replay, ...]:
+        """Sets of the lineage in force from a step on, to be applied again after a crash."""
+        return tuple(Replay(step=s, key=k, value=v) for line, s, k, v in self.sets if line == self.lineage and s >= after_step)
+
+    def stage_record(self, stage: str) -> StageRecord | None:
+        """The stage's course on the line in force; the newest where it was begun again."""
+        path = self.path()
+        record: StageRecord | None = None
+        for border in self.borders:
+            if border.stage != stage or not _on_path(path, border.lineage, border.step):
+                continue
+            if isinstance(border, j.StageBegan):
+                record = StageRecord(began=border.time, first_step=border.step - border.stage_step)
+            elif record is not None:
+                record = replace(
+                    record,
+                    ended=border.time,
+                    last_step=border.step,
+                    stage_steps=border.stage_step,
+                    product=border.product,
+                )
+        return record
+
+    def open_commands(self) -> list[CommandView]:
+        """Commands not yet ended, oldest first."""
+        return [c for c in self.commands.values() if c.state in ("queued", "sent")]
+
+
+def _on_path(path: list[Segment], lineage: int, step: int) -> bool:
+    return any(line == lineage and (last is None or step <= last) for line, _, last in path)
+
+
+def differences(before: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:
+    """What changed, as `name: old -> new`; nothing where there was nothing before."""
+    if not before:
+        return ()
+    keys = sorted(before.keys() | now.keys())
+    return tuple(f"{k}: {before.get(k, 'none')} -> {now.get(k, 'none')}" for k in keys if before.get(k) != now.get(k))

@@ -1,0 +1,1 @@
+"""The metrics of a run: durable chunks, and the index that answers charts from them at any length."""

@@ -1,0 +1,68 @@
+"""This machine's addresses: which one others reach it at, and on which interface that is."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+import psutil
+
+
+class NetworkError(Exception):
+    """There is no such interface, or it has no address; the message names those there are."""
+
+
+def address_of(interface: str) -> str:
+    """The interface's address, IPv4 first. Raises NetworkError."""
+    known = psutil.net_if_addrs()
+    found = [a.address for family in (socket.AF_INET, socket.AF_INET6) for a in known.get(interface, []) if a.family == family]
+    usable = [a for a in found if not ipaddress.ip_address(a.partition("%")[0]).is_link_local]
+    if not usable:
+        what = "has no address" if interface in known else "is not there"
+        raise NetworkError(f"the interface {interface} {what} (there are: {', '.join(sorted(known))})")
+    return str(usable[0])
+
+
+def address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to a host. Raises NetworkError."""
+    try:
+        for family, kind, _, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind) as probe:  # connecting a datagram socket sends nothing
+                probe.connect(place)
+                return str(probe.getsockname()[0])
+    except OSError as error:
+        raise NetworkError(f"there is no way to {host}: {error.strerror or error}") from None
+    raise NetworkError(f"there is no way to {host}")
+
+
+def interface_of(address: str) -> str | None:
+    """The interface that has an address."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address.partition("%")[0] == address for a in addresses):
+            return str(name)
+    return None
+
+
+def addresses() -> list[str]:
+    """All of this machine's addresses that another one might reach, by interface."""
+    found = []
+    for _, each in sorted(psutil.net_if_addrs().items()):
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for address in (a.address for a in each if a.family == family):
+                known = ipaddress.ip_address(address.partition("%")[0])
+                if not known.is_link_local and not known.is_loopback:
+                    found.append(str(address))
+    return found
+
+
+def address_that_reaches(places: list[tuple[str, int]], timeout: float = 2.0) -> str:
+    """This machine's end of a connection to the first place that takes one. Raises NetworkError where none does."""
+    why = ""
+    for place in places:
+        try:
+            with socket.create_connection(place, timeout) as wire:
+                return str(wire.getsockname()[0])
+        except OSError as error:
+            why = error.strerror or str(error)
+    where = " or ".join(f"{host} port {port}" for host, port in places)
+    raise NetworkError(f"there is no way to the controller at {where}: {why}")

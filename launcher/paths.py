@@ -1,0 +1,239 @@
+"""Where a run's files lie, and how its controller is found."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import socket
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The run directory, by name."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.toml"
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "journal"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def address(self) -> Path:
+        return self.root / "control" / "address"
+
+    @property
+    def keys(self) -> Path:
+        return self.root / "control" / "keys"
+
+    @property
+    def job(self) -> Path:
+        """The Slurm job that the run lives in."""
+        return self.root / "control" / "job"
+
+    @property
+    def batch_script(self) -> Path:
+        return self.root / "control" / "sbatch.sh"
+
+    def create(self) -> None:
+        """Makes the directories; harmless when they are there."""
+        for directory in (self.journal, self.metrics, self.checkpoints, self.logs, self.address.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def is_run(self) -> bool:
+        return self.recipe.is_file() and self.journal.is_dir()
+
+    @property
+    def key(self) -> str:
+        """Short name for this run's files outside its directory."""
+        return hashlib.blake2b(str(self.root.resolve()).encode(), digest_size=8).hexdigest()
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where a controller listens."""
+
+    term: int
+    url: str
+    """`unix:PATH`."""
+    host: str
+    pid: int
+    remote: str = ""
+    """`wss://HOST:PORT`, where other machines reach it with the run's keys; empty: it listens on its own machine only."""
+    also: tuple[str, ...] = ()
+    """Other addresses of the same port: which of them a node reaches depends on where it is."""
+
+    @property
+    def remotes(self) -> tuple[str, ...]:
+        """All ways from other nodes, the likeliest first."""
+        return (self.remote, *self.also) if self.remote else ()
+
+
+def read_address(file: Path) -> Address | None:
+    """The address in a file; None where there is none that can be read."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Address)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def write_atomically(file: Path, content: bytes, mode: int = 0o600) -> None:
+    """Replaces a file so that a reader sees the old or the new content, and nothing between."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            os.fchmod(handle, mode)
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(name, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def write_address(file: Path, address: Address) -> None:
+    write_atomically(file, msgspec.json.encode(address), mode=0o644)  # it holds nothing secret, and operators read it
+
+
+def runtime_directory() -> Path:
+    """The user's directory for sockets (0700), short enough for a socket's path. Raises PermissionError if it is another's."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    usable = base and len(base) < 60 and os.access(base, os.W_OK)
+    directory = Path(base) / "midwatch" if base and usable else Path("/tmp") / f"midwatch-{os.getuid()}"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(f"{directory}: must be a directory of yours that nobody else can enter (chmod 700 {directory})")
+    return directory
+
+
+def cache_directory() -> Path:
+    """Local disk for indexes that can be rebuilt."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "midwatch"
+
+
+class RunLock:
+    """Held by a run's controller on this machine for as long as its process lives; the system lets go of it."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._file = runtime_directory() / f"{paths.key}.lock"
+        self._handle: int | None = None
+
+    def take(self) -> bool:
+        """Whether it is now ours."""
+        handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return False
+        self._handle = handle
+        return True
+
+    def release(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+STALE_SECONDS = 20.0
+"""Without a sign of life on the shared storage before a controller on another machine counts as dead."""
+CONNECT_SECONDS = 2.0
+
+Whereabouts = Literal["here", "elsewhere", "silent", "nowhere"]
+
+
+def find_controller(paths: RunPaths) -> Whereabouts:
+    """Where the run's controller lives; `silent`: on another machine, whose port does not answer, but it was alive just now."""
+    lock = RunLock(paths)
+    if not lock.take():
+        return "here"
+    lock.release()
+    address = read_address(paths.address)
+    if address is None or address.host == host_name():
+        return "nowhere"
+    age = _seconds_since_beat(paths.address)
+    answers = any(_answers(remote) for remote in address.remotes) if address.remote else None
+    if age is None or age <= STALE_SECONDS:
+        return "silent" if answers is False and age is not None else "elsewhere"
+    return "elsewhere" if answers else "nowhere"
+
+
+def controller_lives(paths: RunPaths) -> bool:
+    """Whether a controller of the run lives, on this machine or another."""
+    return find_controller(paths) != "nowhere"
+
+
+def beat(file: Path, address: Address) -> None:
+    """A controller's sign of life: the address file is as new as can be. One that was lost is written anew."""
+    with contextlib.suppress(OSError):
+        found = read_address(file)
+        if found is None or found.term < address.term:
+            write_address(file, address)
+        elif found.term == address.term:
+            os.utime(file)
+
+
+def say_farewell(file: Path, term: int) -> None:
+    """Leaves the address with the oldest of times: nobody need wait for it to grow stale. A later controller's beat undoes it."""
+    found = read_address(file)
+    if found is not None and found.term == term:
+        with contextlib.suppress(OSError):
+            os.utime(file, (0, 0))
+
+
+def _seconds_since_beat(file: Path) -> float | None:
+    """By the storage's own clock: the time of a file made just now. None where none can be made."""
+    try:
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=".now.")
+        try:
+            os.utime(handle)
+            now = os.fstat(handle).st_mtime
+        finally:
+            os.close(handle)
+            os.unlink(name)
+        with file.open("rb") as opened:  # a network file system asks its server for the time of a file that is opened
+            return now - os.fstat(opened.fileno()).st_mtime
+    except OSError:
+        return None
+
+
+def _answers(remote: str) -> bool:
+    place = urlsplit(remote)
+    try:
+        with socket.create_connection((place.hostname or "", place.port or 0), CONNECT_SECONDS):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def host_name() -> str:
+    return socket.gethostname()

@@ -1,0 +1,57 @@
+"""The settings that can be changed while a run trains, their bounds, and what a stage begins with."""
+
+from __future__ import annotations
+
+from launcher.recipe.load import Recipe
+from launcher.recipe.stage import Stage
+
+_BOUNDS: dict[str, tuple[float, float, str]] = {
+    "lr": (0.0, 100.0, "peak learning rate of the stage"),
+    "lr_scale": (0.0, 1000.0, "factor on the learning rate"),
+    "min_lr_ratio": (0.0, 1.0, "end of the cosine as a part of the peak"),
+    "weight_decay": (0.0, 100.0, "AdamW's weight decay"),
+    "clip": (1e-9, 1e9, "largest norm of the gradient"),
+    "beta1": (0.0, 0.999999, "AdamW's first beta"),
+    "beta2": (0.0, 0.999999, "AdamW's second beta"),
+    "beta": (0.0, 100.0, "DPO's tie to the reference"),
+    "label_smoothing": (0.0, 0.499, "DPO's part of wrong labels"),
+    "eval_every": (1, 1e9, "steps between evaluations"),
+    "checkpoint_every": (1, 1e9, "steps between checkpoints"),
+}
+_WHOLE = ("eval_every", "checkpoint_every")
+KEPT_ACROSS_STAGES = ("checkpoint_every",)
+"""Settings that a new stage does not reset."""
+
+
+def stage_settings(recipe: Recipe, stage: Stage) -> dict[str, float]:
+    """The live settings with which the stage begins."""
+    settings: dict[str, float] = {
+        "lr": stage.lr,
+        "lr_scale": 1.0,
+        "min_lr_ratio": stage.min_lr_ratio,
+        "weight_decay": stage.weight_decay,
+        "clip": stage.clip,
+        "beta1": stage.betas[0],
+        "beta2": stage.betas[1],
+        "eval_every": stage.eval_every,
+        "checkpoint_every": recipe.checkpoint.every,
+    }
+    if stage.objective == "dpo":
+        settings |= {"beta": stage.beta, "label_smoothing": stage.label_smoothing}
+    settings |= {f"mixture.{name}": weight for name, weight in stage.mixture.items()}
+    return settings
+
+
+def check_setting(recipe: Recipe, stage: Stage, key: str, value: float) -> float:
+    """The value as it will be set. Raises ValueError with the reason and what is possible."""
+    known = stage_settings(recipe, stage)
+    if key not in known:
+        raise ValueError(f'stage "{stage.name}" has no setting {key!r}; it has: {", ".join(known)}')
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{key}: {value} is not a number to set")
+    low, high, meaning = _BOUNDS.get(key, (0.0, 1e9, "weight in the mixture"))
+    if not low <= value <= high:
+        raise ValueError(f"{key} ({meaning}): {value:g} is not between {low:g} and {high:g}")
+    if key in _WHOLE and value != int(value):
+        raise ValueError(f"{key} ({meaning}): {value:g} is not a whole number")
+    return value

@@ -1,0 +1,280 @@
+"""Reads a recipe, fills in its defaults and checks it, with errors that name the line and the way out."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from launcher.recipe.cluster import Cluster
+from launcher.recipe.lines import Path as KeyPath
+from launcher.recipe.lines import key_lines, line_of
+from launcher.recipe.model import Model
+from launcher.recipe.run import Checkpoint, Report, Run
+from launcher.recipe.stage import Stage
+from launcher.recipe.watch import Watch
+from shards.errors import SpecError
+from shards.spec import Build, Data, Tokenizer
+from shards.spec import check as check_build
+
+
+class RecipeError(Exception):
+    """The recipe cannot be run; the message names file, line and the way out, one problem a line."""
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole recipe: the TOML file that describes a run."""
+
+    run: Run
+    model: Model
+    data: Data
+    stage: tuple[Stage, ...]
+    tokenizer: Tokenizer = Tokenizer()
+    cluster: Cluster = Cluster()
+    checkpoint: Checkpoint = Checkpoint()
+    report: Report = Report()
+    watch: tuple[Watch, ...] = ()
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stage)
+
+    def stage_index(self, name: str) -> int:
+        """Raises KeyError for a stage that is not there."""
+        for index, stage in enumerate(self.stage):
+            if stage.name == name:
+                return index
+        raise KeyError(name)
+
+    def digest(self) -> str:
+        """Hash of everything in the recipe, defaults included."""
+        return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).hexdigest()
+
+
+def load_recipe(file: Path) -> Recipe:
+    """Reads and checks a recipe file; relative paths in it are taken from the file's directory. Raises RecipeError."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{file}: there is no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read: {error}") from None
+    return parse_recipe(text, str(file), file.resolve().parent)
+
+
+def parse_recipe(text: str, name: str = "recipe.toml", base: Path | None = None) -> Recipe:
+    """Parses and checks a recipe's text. Raises RecipeError with every problem found."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"\(at line (\d+), column \d+\)", str(error))
+        message = re.sub(r"\s*\(at .*\)$", "", str(error))
+        raise RecipeError(f"{name}:{place.group(1) if place else text.count(chr(10)) + 1}: not valid TOML: {message}") from None
+    except RecursionError:
+        raise RecipeError(f"{name}: not valid TOML: nested too deeply") from None
+    lines = key_lines(text)
+
+    def at(path: KeyPath) -> str:
+        line = line_of(lines, path)
+        return f"{name}:{line}" if line else name
+
+    try:
+        recipe = msgspec.convert(raw, Recipe)
+    except msgspec.ValidationError as error:
+        path, message = _explain(str(error), raw)
+        raise RecipeError(f"{at(path)}: {message}") from None
+    if base is not None:
+        recipe = _absolute(recipe, base)
+    problems = [f"{at(path)}: {message}" for path, message in check(recipe)]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return recipe
+
+
+def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
+    """Every problem that shows without touching the data: (path of the key, what is wrong and the way out)."""
+    found: list[tuple[KeyPath, str]] = []
+    for section in ("run", "model", "cluster", "checkpoint", "report"):
+        found += [((section, key), f"[{section}] {key}: {message}") for key, message in getattr(recipe, section).problems()]
+    for i, rule in enumerate(recipe.watch):
+        found += [(("watch", i, key), f'watch "{rule.name}": {key}: {message}') for key, message in rule.problems()]
+    kinds: dict[str, str] = {source.name: source.kind for source in recipe.data.source}
+    names: set[str] = set()
+    if not recipe.stage:
+        found.append(((), "a recipe needs at least one [[stage]]"))
+    for i, stage in enumerate(recipe.stage):
+        found += [(("stage", i, key), f'stage "{stage.name}": {key}: {message}') for key, message in stage.problems()]
+        if stage.name in names:
+            found.append((("stage", i, "name"), f'two stages are named "{stage.name}"; give each its own name'))
+        names.add(stage.name)
+        for source in stage.mixture:
+            place = ("stage", i, "mixture", source)
+            if source not in kinds:
+                close = difflib.get_close_matches(source, kinds, 1)
+                hint = f' (did you mean "{close[0]}"?)' if close else f" (there are: {', '.join(kinds) or 'none'})"
+                found.append((place, f'stage "{stage.name}": mixture names a source "{source}" that [[data.source]] lacks{hint}'))
+            elif kinds[source] != stage.data_kind:
+                found.append(
+                    (
+                        place,
+                        f'stage "{stage.name}": {stage.objective} reads {stage.data_kind} sources, "{source}" is {kinds[source]}',
+                    )
+                )
+    seen: set[str] = set()
+    for i, each in enumerate(recipe.data.source):
+        if each.name in seen:
+            found.append((("data", "source", i, "name"), f'two sources have the same name, "{each.name}"; give each its own'))
+        seen.add(each.name)
+    if len(seen) == len(recipe.data.source):
+        found += _data_problem(recipe)
+    return found
+
+
+def _data_problem(recipe: Recipe) -> list[tuple[KeyPath, str]]:
+    """What the building of the data would refuse, with the key that it speaks of."""
+    try:
+        check_build(Build(data=recipe.data, tokenizer=recipe.tokenizer, out="", seed=recipe.run.seed), "[data]")
+    except SpecError as error:
+        message = str(error)
+        for i, source in enumerate(recipe.data.source):
+            if message.startswith(f'[data]: source "{source.name}"'):
+                return [(("data", "source", i), message)]
+        for path in (("tokenizer", "sample_bytes"), ("tokenizer", "vocab"), ("run", "seed")):
+            if f"{path[1]} is" in message:
+                return [(path, message.replace("[data]", f"[{path[0]}]"))]
+        key = next((k for k in Data.__struct_fields__ if message.startswith(f"[data]: {k} ")), "")
+        return [(("data", key) if key else ("data",), message)]
+    return []
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """What is allowed and yet unusual enough to say."""
+    found: list[str] = []
+    base = max((s.lr for s in recipe.stage if s.objective == "pretrain"), default=None)
+    for stage in recipe.stage:
+        if base is not None and stage.objective != "pretrain" and stage.lr > base / 10:
+            found.append(f'stage "{stage.name}": lr {stage.lr:g} is more than a tenth of the pretraining rate {base:g}')
+    if recipe.tokenizer.path is None and not 32_000 <= recipe.tokenizer.vocab <= 100_000:
+        found.append(f"a vocabulary of {recipe.tokenizer.vocab:,} ids is outside the usual 32k to 100k")
+    return found
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as TOML with every default written out; reads back as the same recipe."""
+    raw: dict[str, Any] = msgspec.to_builtins(recipe)
+    out: list[str] = []
+    _dump_table((), raw, out)
+    return "\n".join(out).strip() + "\n"
+
+
+def _absolute(recipe: Recipe, base: Path) -> Recipe:
+    def place(path: str | None) -> str | None:
+        return path if path is None or "://" in path else str((base / Path(path).expanduser()).absolute())
+
+    sources = tuple(msgspec.structs.replace(s, path=place(s.path)) for s in recipe.data.source)
+    data = msgspec.structs.replace(recipe.data, source=sources, dir=place(recipe.data.dir))
+    tokenizer = msgspec.structs.replace(recipe.tokenizer, path=place(recipe.tokenizer.path))
+    return msgspec.structs.replace(recipe, data=data, tokenizer=tokenizer)
+
+
+def _explain(message: str, raw: dict[str, Any]) -> tuple[KeyPath, str]:
+    """Turns a message of msgspec's into the key's path and a sentence that says the way out."""
+    where = re.search(r" - at `\$?(.*)`$", message)
+    body = message[: where.start()] if where else message
+    path: list[str | int] = []
+    for name, index in re.findall(r"\.([A-Za-z0-9_-]+)|\[(\d+|\.\.\.)\]", where.group(1) if where else ""):
+        path.append(name or (int(index) if index != "..." else "..."))
+    unknown = re.match(r"Object contains unknown field `(.*)`", body)
+    label = ".".join(str(p) for p in path if not isinstance(p, int)) or "the recipe"
+    if path and isinstance(_get(raw, path), dict) and "name" in _get(raw, path):
+        label = f'{path[0]} "{_get(raw, path)["name"]}"'
+    if unknown:
+        key = unknown.group(1)
+        close = difflib.get_close_matches(key, _fields_at(path), 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(sorted(_fields_at(path)))}"
+        return (*path, key), f"{label}: unknown key {key!r} ({hint})"
+    missing = re.match(r"Object missing required field `(.*)`", body)
+    if missing:
+        return tuple(path), f"{label}: the key {missing.group(1)!r} is missing"
+    if "..." in path:  # a value of a table, whose key msgspec does not tell
+        path = path[: path.index("...")]
+        label = ".".join(str(p) for p in path if not isinstance(p, int))
+    choices = _choices_at(path)
+    if choices:
+        body = f"must be one of {', '.join(map(repr, choices))}"
+    return tuple(path), f"{label}: {body[0].lower()}{body[1:]}, but it is {_get(raw, path)!r}"
+
+
+def _get(raw: Any, path: list[str | int]) -> Any:
+    for part in path:
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return raw
+
+
+def _fields_at(path: list[str | int]) -> list[str]:
+    kind = _type_at(path)
+    return [f.encode_name for f in kind.fields] if isinstance(kind, msgspec.inspect.StructType) else []
+
+
+def _choices_at(path: list[str | int]) -> list[str]:
+    kind = _type_at(path)
+    return [str(value) for value in kind.values] if isinstance(kind, msgspec.inspect.LiteralType) else []
+
+
+def _type_at(path: list[str | int]) -> Any:
+    kind: Any = msgspec.inspect.type_info(Recipe)
+    for part in path:
+        if isinstance(part, int):
+            kind = getattr(kind, "item_type", kind)
+        elif isinstance(kind, msgspec.inspect.StructType):
+            kind = next((f.type for f in kind.fields if f.encode_name == part), None)
+        if isinstance(kind, msgspec.inspect.UnionType):
+            kind = next((t for t in kind.types if isinstance(t, msgspec.inspect.StructType)), None)
+    return kind
+
+
+def _dump_table(path: tuple[str, ...], table: dict[str, Any], out: list[str]) -> None:
+    tables = {k: v for k, v in table.items() if isinstance(v, dict) and path == ()}
+    arrays = {k: v for k, v in table.items() if isinstance(v, (list, tuple)) and v and all(isinstance(x, dict) for x in v)}
+    for key, value in table.items():
+        if key not in tables and key not in arrays and value is not None:
+            out.append(f"{_bare(key)} = {_toml(value)}")
+    for key, value in tables.items():
+        out += ["", f"[{'.'.join((*path, _bare(key)))}]"]
+        _dump_table((*path, _bare(key)), value, out)
+    for key, items in arrays.items():
+        for item in items:
+            out += ["", f"[[{'.'.join((*path, _bare(key)))}]]"]
+            _dump_table((*path, _bare(key)), item, out)
+
+
+def _bare(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return repr(value) if value == value and abs(value) != float("inf") else str(value)
+    if isinstance(value, str):
+        escaped = "".join(_ESCAPES.get(c, c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}") for c in value)
+        return f'"{escaped}"'
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_bare(k)} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
+    raise TypeError(type(value).__name__)
+
+
+_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}

@@ -1,0 +1,38 @@
+"""`[run]`, `[checkpoint]` and `[report]`: what concerns the run as a whole."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    seed: int = 0
+    """All randomness (weights, order of samples, generation) derives from it."""
+    restarts: int = 3
+    """Restarts without a step of progress between them after which the run waits for an operator."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        if not self.name or any(c in self.name for c in "/\\\0\n") or self.name.startswith("."):
+            return [("name", f"{self.name!r} cannot name a directory")]
+        return [("restarts", "must not be negative")] if self.restarts < 0 else []
+
+
+class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    every: int = 1000
+    """Steps between checkpoints; each stage's end has one besides."""
+    keep: int = 3
+    """Newest checkpoints kept; goldens, stage ends and forks of lineages are kept besides."""
+    asynchronous: bool = True
+    """Write while training goes on."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        return [(key, "must be at least 1") for key in ("every", "keep") if getattr(self, key) < 1]
+
+
+class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    seconds: float = 1.0
+    """Shortest time between two lines of a headless report."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        return [] if self.seconds >= 0 else [("seconds", "must not be negative")]

@@ -1,0 +1,100 @@
+"""`[[stage]]`: one part of the pipeline, an objective with a length, a data mixture and an optimizer schedule."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Literal
+
+import msgspec
+
+from launcher.recipe.model import Rope
+
+OBJECTIVE_DATA = {"pretrain": "text", "sft": "sft", "dpo": "preference"}
+"""The kind of source each objective reads."""
+
+
+class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A stage of the pipeline. Lengths are in optimizer steps, contexts in tokens, batches in samples."""
+
+    name: str
+    objective: Literal["pretrain", "sft", "dpo"]
+    steps: int
+    context: int
+    global_batch: int
+    """Samples of one optimizer step over all ranks; the same at any number of ranks."""
+    mixture: dict[str, float]
+    """Weight of each source by its name; need not sum to 1."""
+    micro_batch: int = 8
+    """Samples of one forward pass on one rank; the rest is accumulated."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Where the cosine ends, as a part of the peak."""
+    warmup: int | None = None
+    """Steps of linear warm-up: 2,000, or 1 % of a shorter stage, where it is left out."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+    masked_documents: bool | None = None
+    """Documents packed into one row do not see each other: so for fine-tuning, not for pretraining, unless said here."""
+    rope: Rope = Rope()
+    eval_every: int = 200
+    """Steps between evaluations on held-out data; also at the start and the end of a stage."""
+    eval_samples: int = 64
+    """Held-out samples of each source that an evaluation reads."""
+    beta: float = 0.1
+    """DPO: strength of the tie to the reference."""
+    label_smoothing: float = 0.0
+    """DPO: part of the preference pairs assumed to be labelled wrongly."""
+    prompts: tuple[str, ...] = ()
+    """Prompts whose continuations are shown at the end of the stage."""
+    sample_tokens: int = 64
+    """Tokens of each such continuation at the most."""
+
+    @property
+    def warmup_steps(self) -> int:
+        if self.warmup is not None:
+            return self.warmup
+        return min(2000, max(1, self.steps // 100))
+
+    @property
+    def documents_masked(self) -> bool:
+        return self.objective != "pretrain" if self.masked_documents is None else self.masked_documents
+
+    @property
+    def data_kind(self) -> str:
+        """The kind of source that this stage's objective reads."""
+        return OBJECTIVE_DATA[self.objective]
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(key, what is wrong and the way out) for each impossible setting."""
+        found: list[tuple[str, str]] = []
+        for key in ("steps", "context", "global_batch", "micro_batch", "eval_every"):
+            if getattr(self, key) < 1:
+                found.append((key, "must be at least 1"))
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", self.name):
+            found.append(("name", "is up to 100 letters, digits, `_`, `-` or `.`, and does not begin with `.`"))
+        for key in ("lr", "clip", "eps"):
+            if not 0 < getattr(self, key) < math.inf:
+                found.append((key, "must be greater than 0 and finite"))
+        for key in ("weight_decay", "beta"):
+            if not 0 <= getattr(self, key) < math.inf:
+                found.append((key, "must not be negative, and finite"))
+        for key in ("eval_samples", "sample_tokens"):
+            if getattr(self, key) < 0:
+                found.append((key, "must not be negative"))
+        for key in ("min_lr_ratio", "label_smoothing"):
+            if not 0 <= getattr(self, key) <= 1:
+                found.append((key, "must lie between 0 and 1"))
+        if not all(0 <= b < 1 for b in self.betas):
+            found.append(("betas", "must each lie between 0 and 1"))
+        if not all(0 <= w < math.inf for w in self.mixture.values()) or not sum(self.mixture.values()) > 0:
+            found.append(("mixture", "needs at least one source with a weight above 0, and none below"))
+        if self.rope.kind != "none" and not 0 < self.rope.factor < math.inf:
+            found.append(("rope", "factor must be greater than 0"))
+        if self.warmup is not None and not 0 <= self.warmup <= self.steps:
+            found.append(("warmup", f"{self.warmup} steps do not fit into a stage of {self.steps} (use 0 to {self.steps})"))
+        return found

@@ -1,0 +1,159 @@
+"""The `midwatch` command: parses its arguments and hands over to a package, importing only what the command needs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.cli.parser import make_parser
+
+if TYPE_CHECKING:
+    from launcher.remote import RemoteRun
+
+STEERING = ("pause", "resume", "checkpoint", "golden", "ungolden", "rollback", "advance", "set", "cancel", "stop")
+
+
+def main() -> int:
+    parser = make_parser()
+    arguments = parser.parse_args()
+    if arguments.version:
+        from importlib.metadata import version
+
+        print(f"midwatch {version('midwatch')}")
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return _hand_over(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _hand_over(arguments: argparse.Namespace) -> int:
+    if arguments.command == "shards":
+        from shards.commands import run
+
+        return run(arguments)
+    from launcher.cli.runs import NoSuchRun
+    from launcher.reach import ClientError
+    from launcher.recipe import RecipeError
+
+    try:
+        if arguments.command == "run":
+            return _run(arguments)
+        if arguments.command == "attach":
+            return _attach(arguments)
+        from launcher.cli import control
+
+        if arguments.command in ("stop", "resume", "status"):
+            from launcher.cli.queue import ask_queue
+
+            if (status := ask_queue(arguments)) is not None:
+                return status
+        if arguments.command in STEERING:
+            return control.steer(arguments)
+        return control.COMMANDS[arguments.command](arguments)
+    except (RecipeError, NoSuchRun) as error:
+        print(f"midwatch: {error}", file=sys.stderr)
+        return 2
+    except (ClientError, PermissionError) as error:
+        print(f"midwatch: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from launcher.cli.queue import needs_job, submit_run, wait_in_queue
+    from launcher.cli.runs import check_recipe, prepare
+    from launcher.recipe import RecipeError, load_recipe, warnings
+
+    script = None
+    if arguments.script is not None:
+        from tui.script import ScriptError, parse_script
+
+        try:
+            script = parse_script(arguments.script)
+        except ScriptError as error:
+            raise RecipeError(f"--script: {error}") from None
+    directory = Path(arguments.dir) if arguments.dir else None
+    if not arguments.no_check and (recipe := check_recipe(Path(arguments.recipe))).cluster.backend == "ssh":
+        from launcher.cli.check import nodes_are_ready
+
+        if not nodes_are_ready(recipe, directory):
+            return 2
+    paths = prepare(Path(arguments.recipe), directory)
+    for warning in warnings(load_recipe(paths.recipe)):
+        print(f"midwatch: warning: {warning}", file=sys.stderr)
+    asked = arguments.headless or arguments.json or script is not None
+    submitted = submit_run(paths) if needs_job(paths) else None
+    if arguments.detach and not asked and submitted is not None:
+        print(paths.root)
+        return 0
+    if arguments.detach and not asked:
+        from launcher.reach import start_controller, wait_for_controller
+
+        start_controller(paths.root)
+        wait_for_controller(paths)
+        print(paths.root)
+        return 0
+    place: Path | RemoteRun = paths.root
+    if submitted is not None:
+        if (left := wait_in_queue(submitted, as_json=arguments.json, owns=asked and not arguments.detach)) is not None:
+            return left
+        place = submitted
+    else:
+        _warn_of_logout()
+    if asked or not _has_terminal():
+        from tui.headless import report
+
+        return report(place, as_json=arguments.json, script=script, owns=not arguments.detach)
+    from tui.app import run
+
+    return run(place)
+
+
+def _attach(arguments: argparse.Namespace) -> int:
+    from launcher.cli.queue import wait_in_queue
+    from launcher.cli.runs import find_anywhere, remember
+    from launcher.slurm import SlurmRun
+
+    root = find_anywhere(arguments.run)
+    if isinstance(root, SlurmRun):
+        remember(root.root)
+        if (left := wait_in_queue(root, as_json=arguments.json, owns=False)) is not None:
+            return left
+    if isinstance(root, Path):
+        remember(root)
+    if arguments.headless or arguments.json or not _has_terminal():
+        from tui.headless import report
+
+        return report(root, as_json=arguments.json, script=None, owns=False)
+    from tui.app import run
+
+    return run(root, read_only=arguments.read_only)
+
+
+def _has_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def _warn_of_logout() -> None:
+    """Says so where the system would end the run with the operator's session."""
+    from launcher.logout import kills_at_logout
+
+    if kills_at_logout():
+        print(
+            "midwatch: warning: this system ends a user's processes at logout; to keep the run:\n"
+            "  systemd-run --user --scope midwatch run ...   (and, once: loginctl enable-linger)",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""`python -m shards build|inspect|verify|cat|stats`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from shards.commands import add_commands, run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m shards", description="Text to tokens to shards.")
+    add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

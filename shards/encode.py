@@ -1,0 +1,199 @@
+"""Documents to token ids, by worker processes; what comes out does not depend on how many there are."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.container import Array
+from shards.errors import ShardError, SpecError
+from shards.spec import Kind
+from shards.tokenizer import Tokenizer, train
+
+Parts = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of documents, one after the other."""
+
+    tokens: Array
+    mask: npt.NDArray[np.uint8] | None  # for sft and preference, as the manifest has it
+    lengths: list[int]  # tokens of each document
+    text_bytes: list[int]  # bytes of UTF-8 of each
+
+
+def encode(tokenizer: Tokenizer, kind: Kind, batch: list[Parts]) -> Encoded:
+    """Text: `[BOS] text [EOS]`. Sft: a chat. Preference: a chat's prompt, one response with EOS, the other with EOS."""
+    ids: list[int] = []
+    mask: list[int] = []
+    lengths: list[int] = []
+    for parts in batch:
+        before = len(ids)
+        if kind == "text":
+            ids += [tokenizer.bos, *tokenizer.encode(parts[0]), tokenizer.eos]
+        elif kind == "sft":
+            found, said = tokenizer.chat([("user", parts[0]), ("assistant", parts[1])])
+            ids += found
+            mask += said
+        else:
+            prompt, _ = tokenizer.chat([("user", parts[0])])
+            chosen, rejected = ([*tokenizer.encode(part), tokenizer.eos] for part in parts[1:])
+            ids += prompt + chosen + rejected
+            mask += [0] * len(prompt) + [1] * len(chosen) + [2] * len(rejected)
+        lengths.append(len(ids) - before)
+    return Encoded(
+        tokens=np.array(ids, dtype=token_dtype(tokenizer.vocab)),
+        mask=None if kind == "text" else np.array(mask, dtype=np.uint8),
+        lengths=lengths,
+        text_bytes=[sum(len(part.encode()) for part in parts) for parts in batch],
+    )
+
+
+def token_dtype(vocab: int) -> str:
+    """uint16 up to 65,536 ids, else uint32."""
+    return "uint16" if vocab <= 1 << 16 else "uint32"
+
+
+class Workers:
+    """`count` processes that train a tokenizer and encode; with 0 all is done here. A context: it ends them.
+
+    Each has one pipe and one batch at a time, taken in turn, so results come in the batches' order. A worker whose
+    parent is gone reads the end of its pipe, and ends too.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._tokenizer: Tokenizer | None = None
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+        context = multiprocessing.get_context("spawn")
+        for number in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), name=f"shards-encode-{number}", daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def train(self, texts: list[str], vocab: int, kind: Literal["bpe", "unigram"]) -> bytes:
+        """A tokenizer model; see shards.tokenizer.train."""
+        if not self._workers:
+            return train(texts, vocab=vocab, kind=kind)
+        worker = self._workers[0]
+        self._send(worker, ("train", texts, vocab, kind))
+        model: bytes = self._receive(worker)
+        return model
+
+    def use(self, model: bytes) -> None:
+        """Encode with this tokenizer from now on."""
+        self._tokenizer = Tokenizer(model)
+        for worker in self._workers:
+            self._send(worker, ("use", model))
+            self._receive(worker)
+
+    def encode(self, kind: Kind, batches: Iterable[tuple[list[Parts], Any]]) -> Iterator[tuple[Encoded, Any]]:
+        """Each batch encoded, in order, with whatever came along with it. Reads ahead by the number of workers."""
+        assert self._tokenizer is not None
+        if not self._workers:
+            for batch, along in batches:
+                yield encode(self._tokenizer, kind, batch), along
+            return
+        idle = deque(self._workers)
+        busy: deque[tuple[tuple[BaseProcess, Connection], Any]] = deque()
+        try:
+            for batch, along in batches:
+                worker = idle.popleft()
+                self._send(worker, ("encode", kind, batch))
+                busy.append((worker, along))
+                if not idle:
+                    worker, along = busy.popleft()
+                    result = self._receive(worker)
+                    idle.append(worker)
+                    yield result, along
+            while busy:
+                worker, along = busy.popleft()
+                result = self._receive(worker)
+                yield result, along
+        finally:
+            while busy:  # left early: what is under way must not answer the next question
+                with suppress(ShardError):
+                    self._receive(busy.popleft()[0])
+
+    def _send(self, worker: tuple[BaseProcess, Connection], message: tuple[Any, ...]) -> None:
+        try:
+            worker[1].send(message)
+        except OSError:
+            raise self._lost(worker[0]) from None
+
+    def _receive(self, worker: tuple[BaseProcess, Connection]) -> Any:
+        try:
+            outcome, value = worker[1].recv()
+        except (EOFError, OSError):
+            raise self._lost(worker[0]) from None
+        if outcome == "refused":
+            raise SpecError(value)
+        if outcome == "failed":
+            raise RuntimeError(f"in an encoding worker:\n{value}")
+        return value
+
+    def _lost(self, process: BaseProcess) -> ShardError:
+        process.join(5)
+        return ShardError(
+            f"an encoding worker ended by itself (exit status {process.exitcode}; -9 is often too little memory):"
+            " the same command goes on from the last whole shard; --workers 1 takes less memory"
+        )
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing, and wait for them."""
+        for process, pipe in self._workers:
+            pipe.close()
+            process.terminate()
+        for process, _ in self._workers:
+            process.join()
+        self._workers = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+
+def _work(pipe: Connection) -> None:
+    """A worker's whole life: answer until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tokenizer: Tokenizer | None = None
+    while True:
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            return
+        answer: tuple[str, Any]
+        try:
+            if message[0] == "train":
+                answer = "done", train(message[1], vocab=message[2], kind=message[3])
+            elif message[0] == "use":
+                tokenizer = Tokenizer(message[1])
+                answer = "done", None
+            else:
+                assert tokenizer is not None
+                answer = "done", encode(tokenizer, message[1], message[2])
+        except ShardError as error:
+            answer = "refused", str(error)
+        except Exception:
+            answer = "failed", traceback.format_exc()
+        try:
+            pipe.send(answer)
+        except OSError:
+            return

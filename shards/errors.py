@@ -1,0 +1,15 @@
+"""The two errors that a user of shards can meet; their text names the thing, the place and the way out."""
+
+from __future__ import annotations
+
+
+class ShardError(Exception):
+    """Data that is damaged, missing or not what it is said to be, or a build that could not go on."""
+
+
+class SpecError(ShardError):
+    """What was asked for is wrong: a bad spec, a missing path, arguments that contradict each other."""
+
+
+class BusyError(ShardError):
+    """Another build is writing to the directory; it can be waited for."""

@@ -1,0 +1,152 @@
+"""`manifest.json`: what the shards of one source and split hold, by hashes, and where their text came from.
+
+A source's shards lie in ROOT/SOURCE/SPLIT, the splits being `train` and `held_out`. The manifest's own `digest` is over
+all the rest of it, so one short string in a checkpoint stands for every byte of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import xxhash
+
+from shards.container import ColumnFile, ColumnReader, write_atomically
+from shards.errors import ShardError
+from shards.spec import Kind
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+SPLITS = ("train", "held_out")
+
+
+class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One shard: its columns, files of equal standing. Documents never cross shards."""
+
+    tokens: int
+    documents: int
+    columns: dict[str, ColumnFile]  # "tokens"; "ends": a document's end, in tokens of this shard; "mask": see Manifest
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All there is to know of one source's split without opening its shards."""
+
+    format: int = FORMAT
+    source: str
+    split: str  # train or held_out
+    kind: Kind
+    origin: str  # where the text came from
+    tokenizer: str  # xxh3_128 of the tokenizer's model file, hex
+    vocab: int  # ids of the tokenizer
+    dtype: str  # of the tokens: uint16 up to 65,536 ids, else uint32
+    frame_items: int  # items in a zstd frame
+    tokens: int
+    documents: int
+    text_bytes: int  # bytes of UTF-8 that the tokens stand for
+    rejected: dict[str, int]  # records that were left out, by reason; of the whole source, the same in both splits
+    shards: tuple[Shard, ...]
+    # The mask column: for sft 1 where the assistant speaks, else 0; for preference 0 prompt, 1 chosen, 2 rejected.
+    digest: str = ""
+
+    def computed_digest(self) -> str:
+        """xxh3_128, hex, of this manifest's JSON with sorted keys, no spaces, and an empty digest."""
+        plain = msgspec.structs.replace(self, digest="")
+        return xxhash.xxh3_128_hexdigest(msgspec.json.encode(plain, order="sorted"))
+
+    def save(self, directory: Path) -> Manifest:
+        """Write it, digest filled in, to `directory`; returned as written."""
+        full = msgspec.structs.replace(self, digest=self.computed_digest())
+        raw = msgspec.json.format(msgspec.json.encode(full, order="sorted"), indent=1)
+        write_atomically(directory / FILE_NAME, raw + b"\n")
+        return full
+
+
+def load(directory: Path) -> Manifest:
+    """The manifest in `directory`, verified against its own digest; ShardError otherwise."""
+    path = directory / FILE_NAME
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror} (build the shards, or correct the path)") from None
+    try:
+        version = msgspec.json.decode(raw, type=_Version).format
+        if version != FORMAT:
+            raise ShardError(f"{path}: format {version}, this release reads format {FORMAT} (build the shards again)")
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise ShardError(f"{path}: not a manifest: {error} (restore it, or build the shards again)") from None
+    if manifest.computed_digest() != manifest.digest:
+        raise ShardError(f"{path}: its content does not match its digest (restore it, or build the shards again)")
+    for shard in manifest.shards:
+        for column in shard.columns.values():
+            if "/" in column.file or column.file.startswith("."):
+                raise ShardError(f"{path}: names a file outside its directory: {column.file}")
+    return manifest
+
+
+class _Version(msgspec.Struct):
+    format: int
+
+
+def verify(directory: Path, *, full: bool = True) -> Iterator[str]:
+    """Yield a message for all that is wrong with the shards of one manifest; nothing, if they are whole.
+
+    Not full: that files are there with the right size and seek table. Full: every byte, by hash, and every frame, and
+    that each shard's columns agree with each other.
+    """
+    try:
+        manifest = load(directory)
+    except ShardError as error:
+        yield str(error)
+        return
+    for shard in manifest.shards:
+        readers: dict[str, ColumnReader] = {}
+        try:
+            for name, column in shard.columns.items():
+                path = directory / column.file
+                try:
+                    readers[name] = ColumnReader(path, column.dtype, manifest.frame_items, known=column)
+                except ShardError as error:
+                    yield str(error)
+            if full:
+                bad = False
+                for name, reader in readers.items():
+                    for message in _verify_file(reader, shard.columns[name]):
+                        bad = True
+                        yield message
+                if not bad and len(readers) == len(shard.columns):
+                    yield from _verify_shard(readers, shard, manifest)
+        finally:
+            for reader in readers.values():
+                reader.close()
+
+
+def _verify_file(reader: ColumnReader, column: ColumnFile) -> Iterator[str]:
+    found = False
+    for message in reader.damaged():
+        found = True
+        yield message
+    if not found and reader.hash() != column.hash:
+        yield f"{reader.path}: its hash is not the manifest's (restore the file, or build it again)"
+
+
+def _verify_shard(readers: dict[str, ColumnReader], shard: Shard, manifest: Manifest) -> Iterator[str]:
+    tokens, ends = readers["tokens"], readers["ends"]
+    where = str(tokens.path)
+    if tokens.items != shard.tokens or ends.items != shard.documents:
+        yield f"{where}: {tokens.items} tokens, {ends.items} documents, but the manifest says otherwise"
+    if "mask" in readers and readers["mask"].items != tokens.items:
+        yield f"{readers['mask'].path}: {readers['mask'].items} items for {tokens.items} tokens"
+    before = 0
+    for number in range(ends.frames):
+        frame = ends.decode_frame(number).astype(np.int64)
+        if np.any(np.diff(frame, prepend=before) <= 0):
+            yield f"{ends.path}: frame {number}: document ends do not rise"
+        before = int(frame[-1])
+    if before != tokens.items:
+        yield f"{ends.path}: the last document ends at {before}, the tokens at {tokens.items}"
+    for number in range(tokens.frames):
+        if int(tokens.decode_frame(number).max()) >= manifest.vocab:
+            yield f"{where}: frame {number}: a token beyond the vocabulary of {manifest.vocab}"

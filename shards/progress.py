@@ -1,0 +1,99 @@
+"""How far a build is, as JSON lines for programs, bars for a terminal, or plain lines for a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Literal, TextIO
+
+import msgspec
+
+Phase = Literal["read", "tokenizer", "encode", "verify", "done"]
+INTERVAL = 0.25  # seconds between reports of one phase
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """One report."""
+
+    phase: Phase
+    done: int
+    total: int | None  # None: not known
+    unit: str  # of done and total: bytes, documents, tokens, shards
+    rate: float  # units a second, since the phase began
+    seconds_left: float | None
+    message: str
+
+
+Report = Callable[[Progress], None]
+
+
+class Meter:
+    """Turns "so much is done" into reports, not too many of them."""
+
+    def __init__(self, report: Report, clock: Callable[[], float] = time.monotonic) -> None:
+        self._report = report
+        self._clock = clock
+        self._start = self._last = clock()
+        self._from = 0
+
+    def begin(self, phase: Phase, message: str, unit: str = "", total: int | None = None, done: int = 0) -> None:
+        """A phase, or another source within it."""
+        self._phase, self._message, self._unit = phase, message, unit
+        self._start, self._from = self._clock(), done
+        self.update(done, total, now=True)
+
+    def update(self, done: int, total: int | None = None, *, unit: str | None = None, now: bool = False) -> None:
+        """So much is done; reported if the last report is old enough, or if asked to `now`."""
+        moment = self._clock()
+        if not now and moment - self._last < INTERVAL:
+            return
+        self._last = moment
+        self._unit = self._unit if unit is None else unit
+        passed = moment - self._start
+        rate = (done - self._from) / passed if passed > 0 else 0.0
+        left = max(0, total - done) / rate if total is not None and rate > 0 else None
+        self._report(Progress(self._phase, done, total, self._unit, round(rate, 1), left and round(left, 1), self._message))
+
+
+def json_lines(stream: TextIO) -> Report:
+    """One JSON object a line."""
+
+    def report(progress: Progress) -> None:
+        stream.write(msgspec.json.encode(progress).decode() + "\n")
+        stream.flush()
+
+    return report
+
+
+class Screen:
+    """A bar on a terminal; without one, a line for each phase and source. A context: it restores the terminal."""
+
+    def __init__(self, stream: TextIO = sys.stderr) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        self._console = Console(file=stream)
+        self._bars = Bars(
+            TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bars.add_task("", total=None)
+        self._shown = ""
+
+    def __call__(self, progress: Progress) -> None:
+        said = f"{progress.phase}: {progress.message}"
+        if said != self._shown and not self._console.is_terminal:
+            self._console.print(said, highlight=False, soft_wrap=True)
+        if said != self._shown:
+            self._bars.reset(self._task, description=said, total=progress.total)
+        self._shown = said
+        self._bars.update(self._task, completed=progress.done, total=progress.total)
+
+    def __enter__(self) -> Screen:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()

@@ -1,0 +1,122 @@
+"""What to build: sources of text, a tokenizer, and how shards are cut; the `[data]` part of a recipe, and `build --spec`."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Literal
+
+import msgspec
+
+from shards.errors import SpecError
+
+Kind = Literal["text", "sft", "preference"]
+Origin = Literal["stdlib-code", "stdlib-docs", "stdlib-topics", "stdlib-sft", "stdlib-preference", "jsonl", "text"]
+
+STDLIB_KINDS: dict[str, Kind] = {
+    "stdlib-code": "text",
+    "stdlib-docs": "text",
+    "stdlib-topics": "text",
+    "stdlib-sft": "sft",
+    "stdlib-preference": "preference",
+}
+SMALLEST_VOCAB = 320  # 8 reserved ids, 256 bytes, the newline, and room for an alphabet
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One source of documents. `origin` says where they come from: this Python's standard library, or a path."""
+
+    name: str  # letters, digits, `_`, `-`, `.`; names the directory of its shards and the source in mixtures
+    kind: Kind  # text: documents; sft: prompt and response; preference: prompt, chosen and rejected response
+    origin: Origin
+    path: str | None = None  # jsonl, text: a file, a directory or a glob; .jsonl, .txt, .md, each also .gz or .zst
+    text_field: str = "text"  # jsonl: the field that holds a document
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    chosen_field: str = "chosen"
+    rejected_field: str = "rejected"
+    max_documents: int | None = None  # documents, held-out ones included
+    max_tokens: int | None = None  # tokens, held-out ones included
+
+
+class Tokenizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A SentencePiece tokenizer: trained on a sample of the sources' training documents, or brought along."""
+
+    vocab: int = 32_000  # ids, the reserved ones and the 256 bytes included
+    kind: Literal["bpe", "unigram"] = "bpe"
+    path: str | None = None  # a trained .model to use instead; `vocab` and `kind` are then not looked at
+    sample_bytes: int = 20_000_000  # bytes of text to train on, in equal parts from all sources
+
+
+class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The sources and how their shards are cut."""
+
+    source: tuple[Source, ...]
+    dir: str | None = None  # where the shards lie; None: the launcher's choice
+    frame_tokens: int = 16_384  # tokens in a zstd frame, the unit of random access
+    level: int = 9  # zstd compression level, 1 to 19
+    held_out: float = 0.01  # share of each source's documents that is never trained on, 0 to 0.5
+    shard_tokens: int = 67_108_864  # tokens after which a shard ends (with its document); also the unit of resuming
+
+
+class Build(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All that `python -m shards build` needs."""
+
+    data: Data
+    tokenizer: Tokenizer = Tokenizer()
+    out: str  # directory to build in
+    seed: int = 0  # chooses the held-out documents
+
+
+def decode_build(raw: bytes, where: str) -> Build:
+    """A Build from JSON; `where` names the file in the SpecError that a bad one raises."""
+    try:
+        build = msgspec.json.decode(raw, type=Build)
+    except msgspec.MsgspecError as error:
+        raise SpecError(f"{where}: {error}") from None
+    check(build, where)
+    return build
+
+
+def check(build: Build, where: str = "data") -> None:
+    """Raise SpecError for values that are well-formed but cannot work."""
+    data, tokenizer = build.data, build.tokenizer
+    if not data.source:
+        raise SpecError(f"{where}: no sources (give at least one)")
+    names = [source.name for source in data.source]
+    for name in names:
+        if names.count(name) > 1:
+            raise SpecError(f'{where}: two sources are named "{name}" (rename one)')
+    for source in data.source:
+        _check_source(source, f'{where}: source "{source.name}"')
+    if not (math.isfinite(data.held_out) and 0 <= data.held_out <= 0.5):
+        raise SpecError(f"{where}: held_out is {data.held_out} (use a share from 0 to 0.5, such as 0.01)")
+    if not 64 <= data.frame_tokens <= 1 << 24:
+        raise SpecError(f"{where}: frame_tokens is {data.frame_tokens} (use 64 to 16777216; 16384 suits most)")
+    if not 1 <= data.level <= 19:
+        raise SpecError(f"{where}: level is {data.level} (use a zstd level from 1 to 19)")
+    if data.shard_tokens < data.frame_tokens:
+        raise SpecError(f"{where}: shard_tokens is less than frame_tokens (use at least {data.frame_tokens})")
+    if tokenizer.path is None and tokenizer.vocab < SMALLEST_VOCAB:
+        raise SpecError(f"{where}: tokenizer vocab is {tokenizer.vocab} (use at least {SMALLEST_VOCAB})")
+    if tokenizer.sample_bytes < 1:
+        raise SpecError(f"{where}: tokenizer sample_bytes is {tokenizer.sample_bytes} (use at least 1)")
+    if not 0 <= build.seed < 1 << 63:
+        raise SpecError(f"{where}: seed is {build.seed} (use 0 or more, below 2^63)")
+
+
+def _check_source(source: Source, where: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", source.name):
+        raise SpecError(f"{where}: a name is up to 100 letters, digits, `_`, `-` or `.`, and does not begin with `.`")
+    if source.origin in STDLIB_KINDS:
+        if source.kind != STDLIB_KINDS[source.origin]:
+            raise SpecError(f'{where}: origin {source.origin} is of kind "{STDLIB_KINDS[source.origin]}"')
+        if source.path is not None:
+            raise SpecError(f"{where}: origin {source.origin} takes no path (drop it, or use jsonl or text)")
+    elif source.path is None:
+        raise SpecError(f"{where}: origin {source.origin} needs a path (a file, a directory or a glob)")
+    if source.origin == "text" and source.kind != "text":
+        raise SpecError(f'{where}: origin text is of kind "text" (use jsonl for {source.kind})')
+    for limit in (source.max_documents, source.max_tokens):
+        if limit is not None and limit < 1:
+            raise SpecError(f"{where}: max_documents and max_tokens are at least 1 (or left out)")

@@ -1,0 +1,190 @@
+"""Text to token ids and back, by SentencePiece, with reserved ids that no text can produce.
+
+A tokenizer trained here gives the reserved ids fixed numbers (`RESERVED`), falls back to bytes for what it never saw, and
+changes nothing: `decode(encode(text)) == text` for every text, spaces, tabs and line ends included. A model brought along
+keeps its own ids for what it has as control pieces, and gets new ids past its end for the rest.
+
+The chat template, one line: `<|system|>S<|user|>U<|assistant|>A[EOS]<|user|>U...`, with nothing between the parts.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import sentencepiece
+import xxhash
+
+from shards.errors import ShardError, SpecError
+
+PAD, BOS, EOS, UNK, MASK = "[PAD]", "[BOS]", "[EOS]", "[UNK]", "[MASK]"
+SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
+RESERVED = (PAD, BOS, EOS, UNK, MASK, SYSTEM, USER, ASSISTANT)  # in the order of their ids, from 0
+ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+FILE_NAME = "tokenizer.model"
+
+META_SPACE = "\u2581"  # how SentencePiece writes a space inside pieces
+LONG = 1 << 16  # characters encoded at once: its memory grows with the text, and no piece crosses a line end
+THREADS = 4  # fixed, because unigram training sums in an order that depends on it
+
+Message = tuple[str, str] | Mapping[str, str]
+
+
+def train(texts: Iterable[str], *, vocab: int, kind: Literal["bpe", "unigram"] = "bpe") -> bytes:
+    """A SentencePiece model of exactly `vocab` ids trained on `texts`; the same texts give the same bytes."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocab,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 20,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece=PAD,
+            bos_piece=BOS,
+            eos_piece=EOS,
+            unk_piece=UNK,
+            # Control symbols, unlike user-defined ones, are never found in text: a document cannot forge a turn.
+            control_symbols=[MASK, SYSTEM, USER, ASSISTANT],
+            user_defined_symbols=["\n"],
+            num_threads=THREADS,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        raise SpecError(_training_failed(str(error), vocab)) from None
+    return model.getvalue()
+
+
+def _training_failed(message: str, vocab: int) -> str:
+    if "sentences_.empty()" in message:
+        return "tokenizer: there is no text to train on (check the sources' paths and limits)"
+    if "too high" in message:
+        most = message.rsplit("<=", 1)[-1].strip(" .\n")
+        return f"tokenizer: the sample is too small for a vocabulary of {vocab} (set vocab to {most} or less, or give more text)"
+    return f"tokenizer: training failed: {message}"
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), 4096):
+                yield line[start : start + 4096]
+
+
+class Tokenizer:
+    """A loaded tokenizer. Thread-safe.
+
+    vocab: the number of ids, reserved ones included; hash: xxh3_128 of the model file, hex; reserved: id by name.
+    """
+
+    def __init__(self, model: bytes, where: str = "tokenizer") -> None:
+        try:
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise SpecError(f"{where}: not a SentencePiece model (give a .model file, or leave path out)") from None
+        self.hash = xxhash.xxh3_128_hexdigest(model)
+        own = {BOS: self._model.bos_id(), EOS: self._model.eos_id(), PAD: self._model.pad_id(), UNK: self._model.unk_id()}
+        self.vocab: int = self._model.get_piece_size()
+        self.reserved: dict[str, int] = {}
+        for name in RESERVED:
+            found = own.get(name, -1)
+            if found < 0:
+                found = self._model.piece_to_id(name)
+                if not self._model.is_control(found):
+                    found = self.vocab
+                    self.vocab += 1
+            self.reserved[name] = found
+        self.pad, self.bos, self.eos = self.reserved[PAD], self.reserved[BOS], self.reserved[EOS]
+        self._names = {number: name for name, number in self.reserved.items()}
+        # A model that puts a space before everything would put one before each part of a long text.
+        self._splits = not self._model.normalize("a").startswith(META_SPACE)
+        byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
+        self._meta_space = [] if own[UNK] in byte_ids else byte_ids
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """From a .model file; ShardError if it cannot be read."""
+        try:
+            return cls(path.read_bytes(), str(path))
+        except OSError as error:
+            raise ShardError(f"{path}: {error.strerror} (restore the tokenizer, or build the shards again)") from None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without BOS or EOS. Never a reserved id, whatever the text says."""
+        if self._meta_space and META_SPACE in text:
+            # SentencePiece would give this character back as a space; its bytes come back as themselves.
+            ids: list[int] = []
+            for number, part in enumerate(text.split(META_SPACE)):
+                ids += (self._meta_space if number else []) + self.encode(part)
+            return ids
+        if len(text) <= LONG or not self._splits:
+            encoded: list[int] = self._model.encode(text)
+            return encoded
+        return [number for part in _cut(text) for number in self._model.encode(part)]
+
+    def decode(self, ids: Iterable[int], *, reserved: bool = False) -> str:
+        """The text of ids; `reserved` shows the reserved ones by name instead of leaving them out."""
+        text: list[str] = []
+        plain: list[int] = []
+        for number in map(int, ids):
+            if number in self._names:
+                text.append(self._model.decode(plain))
+                text.append(self._names[number] if reserved else "")
+                plain = []
+            elif 0 <= number < self._model.get_piece_size():
+                plain.append(number)
+        text.append(self._model.decode(plain))
+        return "".join(text)
+
+    def piece(self, number: int) -> str:
+        """One id as text for the screen: a reserved name, or what it decodes to, bytes as `<0x0A>`."""
+        if number in self._names:
+            return self._names[number]
+        shown: str = self._model.id_to_piece(number).replace(META_SPACE, " ")
+        return shown
+
+    def chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """The ids of a conversation, and the mask: 1 for what an assistant says and the EOS after it, else 0.
+
+        Messages are (role, content) or {"role": ..., "content": ...}. One that does not end with the assistant is a
+        prompt: it gets `<|assistant|>` at its end, for a response to follow.
+        """
+        ids: list[int] = []
+        mask: list[int] = []
+        role = ""
+        for message in messages:
+            role, content = message if isinstance(message, tuple) else (message["role"], message["content"])
+            if role not in ROLES:
+                raise ValueError(f'role "{role}" is none of {", ".join(ROLES)}')
+            said = self.encode(content) + ([self.eos] if role == "assistant" else [])
+            ids += [self.reserved[ROLES[role]], *said]
+            mask += [0] + [int(role == "assistant")] * len(said)
+        if role != "assistant":
+            ids.append(self.reserved[ASSISTANT])
+            mask.append(0)
+        return ids, mask
+
+
+def _cut(text: str) -> Iterator[str]:
+    """A long text in parts, cut after a line end, else before a space, else anywhere."""
+    start = 0
+    while len(text) - start > LONG:
+        end = text.rfind("\n", start, start + LONG) + 1
+        if end <= start:
+            end = text.rfind(" ", start + LONG // 2, start + LONG)
+        if end <= start:
+            end = start + LONG
+        yield text[start:end]
+        start = end
+    yield text[start:]

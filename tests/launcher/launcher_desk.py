@@ -1,0 +1,345 @@
+"""A controller's parts with only the processes left out: a backend that starts nothing, ranks and an agent that are played here.
+
+Journal, ledger, metrics, checkpoints on disk, commands, generations: all real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import xxhash
+
+from launcher import journal as j
+from launcher import protocol as p
+from launcher.backends import Started
+from launcher.checkpoints import MANIFEST
+from launcher.controller import __main__ as controller
+from launcher.controller.office import Office
+from launcher.metrics.store import Metrics
+from launcher.paths import RunPaths
+from launcher.recipe import Recipe, Watch, dump_recipe, parse_recipe
+
+RECIPE = """
+[run]
+name = "desk"
+restarts = 1
+[model]
+layers = 1
+width = 8
+heads = 2
+[[data.source]]
+name = "text"
+kind = "text"
+origin = "stdlib-topics"
+[checkpoint]
+keep = 3
+[[stage]]
+name = "first"
+objective = "pretrain"
+steps = 50
+context = 8
+global_batch = 1
+mixture = { text = 1.0 }
+[[stage]]
+name = "second"
+objective = "pretrain"
+steps = 50
+context = 8
+global_batch = 1
+mixture = { text = 1.0 }
+"""
+NODE = "node"
+
+
+def write_checkpoint(root: Path, directory: str, id: str, generation: int = 1) -> str:
+    """A small checkpoint as ranks leave it; its digest."""
+    place = root / directory
+    place.mkdir(parents=True)
+    data = id.encode() * 100
+    (place / "data.bin").write_bytes(data)
+    manifest = {
+        "format": 1,
+        "id": id,
+        "generation": generation,
+        "files": {"data.bin": {"bytes": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)}},
+        "tensors": {},
+    }
+    content = msgspec.msgpack.encode(manifest)
+    (place / MANIFEST).write_bytes(content)
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+class NoProcesses:
+    """A backend whose agent is played by the desk."""
+
+    nodes: tuple[str, ...] = (NODE,)
+    patience = 60.0
+    lacking = ""
+
+    def __init__(self, *_: object) -> None:
+        self.living = True
+        self.started = 0
+        self.came: Callable[[], None] = lambda: None
+
+    async def start(self, node: str) -> Started:
+        self.started += 1
+        self.living = True
+        asyncio.get_running_loop().call_soon(self.came)
+        return Started(4242, 1.0)
+
+    def alive(self, agent: j.AgentStarted) -> bool | None:
+        return self.living
+
+
+class InstantData:
+    """The building of the data: done when the test says so."""
+
+    done: asyncio.Event
+
+    def __init__(self, office: Office) -> None:
+        self._office = office
+
+    async def ensure(self) -> None:
+        await self.done.wait()
+        if self._office.ledger.data_seconds is None:
+            self._office.record(j.DataBuilt(time=1.0, directory="d", seconds=1.0))
+
+
+class Desk:
+    """One controller at work, and the hands that play everybody else."""
+
+    def __init__(self, root: Path, recipe: Recipe) -> None:
+        self.paths = RunPaths(root)
+        self.paths.create()
+        self.paths.recipe.write_text(dump_recipe(recipe))
+        self.now = 1000.0
+        self.journal = j.Journal(self.paths.journal, self.now, "host", 1)
+        self.metrics = Metrics.open(self.paths.metrics, root / "index.sqlite", self.journal.term)
+        self.office = Office(self.paths, recipe, self.journal, self.metrics, clock=self._clock)
+        if not self.office.ledger.started:
+            self.office.record(j.RunBegan(time=self.now, name=recipe.run.name, recipe="x"))
+        self.term = controller.Term(self.office)
+        self.dispatch, self.generations = self.term.dispatch, self.term.generations
+        self.reports = self.term.door._reports
+        self.backend: NoProcesses = self.generations._pool._backend  # type: ignore[assignment]
+        self.backend.came = self.agent_comes
+        self.agent: list[p.Message] = []
+        """What the agent was told."""
+        self.rank: list[p.Message] = []
+        """What rank 0 was told."""
+        self._reported = 0
+        self._commands = 0
+        self._work: asyncio.Task[None] | None = None
+
+    def _clock(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    @property
+    def ledger(self) -> Any:
+        return self.office.ledger
+
+    @property
+    def starts(self) -> list[p.Start]:
+        return [m.start for m in self.agent if isinstance(m, p.Gather)]
+
+    @property
+    def orders(self) -> list[p.Order]:
+        return [m for m in self.rank if isinstance(m, p.Order)]
+
+    def open(self) -> None:
+        self.term._commits.adopt()
+        self.generations.take_over()
+        self._work = asyncio.create_task(self.dispatch.run())
+
+    async def close(self) -> None:
+        """As a kill would: nothing more is written."""
+        assert self._work is not None
+        for task in (self._work, self.generations._work):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        self.metrics.close()
+        self.journal.close()
+
+    # The agent
+
+    def agent_comes(self, generation: int | None = None, node: str = NODE) -> None:
+        held = self.ledger.generation if self.ledger.generation_live else 0
+        hello = p.AgentHello(
+            version=p.VERSION,
+            run=self.paths.key,
+            node=node,
+            pid=4242,
+            generation=held if generation is None else generation,
+        )
+        self.generations.agent_came(hello, self.agent.append)
+
+    def ranks_die(self, reason: str = "killed") -> None:
+        self.generations.ranks_ended(NODE, p.RanksEnded(generation=self.ledger.generation, ok=False, reason=reason))
+
+    # Rank 0
+
+    def rank_comes(self) -> None:
+        self._reported = self.reports.acknowledged()
+        self.dispatch.rank_came(self.rank.append)
+
+    def says(self, body: p.RankBody) -> None:
+        self._reported += 1
+        self.reports.control(p.Numbered(number=self._reported, body=body), self.rank.append)
+
+    def phase(self, phase: str, step: int = 0, stage: str = "first") -> None:
+        self.says(
+            p.Phase(
+                phase=phase,  # type: ignore[arg-type]
+                step=step,
+                stage=stage,
+                stage_step=step,
+                lineage=self.ledger.lineage,
+                settings={"lr": 3e-4},
+            )
+        )
+
+    def row(self, step: int, lineage: int | None = None, **values: float) -> None:
+        number = self.__dict__.setdefault("_rows", 0) + 1
+        self.__dict__["_rows"] = number
+        body = p.Metrics(
+            lineage=self.ledger.lineage if lineage is None else lineage,
+            step=step,
+            tokens=step * 8,
+            time=float(step),
+            values={"train/loss": 1.0} | values,
+        )
+        source = f"{self.ledger.generation}/telemetry/{self.office.term}"
+        self.reports.metrics(source, p.Numbered(number=number, body=body))
+
+    def answers(self, order: p.Order, ok: bool = True, step: int = 0, reason: str = "", **detail: Any) -> None:
+        self.says(p.Outcome(number=order.number, ok=ok, step=step, detail=detail, reason=reason))
+
+    def saves(self, id: str, step: int, *, ended: bool = False, suspect: bool = False, numbers: tuple[int, ...] = ()) -> p.Message:
+        digest = write_checkpoint(self.paths.checkpoints, f".writing-{id}", id, self.ledger.generation)
+        self.says(self.ready(id, step, digest, ended=ended, suspect=suspect, numbers=numbers))
+        return self.rank[-1]
+
+    def ready(self, id: str, step: int, digest: str, **changes: Any) -> p.CheckpointReady:
+        return p.CheckpointReady(
+            **{  # type: ignore[arg-type]
+                "id": id,
+                "directory": f".writing-{id}",
+                "digest": digest,
+                "step": step,
+                "lineage": self.ledger.lineage,
+                "stage": "first",
+                "stage_step": step,
+                "ended": False,
+                "generation": self.ledger.generation,
+                "bytes": 1,
+                "suspect": False,
+                "seconds": 0.1,
+                "stall_seconds": 0.0,
+                **changes,
+            }
+        )
+
+    # Operators
+
+    def give(self, verb: str, command_id: str | None = None, author: str = "ann", **arguments: Any) -> p.CommandView:
+        self._commands += 1
+        command = p.Command(id=command_id or f"{self.office.term}-{self._commands}", verb=verb, arguments=arguments)  # type: ignore[arg-type]
+        return self.dispatch.accept(command, author)
+
+    def view(self, command: p.CommandView) -> p.CommandView:
+        found: p.CommandView = self.ledger.commands[command.number]
+        return found
+
+    async def until(self, holds: Callable[[], Any], seconds: float = 5.0) -> None:
+        """Waits for something that is to come about by itself."""
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end, f"in vain; the run is {self.ledger.state}: {self.ledger.reason}"
+            await asyncio.sleep(0.002)
+
+    # States
+
+    async def to(self, state: p.State) -> None:
+        """Brings a fresh run into a state, with two checkpoints (`a` at step 10, `b` at 20) where it has trained."""
+        if state == "building":
+            await self.until(lambda: self.ledger.state == "building")
+            return
+        InstantData.done.set()
+        await self.until(lambda: self.starts)
+        if state == "starting":
+            assert self.ledger.state == "starting"
+            return
+        self.rank_comes()
+        self.phase("training")
+        for step in range(1, 26):
+            self.row(step)
+            if step in (10, 20):
+                self.saves("a" if step == 10 else "b", step)
+        assert self.ledger.state == "training"
+        await self._from_training(state)
+        assert self.ledger.state == state
+
+    async def _from_training(self, state: p.State) -> None:
+        if state == "paused":
+            view = self.give("pause")
+            await self.until(lambda: self.orders)
+            self.answers(self.orders[-1], step=25)
+            self.phase("paused", 25)
+            assert self.view(view).state == "done"
+        elif state == "recovering":
+            self.ranks_die()
+            await self.until(lambda: len(self.starts) == 2)
+            self.rank.clear()
+        elif state == "released":
+            self.give("release")
+            await self.until(lambda: self.orders)
+            self.saves("r", 25)
+            self.answers(self.orders[-1], step=25, checkpoint="r")
+            self.says(p.Ended(cause="released", step=25, checkpoint="r"))
+        elif state == "failed":
+            self.ranks_die()
+            await self.until(lambda: len(self.starts) == 2)
+            self.ranks_die()
+            await self.until(lambda: self.ledger.state == "failed")
+        elif state == "finished":
+            self.says(p.Ended(cause="finished", step=100))
+
+    async def trains(self) -> None:
+        """The ranks last asked for come up and train."""
+        self.rank_comes()
+        self.phase("training", self.office.live.step)
+
+
+def make_recipe(watch: tuple[Watch, ...] = (), **run: Any) -> Recipe:
+    recipe = parse_recipe(RECIPE)
+    return msgspec.structs.replace(recipe, watch=watch, run=msgspec.structs.replace(recipe.run, **run))
+
+
+@contextlib.asynccontextmanager
+async def desk_at(
+    root: Path, monkeypatch: pytest.MonkeyPatch, state: p.State | None = None, recipe: Recipe | None = None
+) -> AsyncIterator[Desk]:
+    """A controller of a run in a state; of a run as its journal has it, for None."""
+    monkeypatch.setattr(controller, "backend_of", NoProcesses)
+    monkeypatch.setattr(controller, "Building", InstantData)
+    InstantData.done = asyncio.Event()
+    if state is None:
+        InstantData.done.set()
+    desk = Desk(root, recipe or make_recipe())
+    desk.open()
+    try:
+        if state is not None:
+            await desk.to(state)
+        yield desk
+    finally:
+        await desk.close()

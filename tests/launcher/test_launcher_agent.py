@@ -1,0 +1,116 @@
+"""The agent: a generation of ranks under torch's elastic agent, and its reading of the node. The one test here that needs torch."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from launcher import protocol as p
+from launcher.agent.agent import Agent
+from launcher.agent.environment import MASK, presentable, rank_environment
+from launcher.agent.stats import NodeReader
+from launcher.controller.blame import first_failure
+from launcher.paths import RunPaths
+from launcher.recipe import load_recipe
+
+
+def gather(generation: int) -> p.Gather:
+    start = p.Start(generation=generation, term=1, lineage=p.Lineage(id=1))
+    return p.Gather(start=start, node_rank=0, nodes=1, ranks_per_node=1, store_host="127.0.0.1", store_port=0)
+
+
+def test_each_generation_has_a_store_of_its_own_and_tells_how_its_ranks_ended(tmp_path: Path) -> None:
+    elastic = pytest.importorskip("launcher.agent.elastic")
+    told: dict[int, tuple[bool, tuple[p.RankExit, ...], str]] = {}
+    both = threading.Event()
+
+    def ended(generation: int, ok: bool, exits: tuple[p.RankExit, ...], reason: str) -> None:
+        told[generation] = ok, exits, reason
+        if len(told) == 2:
+            both.set()
+
+    ports: dict[int, int] = {}
+    starts: dict[int, p.Start] = {}
+
+    def group(generation: int) -> elastic.RankGroup:
+        def opened(port: int) -> None:
+            ports[generation] = port
+            store = elastic._open_store(msgspec.structs.replace(gather(generation), node_rank=1, store_port=port))
+            starts[generation] = msgspec.msgpack.decode(store.get(elastic.START_KEY), type=p.Start)
+
+        environment = rank_environment(1, None)
+        return elastic.RankGroup(
+            gather(generation), tmp_path / "none", "r", tmp_path, environment, tmp_path / "beat", opened, ended
+        )
+
+    first, second = group(1), group(2)
+    second.end()
+    for each in (first, second):
+        each.start()
+    assert both.wait(60)
+    assert ports[1] != ports[2]
+    assert {starts[1].generation, starts[2].generation} == {1, 2}
+    ok, exits, _ = told[1]
+    assert not ok, "there is no such run"
+    assert [e.rank for e in exits] == [0] and exits[0].code != 0
+    assert told[2][0] is False
+    for each in (first, second):
+        each.join(10)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("generation-")]
+
+
+def test_the_first_rank_to_fail_is_named_with_its_signal_or_status() -> None:
+    def first(**told: tuple[p.RankExit, ...]) -> tuple[str, str, bool]:
+        return first_failure({node: p.RanksEnded(generation=1, ok=False, exits=exits) for node, exits in told.items()})
+
+    assert first(a=(p.RankExit(1, -9), p.RankExit(0, 1, "victim"))) == ("a", "rank 1 was killed by signal 9", True)
+    assert first(a=(p.RankExit(0, 3, "out of memory"),)) == ("a", "rank 0 ended with status 3: out of memory", False)
+    assert first(a=())[1] == ""
+    assert first(a=(p.RankExit(0, 1, "victim"),), b=(p.RankExit(2, -11),)) == ("b", "rank 2 was killed by signal 11 (on b)", True)
+
+
+def test_a_node_without_a_gpu_says_so_and_tells_cpus_memory_and_disk(tmp_path: Path) -> None:
+    reader = NodeReader("n", tmp_path)
+    stats = reader.read((p.RankBeat(0, os.getpid(), 5, 1.0), p.RankBeat(1, 2**22 + 1, 0, 0.0)), 3)
+    assert stats.gpus or stats.gpu_note
+    assert len(stats.cpus) >= 1
+    assert 0 < stats.memory_used < stats.memory_total
+    assert stats.rank_rss[0] > 1e6 and stats.rank_rss[1] == 0
+    assert stats.disk_free
+    assert p.decode(p.encode(stats)) == stats
+    reader.close()
+
+
+def test_secrets_do_not_reach_the_journal() -> None:
+    shown = presentable(
+        {"PATH": "/bin", "WANDB_API_KEY": "k", "HF_TOKEN": "t", "DB_PASSWORD": "p", "PROXY": "http://me:pw@host:1", "SHLVL": "2"}
+    )
+    assert shown == {
+        "PATH": "/bin",
+        "WANDB_API_KEY": MASK,
+        "HF_TOKEN": MASK,
+        "DB_PASSWORD": MASK,
+        "PROXY": f"http://me:{MASK}@host:1",
+    }
+
+
+def test_an_agent_that_nobody_needs_leaves_and_clears_its_files_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_launcher_recipe import GOOD
+
+    from launcher.agent import agent as module
+
+    monkeypatch.setattr(module, "FORSAKEN_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_import_torch", lambda: None)
+    paths = RunPaths(tmp_path / "run")
+    paths.create()
+    paths.recipe.write_text(GOOD)
+    began = time.monotonic()
+    assert Agent(paths, "n", load_recipe(paths.recipe), None).run() == 0
+    assert time.monotonic() - began < 15
+    assert list((Path(os.environ["XDG_RUNTIME_DIR"]) / "midwatch").iterdir()) == []
+    assert not [t.name for t in threading.enumerate() if t.name in ("agent-link", "stats")]

@@ -1,0 +1,29 @@
+"""docs/protocol.md says what the code does."""
+
+from __future__ import annotations
+
+import typing
+
+import pytest
+
+from docs.protocol import PAGE, page
+from launcher import protocol as p
+from launcher.commands import VERBS
+
+TEXT = PAGE.read_text(encoding="utf-8")
+
+
+def test_the_table_on_the_page_is_the_codes() -> None:
+    assert page(TEXT) == TEXT, "behind the code; write it anew with: python -m docs.protocol"
+
+
+@pytest.mark.parametrize("kind", [*typing.get_args(p.Message), *typing.get_args(p.RankBody)], ids=lambda k: k.__name__)
+def test_every_message_is_spoken_of(kind: type[object]) -> None:
+    name = kind.__name__
+    told = name if not name.endswith("Reply") else name.replace("Reply", "")
+    assert f"`{name}`" in TEXT or f"`{told}" in TEXT
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_command_is_spoken_of(verb: str) -> None:
+    assert f"`{verb}`" in TEXT

@@ -1,0 +1,257 @@
+"""A bad recipe says file, line, key and the way out; a good one reads back as it was written."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.recipe import Recipe, RecipeError, Rope, Source, Stage, dump_recipe, load_recipe, parse_recipe, warnings
+from launcher.recipe.lines import key_lines
+from launcher.recipe.live import check_setting, stage_settings
+
+GOOD = """\
+[run]
+name = "tiny"
+
+[model]
+layers = 2
+width = 64
+heads = 4
+
+[[data.source]]
+name = "text"
+kind = "text"
+origin = "stdlib-topics"
+
+[[data.source]]
+name = "ask"
+kind = "sft"
+origin = "stdlib-sft"
+
+[[stage]]
+name = "pretrain"
+objective = "pretrain"
+steps = 10
+context = 32
+global_batch = 4
+mixture = { text = 1.0 }
+
+[[stage]]
+name = "sft"
+objective = "sft"
+steps = 5
+context = 32
+global_batch = 4
+lr = 1e-5
+mixture = { ask = 1.0 }
+
+[[watch]]
+name = "spike"
+metric = "train/loss"
+sigma = 6
+"""
+
+
+def line_with(text: str, part: str) -> int:
+    return next(i for i, line in enumerate(text.splitlines(), 1) if part in line)
+
+
+BAD: list[tuple[str, str, str, str, str]] = [
+    # what is wrong, text that is replaced, its replacement, what stands in the line named, what the message must say
+    ("unknown key", "heads = 4", "heads = 4\nhaeds = 4", "haeds", "did you mean 'heads'"),
+    ("unknown key of a stage", "steps = 10", "steps = 10\nstepz = 3", "stepz", "did you mean 'steps'"),
+    ("unknown section", "[model]", "[modle]\nx = 1\n[model]", "[modle]", "did you mean 'model'"),
+    ("unknown key with no neighbour", "layers = 2", "layers = 2\nzzz = 1", "zzz", "known here: "),
+    ("wrong type", "steps = 10", 'steps = "ten"', 'steps = "ten"', "expected `int`"),
+    ("wrong type of a weight", "{ text = 1.0 }", '{ text = "much" }', '"much"', "but it is {'text': 'much'}"),
+    ("unknown choice", 'objective = "pretrain"', 'objective = "pretrian"', "pretrian", "'pretrain'"),
+    ("width that does not divide", "width = 64", "width = 65", "width = 65", "use 64 or 68"),
+    ("odd heads", "width = 64", "width = 12", "heads = 4", "even width"),
+    ("key-value heads that do not divide", "heads = 4", "heads = 4\nkv_heads = 3", "kv_heads", "use one of 1, 2, 4"),
+    ("no layers", "layers = 2", "layers = 0", "layers = 0", "at least 1"),
+    ("no steps", "steps = 10", "steps = 0", "steps = 0", "at least 1"),
+    ("infinite rate", "lr = 1e-5", "lr = inf", "lr = inf", "lr"),
+    ("a rate that is no number", "lr = 1e-5", "lr = nan", "lr = nan", "greater than 0"),
+    ("weight that is no number", "{ ask = 1.0 }", "{ ask = nan }", "nan", "mixture"),
+    ("negative decay", "lr = 1e-5", "weight_decay = -1", "weight_decay", "negative"),
+    ("warm-up longer than its stage", "lr = 1e-5", "warmup = 9", "warmup", "use 0 to 5"),
+    ("unknown source", "{ ask = 1.0 }", "{ aks = 1.0 }", "aks", 'did you mean "ask"'),
+    ("wrong kind of source", "{ ask = 1.0 }", "{ text = 2.0 }", "text = 2.0", "sft reads sft sources"),
+    ("two stages of a name", 'name = "sft"', 'name = "pretrain"', "", "two stages are named"),
+    ("two sources of a name", 'name = "ask"', 'name = "text"', "", "same name"),
+    ("a source that needs a path", 'origin = "stdlib-sft"', 'origin = "jsonl"', "", "needs a path"),
+    (
+        "level that zstd has not",
+        '[[data.source]]\nname = "text"',
+        '[data]\nlevel = 40\n[[data.source]]\nname = "text"',
+        "level",
+        "1 to 19",
+    ),
+    ("vocabulary too small", "[model]", "[tokenizer]\nvocab = 20\n[model]", "vocab", "at least 320"),
+    ("negative seed", 'name = "tiny"', 'name = "tiny"\nseed = -3', "seed", "0 or more"),
+    ("huge seed", 'name = "tiny"', 'name = "tiny"\nseed = 99999999999999999999', "seed", "2^63"),
+    ("name that is no directory", 'name = "tiny"', 'name = "../x"', "../x", "cannot name a directory"),
+    ("stage whose name cannot be a file's", 'name = "sft"', 'name = "a/b"', "a/b", "name"),
+    ("rule without a condition", "sigma = 6", "", "spike", "exactly one of"),
+    ("rule with two", "sigma = 6", "sigma = 6\nabove = 3", "spike", "exactly one of"),
+    ("missing key", "steps = 10\n", "", "[[stage]]", "'steps' is missing"),
+    ("not TOML", "layers = 2", "layers = = 2", "layers = =", "not valid TOML"),
+    ("key given twice", "layers = 2", "layers = 2\nlayers = 2", "", "not valid TOML"),
+    ("section where a table of another kind stands", "[model]\nlayers = 2\nwidth = 64\nheads = 4", "", "", "'model' is missing"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "place", "says"), [c[1:] for c in BAD], ids=[c[0] for c in BAD])
+def test_a_bad_recipe_names_file_line_and_way_out(old: str, new: str, place: str, says: str) -> None:
+    assert old in GOOD
+    text = GOOD.replace(old, new, 1)
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(text, "my.toml")
+    message = str(error.value)
+    assert message.startswith("my.toml")
+    assert says in message
+    if place:
+        assert f"my.toml:{line_with(text, place)}: " in message
+
+
+def test_every_problem_is_told_at_once() -> None:
+    text = GOOD.replace("width = 64", "width = 65").replace("steps = 10", "steps = 0").replace("{ ask = 1.0 }", "{ aks = 1.0 }")
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(text)
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_lines_are_right_below_multi_line_strings_and_arrays() -> None:
+    text = GOOD.replace(
+        "steps = 10",
+        'prompts = [ # a comment with ] and "\n  "def [",\n  """two\nsteps = 3\n""",\n]\nsteps = "ten"',
+    )
+    with pytest.raises(RecipeError, match=rf":{line_with(text, 'ten')}: stage.steps"):
+        parse_recipe(text)
+
+
+def test_lines_are_right_for_inline_tables_dotted_and_quoted_keys() -> None:
+    inline = GOOD.replace("lr = 1e-5", 'rope = { kind = "yarn", factr = 2.0 }')
+    with pytest.raises(RecipeError, match=rf":{line_with(inline, 'factr')}: .*did you mean 'factor'"):
+        parse_recipe(inline)
+    dotted = GOOD.replace("lr = 1e-5", 'rope.kind = "yarn"\nrope.factor = "two"')
+    with pytest.raises(RecipeError, match=rf":{line_with(dotted, 'two')}: "):
+        parse_recipe(dotted)
+    table = GOOD.replace("\n[[watch]]", '\n[stage.rope]\nkind = "yarn"\n"factor" = "two"\n\n[[watch]]')
+    with pytest.raises(RecipeError, match=rf":{line_with(table, 'two')}: "):
+        parse_recipe(table)
+
+
+def test_a_recipe_that_is_not_there_or_not_text_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "none.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "bytes.toml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_no_text_makes_anything_but_a_recipe_or_an_error(data: st.DataObject) -> None:
+    """Pieces of the good recipe shuffled, cut and spiced."""
+    lines = GOOD.splitlines()
+    pieces = st.one_of(
+        st.sampled_from(lines), st.text(max_size=20), st.sampled_from(["[[stage]]", '"""', "x = [", "= 1", "a = {", "["])
+    )
+    text = "\n".join(data.draw(st.lists(pieces, max_size=30)))
+    key_lines(text)
+    with contextlib.suppress(RecipeError):
+        parse_recipe(text)
+
+
+def test_absurd_nesting_is_an_error_like_any_other() -> None:
+    with pytest.raises(RecipeError, match="nested"):
+        parse_recipe("x = " + "[" * 5000)
+
+
+def test_paths_are_taken_from_the_recipes_directory(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(GOOD.replace('origin = "stdlib-topics"', 'origin = "text"\npath = "corpus/*.txt"'))
+    assert load_recipe(file).data.source[0].path == str(tmp_path / "corpus/*.txt")
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda f: f.name)
+def test_every_recipe_that_comes_along_loads_and_reads_back(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+sizes = st.integers(1, 10_000)
+positive = st.floats(1e-9, 1e6)
+stages = st.builds(
+    Stage,
+    name=st.from_regex(r"[a-z][a-z0-9_-]{0,9}", fullmatch=True),
+    objective=st.just("pretrain"),
+    steps=st.integers(20, 10_000),
+    context=sizes,
+    global_batch=sizes,
+    mixture=st.just({"text": 1.0}) | st.just({"text": 0.25}),
+    lr=positive,
+    warmup=st.none() | st.integers(0, 20),
+    betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+    masked_documents=st.none() | st.booleans(),
+    rope=st.builds(Rope, kind=st.sampled_from(["none", "yarn"]), factor=positive, original_context=st.none() | sizes),
+    prompts=st.lists(words, max_size=3).map(tuple),
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(stages, words, st.integers(0, 2**40))
+def test_a_dumped_recipe_reads_back_as_the_same(stage: Stage, path: str, seed: int) -> None:
+    good = parse_recipe(GOOD)
+    recipe = msgspec.structs.replace(
+        good,
+        run=msgspec.structs.replace(good.run, seed=seed),
+        stage=(stage,),
+        data=msgspec.structs.replace(
+            good.data, source=(*good.data.source, Source(name="more", kind="text", origin="text", path=path))
+        ),
+    )
+    again = parse_recipe(dump_recipe(recipe))
+    assert again == recipe
+    assert again.digest() == recipe.digest()
+
+
+def test_live_settings_stay_within_their_bounds() -> None:
+    recipe = parse_recipe(GOOD)
+    stage = recipe.stage[0]
+    known = stage_settings(recipe, stage)
+    assert {"lr", "clip", "beta1", "checkpoint_every", "mixture.text"} <= known.keys()
+    assert all(check_setting(recipe, stage, key, value) == value for key, value in known.items())
+    wrong: list[tuple[str, float, str]] = [
+        ("learning_rate", 1.0, "it has: lr"),
+        ("lr", -1.0, "between"),
+        ("beta1", 1.0, "between"),
+        ("lr", math.nan, "not a number"),
+        ("clip", math.inf, "not a number"),
+        ("checkpoint_every", 2.5, "whole"),
+        ("mixture.ask", 1.0, "no setting"),
+        ("beta", 0.1, "no setting"),
+    ]
+    for key, value, says in wrong:
+        with pytest.raises(ValueError, match=says):
+            check_setting(recipe, stage, key, value)
+
+
+def test_a_high_rate_of_fine_tuning_is_warned_of() -> None:
+    hot: dict[str, Any] = {"lr": 3e-4}
+    recipe = parse_recipe(GOOD)
+    assert not any("lr" in w for w in warnings(recipe))
+    changed = msgspec.structs.replace(recipe, stage=(recipe.stage[0], msgspec.structs.replace(recipe.stage[1], **hot)))
+    assert any('stage "sft": lr 0.0003 is more than a tenth' in w for w in warnings(changed))
+    assert isinstance(changed, Recipe)

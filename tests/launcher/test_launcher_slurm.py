@@ -1,0 +1,109 @@
+"""Slurm, without one: the batch script, what a job's standing is in words, and who reads a key file."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launcher.backends import StartError
+from launcher.backends.joining import JoiningBackend
+from launcher.joining import Joining, check_url, make_key, read_key_file, ways_to
+from launcher.keys import KeysError
+from launcher.paths import Address, RunPaths
+from launcher.recipe import parse_recipe
+from launcher.slurm import Job, SlurmError, Standing, elsewhere, read_job, script, write_job
+from tests.system.harness import recipe_text
+
+CLUSTER = """backend = "slurm"
+nodes = "12:16"
+setup = ["module load cuda"]
+threads = 4
+[cluster.sbatch]
+partition = "gpu"
+time = "2-00:00:00"
+signal_seconds = 120
+lines = ["--gres=gpu:8", "#SBATCH --comment='a b'"]
+"""
+
+
+def batch_script(root: Path, name: str = "tiny") -> str:
+    text = recipe_text(Path("/data"), steps=5).replace('device = "cpu"\n', f'device = "cpu"\n{CLUSTER}', 1).replace("tiny", name)
+    return script(root, parse_recipe(text))
+
+
+def test_the_batch_script_says_what_the_recipe_does() -> None:
+    text = batch_script(Path("/shared/runs/a 100%"))
+    options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert options[0] == "--job-name=tiny" and {"--nodes=12-16", "--requeue", "--no-kill"} <= set(options)
+    assert {"--cpus-per-task=8", "--signal=B:USR1@120", "--partition=gpu", "--time=2-00:00:00"} <= set(options)
+    assert '--output="/shared/runs/a 100%%/logs/slurm.log"' in options
+    assert options[-2:] == ["--gres=gpu:8", "--comment='a b'"], "the operator's own come last, and win"
+    assert (
+        text.startswith("#!/bin/sh\n") and "\nmodule load cuda\nexec " in text and "-m launcher.batch '/shared/runs/a 100%'" in text
+    )
+    assert subprocess.run(["sh", "-n"], input=text, text=True).returncode == 0
+
+
+def test_what_sbatch_cannot_be_told_is_refused() -> None:
+    with pytest.raises(SlurmError, match="quote"):
+        batch_script(Path('/shared/"x'))
+
+
+def test_a_standing_in_words() -> None:
+    waits = Standing("PENDING", "Resources", "2026-01-02T03:04:05")
+    assert str(waits) == "pending (Resources), expected to start 2026-01-02 03:04:05"
+    assert not waits.over and not waits.runs
+    assert str(Standing("RUNNING", "None", "2026-01-02T03:04:05")) == "running"
+    assert Standing("TIMEOUT").over and Standing("RUNNING").runs and not Standing("COMPLETING").over
+
+
+def test_a_run_remembers_its_job(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    assert read_job(paths) is None and elsewhere(tmp_path) is None
+    write_job(paths, Job("12", submitted=False))
+    assert read_job(paths) == Job("12", submitted=False)
+    assert elsewhere(tmp_path) is None, "what lives in somebody else's allocation is found as any run is"
+    paths.job.write_text("nonsense")
+    assert read_job(paths) is None
+
+
+@pytest.mark.parametrize("url", ["ws://a:1", "wss://a", "wss://:1", "wss://a:1/x", "wss://a:99999", "a:1", "wss://[::1"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    assert "must be wss://HOST:PORT" in check_url(url)
+
+
+def test_addresses_that_are_some() -> None:
+    assert check_url("wss://a:1") == check_url("wss://[fd00::1]:7700/") == ""
+
+
+def test_a_node_that_joins_tries_what_was_announced_and_what_it_was_told() -> None:
+    told = Joining("wss://told:1", "key")
+    address = Address(term=1, url="unix:x", host="h", pid=1, remote="wss://a:1", also=("wss://told:1",))
+    assert ways_to(None, None) == () and ways_to(None, told) == ("wss://told:1",)
+    assert ways_to(address, told) == ("wss://a:1", "wss://told:1") == ways_to(address, None)
+
+
+def test_a_key_file_is_for_its_owner_alone(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "run")
+    file = tmp_path / "key"
+    file.touch(mode=0o600)
+    file.write_bytes(make_key(paths, "n1"))
+    key = read_key_file(file)
+    assert (key.run, key.run_key) == (str(paths.root), paths.key) and "PRIVATE" not in repr(key)
+    for mode in (0o644, 0o604, 0o660, 0o620):
+        file.chmod(mode)
+        with pytest.raises(KeysError, match="others can read"):
+            read_key_file(file)
+    file.chmod(0o600)
+    file.write_text("{}")
+    with pytest.raises(KeysError, match="midwatch node key"):
+        read_key_file(file)
+
+
+async def test_nobody_starts_a_node_that_joins_by_itself() -> None:
+    backend = JoiningBackend()
+    assert backend.nodes == ()
+    with pytest.raises(StartError, match="joins again"):
+        await backend.start("n1")

@@ -1,0 +1,130 @@
+"""What can go wrong, each done to real processes, links and disks, and undone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import psutil
+
+from launcher.paths import read_address
+from tests.system.harness import Run
+from tests.system.hosts import Hosts
+
+
+class Fault(NamedTuple):
+    """Done for so long; `seconds` is nothing for what cannot be undone."""
+
+    kind: str
+    host: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.kind} on {self.host} for {self.seconds:.1f} s" if self.seconds else f"{self.kind} on {self.host}"
+
+
+MILD = frozenset(
+    {"controller killed", "controller stopped", "agent stopped", "sshd killed", "slow link", "disk full", "clock", "scan"}
+)
+"""Faults through which the ranks train on, or only wait: none of them may cost a generation."""
+
+
+class Theatre:
+    """The run, its hosts, and the hands that hurt them."""
+
+    def __init__(self, run: Run, hosts: Hosts, disk: Path | None = None, clock: Path | None = None) -> None:
+        self.run, self.hosts, self.disk, self.clock = run, hosts, disk, clock
+        self._acts: dict[str, tuple[Callable[[str], None], Callable[[str], None] | None]] = {
+            "controller killed": (lambda _: self._controller(signal.SIGKILL), None),
+            "controller stopped": (lambda _: self._controller(signal.SIGSTOP), lambda _: self._controller(signal.SIGCONT)),
+            "agent killed": (lambda h: self._signal(h, "launcher.agent", signal.SIGKILL), None),
+            "agent stopped": (
+                lambda h: self._signal(h, "launcher.agent", signal.SIGSTOP),
+                lambda h: self._signal(h, "launcher.agent", signal.SIGCONT),
+            ),
+            "rank killed": (lambda h: self._signal(h, "trainer", signal.SIGKILL), None),
+            "rank stopped": (
+                lambda h: self._signal(h, "trainer", signal.SIGSTOP),
+                lambda h: self._signal(h, "trainer", signal.SIGCONT),
+            ),
+            "sshd killed": (self._kill_sshd, self._restart_sshd),
+            "power lost": (self.hosts.kill, self.hosts.restart),
+            "link cut": (lambda h: self.hosts.cut(h), self.hosts.mend),
+            "link cut inwards": (lambda h: self.hosts.cut(h, "in"), self.hosts.mend),
+            "link cut outwards": (lambda h: self.hosts.cut(h, "out"), self.hosts.mend),
+            "slow link": (lambda h: self.hosts.delay(h, 500, 10), self.hosts.mend),
+            "scan": (lambda _: self._scan(), None),
+        }
+        if disk is not None:
+            self._acts["disk full"] = (lambda _: self._fill(), lambda _: self._ballast.unlink(missing_ok=True))
+        if clock is not None:
+            self._acts["clock"] = (lambda _: clock.write_text("3600"), lambda _: clock.write_text("0"))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(self._acts)
+
+    def draw(self, dice: random.Random, kind: str | None = None) -> Fault:
+        """A fault at random, or one of a kind, on a host that has ranks or on any."""
+        kind = kind or dice.choice(self.kinds)
+        undone = self._acts[kind][1] is not None
+        return Fault(kind, dice.choice(self.hosts.names), dice.uniform(3.0, 8.0) if undone else 0.0)
+
+    def inflict(self, fault: Fault) -> None:
+        self._acts[fault.kind][0](fault.host)
+
+    def undo(self, fault: Fault) -> None:
+        undo = self._acts[fault.kind][1]
+        if undo is not None:
+            undo(fault.host)
+
+    # Hands
+
+    def _controller(self, number: signal.Signals) -> None:
+        with contextlib.suppress(psutil.Error, AssertionError):
+            self.run.controller().send_signal(number)
+
+    def _signal(self, host: str, module: str, number: signal.Signals) -> None:
+        here = set(self.hosts.pids(host))
+        for process in self.run._processes(module):
+            if process.pid in here:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
+
+    def _kill_sshd(self, host: str) -> None:
+        for pid in self.hosts.pids(host):
+            with contextlib.suppress(psutil.Error, OSError):
+                if "sshd" in psutil.Process(pid).name():
+                    os.kill(pid, signal.SIGKILL)
+
+    def _restart_sshd(self, host: str) -> None:
+        self.hosts.restart(host)
+
+    @property
+    def _ballast(self) -> Path:
+        assert self.disk is not None
+        return self.disk / "ballast"
+
+    def _fill(self) -> None:
+        with self._ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(65536))
+
+    def _scan(self) -> None:
+        """Strangers at the controller's port: connects, garbage, half a handshake."""
+        address = read_address(self.run.root / "control" / "address")
+        if address is None or not address.remote:
+            return
+        place = urlsplit(address.remote)
+        for number in range(40):
+            with contextlib.suppress(OSError), socket.create_connection((place.hostname or "", place.port or 0), 2) as wire:
+                wire.sendall((b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", os.urandom(4000))[number % 4])
+                time.sleep(0.005)

@@ -1,0 +1,36 @@
+"""The docs name every key and every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from launcher.recipe import Checkpoint, Cluster, Data, Model, Report, Rope, Run, Source, Stage, Tokenizer, Watch
+from launcher.recipe.live import stage_settings
+from launcher.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("struct", [Run, Model, Tokenizer, Data, Source, Stage, Rope, Cluster, Checkpoint, Report, Watch])
+def test_the_recipe_reference_names_every_key(struct: type[msgspec.Struct]) -> None:
+    page = (ROOT / "docs/recipe.md").read_text()
+    missing = [key for key in struct.__struct_fields__ if not re.search(rf"\b{key}\b", page)]
+    assert missing == []
+
+
+def test_the_guide_names_every_live_setting() -> None:
+    page = (ROOT / "docs/guide.md").read_text()
+    recipe = load_recipe(ROOT / "recipes/smoke.toml")
+    keys = {k for stage in recipe.stage for k in stage_settings(recipe, stage) if not k.startswith("mixture.")}
+    assert [key for key in sorted(keys) if f"`{key}`" not in page] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    file = ROOT / page
+    links = re.findall(r"\]\(([^)#:]+)\)", file.read_text())
+    assert [link for link in links if not (file.parent / link).exists()] == []

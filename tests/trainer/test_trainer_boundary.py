@@ -1,0 +1,61 @@
+"""The boundary by itself, on one rank: what it remembers of the commands of a long generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from launcher.protocol import Op, Order, Outcome, RankBody
+from trainer import boundary as module
+from trainer.boundary import Boundary
+from trainer.parallel import World
+from trainer.reporting import NoLink
+
+
+class Orders(NoLink):
+    """A link that gives what is put into it."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Order] = []
+        self.told: list[RankBody] = []
+
+    def send(self, body: RankBody) -> None:
+        self.told.append(body)
+
+    def next_order(self) -> Order | None:
+        return self.waiting.pop(0) if self.waiting else None
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield World(0, 1, torch.device("cpu"), init_device_mesh("cpu", (1,)), group, group)
+    dist.destroy_process_group()
+
+
+def test_a_long_generation_remembers_its_newest_commands_and_applies_none_twice(alone: World) -> None:
+    link, asked = Orders(), []
+    boundary = Boundary(alone, link, 0, lambda: 7, lambda what: None, lambda: None)
+    boundary.ask = asked.append
+    count = 3 * module.REMEMBERED
+    for number in range(1, count + 1):
+        link.waiting.append(Order(number=number, op=Op.SET, arguments={"key": "clip", "value": float(number)}))
+        order = boundary.next()
+        assert order is not None and order.arguments["value"] == number
+        if number % 2:
+            boundary.settle(order, ok=True)
+        else:
+            boundary.acknowledge(order)
+    link.told.clear()
+    for number in (1, 2, count // 2, count - 1, count):
+        link.waiting.append(Order(number=number, op=Op.SET))
+        assert boundary.next() is None
+    assert link.told == [Outcome(number=count - 1, ok=True, step=7)], "old ones the controller has long had answered"
+    assert asked == [count], "its outcome is another's to tell"
+    assert len(boundary._outcomes) == module.REMEMBERED

@@ -1,0 +1,1 @@
+"""What runs on the ranks: model, stages, checkpoints and evaluation."""

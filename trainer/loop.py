@@ -1,0 +1,135 @@
+"""The one loop, the same for every stage: boundary, batch, objective, backward, clip, optimizer, metrics."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from launcher.protocol import Ended
+from shards.errors import ShardError
+from shards.feed import Batch
+from trainer.batch import micro_batches, samples_a_rank, share
+from trainer.boundary import StopNow
+from trainer.commands import apply
+from trainer.evaluate import evaluate
+from trainer.optimizer import learning_rate, total
+from trainer.parallel import first_problem, gather_gradients, reduce
+from trainer.peak import flops_per_second
+from trainer.pipeline import end_stage
+from trainer.reporting import StepReport
+from trainer.stages import rows_of_a_sample
+from trainer.training import Training
+
+
+def train(training: Training) -> None:
+    """Trains until the run is finished or told to end, and says which."""
+    try:
+        while not boundary(training):
+            if training.progress.step == 0 and training.evaluated != training.mark:
+                evaluate(training)
+            elif training.stage_is_over:
+                end_stage(training)
+            elif step(training) and not training.stage_is_over and _exam_is_due(training):
+                evaluate(training)
+        training.phase("ending")
+        training.reporter.flush()
+        training.checkpointer.join()
+        training.checkpointer.poll()
+    except StopNow:
+        training.ending = Ended(cause="stopped-now", step=training.progress.step)
+        training.checkpointer.abandon()
+    if training.ending is not None:
+        training.link.send(training.ending)
+
+
+def boundary(training: Training) -> bool:
+    """All that happens between two steps: a checkpoint that is due, settings to apply again, orders. Whether the run ends here."""
+    at = training.progress
+    if at.stage_step and not training.stage_is_over and _due(training, "checkpoint_every", at.step) and not training.just_loaded:
+        training.save()
+    training.just_loaded = False
+    training.replay()
+    while training.ending is None and (order := training.boundary.next()) is not None:
+        apply(training, order)
+    return training.ending is not None
+
+
+def _exam_is_due(training: Training) -> bool:
+    """Every so many steps; and after a later stage's first one, when its context and data are in force and a row is free for it."""
+    at = training.progress
+    return (at.stage_step == 1 and at.stage > 0) or _due(training, "eval_every", at.stage_step)
+
+
+def _due(training: Training, setting: str, step: int) -> bool:
+    return step % int(training.progress.settings[setting]) == 0
+
+
+def step(training: Training) -> bool:
+    """One optimizer update over the global batch; whether it was taken, or the run paused because a rank cannot read its share."""
+    began = time.monotonic()
+    world, at, run, settings = training.world, training.progress, training.stage, training.progress.settings
+    stage, objective, names = run.stage, run.objective, tuple(run.stage.mixture)
+
+    training.pace.begin()
+    batch, problem = _read(training)
+    waited = time.monotonic() - began
+    mine = (1, 0, 0, *(0 for _ in names))
+    if batch is not None:
+        sources = [sum(source == name for source, _, _ in batch.samples) for name in names]
+        mine = (0, int(objective.weight(batch.mask)), int(batch.mask.sum()), *sources)
+    unread, weight, tokens, *counts = reduce(mine, world.control)
+    if unread or batch is None:
+        training.hold_for_data(first_problem(problem, world) or "")
+        return False
+
+    sums = torch.zeros(2 + len(objective.metrics), device=world.device)
+    samples = samples_a_rank(stage.global_batch, world.size)
+    parts = list(micro_batches(batch, rows_of_a_sample(stage), samples, stage.micro_batch, world.device))
+    for number, part in enumerate(parts, 1):
+        gather_gradients(training.model, number == len(parts))
+        loss, _, metrics = objective.loss(training.model, part, settings, training.reference)
+        # FSDP takes the mean over ranks; the loss is the mean over the real tokens of the whole batch.
+        (loss * (world.size / max(weight, 1))).backward()  # type: ignore[no-untyped-call]
+        sums[:-1] += torch.stack([loss.detach(), *(metrics[name] for name in objective.metrics)])
+    sums[-1] = training.optimizer.squared_norm()
+    norm = total(sums)[-1].sqrt()
+    rate = learning_rate(stage, settings, at.stage_step)
+    training.optimizer.update(settings, rate, stage.eps, norm)
+    training.heartbeat.own = training.pace.end(waited)
+
+    at.step += 1
+    at.stage_step += 1
+    at.position += stage.global_batch
+    at.tokens += tokens
+    training.revision = 0
+    seconds = time.monotonic() - began
+    known = {"train/lr": rate, "train/tokens": float(at.tokens)}
+    known |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens / seconds, "perf/data_wait_seconds": waited}
+    known |= {f"data/{name}/fraction": count / stage.global_batch for name, count in zip(names, counts, strict=True)}
+    if training.stall:
+        known["perf/checkpoint_stall_seconds"], training.stall = training.stall, 0.0
+    if peak := flops_per_second(world.device, training.recipe.model.dtype):
+        known["perf/mfu"] = training.model.flops_per_token(stage.context) * tokens / seconds / (peak * world.size)
+    training.reporter.put(
+        StepReport(
+            lineage=at.lineage,
+            step=at.step,
+            tokens=at.tokens,
+            known=known,
+            names=("train/loss", *objective.metrics, "train/grad_norm", "train/skipped_updates"),
+            values=torch.cat([sums[:-1], norm[None], training.optimizer.skipped[None]]),
+            weight=float(max(weight, 1)),
+            averaged=1 + len(objective.metrics),
+        )
+    )
+    return True
+
+
+def _read(training: Training) -> tuple[Batch | None, str | None]:
+    """This rank's share of the step, or why there is none."""
+    world, stage = training.world, training.stage.stage
+    try:
+        return training.stage.reader.read(*share(training.progress.position, stage.global_batch, world.rank, world.size)), None
+    except ShardError as error:
+        return None, str(error)

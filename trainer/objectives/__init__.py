@@ -1,0 +1,41 @@
+"""What a stage trains for: pure functions from a model and rows of a batch to a loss.
+
+An objective returns sums, not means: the loop divides by the weight of the whole global batch, over all micro-batches and
+ranks. It knows nothing of ranks, files or screens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from trainer.batch import Rows
+from trainer.model import Decoder
+from trainer.objectives import dpo, pretrain, sft
+
+Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Summed loss, summed weight, and summed metrics by their names; all scalars on the device."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    loss: Callable[[Decoder, Rows, Mapping[str, float], Decoder | None], Loss]
+    """(model, rows, live settings, reference)."""
+    weight: Callable[[npt.NDArray[np.float32]], float]
+    """What a mask [rows, time] weighs, as `loss` sums it."""
+    metrics: tuple[str, ...] = ()
+    """Names of its metrics, in order."""
+    needs_reference: bool = False
+
+
+OBJECTIVES = {
+    "pretrain": Objective(pretrain.loss, pretrain.weight),
+    "sft": Objective(sft.loss, sft.weight),
+    "dpo": Objective(dpo.loss, dpo.weight, dpo.METRICS, needs_reference=True),
+}
+OBJECTIVE_OF_KIND = {"text": OBJECTIVES["pretrain"], "sft": OBJECTIVES["sft"], "preference": OBJECTIVES["dpo"]}
+"""By which each kind of source is evaluated."""

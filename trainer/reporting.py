@@ -1,0 +1,93 @@
+"""How rank 0 speaks to whoever commands the run, and the metrics it tells: one step late, so that nothing waits for the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from launcher.protocol import CommitRefused, Committed, Metrics, Order, RankBody
+
+
+class Link(Protocol):
+    """The controller as rank 0 sees it; `launcher.link.RankLink`, or `trainer.loglink.LogLink` where there is none."""
+
+    def send(self, body: RankBody) -> None:
+        """Reports; never blocks."""
+
+    def next_order(self) -> Order | None: ...
+
+    def next_answer(self) -> Committed | CommitRefused | None:
+        """What became of a checkpoint that was reported ready."""
+
+    def flush(self, timeout: float) -> bool:
+        """Waits until everything sent has arrived; whether it was in time."""
+
+    def close(self) -> None: ...
+
+
+class NoLink:
+    """The link of all ranks but the first."""
+
+    def send(self, body: RankBody) -> None:
+        pass
+
+    def next_order(self) -> Order | None:
+        return None
+
+    def next_answer(self) -> Committed | CommitRefused | None:
+        return None
+
+    def flush(self, timeout: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step's metrics, some of them still on the device."""
+
+    lineage: int
+    step: int
+    tokens: int
+    known: dict[str, float]
+    names: tuple[str, ...]
+    values: Tensor
+    """[len(names)], summed over the ranks."""
+    weight: float
+    """What the first `averaged` values are divided by."""
+    averaged: int
+
+
+class Reporter:
+    """Sends metrics one step late, and tells `judge` what each step's loss and gradient were like."""
+
+    def __init__(self, link: Link, judge: Callable[[int, bool, float], None], clock: Callable[[], float] = time.time) -> None:
+        self._link, self._judge, self._clock = link, judge, clock
+        self._pending: StepReport | None = None
+
+    def put(self, report: StepReport) -> None:
+        """Takes a step's metrics and sends those of the step before."""
+        self.flush()
+        self._pending = report
+
+    def flush(self) -> None:
+        """Sends what is left; waits for the device to have computed it."""
+        report, self._pending = self._pending, None
+        if report is None:
+            return
+        values = dict(report.known)
+        for at, (name, value) in enumerate(zip(report.names, report.values.tolist(), strict=True)):
+            values[name] = value / report.weight if at < report.averaged else value
+        loss, norm = values["train/loss"], values["train/grad_norm"]
+        finite = abs(loss) < float("inf") and abs(norm) < float("inf")
+        self._judge(report.step, finite, loss)
+        self.send(report.lineage, report.step, report.tokens, values)
+
+    def send(self, lineage: int, step: int, tokens: int, values: dict[str, float]) -> None:
+        self._link.send(Metrics(lineage=lineage, step=step, tokens=tokens, time=self._clock(), values=values))

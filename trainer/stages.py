@@ -1,0 +1,85 @@
+"""A stage as it runs: its order of samples, its objective, what it is evaluated on; and how the model follows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.recipe import Recipe, Stage
+from shards.feed import Feed, HeldOut, ObjectiveKind, open_held_out
+from shards.prefetch import Prefetcher
+from trainer.model import Decoder
+from trainer.objectives import OBJECTIVE_OF_KIND, OBJECTIVES, Objective
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Held-out samples of one source, measured as the newest stage that reads it trains on it."""
+
+    name: str
+    samples: HeldOut
+    objective: Objective
+    stage: Stage
+
+
+@dataclass
+class StageRun:
+    """One stage's data and objective, open."""
+
+    index: int
+    stage: Stage
+    feed: Feed
+    reader: Prefetcher
+    objective: Objective
+    exams: list[Exam]
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+def rows_of_a_sample(stage: Stage) -> int:
+    return 2 if stage.data_kind == "preference" else 1
+
+
+def open_stage(recipe: Recipe, data: Path, index: int, feed_state: dict[str, Any] | None) -> StageRun:
+    """Opens a stage's data, in the order of `feed_state` where it is given. Raises ShardError where that cannot be had.
+
+    Each stage has an order of its own: two that read the same sources do not read them alike.
+    """
+    stage = recipe.stage[index]
+    feed = Feed(
+        data, "train", _kind(stage), stage.context, stage.mixture, recipe.run.seed + index, masked_documents=stage.documents_masked
+    )
+    if feed_state:
+        feed.restore(feed_state)
+    exams = []
+    for name, reading in _readers(recipe, index).items():
+        samples = open_held_out(
+            data, name, _kind(reading), reading.context, limit=reading.eval_samples, masked_documents=reading.documents_masked
+        )
+        if len(samples):
+            exams.append(Exam(name, samples, OBJECTIVE_OF_KIND[reading.data_kind], reading))
+    return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), OBJECTIVES[stage.objective], exams)
+
+
+def _readers(recipe: Recipe, index: int) -> dict[str, Stage]:
+    """Sources of this stage and all before it, each with the newest stage that reads it; this stage's first."""
+    found: dict[str, Stage] = {}
+    for stage in reversed(recipe.stage[: index + 1]):
+        for name in stage.mixture:
+            found.setdefault(name, stage)
+    return found
+
+
+def _kind(stage: Stage) -> ObjectiveKind:
+    kinds: dict[str, ObjectiveKind] = {"text": "text", "sft": "sft", "preference": "preference"}
+    return kinds[stage.data_kind]
+
+
+def adapt(model: Decoder, recipe: Recipe, stage: Stage, device: torch.device) -> None:
+    """Positions and masks as the stage wants them; parameters do not change."""
+    model.set_rope(stage.rope, recipe.stage[0].context, device)
+    model.documents_masked = stage.documents_masked

@@ -1,0 +1,344 @@
+"""Everything that trains, in one place: model, optimizer, stage, progress; saved to a checkpoint, and loaded from one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from torch import Tensor
+
+from launcher.protocol import Ended, Note, Phase, Replay, StageBorder, Start
+from launcher.recipe import Recipe
+from launcher.recipe.live import check_setting
+from shards.errors import ShardError
+from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
+from shards.tokenizer import Tokenizer
+from trainer import manifest, storage
+from trainer.boundary import Boundary
+from trainer.checkpoint import Checkpointer
+from trainer.heartbeat import Heartbeat
+from trainer.manifest import CheckpointError
+from trainer.model import Decoder
+from trainer.optimizer import Optimizer
+from trainer.pace import Pace
+from trainer.parallel import World, build, first_problem, local, reshard, together
+from trainer.reporting import Link, Reporter
+from trainer.stages import StageRun, adapt, open_stage
+from trainer.state import Progress, from_manifest, opening_settings, plain
+
+PhaseName = Literal["loading", "training", "evaluating", "sampling", "saving", "paused", "ending"]
+
+
+class Training:
+    """The state that the loop, the commands and the evaluation share. Every rank has one, and all do the same with it."""
+
+    stage: StageRun
+
+    def __init__(self, recipe: Recipe, root: Path, data: Path, world: World, link: Link, start: Start) -> None:
+        self.recipe, self.root, self.data, self.world, self.link = recipe, root, data, world, link
+        self.tokenizer = Tokenizer.load(data / TOKENIZER_FILE)
+        self.model = self._decoder(None if start.checkpoint else recipe.run.seed)
+        self.optimizer = Optimizer(self.model.named_parameters(), world.device)
+        self.progress = Progress(lineage=start.lineage.id)
+        self.reference: Decoder | None = None
+        self._reference_key = ""
+        self.checkpointer = Checkpointer(root / "checkpoints", world, link, start.generation, recipe.checkpoint.asynchronous)
+        self.reporter = Reporter(link, self.checkpointer.judge)
+        self.heartbeat = Heartbeat.from_environment()
+        self.pace = Pace(self.model.blocks, world.device)
+        self.boundary = Boundary(world, link, start.applied, lambda: self.progress.step, self._changed, self._idle)
+        self.checkpointer.tell, self.checkpointer.learn = self.boundary.tell, self.boundary.learn
+        self.boundary.ask = self.checkpointer.ask
+        self.checkpointer.beat = lambda: self.heartbeat.beat(self.progress.step)
+        self._replays: list[Replay] = list(start.replays)
+        self.revision = 0
+        """Changes of settings since the last step; two checkpoints of one step with others between them differ."""
+        self.evaluated: tuple[int, str, int] | None = None
+        """Lineage, stage and step of the last evaluation."""
+        self.sampled: tuple[int, str, int] | None = None
+        self.stall = 0.0
+        """Seconds that checkpoints held up training since the last step's report."""
+        self._doing: PhaseName = "training"
+        self.just_loaded = False
+        """What was loaded need not be saved."""
+        self.ending: Ended | None = None
+
+    @property
+    def mark(self) -> tuple[int, str, int]:
+        """Where the run stands, for telling what was done there already."""
+        return self.progress.lineage, self.progress.stage_name, self.progress.step
+
+    @property
+    def stage_is_over(self) -> bool:
+        return self.progress.stage_step >= self.stage.stage.steps
+
+    def _decoder(self, seed: int | None) -> Decoder:
+        return build(self.recipe.model, self.tokenizer.vocab, self.world, seed)
+
+    def phase(self, name: PhaseName) -> None:
+        at = self.progress
+        if name != "paused":
+            self._doing = name
+        self.heartbeat.enter(name, at.step)
+        self.link.send(
+            Phase(
+                phase=name,
+                step=at.step,
+                stage=at.stage_name,
+                stage_step=at.stage_step,
+                lineage=at.lineage,
+                settings=dict(at.settings),
+                position=at.position,
+            )
+        )
+
+    def obeyed(self) -> None:
+        """Tells that what an order took is over: it trains, or is paused and will then train."""
+        self._doing = "training"
+        self.phase("paused" if self.boundary.paused else "training")
+
+    def note(self, level: Literal["info", "warning", "alarm"], text: str) -> None:
+        self.link.send(Note(level=level, text=text, step=self.progress.step))
+
+    def hold_for_data(self, problem: str) -> None:
+        """Pauses with an alarm: a shard cannot be read. Resuming tries again."""
+        self.note("alarm", f"{problem}; the run is paused until it is resumed, and then tries again")
+        if not self.boundary.paused:
+            self.boundary.pause()
+
+    def _changed(self, what: str) -> None:
+        if what == "paused":
+            self.reporter.flush()
+            self.checkpointer.poll()
+            self.phase("paused")
+        else:
+            self.phase(self._doing)
+
+    def _idle(self) -> None:
+        self.heartbeat.beat(self.progress.step)
+        self.checkpointer.poll()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, by name, live."""
+        return model_tensors(self.model) | self.optimizer.tensors()
+
+    def save(self, *, ended: bool = False, following: int | None = None, numbers: tuple[int, ...] = ()) -> tuple[str, bool]:
+        """Begins a checkpoint of this boundary: its id, and whether it is committed already."""
+        began = time.monotonic()
+        at = msgspec.convert(plain(self.progress), Progress)
+        at.ended, at.following, at.revision = ended, following, self.revision
+        at.feed = self.stage.feed.state()
+        id, there = self.checkpointer.begin(at, self.tensors(), numbers, self.revision)
+        self.stall += time.monotonic() - began
+        return id, there
+
+    def save_and_wait(self, *, ended: bool = False, following: int | None = None) -> tuple[str, str | None]:
+        """A checkpoint that is committed on return: its id and, on every rank, why it is not."""
+        self.phase("saving")
+        self.reporter.flush()
+        id, there = self.save(ended=ended, following=following)
+        error = self.checkpointer.join()
+        problem = str(error) if error else None
+        if problem is None and not there:
+            problem = self.checkpointer.wait_commit(id)
+        return id, problem
+
+    def load(self, id: str) -> None:
+        """Takes over a checkpoint in place. Raises CheckpointError, and nothing has changed, where it cannot be read.
+
+        What it needs beside its own tensors (the stage's data, the reference) is opened first, so that only the overwriting
+        itself is left to go wrong; if that does, RuntimeError: the ranks hold neither the old state nor the new one.
+        """
+        self.checkpointer.join()
+        self.reporter.flush()
+        self.checkpointer.poll()
+        directory = self.root / "checkpoints" / id
+        known, progress = self._read(directory)
+        opened: list[StageRun] = []
+        problem = together(lambda: opened.append(self._open(progress, directory)), self.world, CheckpointError)
+        try:
+            if problem:
+                raise CheckpointError(problem)
+            reference = self._load_reference(progress)
+            reshard(self.model)
+            storage.load(directory, known, self.tensors(), self._agree, self.world.control)
+        except CheckpointError:
+            for stage in opened:
+                stage.close()
+            raise
+        self.progress = progress
+        self._take_reference(progress, reference)
+        self._switch(opened[0])
+        self.checkpointer.forget(progress.step)
+        self.just_loaded = True
+
+    def _read(self, directory: Path) -> tuple[manifest.Manifest, Progress]:
+        found: list[tuple[manifest.Manifest, Progress]] = []
+
+        def read() -> None:
+            known, _ = manifest.read(directory)
+            found.append((known, from_manifest(known.state, str(directory), self.recipe)))
+
+        problem = together(read, self.world, CheckpointError)
+        if problem:
+            raise CheckpointError(problem)
+        return found[0]
+
+    def _open(self, progress: Progress, directory: Path) -> StageRun:
+        try:
+            return open_stage(self.recipe, self.data, progress.stage, progress.feed)
+        except ShardError as error:
+            raise CheckpointError(f"{directory}: {error}") from None
+
+    def _agree(self, problem: str | None) -> str | None:
+        return first_problem(problem, self.world)
+
+    def _load_reference(self, progress: Progress) -> Decoder | None:
+        """The reference that the progress names; the one at hand where it is the same."""
+        if not progress.has_reference or self._reference_key == (progress.reference or "initial"):
+            return self.reference if progress.has_reference else None
+        if progress.reference is None:
+            return self._frozen(self._decoder(self.recipe.run.seed))
+        directory = self.root / "checkpoints" / progress.reference
+        known, _ = self._read(directory)
+        reference = self._decoder(None)
+        storage.load(directory, known, model_tensors(reference), self._agree, self.world.control)
+        return self._frozen(reference)
+
+    def _take_reference(self, progress: Progress, reference: Decoder | None) -> None:
+        self.reference = reference
+        self._reference_key = (progress.reference or "initial") if progress.has_reference else ""
+
+    def _copied_reference(self) -> Decoder:
+        reference = self._decoder(None)
+        for copy, live in zip(reference.parameters(), self.model.parameters(), strict=True):
+            local(copy).copy_(local(live))
+        return self._frozen(reference)
+
+    def _frozen(self, model: Decoder) -> Decoder:
+        return model.requires_grad_(False)
+
+    def begin_stage(self, opened: StageRun) -> None:
+        """The next stage: its own order, settings and optimizer state; the weights as they are."""
+        before, index, stage = self.progress, opened.index, opened.stage
+        product = before.origin.products.get(before.stage_name) if before.stage_name else None
+        at = msgspec.structs.replace(
+            before,
+            stage=index,
+            stage_name=stage.name,
+            stage_step=0,
+            ended=False,
+            following=None,
+            position=0,
+            settings=opening_settings(self.recipe, stage, before.settings),
+            feed={},
+        )
+        at.origin = msgspec.structs.replace(
+            before.origin,
+            recipe=self.recipe.digest(),
+            tokenizer=self.tokenizer.hash,
+            shards=before.origin.shards | {stage.name: opened.feed.digests},
+        )
+        reference = self.reference
+        if opened.objective.needs_reference:
+            at.has_reference, at.reference = True, product
+            reference = self._copied_reference()
+        self.optimizer.reset()
+        self.progress = at
+        self._take_reference(at, reference)
+        self._switch(opened)
+        self.link.send(StageBorder(stage=stage.name, event="begin", step=at.step, stage_step=0, lineage=at.lineage))
+
+    def open_next(self, index: int | None) -> StageRun | None:
+        """The data of the stage of that index, or of the next one; None after the last. Raises ShardError, on all ranks alike."""
+        index = self.progress.stage + 1 if index is None else index
+        if index >= len(self.recipe.stage):
+            return None
+        opened: list[StageRun] = []
+        problem = together(lambda: opened.append(open_stage(self.recipe, self.data, index, None)), self.world, ShardError)
+        if problem:
+            for stage in opened:
+                stage.close()
+            raise ShardError(problem)
+        return opened[0]
+
+    def begin_next(self, product: str, opened: StageRun | None) -> None:
+        """After the stage that `product` ends: the one that is open, or the run is finished."""
+        at = self.progress
+        at.origin = msgspec.structs.replace(at.origin, products=at.origin.products | {at.stage_name: product})
+        if opened is not None:
+            self.begin_stage(opened)
+        else:
+            at.ended = True
+            self.ending = Ended(cause="finished", step=at.step, checkpoint=product)
+
+    def _switch(self, opened: StageRun) -> None:
+        old, self.stage = getattr(self, "stage", None), opened
+        if old is not None:
+            old.close()
+        for model in (self.model, self.reference):
+            if model is not None:
+                adapt(model, self.recipe, opened.stage, self.world.device)
+
+    def open(self, start: Start) -> None:
+        """Where a generation starts: from a checkpoint or from the beginning. Raises CheckpointError."""
+        if start.checkpoint is None:
+            self.begin_stage(open_stage(self.recipe, self.data, 0, None))
+            self.checkpointer.judge(0, True, None)
+        else:
+            self.resume_from(start.checkpoint, start.lineage.id, start.skip, start.lr_scale)
+        self._replays = [replay for replay in self._replays if replay.step >= self.progress.step]
+
+    def resume_from(self, id: str, lineage: int, skip: int, lr_scale: float) -> None:
+        """Loads a checkpoint and goes on from it in a lineage; past `skip` steps of data, with a scaled learning rate."""
+        self.load(id)
+        at = self.progress
+        # What is saved here next must not be taken for a checkpoint of this step and line that is there already.
+        self.revision = at.revision if at.lineage == lineage and not at.ended else 0
+        at.lineage = lineage
+        if at.ended:
+            self.begin_next(id, self.open_next(at.following))
+            at = self.progress
+        at.position += skip * self.stage.stage.global_batch
+        if "lr_scale" in at.settings:
+            at.settings["lr_scale"] *= lr_scale
+
+    def replay(self) -> None:
+        """Applies again, without an outcome, what an earlier generation was told at this step."""
+        due = [replay for replay in self._replays if replay.step <= self.progress.step]
+        self._replays = [replay for replay in self._replays if replay.step > self.progress.step]
+        for replay in due:
+            try:
+                self.change(replay.key, replay.value)
+            except (ValueError, ShardError) as error:
+                self.note("warning", f"{replay.key} = {replay.value:g}, set before, is not set again: {error}")
+        if due:
+            self.obeyed()
+
+    def change(self, key: str, value: float) -> float:
+        """Sets a live setting from this boundary on; its old value. Raises ValueError or ShardError, changing nothing."""
+        at = self.progress
+        value = check_setting(self.recipe, self.stage.stage, key, value)
+        old = at.settings[key]
+        if key.startswith("mixture."):
+            weights = at.settings | {key: value}
+            mixture = {name.removeprefix("mixture."): weights[name] for name in weights if name.startswith("mixture.")}
+            if sum(mixture.values()) <= 0:
+                raise ValueError(f"{key}: at least one source needs a weight above 0")
+            self.stage.feed.reweight(at.position, mixture)
+        at.settings[key] = value
+        self.revision += 1
+        return old
+
+    def close(self) -> None:
+        """Ends the threads and lets go of the data."""
+        self.checkpointer.abandon()
+        if hasattr(self, "stage"):
+            self.stage.close()
+        self.heartbeat.close()
+
+
+def model_tensors(model: Decoder) -> dict[str, Tensor]:
+    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}

@@ -1,0 +1,1 @@
+"""The operator's screen, and the headless reporter."""

@@ -1,0 +1,174 @@
+"""A dialog: what is about to happen and what it costs, then Cancel, on which the focus begins, and the deed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.segment import Segment
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.events import Click, Key
+from textual.message import Message
+from textual.screen import ModalScreen
+from textual.strip import Strip
+from textual.widget import Widget
+from textual.widgets import Input
+
+from launcher.protocol import Verb
+from tui.chart.ink import STYLES, Ink
+from tui.panel import Line, Panel
+from tui.scene import Scene
+from tui.words import UNICODE
+
+Answer = tuple[Verb, dict[str, Any]]
+
+
+class Press(Widget):
+    """A button of one row; the focused one stands out by brackets and reversal."""
+
+    DEFAULT_CSS = "Press { width: auto; height: 1; margin: 0 1; }"
+    can_focus = True
+
+    class Pressed(Message):
+        def __init__(self, press: Press) -> None:
+            super().__init__()
+            self.press = press
+
+    def __init__(self, label: str, *, deed: bool = False, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.label, self.deed = label, deed
+
+    def get_content_width(self, container: object, viewport: object) -> int:
+        return len(self.label) + 4
+
+    def render_line(self, y: int) -> Strip:
+        here = self.has_focus
+        words = f"[ {self.label} ]" if here else f"  {self.label}  "
+        ink = Ink.BADGE_HOLD if here and self.deed else Ink.HERE if here else Ink.TEXT
+        return Strip([Segment(words, self.rich_style + STYLES[ink])], len(words))
+
+    def on_focus(self) -> None:
+        self.refresh()
+
+    def on_blur(self) -> None:
+        self.refresh()
+
+    def on_click(self, event: Click) -> None:
+        event.stop()
+        self.post_message(self.Pressed(self))
+
+
+class Field(Input):
+    """A one-row entry."""
+
+    DEFAULT_CSS = """
+    Field { width: 12; height: 1; border: none; padding: 0 1; background: $surface; color: $foreground; }
+    Field:focus { border: none; background: $panel; text-style: bold; }
+    """
+
+    def __init__(self, value: str, *, id: str) -> None:
+        super().__init__(value, id=id, compact=True)
+
+
+class Dialog(ModalScreen[Answer | None]):
+    """Arrows left and right and Tab go from one to the next, Enter presses, Esc cancels. `answer` is what the deed would send."""
+
+    DEFAULT_CSS = """
+    Dialog { align: center middle; background: $background 60%; }
+    Dialog #box { width: 76; max-width: 100%; height: auto; max-height: 100%; background: $panel;
+        padding: 0 1; border: BORDER $accent; }
+    Dialog #box Panel { height: auto; }
+    Dialog .fields, Dialog .presses { height: 1; width: 1fr; }
+    Dialog .presses { align-horizontal: right; }
+    Dialog .fields { width: 1fr; }
+    Dialog .name { width: auto; height: 1; padding: 0 1 0 0; }
+    """.replace("BORDER", "round" if UNICODE else "ascii")
+    AUTO_FOCUS = "#cancel"
+
+    heading = ""
+    deed = ""
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__()
+        self.scene = scene
+        self.told = Panel(id="told")
+
+    def compose(self) -> ComposeResult:
+        with Vertical(id="box") as box:
+            box.border_title = self.heading
+            yield from self.parts()
+            yield self.told
+            yield from self.entries()
+            with Horizontal(classes="presses"):
+                yield Press("Cancel", id="cancel")
+                yield Press(self.deed, deed=True, id="deed")
+
+    def parts(self) -> Sequence[Widget]:
+        """What stands above the words."""
+        return ()
+
+    def entries(self) -> Sequence[Widget]:
+        """What stands beneath them."""
+        return ()
+
+    def on_mount(self) -> None:
+        self.tell()
+
+    def tell(self) -> None:
+        """Shows the words for what is chosen now."""
+        self.told.show_all(self.words(max(20, min(76, self.app.size.width) - 4)))
+
+    def words(self, cells: int) -> list[Line]:
+        raise NotImplementedError
+
+    def answer(self) -> Answer | str:
+        """What to send, or why that cannot be."""
+        raise NotImplementedError
+
+    def move(self, by: int) -> None:
+        """Up or down."""
+
+    def on_resize(self) -> None:
+        self.tell()
+
+    def on_key(self, event: Key) -> None:
+        focused = self.focused
+        typing = isinstance(focused, Input)
+        if event.key == "escape":
+            self.dismiss(None)
+        elif event.key in ("up", "down"):
+            self.move(-1 if event.key == "up" else 1)
+        elif event.key in ("tab", "shift+tab"):
+            # Textual's own binding would act at the app, a hop later than Enter does here: pressed at once, Enter would come first.
+            (self.focus_next if event.key == "tab" else self.focus_previous)()
+        elif event.key in ("left", "right") and not typing:
+            (self.focus_previous if event.key == "left" else self.focus_next)(Press)
+        elif event.key in ("enter", "space") and isinstance(focused, Press):
+            self._press(focused)
+        else:
+            return
+        event.stop()
+        event.prevent_default()
+
+    def on_press_pressed(self, event: Press.Pressed) -> None:
+        self._press(event.press)
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Enter in an entry goes on to the next one; it never does the deed."""
+        event.stop()
+        self.focus_next()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        event.stop()
+        self.tell()
+
+    def _press(self, press: Press) -> None:
+        if not press.deed:
+            self.dismiss(None)
+            return
+        answer = self.answer()
+        if isinstance(answer, str):
+            self.told.show_all([*self.words(72), [(answer, Ink.ALARM)]])
+        else:
+            self.dismiss(answer)

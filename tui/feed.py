@@ -1,0 +1,60 @@
+"""What views ask of the controller, with the answers that cannot change kept."""
+
+import asyncio
+from collections import OrderedDict
+from typing import TYPE_CHECKING, TypeVar
+
+from launcher import protocol
+from launcher.metrics.columns import Columns
+
+if TYPE_CHECKING:
+    from launcher.client import Client
+
+Reply = TypeVar("Reply", bound=protocol.Message)
+
+KEPT = 256
+"""Answers about lineages that are over; some kilobytes each."""
+
+
+class Feed:
+    """Questions to the controller. Every method returns None where it is out of reach or refuses."""
+
+    def __init__(self) -> None:
+        self.client: Client | None = None
+        self.refusal = ""
+        """Why the last question was refused."""
+        self._ended: OrderedDict[tuple[str, int, int, int, int], Columns] = OrderedDict()
+
+    async def columns(self, metric: str, start: int, stop: int, width: int, lineage: int | None = None) -> Columns | None:
+        """A metric's columns on the line in force, or those of one lineage that is over."""
+        key = (metric, start, stop, width, -1 if lineage is None else lineage)
+        if key in self._ended:
+            self._ended.move_to_end(key)
+            return self._ended[key]
+        question = protocol.ChartQuery(id=0, metric=metric, start=start, stop=stop, width=width, lineage=lineage)
+        reply = await self.ask(question, protocol.ChartReply)
+        if reply is None:
+            return None
+        columns = Columns.decode(reply.columns)
+        if lineage is not None:
+            self._ended[key] = columns
+            if len(self._ended) > KEPT:
+                self._ended.popitem(last=False)
+        return columns
+
+    async def ask(self, question: protocol.Message, expect: type[Reply]) -> Reply | None:
+        from launcher.client import ClientError
+
+        if self.client is None:
+            self.refusal = "the controller is out of reach"
+            return None
+        try:
+            return await self.client.ask(question, expect, timeout=20.0)
+        except ClientError as error:
+            self.refusal = str(error)
+            return None
+
+    async def all_columns(
+        self, metrics: list[str], start: int, stop: int, width: int, lineage: int | None = None
+    ) -> list[Columns | None]:
+        return list(await asyncio.gather(*(self.columns(metric, start, stop, width, lineage) for metric in metrics)))

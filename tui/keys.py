@@ -1,0 +1,122 @@
+"""The keys: one table drives dispatch, the footer, the help and docs/keys.md alike.
+
+A key's action `open:watch` calls `do_open("watch")` on the view that is open, or on the app where the view has no such method. Keys
+are plain letters and arrows: terminals and multiplexers lose the others.
+"""
+
+from typing import NamedTuple
+
+
+class Key(NamedTuple):
+    keys: tuple[str, ...]  # as Textual names them
+    shown: str
+    text: str  # in the help
+    action: str
+    short: str = ""  # in the footer; empty: not there
+    changes: bool = False  # asks something of the run: not bound on a read-only screen
+    planned: bool = False  # not there yet
+
+
+class ViewName(NamedTuple):
+    key: str
+    name: str
+    text: str
+
+
+VIEWS = (
+    ViewName("w", "watch", "pipeline, state, loss, KL and reward, GPUs, newest events"),
+    ViewName("m", "metrics", "every metric on one time line, with stage borders and rolled-back lineages"),
+    ViewName("n", "nodes", "every GPU as a heat map, faults, stragglers; down to one GPU and its rank"),
+    ViewName("k", "checkpoints", "lineages as a tree, goldens marked; mark, compare, roll back"),
+    ViewName("t", "stages", "objective, mixture, cost, held-out losses, samples; advance"),
+    ViewName("l", "logs", "every rank, node and the controller, searchable"),
+    ViewName("j", "journal", "who did what, when, and what came of it"),
+)
+
+PLANNED = (
+    ViewName("d", "data", "what was read: mixture against target, any past batch as text"),
+    ViewName("b", "probe", "talk to a checkpoint, next-token probabilities, two side by side"),
+)
+
+COMMANDS = (
+    Key(("p",), "p", "pause, or resume: they undo each other", "pause", "pause", changes=True),
+    Key(("c",), "c", "checkpoint now", "checkpoint", "save", changes=True),
+    Key(("g",), "g", "mark the newest checkpoint golden (in checkpoints: the chosen one, or no longer)", "golden", "golden",
+        changes=True),
+    Key(("R",), "R", "roll back, after asking", "rollback", "roll back", changes=True),
+    Key(("A",), "A", "advance to a later stage, after asking", "advance", "advance", changes=True),
+    Key(("S",), "S", "stop the run, after asking", "stop", "stop", changes=True),
+)  # fmt: skip
+
+GLOBAL = (
+    *(Key((view.key,), view.key, f"{view.name}: {view.text}", f"open:{view.name}") for view in VIEWS),
+    *COMMANDS,
+    Key(("colon",), ":", "a command line; Tab completes, arrows go through what was typed before", "prompt", "type"),
+    Key(("question_mark",), "?", "this help", "open:help"),
+    Key(("escape",), "Esc", "go back; hide a notice", "back"),
+    Key(("q",), "q", "detach: the run goes on without this screen", "detach", "detach"),
+    *(Key((view.key,), view.key, f"{view.name}: {view.text}", f"missing:{view.name}", planned=True) for view in PLANNED),
+)
+
+_MOVE = (
+    Key(("up",), "↑", "up", "move:-1"),
+    Key(("down",), "↓", "down", "move:1"),
+    Key(("pageup",), "PgUp", "a page up", "page:-1"),
+    Key(("pagedown", "space"), "PgDn", "a page down", "page:1"),
+    Key(("home",), "Home", "to the first", "end:-1"),
+    Key(("end", "G"), "End", "to the last", "end:1"),
+)
+_FILTER = Key(("slash",), "/", "filter by a regular expression; an empty one ends it", "filter", "filter")
+
+OF_VIEW: dict[str, tuple[Key, ...]] = {
+    "watch": (Key(("z",), "z", "charts: this stage, or the whole run", "span", "span"),),
+    "metrics": (
+        _FILTER,
+        Key(("plus", "equals_sign"), "+", "zoom in", "zoom:in", "zoom in"),
+        Key(("minus",), "-", "zoom out", "zoom:out", "out"),
+        Key(("0",), "0", "the whole run again", "zoom:all", "all"),
+        Key(("left",), "←", "pan to earlier steps", "pan:-1"),
+        Key(("right",), "→", "pan to later steps", "pan:1"),
+        Key(("left_square_bracket",), "[", "crosshair to the left", "cross:-1", "crosshair"),
+        Key(("right_square_bracket",), "]", "crosshair to the right", "cross:1"),
+        Key(("enter",), "Enter", "one chart alone, and all again", "maximise", "one"),
+        Key(("s",), "s", "smoothing: none, then wider", "smooth", "smooth"),
+        Key(("L",), "L", "logarithmic y axis", "log", "log"),
+        Key(("x",), "x", "x axis: steps, tokens, time", "axis", "axis"),
+        *_MOVE,
+    ),
+    "nodes": (
+        _FILTER,
+        Key(("v",), "v", "what is shown: utilisation, memory, power, temperature, SM, tensor, own time", "quantity", "values"),
+        Key(("z",), "z", "by GPU, by node, by rack, or whichever fits", "level", "roll up"),
+        Key(("f",), "f", "to the next one that is faulty or slow", "fault", "faulty"),
+        Key(("enter",), "Enter", "one GPU: figures, last minutes, rank, faults; a rack: its nodes", "enter", "one"),
+        Key(("left",), "←", "to the left", "walk:left"),
+        Key(("right",), "→", "to the right", "walk:right"),
+        Key(("up",), "↑", "up; on a GPU's page to the node before", "walk:up"),
+        Key(("down",), "↓", "down; on a GPU's page to the next node", "walk:down"),
+        Key(("D",), "D", "drain the node, after asking: it trains no more", "drain", "drain", changes=True),
+        Key(("Q",), "Q", "quarantine the node, after asking: nothing it had a share in since the checkpoint is kept", "quarantine",
+            changes=True),
+        Key(("U",), "U", "use the node again, after asking", "use", changes=True),
+    ),
+    "checkpoints": (
+        Key(("enter",), "Enter", "details, and what a rollback to it would undo", "details", "details"),
+        *_MOVE,
+    ),
+    "stages": _MOVE,
+    "logs": (
+        _FILTER,
+        Key(("left",), "←", "the file before", "file:-1", "file"),
+        Key(("right",), "→", "the next file", "file:1"),
+        Key(("f",), "f", "follow the end, or hold", "follow", "follow"),
+        *_MOVE,
+    ),
+    "journal": (_FILTER, Key(("f",), "f", "follow the end, or hold", "follow", "follow"), *_MOVE),
+    "help": _MOVE,
+}  # fmt: skip
+
+
+def find(view: str, pressed: str) -> Key | None:
+    """The key that was pressed, a view's own before everybody's."""
+    return next((key for key in (*OF_VIEW.get(view, ()), *GLOBAL) if pressed in key.keys), None)

@@ -1,0 +1,104 @@
+"""The line to type on: `:` for commands with history and completion, `/` for a view's filter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from textual.events import Key
+from textual.widgets import Input
+
+from tui.chart.ink import Ink
+from tui.commandline import complete, parse
+
+if TYPE_CHECKING:
+    from tui.app import MidwatchApp
+
+
+class Prompt(Input):
+    """Hidden until opened. Enter does what was typed, Esc leaves it undone."""
+
+    DEFAULT_CSS = """
+    Prompt { display: none; height: 1; border: none; padding: 0 1; background: $panel; color: $foreground; }
+    Prompt:focus { border: none; background: $panel; }
+    """
+
+    def __init__(self) -> None:
+        super().__init__(id="prompt", compact=True, select_on_focus=False)
+        self._sign = ":"
+        self._place = 0
+        self._patterns: dict[str, str] = {}
+
+    @property
+    def midwatch(self) -> MidwatchApp:
+        return cast("MidwatchApp", self.app)
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.display)
+
+    def open(self, sign: str) -> None:
+        self._sign = sign
+        self._place = len(self.midwatch.typed)
+        self.value = sign + (self._patterns.get(self.midwatch.view_name, "") if sign == "/" else "")
+        self.cursor_position = len(self.value)
+        self.display = True
+        self.screen.set_focus(self)  # at once: `focus` would let keys typed meanwhile pass by
+
+    def close(self) -> None:
+        self.display = False
+        self.screen.set_focus(None)
+
+    async def _on_key(self, event: Key) -> None:
+        if event.key == "tab" and self._sign == ":":
+            event.prevent_default()
+            event.stop()
+            self._complete()
+        elif event.key in ("up", "down") and self._sign == ":":
+            event.prevent_default()
+            event.stop()
+            self._recall(-1 if event.key == "up" else 1)
+        elif event.key == "backspace" and len(self.value) <= 1:
+            event.prevent_default()
+            event.stop()
+            self.close()
+        else:
+            await super()._on_key(event)
+
+    def _complete(self) -> None:
+        snapshot = self.midwatch.scene.snapshot
+        value, choices = complete(self.value[1:], snapshot)
+        self.value = self._sign + value
+        self.cursor_position = len(self.value)
+        if len(choices) > 1:
+            self.midwatch.say("  ".join(choices[:24]), Ink.FAINT)
+
+    def _recall(self, by: int) -> None:
+        typed = self.midwatch.typed
+        self._place = min(max(0, self._place + by), len(typed))
+        self.value = self._sign + (typed[self._place] if self._place < len(typed) else "")
+        self.cursor_position = len(self.value)
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        event.stop()
+        if not self.value.startswith(self._sign):
+            self.value = self._sign + self.value.lstrip(":/")
+        elif self._sign == "/" and self.midwatch.view is not None and self.is_open:
+            self._filter()
+
+    def _filter(self) -> None:
+        view = self.midwatch.view
+        problem = view.set_filter(self.value[1:]) if view is not None else ""
+        if problem:
+            self.midwatch.say(problem, Ink.WARNING)
+        else:
+            self._patterns[self.midwatch.view_name] = self.value[1:]
+
+    async def on_input_submitted(self, event: Input.Submitted) -> None:
+        event.stop()
+        line = self.value[1:].strip()
+        self.close()
+        if self._sign == "/" or not line:
+            return
+        if not self.midwatch.typed or self.midwatch.typed[-1] != line:
+            self.midwatch.typed.append(line)
+        await self.midwatch.do_typed(parse(line))

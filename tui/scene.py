@@ -1,0 +1,61 @@
+"""What the screen shows: one frozen scene, made anew whenever a snapshot comes, the link changes or a second passes."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from launcher.protocol import CheckpointView, Snapshot, StageView
+
+
+class Link(NamedTuple):
+    """The way to the controller."""
+
+    up: bool = False
+    since: float | None = None  # when it was lost; None before the first connection
+
+
+@dataclass(frozen=True)
+class Scene:
+    run: str
+    now: float
+    link: Link = field(default_factory=Link)
+    snapshot: Snapshot | None = None
+    received: float = 0.0  # when the snapshot came, on the operator's clock
+    read_only: bool = False
+
+    @property
+    def skew(self) -> float:
+        """The operator's clock minus the controller's, as of the newest snapshot."""
+        return self.received - self.snapshot.time if self.snapshot is not None else 0.0
+
+
+class Span(NamedTuple):
+    """A stage on the line in force: the run's steps at which it begins and ends. Its first update makes step `start + 1`."""
+
+    stage: StageView
+    start: int
+    stop: int
+
+
+def stage_spans(snapshot: Snapshot) -> list[Span]:
+    """The training stages that have begun, or will, where they lie among the run's steps."""
+    spans: list[Span] = []
+    at = 0
+    for stage in snapshot.stages:
+        if stage.objective != "data":
+            taken = stage.step if stage.state in ("done", "cut short") else stage.steps
+            spans.append(Span(stage, at, at + taken))
+            at += taken
+    return spans
+
+
+def running_span(snapshot: Snapshot) -> Span | None:
+    """The stage that trains, or the last that did."""
+    spans = stage_spans(snapshot)
+    begun = [span for span in spans if span.stage.state != "waiting"]
+    return next((span for span in spans if span.stage.state == "running"), begun[-1] if begun else None)
+
+
+def newest_checkpoint(snapshot: Snapshot) -> CheckpointView | None:
+    """On the line in force."""
+    on_line = [checkpoint for checkpoint in snapshot.checkpoints if checkpoint.on_line]
+    return max(on_line, key=lambda checkpoint: (checkpoint.step, checkpoint.time), default=None)

@@ -1,0 +1,359 @@
+"""The watch: state and reason, the pipeline, the charts that matter, the machines, the newest events."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from textual.app import ComposeResult
+from textual.containers import Grid as Grating
+
+from launcher.metrics.columns import grid
+from launcher.protocol import NodeView, Snapshot, StageView
+from tui import frame
+from tui.chart.ink import Ink
+from tui.chart.paint import Picture, Series
+from tui.chart.strips import bar, spark
+from tui.chart.widget import Chart
+from tui.panel import Line, Panel, Run, cut, fit, joined
+from tui.scene import Scene, newest_checkpoint, running_span
+from tui.troubles import newest_fault
+from tui.views.base import View
+from tui.views.charting import Fetcher, borders, ghosts, marks, short_name, window
+from tui.words import UNICODE, age, compact, duration, percent, size
+
+
+class Slot(NamedTuple):
+    title: str
+    metrics: tuple[str, ...]
+
+
+class Layout(NamedTuple):
+    """Rows of each part of the view, and the charts' lattice."""
+
+    state: int
+    pipeline: int
+    nodes: int
+    events: int
+    across: int
+    down: int
+
+
+def layout(width: int, height: int, nodes: int) -> Layout:
+    """What fits; the charts take what the others leave, and go where that is too little."""
+    state = 3 if height >= 26 else 1
+    pipeline = 0 if height < 6 else 3 if height >= 26 else 2
+    machines = 0 if height < 10 else min(nodes, max(1, height // 12))
+    events = 0 if height < 12 else min(12, max(3, height // 5))
+    left = height - state - 1 - pipeline - machines - events
+    across = max(1, min(3, width // 38))
+    down = max(0, min(2 if across > 1 else 3, left // 8)) if left >= 5 else 0
+    return Layout(state, pipeline, machines, events, across, down or (1 if left >= 5 else 0))
+
+
+def slots(latest: dict[str, float]) -> list[Slot]:
+    """The charts worth watching, by what the run reports, the most telling first."""
+    found = [Slot("loss", ("train/loss",))]
+    if "policy/kl" in latest:
+        found.append(Slot("KL per token", ("policy/kl",)))
+    elif "policy/kl_sequence" in latest:
+        found.append(Slot("KL per response", ("policy/kl_sequence",)))
+    for name, title in (("policy/reward", "reward"), ("preference/margin", "margin"), ("preference/accuracy", "accuracy")):
+        if name in latest:
+            found.append(Slot(title, (name,)))
+            break
+    held_out = tuple(sorted(name for name in latest if re.fullmatch(r"eval/.+/loss", name)))[:6]
+    if held_out:
+        found.append(Slot("held-out loss", held_out))
+    for name, title in (
+        ("train/grad_norm", "gradient norm"),
+        ("perf/tokens_per_second", "tokens/s"),
+        ("train/lr", "learning rate"),
+        ("preference/accuracy", "accuracy"),
+    ):
+        if name in latest and all(name not in slot.metrics for slot in found):
+            found.append(Slot(title, (name,)))
+    return found
+
+
+class WatchView(View):
+    """Charts show the stage that trains, or with `z` the whole run."""
+
+    DEFAULT_CSS = """
+    WatchView { layout: vertical; }
+    WatchView Panel { height: 1; }
+    WatchView #charts { height: 1fr; grid-gutter: 0 1; }
+    """
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._scene: Scene | None = None
+        self._whole = False
+        self._drawn_for: object = None
+        self._arranged: tuple[Layout, int] | None = None
+        self._fetcher = Fetcher(self, self._fetch)
+        self._charts = [Chart(unicode=UNICODE) for _ in range(6)]
+        self._state_panel, self._facts_panel, self._pipeline_panel = Panel(), Panel(), Panel()
+        self._machines_panel, self._events_panel = Panel(), Panel()
+
+    def compose(self) -> ComposeResult:
+        yield self._state_panel
+        yield self._facts_panel
+        yield self._pipeline_panel
+        with Grating(id="charts"):
+            yield from self._charts
+        yield self._machines_panel
+        yield self._events_panel
+
+    def on_chart_resized(self, event: Chart.Resized) -> None:
+        self._drawn_for = None
+        if self._scene is not None and self.display:
+            self._fetcher.hurry()
+
+    def settled(self) -> bool:
+        return self._drawn_for is not None and self._drawn_for == self._needs() and not self._fetcher.busy
+
+    def opened(self) -> None:
+        self._fetcher.want()
+
+    def do_span(self) -> None:
+        self._whole = not self._whole
+        self._drawn_for = None
+        self._fetcher.hurry()
+        self.midwatch.say("charts: the whole run" if self._whole else "charts: the stage that trains")
+
+    # Drawing
+
+    def show(self, scene: Scene) -> None:
+        self._scene = scene
+        snapshot = scene.snapshot
+        width, height = self.size
+        if not width or not height:
+            return
+        plan = layout(width, height, len(snapshot.nodes) if snapshot is not None else 0)
+        self._arrange(plan, len(self._slots()))
+        self._state_panel.show(_state_band(scene, width, plan.state))
+        if snapshot is None:
+            return
+        self._facts_panel.show([_facts(scene, snapshot)])
+        self._pipeline_panel.show(pipeline(snapshot.stages, width)[: plan.pipeline])
+        self._machines_panel.show(_machines(snapshot.nodes, width, plan.nodes))
+        events = list(reversed(snapshot.events))[: plan.events]
+        self._events_panel.show([cut([(" ", Ink.BLANK), *frame.told(event, scene)], width) for event in events])
+        if self._needs() != self._drawn_for:
+            self._fetcher.want()
+
+    def _slots(self) -> list[Slot]:
+        return slots(self._scene.snapshot.latest) if self._scene is not None and self._scene.snapshot is not None else []
+
+    def _arrange(self, plan: Layout, wanted: int) -> None:
+        shown = min(max(1, wanted), plan.across * plan.down, len(self._charts))
+        across = min(plan.across, max(1, shown))
+        key = (plan, shown)
+        if key == self._arranged:
+            return
+        self._arranged = key
+        panels = (
+            (self._state_panel, plan.state),
+            (self._pipeline_panel, plan.pipeline),
+            (self._machines_panel, plan.nodes),
+            (self._events_panel, plan.events),
+        )
+        for panel, rows in panels:
+            panel.styles.height = rows
+        lattice = self.query_one("#charts")
+        lattice.display = shown > 0
+        lattice.styles.grid_size_columns = across
+        lattice.styles.grid_size_rows = max(1, -(-shown // across))
+        for number, chart in enumerate(self._charts):
+            chart.display = number < shown
+        self._drawn_for = None
+
+    def _needs(self) -> object:
+        """What the charts depend on: they are asked for again when it changes."""
+        snapshot = self._scene.snapshot if self._scene is not None else None
+        if snapshot is None or self._scene is None:
+            return None
+        golden = tuple(c.id for c in snapshot.checkpoints if c.golden)
+        return (snapshot.step, snapshot.lineage, snapshot.stage, snapshot.state, len(snapshot.checkpoints), golden,
+                self._scene.link.up)  # fmt: skip
+
+    async def _fetch(self) -> None:
+        scene = self._scene
+        if scene is None or scene.snapshot is None or not self.display:
+            return
+        snapshot, needs = scene.snapshot, self._needs()
+        running = running_span(snapshot)
+        start, stop = 0, max(1, snapshot.step + 1)
+        if running is not None and not self._whole and snapshot.step > running.start:
+            start = running.start
+        charts = [chart for chart in self._charts if chart.display]
+        for chart, slot in zip(charts, self._slots(), strict=False):
+            await self._fetch_one(chart, slot, snapshot, start, stop)
+        if not self._slots() or not snapshot.latest:
+            for chart in charts:
+                chart.show(Picture("loss", grid(0, 1, max(1, chart.dots)), empty=_nothing_yet(snapshot)))
+        if scene.link.up:
+            self._drawn_for = needs
+
+    async def _fetch_one(self, chart: Chart, slot: Slot, snapshot: Snapshot, start: int, stop: int) -> None:
+        dots = chart.dots
+        if dots <= 0 or not snapshot.latest:
+            return
+        feed = self.midwatch.feed
+        if start and slot.metrics[0].startswith(("train/", "perf/")):
+            start += 1  # the step on the border was the last one of the stage before
+        found = [c for c in await feed.all_columns(list(slot.metrics), start, stop, dots) if c is not None]
+        if not found:
+            return
+        past = []
+        for lineage in ghosts(snapshot):
+            past += [c for c in await feed.all_columns(list(slot.metrics[:1]), start, stop, dots, lineage) if c is not None]
+        smooth = window(start, stop) if len(slot.metrics) == 1 else 0
+        chart.show(
+            Picture(
+                slot.title,
+                found[0].grid,
+                tuple(Series(c, short_name(c.series) if len(found) > 1 else "", smooth) for c in found),
+                ghosts=tuple(Series(c) for c in past),
+                borders=borders(snapshot),
+                marks=marks(snapshot),
+                empty="none in this stage yet",
+            )
+        )
+
+
+def _nothing_yet(snapshot: Snapshot) -> str:
+    return "no steps yet" if snapshot.state != "building" else "no steps yet: the data is being built"
+
+
+def _state_band(scene: Scene, width: int, rows: int) -> list[Line]:
+    """The state in a word, its reason beside it; with air around it where there is room."""
+    words = frame.state_words(scene)
+    snapshot = scene.snapshot
+    line: list[Run] = [(" ", Ink.BLANK), frame.badge(snapshot.state), ("  ", Ink.BLANK), *words] if snapshot is not None else words
+    return [[], cut(line, width), []] if rows >= 3 else [cut(line, width)]
+
+
+def _facts(scene: Scene, snapshot: Snapshot) -> Line:
+    """The newest figures in one line."""
+    latest = snapshot.latest
+    parts: list[Line] = []
+    for name, label, unit in (
+        ("train/loss", "loss", ""),
+        ("policy/kl", "KL", ""),
+        ("policy/reward", "reward", ""),
+        ("preference/margin", "margin", ""),
+        ("train/lr", "lr", ""),
+        ("train/grad_norm", "grad", ""),
+        ("perf/tokens_per_second", "", " tokens/s"),
+    ):
+        if name in latest:
+            parts.append([(f"{label} " if label else "", Ink.FAINT), (compact(latest[name]), Ink.TEXT), (unit, Ink.FAINT)])
+    if snapshot.tokens:
+        parts.append([(compact(snapshot.tokens), Ink.TEXT), (" tokens", Ink.FAINT)])
+    newest = newest_checkpoint(snapshot)
+    if newest is not None:
+        star = ("★" if UNICODE else "*") if newest.golden else ""
+        ago = age(scene.now - scene.skew - newest.time)
+        parts.append(
+            [("checkpoint ", Ink.FAINT), (f"{newest.id}{star}", Ink.TEXT), (f" {ago} ago" if ago != "now" else "", Ink.FAINT)]
+        )
+    return [(" ", Ink.BLANK), *joined(parts)] if parts else []
+
+
+SIGNS: dict[str, tuple[str, str, Ink]] = {
+    "waiting": (" ", " ", Ink.FAINT),
+    "running": ("▸", ">", Ink.ACTIVE),
+    "done": ("✓", "*", Ink.DONE),
+    "cut short": ("⊣", "/", Ink.WARNING),
+    "failed": ("✗", "X", Ink.ALARM),
+}
+
+
+def pipeline(stages: Sequence[StageView], width: int) -> list[Line]:
+    """The stages side by side, each with its progress, and beneath it what it has taken or has left.
+
+    Where they do not all fit, those around the one that runs.
+    """
+    if not stages:
+        return [[], []]
+    fitting = max(1, width // 14)
+    shown = list(stages)
+    if len(shown) > fitting:
+        running = next((number for number, stage in enumerate(shown) if stage.state == "running"), 0)
+        first = max(0, min(running - 1, len(shown) - fitting))
+        shown = shown[first : first + fitting]
+    cells = (width - 1) // len(shown)
+    bars: list[Run] = [(" ", Ink.BLANK)]
+    times: list[Run] = [(" ", Ink.BLANK)]
+    for stage in shown:
+        unicode, ascii, ink = SIGNS[stage.state]
+        label = f"{unicode if UNICODE else ascii}{stage.name} "[: cells - 2]
+        part = stage.step / stage.steps if stage.steps else 0.0
+        bars += fit([(label, ink), *bar(part, cells - len(label) - 2, UNICODE, ink)], cells)
+        times += fit([("  ", Ink.BLANK), (_progress(stage), Ink.TEXT if stage.state == "running" else Ink.FAINT)], cells)
+    return [bars, times]
+
+
+def _progress(stage: StageView) -> str:
+    if stage.state == "running":
+        left = f" {duration(stage.seconds_left)} left" if stage.seconds_left is not None else ""
+        return f"{percent(stage.step, stage.steps)}{left}"
+    if stage.state == "waiting":
+        return f"{stage.steps:,} steps" if stage.objective != "data" else "waiting"
+    took = duration(stage.seconds) if stage.seconds >= 1 else stage.note
+    return f"{stage.state} {took}" if stage.state != "done" else took or "done"
+
+
+def _machines(nodes: Sequence[NodeView], width: int, rows: int) -> list[Line]:
+    """A line for each node; for the last one with room, how many more there are."""
+    if not nodes or rows <= 0:
+        return []
+    shown: list[Line] = [cut(_machine(node, width), width) for node in nodes[:rows]]
+    if len(nodes) > rows:
+        away = sum(node.state != "up" for node in nodes[rows:])
+        more = f" and {len(nodes) - rows} more nodes" + (f", {away} out of reach" if away else "")
+        shown[-1] = cut([*cut(_machine(nodes[rows - 1], width), width - len(more)), (more, Ink.FAINT)], width)
+    return shown
+
+
+def _machine(node: NodeView, width: int) -> Line:
+    """GPUs where there are any; else CPUs and memory, said as such."""
+    name: list[Run] = [(f" {node.name[:18]} ", Ink.TITLE)]
+    if node.state != "up":
+        name.append((f" {node.state.upper()} ", Ink.BADGE_HOLD))
+    stats = node.stats
+    if stats is None:
+        return [*name, (" no figures yet", Ink.FAINT)]
+    strip = max(8, min(64, width // 4))
+    parts: list[Line] = []
+    if stats.gpus:
+        busy = [gpu.utilisation if gpu.utilisation is not None else float("nan") for gpu in stats.gpus]
+        known = [part for part in busy if part == part]
+        parts.append([(f"{len(stats.gpus)} GPUs ", Ink.FAINT), *spark(busy, strip, 0, 1, UNICODE, "min")])
+        if known:
+            parts.append([(f"{sum(known) / len(known):.0%}", Ink.TEXT), (" busy", Ink.FAINT)])
+        used = sum(gpu.memory_used or 0 for gpu in stats.gpus)
+        total = sum(gpu.memory_total or 0 for gpu in stats.gpus)
+        if total:
+            parts.append([("memory ", Ink.FAINT), (f"{size(used)} of {size(total)}", Ink.TEXT)])
+        hottest = max((gpu.temperature for gpu in stats.gpus if gpu.temperature is not None), default=None)
+        if hottest is not None:
+            parts.append([("hottest ", Ink.FAINT), (f"{hottest:.0f} °C" if UNICODE else f"{hottest:.0f} C", Ink.TEXT)])
+        power = sum(gpu.power or 0 for gpu in stats.gpus)
+        if power:
+            parts.append([(f"{power:,.0f} W", Ink.TEXT)])
+        faulty, newest = newest_fault(node, stats.time)
+        if faulty:
+            parts.insert(0, [("! " if not UNICODE else "✗ ", Ink.ALARM), (f"{faulty} faulty: {newest}", Ink.ALARM)])
+    else:
+        average = sum(stats.cpus) / len(stats.cpus) if stats.cpus else 0.0
+        parts.append([(f"{len(stats.cpus)} CPUs ", Ink.FAINT), *spark(stats.cpus, strip, 0, 1, UNICODE)])
+        parts.append([(f"{average:.0%}", Ink.TEXT)])
+        parts.append([("memory ", Ink.FAINT), (f"{size(stats.memory_used)} of {size(stats.memory_total)}", Ink.TEXT)])
+        parts.append([(stats.gpu_note or "no GPU", Ink.FAINT)])
+        if stats.rank_rss:
+            parts.append([("ranks ", Ink.FAINT), (size(sum(stats.rank_rss)), Ink.TEXT)])
+    if stats.disk_free is not None:
+        parts.append([("disk free ", Ink.FAINT), (size(stats.disk_free), Ink.TEXT)])
+    return joined([name, *parts])
