@@ -285,27 +285,37 @@ class Ledger:
         return tuple(Replay(step=s, key=k, value=v) for line, s, k, v in self.sets if line == self.lineage and s >= after_step)
 
     def stage_record(self, stage: str) -> StageRecord | None:
-        """The stage's course on the line in force; the newest where it was begun again."""
+        """The stage's course on the line in force; the newest where it was begun again.
+
+        Ranks that die between a stage's last checkpoint and the word of its end leave that word unsaid: the checkpoint says it, or
+        the stage after it, which has begun.
+        """
         path = self.path()
         record: StageRecord | None = None
         for border in self.borders:
-            if border.stage != stage or not _on_path(path, border.lineage, border.step):
+            if not _on_path(path, border.lineage, border.step):
                 continue
-            if isinstance(border, j.StageBegan):
+            if border.stage != stage:
+                if record is not None and record.ended is None and isinstance(border, j.StageBegan):
+                    record = _ended(record, border.time, border.step)
+            elif isinstance(border, j.StageBegan):
                 record = StageRecord(began=border.time, first_step=border.step - border.stage_step)
             elif record is not None:
-                record = replace(
-                    record,
-                    ended=border.time,
-                    last_step=border.step,
-                    stage_steps=border.stage_step,
-                    product=border.product,
-                )
+                record = replace(_ended(record, border.time, border.step), stage_steps=border.stage_step, product=border.product)
+        if record is not None and record.product is None:
+            ends = [c for c in self.checkpoints.values() if c.stage == stage and c.ended and c.on_line and c.time >= record.began]
+            if ends:
+                last = max(ends, key=lambda c: c.time)
+                record = replace(_ended(record, last.time, last.step), product=last.id)
         return record
 
     def open_commands(self) -> list[CommandView]:
         """Commands not yet ended, oldest first."""
         return [c for c in self.commands.values() if c.state in ("queued", "sent")]
+
+
+def _ended(record: StageRecord, time: float, step: int) -> StageRecord:
+    return replace(record, ended=time, last_step=step, stage_steps=step - record.first_step)
 
 
 def _on_path(path: list[Segment], lineage: int, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""`python -m trainer RUN`: one rank, as torchrun or the agent starts it."""
+"""`python -m trainer RUN`: one rank, as torchrun or the agent starts it, or the process that forks them for the agent."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ import logging
 import os
 import sys
 
-from trainer.early import guard, redirect
+from trainer.early import call_itself, guard, redirect
 
-if __name__ == "__main__":
+
+def rank(arguments: list[str]) -> int:
+    """One rank from its first line to its last; the exit status."""
+    call_itself(f"rank-{os.environ.get('RANK', '0')}")
     redirect()
     guard()
     from trainer.start import main
 
-    status = main(sys.argv[1:])
+    status = main(arguments)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # the threads of gloo that still run could abort an orderly end of the interpreter
+    return status
+
+
+if __name__ == "__main__":
+    handle = os.environ.pop("MIDWATCH_FORKSERVER", None)
+    if handle is not None:
+        from trainer.forkserver import serve
+
+        os._exit(serve(int(handle), rank))
+    os._exit(rank(sys.argv[1:]))  # the threads of gloo that still run could abort an orderly end of the interpreter

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from launcher import protocol as p
 from launcher.agent import stacks
 from launcher.agent.environment import presentable, rank_environment
+from launcher.agent.forkserver import ForkServers
 from launcher.agent.hangs import Hang, HangWatch
 from launcher.agent.probe import ProbePort
 from launcher.agent.stats import NodeReader
@@ -62,6 +63,11 @@ class Agent:
         self._link = Connection(
             "agent-link", paths.address, self._hello, self._opened, self._orders.put, self._refused, identity, joining
         )
+        interface = interface_of(self._address) if self._address != LOOPBACK else None
+        self._rank_environment = {**rank_environment(recipe.cluster.threads, interface), **recipe.cluster.env}
+        self._fork_servers = (
+            ForkServers(paths.root, {**os.environ, **self._rank_environment}) if recipe.cluster.fork_ranks else None
+        )
         self._reader = NodeReader(node, paths.root)
         self._hangs = HangWatch(recipe.cluster.hang_seconds, recipe.cluster.hang_first_seconds)
         self._hung = 0
@@ -81,6 +87,8 @@ class Agent:
 
     def run(self) -> int:
         """Works until the controller sends it away, or nobody needs it any more."""
+        if self._fork_servers is not None:
+            self._fork_servers.prepare()
         self._link.start()
         threading.Thread(target=_import_torch, name="import-torch", daemon=True).start()
         stats = threading.Thread(target=self._report_stats, name="stats", daemon=True)
@@ -97,6 +105,8 @@ class Agent:
         finally:
             self._leaving.set()
             self._end_ranks()
+            if self._fork_servers is not None:
+                self._fork_servers.close()
             self._link.close()
             if self._probe is not None:
                 self._probe.close()
@@ -165,9 +175,8 @@ class Agent:
 
         self._end_ranks()
         generation = gather.start.generation
-        interface = interface_of(self._address) if self._address != LOOPBACK else None
         environment = {
-            **rank_environment(self._recipe.cluster.threads, interface),
+            **self._rank_environment,
             **gather.environment,
             "MIDWATCH_GENERATION": str(generation),
             "MIDWATCH_GUARD": str(self._guard),
@@ -185,7 +194,15 @@ class Agent:
 
         self._ended = None
         self._group = group = RankGroup(
-            gather, self._paths.root, self._paths.key, logs, environment, self._heartbeat, opened, self._tell_ended
+            gather,
+            self._paths.root,
+            self._paths.key,
+            logs,
+            environment,
+            self._heartbeat,
+            opened,
+            self._tell_ended,
+            self._fork_servers,
         )
         group.start()
 

@@ -7,19 +7,23 @@ store under START_KEY.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # is public; its stubs leave it out
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.elastic.rendezvous import (
     RendezvousGracefulExitError,
     RendezvousHandler,
@@ -27,6 +31,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
+from launcher.agent.forkserver import ForkServerError, ForkServers
 from launcher.agent.stacks import socket_of
 from launcher.protocol import Gather, RankExit
 
@@ -101,6 +106,79 @@ class RankLogs(LogsSpecs):
         return str(self._directory)
 
 
+class _ForkedHandler(SubprocessHandler):
+    """A rank from the fork server, or, where that cannot be had, a process started anew."""
+
+    def __init__(self, servers: ForkServers, entrypoint: str, args: tuple[str, ...], env: dict[str, str], local_rank: int) -> None:
+        self._servers, self._order = servers, (args, env)
+        super().__init__(entrypoint, args, env, None, None, local_rank, None)
+
+    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
+        given, added = self._order
+        try:
+            return self._servers.fork(given[given.index("trainer") + 1 :], added)
+        except ForkServerError as error:
+            log.warning("a rank is started without the fork server: %s", error)
+            return super()._popen(args, env)
+
+    def close(self, death_sig: signal.Signals | None = None) -> None:
+        with contextlib.suppress(ProcessLookupError):  # word of a forked rank's end may still be on its way
+            super().close(death_sig)
+
+
+class _ForkedContext(SubprocessContext):
+    """Ranks as children of the fork server, all at once."""
+
+    def __init__(self, servers: ForkServers, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._servers = servers
+
+    def _start(self) -> None:
+        self.subprocess_handlers = {
+            local: _ForkedHandler(self._servers, str(self.entrypoint), self.args[local], self.envs[local], local)
+            for local in range(self.nprocs)
+        }
+
+
+class ForkingElasticAgent(LocalElasticAgent):
+    """Torch's agent, whose ranks come from a process that has imported everything already."""
+
+    def __init__(self, spec: WorkerSpec, logs: LogsSpecs, servers: ForkServers) -> None:
+        super().__init__(spec, logs, exit_barrier_timeout=30, shutdown_timeout=SHUTDOWN_SECONDS)
+        self._servers = servers
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        spec = worker_group.spec
+        args = {w.local_rank: tuple(spec.args) for w in worker_group.workers}
+        envs = {w.local_rank: self._environment_of(worker_group, w) for w in worker_group.workers}
+        context = _ForkedContext(self._servers, spec.role, spec.entrypoint, args, envs, self._logs_specs)
+        self._pcontext = context
+        context.start()
+        return dict(context.pids())
+
+    def _environment_of(self, group: WorkerGroup, worker: Worker) -> dict[str, str]:
+        """What torchrun tells its workers, by the documented names."""
+        spec = group.spec
+        environment = {
+            "RANK": worker.global_rank,
+            "LOCAL_RANK": worker.local_rank,
+            "GROUP_RANK": group.group_rank,
+            "ROLE_RANK": worker.role_rank,
+            "ROLE_NAME": spec.role,
+            "LOCAL_WORLD_SIZE": spec.local_world_size,
+            "WORLD_SIZE": worker.world_size,
+            "GROUP_WORLD_SIZE": group.group_world_size,
+            "ROLE_WORLD_SIZE": worker.role_world_size,
+            "MASTER_ADDR": group.master_addr,
+            "MASTER_PORT": group.master_port,
+            "TORCHELASTIC_RESTART_COUNT": 0,
+            "TORCHELASTIC_MAX_RESTARTS": spec.max_restarts,
+            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+            "TORCHELASTIC_USE_AGENT_STORE": spec.rdzv_handler.use_agent_store,
+        }
+        return {name: str(value) for name, value in environment.items()}
+
+
 class RankGroup:
     """The ranks of one generation on this node, in a thread that ends with them."""
 
@@ -114,11 +192,15 @@ class RankGroup:
         heartbeat: Path,
         opened: Callable[[int], None],
         ended: Callable[[int, bool, tuple[RankExit, ...], str], None],
+        servers: ForkServers | None = None,
     ) -> None:
-        """`opened` gets the port of the generation's store when it is there, `ended` is called when all ranks are gone."""
+        """`opened` gets the port of the generation's store when it is there, `ended` is called when all ranks are gone.
+
+        Ranks are forked by `servers`, or started anew where there are none.
+        """
         self.generation = gather.start.generation
         self._gather, self._run_name, self._directory = gather, run, run_directory
-        self._opened, self._ended = opened, ended
+        self._opened, self._ended, self._servers = opened, ended, servers
         self._logs, self._environment, self._heartbeat = log_directory, environment, heartbeat
         self._ending = threading.Event()
         self._elastic: LocalElasticAgent | None = None
@@ -168,6 +250,8 @@ class RankGroup:
             monitor_interval=MONITOR_SECONDS,
         )
         logs = RankLogs(self._logs, self._environment, self._heartbeat)
+        if self._servers is not None:
+            return ForkingElasticAgent(spec, logs, self._servers)
         return LocalElasticAgent(spec, logs, exit_barrier_timeout=30, shutdown_timeout=SHUTDOWN_SECONDS)
 
     def _explained(self, ended: RankExit) -> RankExit:

@@ -7,7 +7,7 @@ mishap), and never below a floor. As long as a phase is not known, a generous li
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from launcher.protocol import RankBeat
 
 FACTOR = 5.0
 KNOWN = 5
-"""Moves seen in a phase before its limit is learned."""
+"""Moves seen in a phase before its limit is learned; a look at a rank that has gone n steps on has seen n."""
 REMEMBERED = 200
 
 
@@ -34,12 +34,14 @@ class HangWatch:
         self._floor, self._first, self._clock = floor, first, clock
         self._stood: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         """Of each phase: seconds between two moves."""
+        self._moves: Counter[str] = Counter()
         self._last: dict[int, tuple[RankBeat, float]] = {}
         self._generation = 0
 
     def limit(self, phase: str) -> float:
-        stood = self._stood[phase]
-        return max(self._floor, FACTOR * sorted(stood)[-2]) if len(stood) >= KNOWN else max(self._floor, self._first)
+        if self._moves[phase] < KNOWN:
+            return max(self._floor, self._first)
+        return max(self._floor, FACTOR * sorted(self._stood[phase])[-2:][0])
 
     def see(self, generation: int, beats: Sequence[RankBeat]) -> Hang | None:
         """What hangs, if anything does."""
@@ -52,6 +54,7 @@ class HangWatch:
             if before is None or (before.step, before.time, before.phase) != (beat.step, beat.time, beat.phase):
                 if before is not None and before.phase == beat.phase and before.time:
                     self._stood[beat.phase].append(now - since)
+                    self._moves[beat.phase] += max(1, beat.step - before.step)
                 self._last[beat.rank] = (beat, now)
             elif now - since > self.limit(beat.phase):
                 late.append((now - since, self.limit(beat.phase), beat))

@@ -74,3 +74,13 @@ def test_a_new_generation_begins_anew_and_remembers_what_was_learned() -> None:
     assert ranks.look(0.0, generation=2) is None
     assert ranks.look(4.0, generation=2) is None
     assert ranks.look(2.0, generation=2) is not None
+
+
+def test_quick_steps_are_known_after_one_look() -> None:
+    ranks = Ranks()
+    ranks.move("training", 1.0)
+    assert ranks.watch.limit("training") == 100.0, "nothing known"
+    for rank in (0, 1):
+        ranks.beats[rank] = RankBeat(rank, 100 + rank, 41, 2.0, "training")
+    ranks.look(1.0)
+    assert ranks.watch.limit("training") == 5.0, "forty steps in one second"

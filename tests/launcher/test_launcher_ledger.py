@@ -201,3 +201,18 @@ def test_reports_are_numbered_within_a_generation() -> None:
     assert ledger.reported == 9
     ledger.apply(1, LIFE[5])
     assert ledger.reported == 0
+
+
+def test_a_stage_whose_end_was_never_told_has_ended_by_its_checkpoint_or_by_the_next_one() -> None:
+    began = j.StageBegan(time=0.0, stage="pretrain", step=0, lineage=1)
+    ledger = fold(opened(1), began, committed("a", 30, ended=True))
+    record = ledger.stage_record("pretrain")
+    assert record is not None and (record.last_step, record.stage_steps, record.product) == (30, 30, "a")
+    ledger.apply(1, opened(2, 1, "a", 30, "crash"))
+    ledger.apply(1, j.StageBegan(time=9.0, stage="sft", step=30, lineage=2))
+    assert ledger.stage_record("pretrain") == record
+    ledger.apply(1, j.CheckpointPruned(time=10.0, id="a"))
+    record = ledger.stage_record("pretrain")
+    assert record is not None and (record.ended, record.last_step, record.product) == (9.0, 30, None)
+    after = ledger.stage_record("sft")
+    assert after is not None and after.ended is None

@@ -209,7 +209,12 @@ class Run:
         return self._processes("launcher.agent")
 
     def ranks(self) -> list[psutil.Process]:
-        return sorted(self._processes("trainer"), key=lambda x: int(x.environ().get("RANK", "0")))
+        """Processes of the ranks, in their order."""
+        return sorted((x for x in self._processes("trainer") if x.name()[5:].isdigit()), key=lambda x: int(x.name()[5:]))
+
+    def forks(self) -> list[psutil.Process]:
+        """The processes that fork ranks, one a node."""
+        return [x for x in self._processes("trainer") if x.name() == "rank-forks"]
 
     def _processes(self, module: str) -> list[psutil.Process]:
         found = []

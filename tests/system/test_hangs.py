@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 from launcher import journal as j
@@ -12,7 +13,9 @@ from tests.system.harness import Run, recipe_text
 def test_ranks_that_hang_leave_their_stacks_and_are_restarted(run: Run, data: Path) -> None:
     text = recipe_text(data, steps=20_000, every=20).replace("ranks_per_node = 2", "ranks_per_node = 2\nhang_seconds = 4.0")
     run.start(text)
-    before = run.wait_step(40)
+    run.wait_step(40)
+    time.sleep(3)  # for the agent, which looks once a second, to have seen what a step takes
+    before = run.snapshot()
     run.ranks()[1].send_signal(signal.SIGSTOP)
     run.wait(lambda s: s.generation == 2 and s.state == "training" and s.step > before.step, 60)
     notes = [e.text for _, e in run.entries() if isinstance(e, j.Noted)]

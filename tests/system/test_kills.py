@@ -156,3 +156,19 @@ def test_two_runs_side_by_side_do_not_meet(make_run: Callable[[str], Run], data:
     one.wait_step(5)
     one.done("stop")
     assert other.wait_step(20).state == "training"
+
+
+def test_the_process_that_forks_ranks_may_die_or_stand_still(run: Run, data: Path) -> None:
+    run.start(recipe_text(data, **LONG))
+    run.wait_step(5)
+    (forks,) = run.forks()
+    run.kill(forks)
+    again = run.wait(lambda s: s.generation == 2 and s.state == "training")
+    run.wait_step(again.step + 5)
+    (forks,) = run.forks()
+    forks.suspend()
+    run.kill(run.ranks()[1])
+    again = run.wait(lambda s: s.generation == 3 and s.state == "training")
+    run.wait_step(again.step + 5)
+    assert {r.ppid() for r in run.ranks()} == {a.pid for a in run.agents()}, "started anew, without it"
+    assert_contiguous(run)

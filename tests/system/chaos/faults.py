@@ -50,10 +50,15 @@ class Theatre:
                 lambda h: self._signal(h, "launcher.agent", signal.SIGSTOP),
                 lambda h: self._signal(h, "launcher.agent", signal.SIGCONT),
             ),
-            "rank killed": (lambda h: self._signal(h, "trainer", signal.SIGKILL), None),
+            "rank killed": (lambda h: self._signal(h, "rank", signal.SIGKILL), None),
             "rank stopped": (
-                lambda h: self._signal(h, "trainer", signal.SIGSTOP),
-                lambda h: self._signal(h, "trainer", signal.SIGCONT),
+                lambda h: self._signal(h, "rank", signal.SIGSTOP),
+                lambda h: self._signal(h, "rank", signal.SIGCONT),
+            ),
+            "fork server killed": (lambda h: self._signal(h, "rank-forks", signal.SIGKILL), None),
+            "fork server stopped": (
+                lambda h: self._signal(h, "rank-forks", signal.SIGSTOP),
+                lambda h: self._signal(h, "rank-forks", signal.SIGCONT),
             ),
             "sshd killed": (self._kill_sshd, self._restart_sshd),
             "power lost": (self.hosts.kill, self.hosts.restart),
@@ -92,9 +97,10 @@ class Theatre:
         with contextlib.suppress(psutil.Error, AssertionError):
             self.run.controller().send_signal(number)
 
-    def _signal(self, host: str, module: str, number: signal.Signals) -> None:
+    def _signal(self, host: str, what: str, number: signal.Signals) -> None:
         here = set(self.hosts.pids(host))
-        for process in self.run._processes(module):
+        found = {"rank": self.run.ranks, "rank-forks": self.run.forks, "launcher.agent": self.run.agents}[what]()
+        for process in found:
             if process.pid in here:
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(number)
