@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 
@@ -56,7 +57,17 @@ def addresses() -> list[str]:
 
 
 def address_that_reaches(places: list[tuple[str, int]], timeout: float = 2.0) -> str:
-    """This machine's end of a connection to the first place that takes one. Raises NetworkError where none does."""
+    """This machine's address on the way to any of the places. Raises NetworkError where there is none.
+
+    Only where the ways begin at several addresses is it tried which place takes a connection: at the other end a try looks like a
+    stranger's.
+    """
+    ends = set()
+    for place in places:
+        with contextlib.suppress(NetworkError):
+            ends.add(address_towards(*place))
+    if len(ends) == 1:
+        return ends.pop()
     why = ""
     for place in places:
         try:

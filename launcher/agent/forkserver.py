@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ READY_SECONDS = 300.0
 ANSWER_SECONDS = 5.0
 """To fork, once that is done; one that takes longer is stuck."""
 MOST_BYTES = 1 << 20
+UNTOLD_SECONDS = 0.5
+"""After which a rank that is dead counts as ended though the fork server, which may stand still itself, has not said how."""
 FORKS = hasattr(os, "pidfd_open") and hasattr(socket, "SOCK_SEQPACKET")
 
 
@@ -39,14 +42,23 @@ class ForkedProcess:
         self.pid = pid
         self.returncode: int | None = None
         self._ended = threading.Event()
+        self._dead_since: float | None = None
 
     def poll(self) -> int | None:
+        """Its exit status, minus the signal where one ended it; None while it runs."""
+        if self.returncode is None and (status := _status_of_the_dead(self.pid)) is not None:
+            now = time.monotonic()
+            self._dead_since = self._dead_since or now
+            if now - self._dead_since > UNTOLD_SECONDS:
+                self.has_ended(status)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Raises subprocess.TimeoutExpired."""
-        if not self._ended.wait(timeout):
-            raise subprocess.TimeoutExpired(f"rank, process {self.pid}", timeout or 0.0)
+        end = time.monotonic() + timeout if timeout is not None else None
+        while not self._ended.wait(0.1 if end is None else max(0.0, min(0.1, end - time.monotonic()))):
+            if self.poll() is None and end is not None and time.monotonic() >= end:
+                raise subprocess.TimeoutExpired(f"rank, process {self.pid}", timeout or 0.0)
         return self.returncode or 0
 
     def send_signal(self, number: int) -> None:
@@ -55,8 +67,18 @@ class ForkedProcess:
                 os.kill(self.pid, number)
 
     def has_ended(self, status: int) -> None:
-        self.returncode = status
-        self._ended.set()
+        if not self._ended.is_set():
+            self.returncode = status
+            self._ended.set()
+
+
+def _status_of_the_dead(pid: int) -> int | None:
+    """How a process ended that nobody has asked about yet, or that is gone altogether; None while it lives."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return -signal.SIGKILL
+    return os.waitstatus_to_exitcode(int(fields[-1])) if fields[0] in "ZX" else None
 
 
 class ForkServer:
@@ -164,9 +186,10 @@ class ForkServers:
                 log.info("the trainer's code has changed: it is read anew")
                 self._server = None  # it stays until its last child has ended
                 return self._living().fork(arguments, whole)
-            except ForkServerError:
+            except ForkServerError as error:
+                log.warning("another process is to fork the ranks: %s", error)
                 self._abandon()
-                raise
+                return self._living().fork(arguments, whole)
 
     def close(self) -> None:
         with self._lock:

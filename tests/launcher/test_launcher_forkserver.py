@@ -91,11 +91,22 @@ def test_changed_code_is_read_anew(servers: ForkServers, code: Path, tmp_path: P
     assert before.wait(5) == -signal.SIGKILL, "and their end is still told"
 
 
-def test_one_that_does_not_answer_is_given_up(servers: ForkServers, tmp_path: Path) -> None:
+def test_one_that_stands_still_is_replaced(servers: ForkServers, tmp_path: Path) -> None:
     rank = waiting(servers, tmp_path)
     parent = psutil.Process(rank.pid).ppid()
     os.kill(parent, signal.SIGSTOP)
-    with pytest.raises(ForkServerError, match="no answer"):
-        waiting(servers, tmp_path)
+    rank.send_signal(signal.SIGTERM)
+    assert rank.wait(5) == -signal.SIGTERM, "seen without its word"
+    again = waiting(servers, tmp_path)
+    assert again.poll() is None and psutil.Process(again.pid).ppid() != parent
     wait(lambda: not psutil.pid_exists(parent), 5)
-    assert waiting(servers, tmp_path).poll() is None, "the next one answers"
+
+
+def test_where_nothing_can_fork_the_error_says_so(tmp_path: Path) -> None:
+    servers = ForkServers(tmp_path / "run", {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").write_text("")
+    (tmp_path / "trainer" / "__main__.py").write_text("raise SystemExit(3)")
+    with pytest.raises(ForkServerError, match=r"it has ended|Broken pipe|reset"):
+        servers.fork([], {})
+    servers.close()
