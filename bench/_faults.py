@@ -27,6 +27,8 @@ from tests.system.hosts import Hosts
 
 NEVER_SECONDS = 120.0
 NAMES = ("n1", "n2", "n3")
+USED = NAMES[:2]
+"""Under torchrun."""
 STAMP = "%Y-%m-%d %H:%M:%S,%f"
 _UP = re.compile(r"^(\S+ \S+) INFO +generation (\d+): rank \d+ of (\d+)", re.MULTILINE)
 _LOADED = re.compile(r"^(\S+ \S+) INFO +from (?:checkpoint|the beginning)", re.MULTILINE)
@@ -171,25 +173,21 @@ class Stock:
 
     CONF = "join_timeout=600,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
 
-    def __init__(self, place: Path, environment: dict[str, str], hosts: Hosts, nodes: str, names: tuple[str, ...]) -> None:
-        self._hosts, self._environment, self._nodes = hosts, environment, nodes
-        self.root = place / f"torchrun-{nodes.replace(':', '-')}-{time.monotonic_ns()}"
+    def __init__(self, place: Path, environment: dict[str, str], hosts: Hosts) -> None:
+        self._hosts, self._environment = hosts, environment
+        self.root = place / f"torchrun-{time.monotonic_ns()}"
         self.root.mkdir()
         text = recipe_text(place / "shards", steps=1_000_000, every=20).replace("ranks_per_node = 2", "ranks_per_node = 1")
         (self.root / "recipe.toml").write_text(text)
         self._started: list[subprocess.Popen[bytes]] = []
-        most = int(nodes.rpartition(":")[2])
-        for name in names[:most]:
+        for name in USED:
             self._start(name)
-        if self._await(time.time(), most) is None:
+        if self._await(time.time(), len(USED)) is None:
             self.close()
-            raise RuntimeError(f"torchrun does not start: {(self.root / f'{names[0]}.log').read_text()[-2000:]}")
-        for name in names[most:]:
-            self._start(name)
-        time.sleep(3.0)
+            raise RuntimeError(f"torchrun does not start: {(self.root / f'{NAMES[0]}.log').read_text()[-2000:]}")
 
     def _start(self, name: str) -> None:
-        words = ["torch.distributed.run", f"--nnodes={self._nodes}", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=bench"]
+        words = ["torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=bench"]
         words += [f"--rdzv-endpoint={self._hosts.address(NAMES[0])}:29400", f"--rdzv-conf={self.CONF}", "--max-restarts=1000"]
         words += ["--monitor-interval=0.1", f"--local-addr={self._hosts.address(name)}", "-m", "bench._stock", str(self.root)]
         environment = self._environment | {
@@ -204,16 +202,16 @@ class Stock:
             self._started.append(subprocess.Popen(inside, stdout=log, stderr=log, env=environment))
 
     def close(self) -> None:
-        for name in NAMES:
+        for name in USED:
             self._signal(name, str(self.root))
         for process in self._started:
             process.kill()
             process.wait()
 
     def strike(self, kind: str) -> Cost | None:
-        """A fault on a host that has a rank and not the store; None where the ranks do not step again."""
+        """A fault on the host that has a rank and not the store, unless it is that one; None where no rank steps again."""
         self._steps(10)
-        host = next(name for name in NAMES[1:] if self._trains(name))
+        host = USED[1]
         struck = time.time()
         if kind == "rank killed":
             self._signal(host, "bench._stock", but="torch.distributed.run")
@@ -222,18 +220,17 @@ class Stock:
         elif kind == "link cut":
             self._hosts.cut(host)
         else:  # what coordinates
-            self._signal(NAMES[0], "torch.distributed.run")
-        cost = self._await(struck, 2)
+            self._signal(USED[0], "torch.distributed.run")
+        cost = self._await(struck, 2 if kind == "rank killed" else 1)
         if kind == "link cut":
             self._hosts.mend(host)
         if kind == "power lost":
             self._hosts.restart(host)
-            self._start(host)
         return cost
 
     def come_back(self) -> Cost | None:
         self._steps(10)
-        host = NAMES[1]
+        host = USED[1]
         killed = time.time()
         self._hosts.kill(host)
         alone = self._await(killed, 1)
@@ -276,9 +273,6 @@ class Stock:
         deadline = time.monotonic() + NEVER_SECONDS
         while len(self._rows()) < began + count and time.monotonic() < deadline:
             time.sleep(0.1)
-
-    def _trains(self, name: str) -> bool:
-        return any("torch.distributed.run" not in words for words in self._words(name, "bench._stock").values())
 
     def _words(self, name: str, word: str) -> dict[int, list[str]]:
         found = {}

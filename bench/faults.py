@@ -2,10 +2,11 @@
 
 python -m bench.faults [--tries 3] [--under midwatch|torchrun]
 
-The hosts are network namespaces (tests/system/hosts.py), a rank on each of two, the third a spare; the host of rank 1 is hurt.
-Under Midwatch the journal and the ranks' logs tell the parts. torchrun has the c10d rendezvous with what makes it quickest,
-collectives with a timeout of ten seconds (bench._stock), and its store on a host that nothing happens to, unless said. Beside
-it, arithmetic: what these seconds make of the failures that Llama 3 was trained through.
+The hosts are network namespaces (tests/system/hosts.py), a rank on each of two; the host of rank 1 is hurt. Under Midwatch a
+third is a spare, and the journal and the ranks' logs tell the parts. torchrun has one or two hosts (`--nnodes=1:2`) and no spare,
+for with one waiting it restarts its workers without end; it has the c10d rendezvous with what makes it quickest, collectives with
+a timeout of ten seconds (bench._stock), and its store on a host that nothing happens to, unless said. Beside it, arithmetic: what
+these seconds make of the failures that Llama 3 was trained through.
 """
 
 from __future__ import annotations
@@ -98,16 +99,18 @@ def _ours(place: Path, hosts: Hosts, tries: int) -> tuple[dict[str, list[Cost | 
 
 
 def _theirs(place: Path, hosts: Hosts, tries: int) -> dict[str, list[Cost | None]]:
-    """Begun anew after each fault that it does not outlive, and that fault is not tried again."""
+    """Begun anew for each try: torchrun does not take back a host that it has lost."""
     found: dict[str, list[Cost | None]] = {}
-    for kind in (*KINDS, "store", "node back"):
-        names, nodes = (NAMES[:2], "1:2") if kind == "node back" else (NAMES, "2:2")
-        stock = Stock(place, dict(os.environ), hosts, nodes, names)
+
+    def once(kind: str) -> Cost | None:
+        stock = Stock(place, dict(os.environ), hosts)
         try:
-            strike = stock.come_back if kind == "node back" else functools.partial(stock.strike, kind)
-            found[kind] = _tries(tries if kind != "store" else 1, f"torchrun, {kind}", strike)
+            return stock.come_back() if kind == "node back" else stock.strike(kind)
         finally:
             stock.close()
+
+    for kind in (*KINDS, "store", "node back"):
+        found[kind] = _tries(tries, f"torchrun, {kind}", functools.partial(once, kind))
     return found
 
 
