@@ -35,6 +35,8 @@ from shards.build import build
 from shards.spec import Build
 
 ROUNDS = 5
+SAVES = 20
+"""Of each kind, one after the other: a step takes a tenth of a second more or less by itself, as much as is to be measured."""
 RECIPE = """
 [run]
 name = "checkpoints"
@@ -156,7 +158,7 @@ def rank(root: Path, task: str) -> None:
         steps(1)
     synchronous()
     steps(1)
-    for _ in range(ROUNDS):
+    for _ in range(SAVES):
         taken: list[int] = []
         results["async"].append(timed(lambda taken=taken: taken.append(asynchronous())))  # type: ignore[misc]
         results["stall"].append(committer.ready.stall_seconds if committer.ready else 0.0)
@@ -177,15 +179,20 @@ def rank(root: Path, task: str) -> None:
     training.close()
 
 
-def run_ranks(root: Path, task: str) -> float:
-    """Starts two ranks as an agent would and waits; the seconds until both had taken their last step."""
+def run_ranks(root: Path, task: str, world: int = 2) -> float:
+    """Starts ranks as an agent would and waits; the seconds until all had taken their last step."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     began = time.time()
     processes = []
-    for number in range(2):
-        environment = os.environ | {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number), "OMP_NUM_THREADS": "1"}
+    for number in range(world):
+        environment = os.environ | {
+            "RANK": str(number),
+            "WORLD_SIZE": str(world),
+            "LOCAL_RANK": str(number),
+            "OMP_NUM_THREADS": "1",
+        }
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, "-m", "bench.checkpoints", "rank", str(root), task]
         processes.append(subprocess.Popen(command, env=environment))
@@ -202,16 +209,28 @@ def forget(directory: Path) -> None:
         os.close(descriptor)
 
 
-def measure(root: Path) -> dict[str, Any]:
-    """All figures, as medians of ROUNDS, in seconds."""
-    from trainer.manifest import verify
-
+def _prepare(root: Path) -> None:
     recipe = parse_recipe(RECIPE)
     recipe = msgspec.structs.replace(recipe, data=msgspec.structs.replace(recipe.data, dir=str(root / "data")))
     (root / "recipe.toml").write_text(dump_recipe(recipe))
     build(Build(data=recipe.data, tokenizer=recipe.tokenizer, out=str(root / "data"), seed=0))
+
+
+def measure_alone(root: Path) -> dict[str, Any]:
+    """Saves by one rank, which leaves a core to the thread that writes."""
+    _prepare(root)
+    run_ranks(root, "measure", world=1)
+    found: dict[str, Any] = json.loads((root / "results.json").read_text())
+    return found
+
+
+def measure(root: Path) -> dict[str, Any]:
+    """All figures, in seconds."""
+    from trainer.manifest import verify
+
+    _prepare(root)
     run_ranks(root, "measure")
-    found = json.loads((root / "results.json").read_text())
+    found: dict[str, Any] = json.loads((root / "results.json").read_text())
     found["restart"] = [run_ranks(root, "restart") for _ in range(3)]
     found["verify"] = []
     for _ in range(ROUNDS):
@@ -227,25 +246,31 @@ def main() -> None:
     """Prints the table."""
     with tempfile.TemporaryDirectory(prefix="midwatch-bench-") as place:
         found = measure(Path(place))
+    with tempfile.TemporaryDirectory(prefix="midwatch-bench-") as place:
+        alone = measure_alone(Path(place))
     middle = {name: statistics.median(values) for name, values in found.items() if isinstance(values, list)}
-    excess = statistics.median(a - p for a, p in zip(found["async"], found["plain"], strict=True))
     rollback = middle["verify"] + middle["load"] + middle["first step"]
     table = Table("what", "seconds", "ratio", "to reach", title=f"Checkpoints: {found['bytes'] / 1e6:.0f} MB of state on 2 ranks")
-    table.add_row("synchronous save, to the commit", f"{middle['sync']:.2f}", "1", "")
-    table.add_row(
-        "asynchronous save: training stood still", f"{middle['stall']:.3f}", f"{middle['stall'] / middle['sync']:.2f}", ""
-    )
-    table.add_row(
-        f"asynchronous save: excess over {middle['steps']:.0f} plain steps, to the commit",
-        f"{excess:.2f}",
-        f"{excess / middle['sync']:.2f}",
-        "0.25",
-    )
+    _saves(table, found, "0.25")
     table.add_row("restart of the ranks: processes, load, first step", f"{middle['restart']:.2f}", "1", "")
     for part in ("verify", "load", "first step"):
         table.add_row(f"rollback in place: {part}", f"{middle[part]:.2f}", f"{middle[part] / middle['restart']:.2f}", "")
     table.add_row("rollback in place: all of it", f"{rollback:.2f}", f"{rollback / middle['restart']:.2f}", "0.4")
+    table.add_section()
+    table.add_row("the same state on one rank, which leaves a core idle", "", "", "")
+    _saves(table, alone, "")
     Console().print(table)
+
+
+def _saves(table: Table, found: dict[str, Any], to_reach: str) -> None:
+    sync, stall = statistics.median(found["sync"]), statistics.median(found["stall"])
+    low, excess, high = statistics.quantiles((a - p for a, p in zip(found["async"], found["plain"], strict=True)), n=4)
+    steps = statistics.median(found["steps"])
+    table.add_row("synchronous save, to the commit", f"{sync:.2f}", "1", "")
+    table.add_row("asynchronous save: training stood still", f"{stall:.3f}", f"{stall / sync:.2f}", "")
+    what = f"asynchronous save: excess over {steps:.0f} plain steps, to the commit"
+    table.add_row(what, f"{excess:.2f}", f"{excess / sync:.2f}", to_reach)
+    table.add_row(f"the same, quartiles of {SAVES}", f"{low:.2f} to {high:.2f}", f"{low / sync:.2f} to {high / sync:.2f}", "")
 
 
 if __name__ == "__main__":

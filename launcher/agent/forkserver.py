@@ -91,7 +91,8 @@ class ForkServer:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "trainer", *arguments],
-                env={**environment, "MIDWATCH_FORKSERVER": str(handle)},
+                # Asked through NVML, whether there is a GPU does not initialise CUDA, which would not survive a fork.
+                env={**environment, "MIDWATCH_FORKSERVER": str(handle), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
                 stdin=subprocess.DEVNULL,
                 pass_fds=(handle,),
                 start_new_session=True,
