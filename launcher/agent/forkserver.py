@@ -170,6 +170,7 @@ class ForkServers:
     def __init__(self, run_directory: Path, environment: Mapping[str, str]) -> None:
         self._arguments, self._environment = [str(run_directory)], dict(environment)
         self._lock = threading.Lock()
+        self._closed = False
         self._server: ForkServer | None = None
 
     def prepare(self) -> None:
@@ -193,8 +194,10 @@ class ForkServers:
                 return self._living().fork(arguments, whole)
 
     def close(self) -> None:
-        with self._lock:
-            self._abandon()
+        """Ends it at once, also while somebody waits for it."""
+        self._closed = True
+        if (server := self._server) is not None:
+            server.close()
 
     def _abandon(self) -> None:
         if self._server is not None:
@@ -202,6 +205,8 @@ class ForkServers:
             self._server = None
 
     def _living(self) -> ForkServer:
+        if self._closed:
+            raise ForkServerError("the agent leaves")
         if not FORKS:
             raise ForkServerError("this system cannot fork ranks")
         if self._server is None or not self._server.alive:

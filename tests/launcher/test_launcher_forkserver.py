@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,3 +111,22 @@ def test_where_nothing_can_fork_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(ForkServerError, match=r"it has ended|Broken pipe|reset"):
         servers.fork([], {})
     servers.close()
+
+
+def test_closing_does_not_wait_for_imports(servers: ForkServers, tmp_path: Path) -> None:
+    told: list[ForkServerError] = []
+
+    def ask() -> None:
+        try:
+            servers.fork([], {})
+        except ForkServerError as error:
+            told.append(error)
+
+    asking = threading.Thread(target=ask, name="asking")
+    asking.start()
+    time.sleep(0.2)
+    began = time.monotonic()
+    servers.close()
+    asking.join(5)
+    assert not asking.is_alive() and time.monotonic() - began < 2
+    assert told and "leaves" in str(told[0])
