@@ -271,8 +271,9 @@ class Hosts:
         port = f"/sys/class/net/{self._port(host)}"
         deadline = time.monotonic() + timeout  # the kernel may take a second to notice, on either side
         while time.monotonic() < deadline:
-            here = ip_exec(self._switch, "cat", f"{port}/operstate", f"{port}/brport/state").split()
-            if here == ["up", "3"] and ip_exec(self._space(host), "cat", "/sys/class/net/eth0/operstate") == "up\n":
+            files = [f"{port}/operstate"] if host in self._slow else [f"{port}/operstate", f"{port}/brport/state"]
+            here = ip_exec(self._switch, "cat", *files).split()  # a slow link's port is not the switch's own
+            if here == ["up", "3"][: len(files)] and ip_exec(self._space(host), "cat", "/sys/class/net/eth0/operstate") == "up\n":
                 return
             time.sleep(0.01)
 
