@@ -20,7 +20,8 @@ from launcher.metrics.columns import Segment
 
 log = logging.getLogger("launcher.controller")
 
-ROWS_SECONDS = 1.0
+ROWS_SECONDS = 20.0
+"""Longer than it takes to tell that a node is lost, whose rows never come."""
 
 Send = Callable[[p.Message], None]
 
@@ -70,12 +71,15 @@ class Reports:
         self._office.touch()
 
     async def rows_stored(self, ready: p.CheckpointReady) -> None:
-        """Waits, though not for long, until the metrics up to a checkpoint's step are durable: its line will need them."""
+        """Waits until the metrics up to a checkpoint's step are durable, for its line will need them; or its ranks are gone."""
         office = self._office
+        line = office.ledger.lineages.get(ready.lineage)
         end = time.monotonic() + ROWS_SECONDS
-        while ready.step and time.monotonic() < end:
+        while ready.step > (line.fork_step if line is not None else 0) and time.monotonic() < end:
             newest = office.metrics.latest("train/loss", [Segment(ready.lineage, -1, None)])
             if newest is not None and newest.step >= ready.step:
+                break
+            if office.ledger.generation != ready.generation or not office.ledger.generation_live:
                 break
             await asyncio.sleep(0.02)
         await asyncio.to_thread(office.metrics.sync)
