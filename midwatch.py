@@ -50,6 +50,14 @@ def _hand_over(arguments: argparse.Namespace) -> int:
             return _run(arguments)
         if arguments.command == "attach":
             return _attach(arguments)
+        if arguments.command == "export":
+            from launcher.cli.export import export
+
+            return export(arguments)
+        if arguments.command == "plan":
+            from launcher.cli.plan import plan
+
+            return plan(arguments)
         from launcher.cli import control
 
         if arguments.command in ("stop", "resume", "status"):

@@ -33,7 +33,7 @@ from shards.sources import Document, Reading, Rejected, describe, fingerprint
 from shards.spec import STDLIB_KINDS, Build, Source, check
 from shards.splitting import split
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
-from shards.tokenizer import Tokenizer
+from shards.tokenizer import Tokenizer, read_model
 from shards.writing import PROGRESS, Progress, SplitWriter
 
 BATCH_CHARACTERS = 1 << 19  # of documents sent to a worker at once; decides where a limited source stops reading
@@ -179,10 +179,7 @@ def _make_tokenizer(spec: Build, out: Path, pool: Workers, meter: Meter) -> Toke
     path = out / TOKENIZER_FILE
     if not path.exists():
         if spec.tokenizer.path is not None:
-            try:
-                model = Path(spec.tokenizer.path).read_bytes()
-            except OSError as error:
-                raise SpecError(f"tokenizer: {spec.tokenizer.path}: {error.strerror} (correct the path)") from None
+            model = read_model(Path(spec.tokenizer.path))
             Tokenizer(model, spec.tokenizer.path)
         else:
             texts = _sample(spec, meter)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by SentencePiece, with reserved ids that no text can produce.
+"""Text to token ids and back, by SentencePiece or a tokenizer.json, with reserved ids that no text can produce.
 
 A tokenizer trained here gives the reserved ids fixed numbers (`RESERVED`), falls back to bytes for what it never saw, and
 changes nothing: `decode(encode(text)) == text` for every text, spaces, tabs and line ends included. A model brought along
@@ -10,6 +10,7 @@ The chat template, one line: `<|system|>S<|user|>U<|assistant|>A[EOS]<|user|>U..
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ import sentencepiece
 import xxhash
 
 from shards.errors import ShardError, SpecError
+from shards.hf_tokenizer import JsonModel, bundle, ids_in
 
 PAD, BOS, EOS, UNK, MASK = "[PAD]", "[BOS]", "[EOS]", "[UNK]", "[MASK]"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
@@ -85,14 +87,13 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 class Tokenizer:
     """A loaded tokenizer. Thread-safe.
 
-    vocab: the number of ids, reserved ones included; hash: xxh3_128 of the model file, hex; reserved: id by name.
+    vocab: the number of ids, reserved ones included; hash: xxh3_128 of the model file, hex; reserved: id by name; model: the
+    bytes of that file.
     """
 
     def __init__(self, model: bytes, where: str = "tokenizer") -> None:
-        try:
-            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
-            raise SpecError(f"{where}: not a SentencePiece model (give a .model file, or leave path out)") from None
+        self.model = model
+        self._model: Any = _loaded(model, where)
         self.hash = xxhash.xxh3_128_hexdigest(model)
         own = {BOS: self._model.bos_id(), EOS: self._model.eos_id(), PAD: self._model.pad_id(), UNK: self._model.unk_id()}
         self.vocab: int = self._model.get_piece_size()
@@ -114,7 +115,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """From a .model file; ShardError if it cannot be read."""
+        """From a file that a build has written; ShardError if it cannot be read."""
         try:
             return cls(path.read_bytes(), str(path))
         except OSError as error:
@@ -154,6 +155,13 @@ class Tokenizer:
         shown: str = self._model.id_to_piece(number).replace(META_SPACE, " ")
         return shown
 
+    def own_name(self, number: int) -> str:
+        """What the model itself calls a reserved id; empty for one that was added past its end."""
+        if number >= self._model.get_piece_size():
+            return ""
+        name: str = self._model.id_to_piece(number)
+        return name
+
     def chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """The ids of a conversation, and the mask: 1 for what an assistant says and the EOS after it, else 0.
 
@@ -174,6 +182,39 @@ class Tokenizer:
             ids.append(self.reserved[ASSISTANT])
             mask.append(0)
         return ids, mask
+
+
+def _loaded(model: bytes, where: str) -> Any:
+    if is_json(model):
+        return JsonModel(model, where)
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError:
+        raise SpecError(f"{where}: not a SentencePiece model (give a .model file, or leave path out)") from None
+
+
+def is_json(model: bytes) -> bool:
+    """Whether these are the bytes of a tokenizer.json's bundle, not of a SentencePiece model."""
+    return model.startswith(b"{")
+
+
+def read_model(path: Path) -> bytes:
+    """A tokenizer that is brought along, as it is kept: a .model file's bytes, or a tokenizer.json's bundle. Raises SpecError."""
+    if path.suffix == ".json":
+        return bundle(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SpecError(f"tokenizer: {path}: {error.strerror} (correct the path)") from None
+
+
+def piece_count(path: Path) -> int:
+    """Ids of a tokenizer that is brought along, without the reserved ones that it lacks. Raises SpecError."""
+    model = read_model(path)
+    if is_json(model):
+        return ids_in(json.loads(model)["tokenizer"])
+    count: int = _loaded(model, str(path)).get_piece_size()
+    return count
 
 
 def _cut(text: str) -> Iterator[str]:

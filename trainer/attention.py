@@ -15,33 +15,46 @@ except ImportError:  # an extra, for GPUs only
 
 
 class Visible(NamedTuple):
-    """What each position may look at. All None: itself and everything before it in its row."""
+    """What each position may look at, and what distance costs. All None: itself and everything before it in its row."""
 
     mask: Tensor | None = None
-    """[batch, 1, time, time], true where row position i sees j."""
+    """[batch or 1, heads or 1, time, time]: true where row position i sees j; with ALiBi what is added to the score."""
     bounds: Tensor | None = None
     """[documents + 1], int32: where documents begin in the batch laid end to end, for the varlen kernel."""
     longest: int = 0
     """Tokens of the longest document."""
+    slopes: Tensor | None = None
+    """[heads], float32: ALiBi's, for the varlen kernel."""
 
 
-def visible(segments: Tensor | None, half_precision: bool = False) -> Visible:
-    """From the document of each position, [batch, time]; None: rows are one document each."""
-    if segments is None:
+def visible(tokens: Tensor, segments: Tensor | None, dtype: torch.dtype, slopes: Tensor | None = None) -> Visible:
+    """For rows of tokens [batch, time] and the document of each, [batch, time]; segments None: rows are one document each.
+
+    dtype: of the attention's computing. slopes: ALiBi's, [heads].
+    """
+    if segments is None and slopes is None:
         return Visible()
-    if flash_attn_varlen_func is not None and segments.is_cuda and half_precision:
-        return _bounds(segments)
-    time = segments.shape[1]
-    causal = torch.ones(time, time, dtype=torch.bool, device=segments.device).tril()
-    return Visible(mask=(segments[:, None, :, None] == segments[:, None, None, :]) & causal)
+    if flash_attn_varlen_func is not None and tokens.is_cuda and dtype in (torch.bfloat16, torch.float16):
+        return _bounds(torch.zeros_like(tokens) if segments is None else segments, slopes)
+    time = tokens.shape[1]
+    mask = torch.ones(time, time, dtype=torch.bool, device=tokens.device).tril()[None, None]
+    if segments is not None:
+        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    if slopes is None:
+        return Visible(mask=mask)
+    place = torch.arange(time, device=tokens.device)
+    # Places in the row: within a document they are as far apart as its positions are, and across documents further.
+    distance = (place[:, None] - place[None, :]).float()
+    bias = -slopes[:, None, None] * distance
+    return Visible(mask=bias[None].masked_fill(~mask, float("-inf")).to(dtype))
 
 
-def _bounds(segments: Tensor) -> Visible:
+def _bounds(segments: Tensor, slopes: Tensor | None) -> Visible:
     begins = torch.ones_like(segments, dtype=torch.bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
     starts = begins.flatten().nonzero().flatten()
     bounds = F.pad(starts, (0, 1), value=segments.numel()).to(torch.int32)
-    return Visible(bounds=bounds, longest=int(bounds.diff().max()))
+    return Visible(bounds=bounds, longest=int(bounds.diff().max()), slopes=slopes)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
@@ -57,6 +70,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
     batch, _, time, _ = q.shape
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    # The kernel wants float32; FSDP's mixed precision has cast the slopes along with a block's other arguments.
+    slopes = None if seen.slopes is None else seen.slopes.float()
     kernel: Any = flash_attn_varlen_func
-    out: Tensor = kernel(*flat, seen.bounds, seen.bounds, seen.longest, seen.longest, causal=True)
+    out: Tensor = kernel(*flat, seen.bounds, seen.bounds, seen.longest, seen.longest, causal=True, alibi_slopes=slopes)
     return out.view(batch, time, *out.shape[1:]).transpose(1, 2)

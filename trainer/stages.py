@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from launcher.recipe import Recipe, Stage
 from shards.feed import Feed, HeldOut, ObjectiveKind, open_held_out
 from shards.prefetch import Prefetcher
@@ -79,7 +77,7 @@ def _kind(stage: Stage) -> ObjectiveKind:
     return kinds[stage.data_kind]
 
 
-def adapt(model: Decoder, recipe: Recipe, stage: Stage, device: torch.device) -> None:
+def adapt(model: Decoder, recipe: Recipe, stage: Stage) -> None:
     """Positions and masks as the stage wants them; parameters do not change."""
-    model.set_rope(stage.rope, recipe.stage[0].context, device)
+    model.set_positions(stage.rope or recipe.model.rope, recipe.stage[0].context, stage.position_factor)
     model.documents_masked = stage.documents_masked

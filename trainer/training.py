@@ -15,7 +15,7 @@ from launcher.recipe.live import check_setting
 from shards.errors import ShardError
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenizer import Tokenizer
-from trainer import manifest, storage
+from trainer import hf, manifest, storage
 from trainer.boundary import Boundary
 from trainer.checkpoint import Checkpointer
 from trainer.heartbeat import Heartbeat
@@ -75,7 +75,14 @@ class Training:
         return self.progress.stage_step >= self.stage.stage.steps
 
     def _decoder(self, seed: int | None) -> Decoder:
-        return build(self.recipe.model, self.tokenizer.vocab, self.world, seed)
+        """With the weights that the run begins with; `seed` None leaves them unset."""
+        config = self.recipe.model
+        vocabulary = max(self.tokenizer.vocab, config.vocabulary or 0)
+        if seed is None or config.source is None:
+            return build(config, vocabulary, self.world, seed)
+        model = build(config, vocabulary, self.world, None)
+        hf.load(model, config, self.world, seed)
+        return model
 
     def phase(self, name: PhaseName) -> None:
         at = self.progress
@@ -280,7 +287,7 @@ class Training:
             old.close()
         for model in (self.model, self.reference):
             if model is not None:
-                adapt(model, self.recipe, opened.stage, self.world.device)
+                adapt(model, self.recipe, opened.stage)
 
     def open(self, start: Start) -> None:
         """Where a generation starts: from a checkpoint or from the beginning. Raises CheckpointError."""

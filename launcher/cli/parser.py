@@ -25,7 +25,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="show the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_running(commands)
+    _add_planning(commands)
     _add_looking(commands)
+    _add_export(commands)
     _add_steering(commands)
     shards = commands.add_parser("shards", help="build and look at token shards")
     add_shards_commands(shards.add_subparsers(dest="shards_name", required=True, metavar="COMMAND"))
@@ -61,6 +63,44 @@ def _add_running(commands: Any) -> None:
     check.add_argument("recipe")
     check.add_argument("--dir", metavar="RUN", help="run directory that would be made: its storage is checked (default: runs/NAME)")
     check.add_argument("--json", action="store_true", help="everything, as one JSON object")
+
+
+def _add_planning(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="what a recipe will take, or what a budget allows: size, memory, time, cost")
+    plan.add_argument("recipe", nargs="?", help="the recipe; without one, the plan of a budget")
+    plan.add_argument("--json", action="store_true", help="the same figures as one JSON object")
+    plan.add_argument("--gpu", metavar="NAME", help="accelerator, as h200, h100-sxm, a100-80gb, cpu; an unknown name lists them")
+    plan.add_argument("--gpus", type=int, metavar="N", help="how many (default: the recipe's ranks)")
+    plan.add_argument("--mfu", type=float, default=0.4, metavar="X", help="part of the peak rate that is used (default: 0.4)")
+    plan.add_argument("--price", type=float, metavar="USD", help="of one GPU for an hour (default: a rough one)")
+    plan.add_argument(
+        "--precision", choices=("float32", "bfloat16", "fp8"), help="of the peak rate (default: the recipe's dtype, or bfloat16)"
+    )
+    recipes = plan.add_argument_group("with a recipe")
+    recipes.add_argument("--pipeline", type=int, metavar="P", help="pipeline stages, for the bubble")
+    recipes.add_argument("--micro-batches", type=int, metavar="M", help="of a step (default: as the recipe's batches come to)")
+    recipes.add_argument("--virtual", type=int, metavar="V", help="interleaved: parts of the model on each pipeline stage")
+    budgets = plan.add_argument_group("without a recipe, one or two of")
+    budgets.add_argument("--days", type=float, metavar="D", help="time on the GPUs")
+    budgets.add_argument("--params", type=_count, metavar="SIZE", help="of the model, as 350M, 7B or 1.5T")
+    budgets.add_argument("--tokens", type=_count, metavar="SIZE", help="to train on, as 2T")
+
+
+def _count(text: str) -> float:
+    from launcher.plan.quantities import parse_count
+
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--checkpoint", metavar="ID", default="latest", help="its name in RUN/checkpoints (default: the newest)")
+    export.add_argument("--to", metavar="DIR", required=True, help="directory to make")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: as trained)")
 
 
 def _add_looking(commands: Any) -> None:

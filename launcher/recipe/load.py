@@ -15,6 +15,7 @@ from launcher.recipe.cluster import Cluster
 from launcher.recipe.lines import Path as KeyPath
 from launcher.recipe.lines import key_lines, line_of
 from launcher.recipe.model import Model
+from launcher.recipe.origin import OriginError, fill_in
 from launcher.recipe.run import Checkpoint, Report, Run
 from launcher.recipe.stage import Stage
 from launcher.recipe.watch import Watch
@@ -84,16 +85,29 @@ def parse_recipe(text: str, name: str = "recipe.toml", base: Path | None = None)
         return f"{name}:{line}" if line else name
 
     try:
+        raw = fill_in(raw, base)
+    except OriginError as error:
+        raise RecipeError(f"{at(error.path)}: {error}") from None
+    try:
         recipe = msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as error:
         path, message = _explain(str(error), raw)
         raise RecipeError(f"{at(path)}: {message}") from None
     if base is not None:
         recipe = _absolute(recipe, base)
+    recipe = _with_table(recipe)
     problems = [f"{at(path)}: {message}" for path, message in check(recipe)]
     if problems:
         raise RecipeError("\n".join(problems))
     return recipe
+
+
+def _with_table(recipe: Recipe) -> Recipe:
+    """The table of learned positions is as long as the first stage, unless it says otherwise."""
+    if recipe.model.position != "learned" or recipe.model.max_positions is not None or not recipe.stage:
+        return recipe
+    model = msgspec.structs.replace(recipe.model, max_positions=max(1, recipe.stage[0].context))
+    return msgspec.structs.replace(recipe, model=model)
 
 
 def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
@@ -108,7 +122,10 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     if not recipe.stage:
         found.append(((), "a recipe needs at least one [[stage]]"))
     for i, stage in enumerate(recipe.stage):
-        found += [(("stage", i, key), f'stage "{stage.name}": {key}: {message}') for key, message in stage.problems()]
+        problems = stage.problems()
+        if not recipe.model.problems():
+            problems += stage.position_problems(recipe.model)
+        found += [(("stage", i, key), f'stage "{stage.name}": {key}: {message}') for key, message in problems]
         if stage.name in names:
             found.append((("stage", i, "name"), f'two stages are named "{stage.name}"; give each its own name'))
         names.add(stage.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -10,32 +11,99 @@ import msgspec
 class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How rotary positions are stretched past the length the model was first trained at."""
 
-    kind: Literal["none", "linear", "ntk", "yarn"] = "none"
+    kind: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope", "proportional"] = "none"
     factor: float = 1.0
     """New context over the original one."""
+    theta: float | None = None
+    """Another base than the model's `rope_theta`."""
     original_context: int | None = None
     """Positions seen in pretraining; the first stage's context where it is left out."""
     beta_fast: float = 32.0
     """YaRN: rotations over the original context above which a dimension is left as it is."""
     beta_slow: float = 1.0
     """YaRN: rotations below which a dimension is interpolated wholly."""
+    truncate: bool = True
+    """YaRN: the ends of the ramp between the two are whole dimensions."""
+    attention_factor: float | None = None
+    """YaRN, LongRoPE: factor on cosines and sines; from `factor` where it is left out."""
+    low_freq_factor: float = 1.0
+    """Llama 3: original context over the wavelength below which a dimension is interpolated wholly."""
+    high_freq_factor: float = 4.0
+    """Llama 3: the same above which it is left as it is."""
+    short_factor: tuple[float, ...] = ()
+    """LongRoPE: a divisor for each pair of dimensions, for rows within the original context."""
+    long_factor: tuple[float, ...] = ()
+    """LongRoPE: the same for longer rows."""
+    rotary_part: float = 1.0
+    """Proportional: part of the head's dimensions that turn."""
+
+    def problems(self, head: int) -> list[str]:
+        """What is wrong and the way out, for heads that wide."""
+        found: list[str] = []
+        if not 0 < self.factor < math.inf:
+            found.append("factor must be greater than 0")
+        if self.theta is not None and not 1 < self.theta < math.inf:
+            found.append("theta must be greater than 1")
+        least = 2 if self.kind == "longrope" else 1
+        if self.original_context is not None and self.original_context < least:
+            found.append(f"original_context must be at least {least}")
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            found.append("attention_factor must be greater than 0")
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast < math.inf:
+            found.append("beta_slow must be greater than 0, and beta_fast not less than it (use 1 and 32)")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            found.append("low_freq_factor must be greater than 0, and high_freq_factor greater than it (use 1 and 4)")
+        if self.kind == "longrope":
+            for key in ("short_factor", "long_factor"):
+                values: tuple[float, ...] = getattr(self, key)
+                if len(values) != head // 2 or not all(0 < value < math.inf for value in values):
+                    found.append(f"{key} needs {head // 2} numbers above 0, one for each pair of a head's {head} dimensions")
+        if self.kind in ("ntk", "dynamic") and head < 4:
+            found.append(f"{self.kind} needs heads at least 4 wide (use linear)")
+        if self.kind == "proportional" and not 0 < self.rotary_part <= 1:
+            found.append("rotary_part must lie above 0 and not above 1")
+        return found
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A Llama-style decoder: RMSNorm before each block, grouped-query attention with RoPE, SwiGLU."""
+    """A decoder of blocks, each of causal self-attention and an MLP; by default as Llama's are."""
 
     layers: int
     width: int
     """Size of the residual stream."""
     heads: int
     kv_heads: int | None = None
-    """Key and value heads, shared by groups of query heads; as many as `heads` where it is left out."""
+    """Key and value heads, shared by groups of query heads (1: multi-query); as many as `heads` where it is left out."""
+    head_width: int | None = None
+    """Dimensions of a head; `width` over `heads` where it is left out."""
     hidden: int | None = None
-    """Width inside the SwiGLU; 8/3 of `width`, rounded up to a multiple of 64, where it is left out."""
+    """Width inside the MLP; where it is left out 4 times `width`, for SwiGLU 8/3 of it, rounded up to a multiple of 64."""
+    position: Literal["rope", "alibi", "sinusoidal", "learned", "none"] = "rope"
+    max_positions: int | None = None
+    """Rows of the learned table; the first stage's context where it is left out."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_place: Literal["before", "after"] = "before"
+    """Before attention and MLP, with one more at the end; or after each, on the residual stream."""
     norm_eps: float = 1e-5
+    embedding_norm: bool = False
+    """One more norm, right after the embedding, as in BLOOM."""
+    mlp: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    """`gelu` is the tanh approximation, which GPT-2 and BLOOM were trained with."""
+    bias: bool = False
+    """Linear and LayerNorm layers have biases, as in GPT-2 and BLOOM; the output layer never has."""
+    attention_bias: bool | None = None
+    """The same for the attention's linear layers alone; as `bias` where it is left out."""
     rope_theta: float = 10_000.0
+    rope: Rope = Rope()
+    """Stretching of rotary positions in stages that set none of their own."""
     tied: bool = True
     """The output layer shares the embedding's weights."""
+    vocabulary: int | None = None
+    """Rows of the embedding, where there are to be more than the tokenizer has ids."""
+    source: str | None = msgspec.field(default=None, name="from")
+    """`hf:DIR`: begin with the weights of that Hugging Face directory, which then says all of the above."""
+    source_digest: str | None = msgspec.field(default=None, name="from_digest")
+    """What that directory said when the recipe was read, of its configuration and its tensors; filled in."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters and optimizer state are kept in float32."""
 
@@ -44,8 +112,24 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.kv_heads if self.kv_heads is not None else self.heads
 
     @property
+    def head(self) -> int:
+        """Dimensions of a head."""
+        return self.head_width if self.head_width is not None else self.width // self.heads
+
+    @property
     def hidden_width(self) -> int:
-        return self.hidden if self.hidden is not None else -(-self.width * 8 // 3 // 64) * 64
+        if self.hidden is not None:
+            return self.hidden
+        return -(-self.width * 8 // 3 // 64) * 64 if self.mlp == "swiglu" else 4 * self.width
+
+    @property
+    def attention_biased(self) -> bool:
+        return self.bias if self.attention_bias is None else self.attention_bias
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the learned table of positions; 0 where there is none."""
+        return (self.max_positions or 0) if self.position == "learned" else 0
 
     def problems(self) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out) for each impossible size."""
@@ -53,9 +137,12 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for key in ("layers", "width", "heads"):
             if getattr(self, key) < 1:
                 found.append((key, "must be at least 1"))
+        for key in ("head_width", "hidden", "max_positions", "vocabulary"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                found.append((key, "must be at least 1"))
         if found:
             return found
-        if self.width % self.heads:
+        if self.head_width is None and self.width % self.heads:
             down = self.width // self.heads * self.heads
             found.append(
                 (
@@ -63,8 +150,9 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"{self.width} does not divide among {self.heads} heads (use {down or self.heads} or {down + self.heads})",
                 )
             )
-        elif self.width // self.heads % 2:
-            found.append(("heads", f"a head is {self.width // self.heads} wide, and rotary positions need an even width"))
+        elif self.position == "rope" and self.head % 2:
+            key = "heads" if self.head_width is None else "head_width"
+            found.append((key, f"a head is {self.head} wide, and rotary positions need an even width"))
         if self.key_value_heads < 1 or self.heads % self.key_value_heads:
             ways = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
             found.append(
@@ -73,13 +161,35 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"{self.kv_heads} does not divide {self.heads} heads (use one of {', '.join(map(str, ways))})",
                 )
             )
-        if self.hidden is not None and self.hidden < 1:
-            found.append(("hidden", "must be at least 1"))
-        return found
+        if not 0 < self.norm_eps < math.inf:
+            found.append(("norm_eps", "must be greater than 0"))
+        return found + self._position_problems()
+
+    def _position_problems(self) -> list[tuple[str, str]]:
+        found: list[tuple[str, str]] = []
+        if self.max_positions is not None and self.position != "learned":
+            found.append(("max_positions", f'is for learned positions, these are "{self.position}" (drop it)'))
+        if self.position == "sinusoidal" and self.width % 2:
+            found.append(("width", f"{self.width} is odd, and sinusoidal positions come in pairs (use {self.width + 1})"))
+        if self.position != "rope":
+            if self.rope != Rope():
+                found.append(("rope", f'is for rotary positions, these are "{self.position}" (drop it)'))
+            return found
+        if not 1 < self.rope_theta < math.inf:
+            found.append(("rope_theta", "must be greater than 1"))
+        return found + [("rope", message) for message in self.rope.problems(self.head)]
 
     def parameters(self, vocabulary: int) -> int:
         """Number of trained parameters with a vocabulary of that many ids."""
-        head = self.width // self.heads
-        attention = self.width * head * (2 * self.heads + 2 * self.key_value_heads)
-        block = attention + 3 * self.width * self.hidden_width + 2 * self.width
-        return self.layers * block + self.width + vocabulary * self.width * (1 if self.tied else 2)
+        queries, keys = self.heads * self.head, self.key_value_heads * self.head
+        attention = self.width * (2 * queries + 2 * keys)
+        if self.attention_biased:
+            attention += queries + 2 * keys + self.width
+        inward = 2 if self.mlp == "swiglu" else 1
+        mlp = (inward + 1) * self.width * self.hidden_width
+        if self.bias:
+            mlp += inward * self.hidden_width + self.width
+        norm = self.width * (2 if self.norm == "layernorm" and self.bias else 1)
+        norms = 2 * self.layers + (self.norm_place == "before") + self.embedding_norm
+        embeddings = (vocabulary * (1 if self.tied else 2) + self.position_rows) * self.width
+        return self.layers * (attention + mlp) + norms * norm + embeddings

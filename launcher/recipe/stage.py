@@ -8,10 +8,17 @@ from typing import Literal
 
 import msgspec
 
-from launcher.recipe.model import Rope
+from launcher.recipe.model import Model, Rope
 
 OBJECTIVE_DATA = {"pretrain": "text", "sft": "sft", "dpo": "preference"}
 """The kind of source each objective reads."""
+
+_WAY_OUT = {
+    "learned": "use position_factor",
+    "sinusoidal": "use position_factor",
+    "alibi": "drop it: ALiBi reaches further as it is",
+    "none": "drop it",
+}
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,7 +47,10 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Largest norm of the whole gradient."""
     masked_documents: bool | None = None
     """Documents packed into one row do not see each other: so for fine-tuning, not for pretraining, unless said here."""
-    rope: Rope = Rope()
+    rope: Rope | None = None
+    """How rotary positions are stretched in this stage; as the model's `rope` where it is left out."""
+    position_factor: float = 1.0
+    """Learned and sinusoidal positions are divided by this, and learned ones read between the table's rows."""
     eval_every: int = 200
     """Steps between evaluations on held-out data; also at the start and the end of a stage."""
     eval_samples: int = 64
@@ -93,8 +103,26 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             found.append(("betas", "must each lie between 0 and 1"))
         if not all(0 <= w < math.inf for w in self.mixture.values()) or not sum(self.mixture.values()) > 0:
             found.append(("mixture", "needs at least one source with a weight above 0, and none below"))
-        if self.rope.kind != "none" and not 0 < self.rope.factor < math.inf:
-            found.append(("rope", "factor must be greater than 0"))
+        if not 0 < self.position_factor < math.inf:
+            found.append(("position_factor", "must be greater than 0 and finite"))
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
             found.append(("warmup", f"{self.warmup} steps do not fit into a stage of {self.steps} (use 0 to {self.steps})"))
+        return found
+
+    def position_problems(self, model: Model) -> list[tuple[str, str]]:
+        """The same for what this stage makes of the model's positions."""
+        if model.position == "rope":
+            found = [("rope", message) for message in self.rope.problems(model.head)] if self.rope is not None else []
+        elif self.rope is not None:
+            found = [("rope", f'is for rotary positions, the model\'s are "{model.position}" ({_WAY_OUT[model.position]})')]
+        else:
+            found = []
+        if self.position_factor != 1.0 and model.position not in ("learned", "sinusoidal"):
+            way = "use rope" if model.position == "rope" else "drop it"
+            message = f'is for learned and sinusoidal positions, the model\'s are "{model.position}" ({way})'
+            found.append(("position_factor", message))
+        elif model.position_rows and self.context > model.position_rows * self.position_factor:
+            least = math.ceil(100 * self.context / model.position_rows) / 100
+            message = f"{self.context} is more than the model's {model.position_rows} learned positions reach"
+            found.append(("context", f"{message} (set the stage's position_factor to {least:g}, or [model] max_positions)"))
         return found

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from launcher.recipe.model import Model, Rope
 from trainer.model import Decoder, log_probs
+from trainer.positions import learned
 from trainer.rope import frequencies
 
 CONFIG = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=48)
 
 
-def decoder(config: Model = CONFIG, seed: int = 0) -> Decoder:
+def decoder(config: Model = CONFIG, seed: int = 0, vocabulary: int = 64) -> Decoder:
     with torch.device("meta"):
-        model = Decoder(config, 64)
+        model = Decoder(config, vocabulary)
     model.to_empty(device="cpu")
     model.initialise(seed)
-    model.set_rope(Rope(), 32, torch.device("cpu"))
+    model.set_positions(Rope(), 32)
     return model
 
 
@@ -91,10 +97,100 @@ def test_no_logit_depends_on_what_follows() -> None:
         assert torch.equal(model(tokens, positions, segments)[:, :8], model(other, positions, segments)[:, :8])
 
 
-def test_the_recipe_counts_the_parameters_there_are() -> None:
-    for tied in (True, False):
-        config = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=48, tied=tied)
-        assert sum(p.numel() for p in decoder(config).parameters()) == config.parameters(64)
+def every_model() -> Iterator[Model]:
+    """All combinations of the recipe's choices, tiny."""
+    shapes: tuple[dict[str, Any], ...] = ({}, {"kv_heads": 1}, {"kv_heads": 2, "head_width": 6}, {"hidden": 20})
+    for position, norm, place, mlp, bias, tied in itertools.product(
+        ("rope", "alibi", "sinusoidal", "learned", "none"),
+        ("rmsnorm", "layernorm"),
+        ("before", "after"),
+        ("swiglu", "gelu", "relu"),
+        (False, True),
+        (False, True),
+    ):
+        more = shapes[(bias + 2 * tied + len(mlp)) % len(shapes)]
+        rows = 24 if position == "learned" else None
+        choices: dict[str, Any] = {"position": position, "norm": norm, "norm_place": place, "mlp": mlp, "bias": bias, "tied": tied}
+        odd = (len(position) + len(norm) + len(place) + len(mlp)) % 2 == 1
+        extras = {"embedding_norm": odd, "attention_bias": not bias if odd else None, "max_positions": rows}
+        yield Model(layers=2, width=16, heads=4, **choices, **extras, **more)
+
+
+def test_the_recipe_counts_the_parameters_there_are_in_every_model() -> None:
+    for config in every_model():
+        assert config.problems() == []
+        with torch.device("meta"):
+            model = Decoder(config, 40)
+        assert sum(p.numel() for p in model.parameters()) == config.parameters(40), config
+
+
+def test_no_model_lets_a_document_or_the_future_show() -> None:
+    positions, segments = rows(5, 9, 6)
+    tokens = torch.randint(0, 40, (1, 20), generator=torch.Generator().manual_seed(1))
+    others, later = tokens.clone(), tokens.clone()
+    others[:, :5], others[:, 14:] = (others[:, :5] + 7) % 40, (others[:, 14:] + 7) % 40
+    later[:, 10:] = (later[:, 10:] + 7) % 40
+    for config in every_model():
+        if not config.tied:
+            continue
+        model = decoder(config, vocabulary=40)
+        model.documents_masked = True
+        with torch.no_grad():
+            before, after, past = (model(row, positions, segments) for row in (tokens, others, later))
+            alone = model(tokens[:, 5:14], positions[:, 5:14], segments[:, 5:14])
+        assert torch.allclose(before[:, 5:14], after[:, 5:14], atol=1e-6), config
+        assert torch.allclose(before[:, 5:14], alone, atol=1e-5), config
+        assert torch.allclose(before[:, :10], past[:, :10], atol=1e-6), config
+        assert not torch.allclose(before, after, atol=1e-3), config
+
+
+def test_every_model_but_one_without_positions_tells_orders_apart() -> None:
+    positions, segments = rows(8)
+    tokens = torch.arange(8)[None]
+    swapped = tokens.clone()
+    swapped[0, 1], swapped[0, 3] = tokens[0, 3], tokens[0, 1]
+    for config in every_model():
+        if config.norm == "rmsnorm" and config.mlp == "relu" and not config.bias:
+            model = decoder(msgspec.structs.replace(config, layers=1), vocabulary=40)
+            with torch.no_grad():
+                model.blocks[0].attention.qkv.weight.mul_(20)
+                last, other = (model(row, positions, segments)[0, -1] for row in (tokens, swapped))
+            assert torch.allclose(last, other, atol=1e-6) == (config.position == "none"), config
+
+
+def test_learned_positions_are_read_between_their_rows() -> None:
+    table = torch.tensor([[0.0], [1.0], [4.0]])
+    places = torch.tensor([[0, 1, 2, 3, 4, 5, 9]])
+    assert learned(table, places, 2.0).flatten().tolist() == pytest.approx([0.0, 0.5, 1.0, 2.5, 4.0, 4.0, 4.0])
+    assert learned(table, places[:, :3], 1.0).flatten().tolist() == [0.0, 1.0, 4.0]
+
+
+def test_a_stage_changes_how_positions_are_read_without_changing_a_parameter() -> None:
+    positions, segments = rows(20)
+    tokens = torch.randint(0, 40, (1, 20), generator=torch.Generator().manual_seed(1))
+    for position, rope, factor in (("rope", Rope(kind="linear", factor=2.0), 1.0), ("learned", Rope(), 2.0)):
+        rows_of = 10 if position == "learned" else None
+        model = decoder(Model(layers=1, width=16, heads=2, position=position, max_positions=rows_of), vocabulary=40)  # type: ignore[arg-type]
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        plain = model(tokens, positions, segments)
+        model.set_positions(rope, 10, factor)
+        stretched = model(tokens, positions, segments)
+        assert not torch.allclose(plain, stretched, atol=1e-4)
+        assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+        if position == "learned":
+            even = model(tokens[:, :1], torch.tensor([[6]]), segments[:, :1])
+            model.set_positions(rope, 10, 1.0)
+            assert torch.equal(even, model(tokens[:, :1], torch.tensor([[3]]), segments[:, :1]))
+
+
+def test_flops_count_matrix_products_and_not_what_is_looked_up() -> None:
+    plain = decoder(Model(layers=2, width=16, heads=4), vocabulary=40)
+    untied = decoder(Model(layers=2, width=16, heads=4, tied=False), vocabulary=40)
+    table = decoder(Model(layers=2, width=16, heads=4, position="learned", max_positions=64), vocabulary=40)
+    assert plain.flops_per_token(64) == untied.flops_per_token(64) == table.flops_per_token(64)
+    wide = decoder(Model(layers=2, width=16, heads=4, head_width=8), vocabulary=40)
+    dense = wide.config.parameters(40)
+    assert wide.flops_per_token(64) == 6 * dense + 12 * 2 * 32 * 64
 
 
 def test_the_seed_alone_decides_the_weights() -> None:
@@ -107,7 +203,7 @@ def test_the_seed_alone_decides_the_weights() -> None:
 def test_layers_that_write_to_the_residual_stream_begin_smaller() -> None:
     model = decoder(Model(layers=8, width=64, heads=4))
     block = model.blocks[0]
-    assert float(block.attention.query.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert float(block.attention.qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
     assert float(block.attention.out.weight.detach().std()) == pytest.approx(0.02 / 4, rel=0.1)
 
 

@@ -1,0 +1,23 @@
+"""What a run will take, told before it starts: parameters, FLOPs, memory, time and cost. Pure arithmetic, without torch."""
+
+from launcher.plan.accelerators import ACCELERATORS, Accelerator, find_accelerator
+from launcher.plan.budget import TOKENS_A_PARAMETER, Budget, State, plan_budget
+from launcher.plan.figures import Assumptions, Factors, Plan, StagePlan
+from launcher.plan.quantities import PlanError
+from launcher.plan.report import plan_recipe
+
+__all__ = [
+    "ACCELERATORS",
+    "TOKENS_A_PARAMETER",
+    "Accelerator",
+    "Assumptions",
+    "Budget",
+    "Factors",
+    "Plan",
+    "PlanError",
+    "StagePlan",
+    "State",
+    "find_accelerator",
+    "plan_budget",
+    "plan_recipe",
+]

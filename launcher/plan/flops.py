@@ -1,0 +1,62 @@
+"""Floating-point operations of training and the KV cache of generating, from a model's shape.
+
+The convention is that of model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): a multiply-add is two operations;
+backward is twice forward; attention is counted whole, not halved for its causal mask; what is computed again (a fused kernel's
+scores in backward) is not counted. A fused kernel that passes over the masked half does about half of attention's part.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from launcher.recipe import Model, Stage
+
+FORWARD_AND_BACKWARD = 3
+"""Backward computes the gradient by the input and by the weights: twice forward (Kaplan et al. 2020, section 2.1)."""
+
+
+def block_matrices(model: Model) -> int:
+    """Weights of one block's matrices: query, key, value, output, and the MLP's three (SwiGLU) or two."""
+    attention = 2 * model.width * model.head * (model.heads + model.key_value_heads)
+    return attention + (3 if model.mlp == "swiglu" else 2) * model.width * model.hidden_width
+
+
+def block_parameters(model: Model) -> int:
+    """All parameters of one block: those of a model of two, less those of a model of one."""
+    one, two = (msgspec.structs.replace(model, layers=layers).parameters(0) for layers in (1, 2))
+    return two - one
+
+
+def matrix_parameters(model: Model, vocabulary: int) -> int:
+    """Weights that each token is multiplied with: all matrices and the output layer. Looking an embedding up is none."""
+    return model.layers * block_matrices(model) + vocabulary * model.width
+
+
+def attention_flops_per_token(model: Model, context: int) -> float:
+    """Forward and backward of scores and their weighted sum: 12 layers x heads x head width x context (PaLM, appendix B)."""
+    return 4.0 * FORWARD_AND_BACKWARD * model.layers * model.heads * model.head * context
+
+
+def flops_per_token(model: Model, vocabulary: int, context: int) -> float:
+    """Forward and backward: 6 a matrix weight (Kaplan et al. 2020, table 1), and attention's."""
+    return 2.0 * FORWARD_AND_BACKWARD * matrix_parameters(model, vocabulary) + attention_flops_per_token(model, context)
+
+
+def passes(stage: Stage) -> float:
+    """Forwards and backwards over a token, as a multiple of one of each: DPO has a forward of the reference besides."""
+    return 1.0 + 1.0 / FORWARD_AND_BACKWARD if stage.objective == "dpo" else 1.0
+
+
+def rows_of_a_sample(stage: Stage) -> int:
+    """A preference pair is two rows: the chosen response and the rejected one."""
+    return 2 if stage.data_kind == "preference" else 1
+
+
+def kv_cache_bytes_per_token(model: Model) -> int:
+    """Keys and values of one token in all layers, in the compute type (Shazeer 2019; Ainslie et al. 2023 for fewer heads)."""
+    return 2 * model.layers * model.key_value_heads * model.head * compute_bytes(model)
+
+
+def compute_bytes(model: Model) -> int:
+    """Bytes of an element of the compute type."""
+    return {"float32": 4, "bfloat16": 2}[model.dtype]

@@ -1,0 +1,160 @@
+"""What a Hugging Face directory holds, from its configuration and the headers of its safetensors; reads no weights.
+
+The format of a header: https://huggingface.co/docs/safetensors, "Format": 8 bytes of length, then JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from launcher.recipe.hf_config import UnknownConfigError, model_keys
+from launcher.recipe.hf_layout import Family, file_shapes, layout
+from launcher.recipe.model import Model
+
+PREFIX = "hf:"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+LONGEST_HEADER = 100_000_000
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
+"""Types of weights that can be read."""
+
+_PASSED_OVER = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
+"""Buffers that older releases of transformers saved along."""
+
+
+class DirectoryError(Exception):
+    """The directory cannot be read; the message names the file, what is wrong and the way out."""
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, by the name it has there."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Directory(NamedTuple):
+    """A model whose every tensor is there, with the shape that it must have."""
+
+    path: Path
+    family: Family
+    keys: dict[str, Any]
+    """Of `[model]`."""
+    tensors: dict[str, Stored]
+    """By the family's name."""
+    digest: str
+    """Of the configuration and of the headers."""
+
+
+def open_directory(path: Path) -> Directory:
+    """Reads configuration and headers, and checks each against the other. Raises DirectoryError."""
+    config = _json(path / "config.json", "give the directory that holds config.json")
+    try:
+        family, keys = model_keys(config)
+        model = msgspec.convert(keys, Model)
+    except UnknownConfigError as error:
+        raise DirectoryError(f"{path / 'config.json'}: {error}") from None
+    except (msgspec.ValidationError, TypeError, ZeroDivisionError) as error:
+        raise DirectoryError(f"{path / 'config.json'}: is not the configuration of a {family}: {error}") from None
+    problems = model.problems()
+    if problems:
+        raise DirectoryError(f"{path / 'config.json'}: {problems[0][0]}: {problems[0][1]}")
+    tensors = _tensors(path, family)
+    _check(path, model, family, tensors)
+    known = sorted((name, stored.file.name, stored.shape, stored.dtype) for name, stored in tensors.items())
+    digest = hashlib.blake2b(json.dumps([config, known], sort_keys=True).encode(), digest_size=16).hexdigest()
+    return Directory(path, family, keys, tensors, digest)
+
+
+def _json(file: Path, way: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except OSError as error:
+        raise DirectoryError(f"{file}: cannot be read: {error.strerror} ({way})") from None
+    except (ValueError, RecursionError) as error:
+        raise DirectoryError(f"{file}: is not JSON: {error} (fetch it again)") from None
+    if not isinstance(found, dict):
+        raise DirectoryError(f"{file}: is not a JSON object (fetch it again)")
+    return found
+
+
+def _tensors(path: Path, family: Family) -> dict[str, Stored]:
+    if (path / INDEX).exists():
+        index = _json(path / INDEX, "fetch it again").get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(name, str) and "/" not in name for name in index.values()):
+            raise DirectoryError(f"{path / INDEX}: has no weight_map of tensors to files beside it (fetch it again)")
+        names = sorted(set(index.values()))
+    elif (path / SINGLE).exists():
+        names = [SINGLE]
+    else:
+        way = "other formats are read and written again by transformers: from_pretrained, then save_pretrained"
+        raise DirectoryError(f"{path}: holds neither {SINGLE} nor {INDEX} ({way})")
+    found: dict[str, Stored] = {}
+    for name in names:
+        for stored in _header(path / name):
+            # Some directories hold the model inside the one with an output layer, and leave out its prefix.
+            bare = family != "llama" and not stored.name.startswith(("transformer.", "lm_head."))
+            found[f"transformer.{stored.name}" if bare else stored.name] = stored
+    return found
+
+
+def _header(file: Path) -> list[Stored]:
+    """The tensors of one file; the file is as long as its header says."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as source:
+            start = source.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+                raise DirectoryError(f"{file}: is not a safetensors file, or is cut off (fetch it again)")
+            header = json.loads(source.read(length))
+    except OSError as error:
+        raise DirectoryError(f"{file}: cannot be read: {error.strerror} (fetch it again)") from None
+    except (ValueError, RecursionError):
+        raise DirectoryError(f"{file}: its header is not JSON (fetch it again)") from None
+    found, end = [], 0
+    try:
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, stop = entry["data_offsets"]
+            stored = Stored(file, name, tuple(entry["shape"]), entry["dtype"])
+            if stored.dtype in ITEM_BYTES and stop - begin != math.prod(stored.shape) * ITEM_BYTES[stored.dtype]:
+                raise DirectoryError(f"{file}: tensor {name!r} has another number of bytes than its shape needs (fetch it again)")
+            found.append(stored)
+            end = max(end, stop)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise DirectoryError(f"{file}: its header is not that of a safetensors file (fetch it again)") from None
+    if size != 8 + length + end:
+        raise DirectoryError(f"{file}: has {size} bytes where its header needs {8 + length + end} (fetch it again)")
+    return found
+
+
+def _check(path: Path, model: Model, family: Family, tensors: dict[str, Stored]) -> None:
+    assert model.vocabulary is not None
+    wanted = file_shapes(layout(model, family, model.vocabulary))
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise DirectoryError(f"{path}: tensor {name!r} is missing, which config.json asks for (fetch all of it again)")
+        stored = tensors[name]
+        if stored.shape != shape:
+            found, asked = list(stored.shape), list(shape)
+            said = f"{stored.file}: tensor {stored.name!r} is {found}, by config.json it is {asked}"
+            raise DirectoryError(f"{said} (fetch both again)")
+        if stored.dtype not in ITEM_BYTES:
+            way = f"only {', '.join(ITEM_BYTES)} can be read; dequantize it"
+            raise DirectoryError(f"{stored.file}: tensor {stored.name!r} is {stored.dtype} ({way})")
+    for name, stored in tensors.items():
+        spare = model.tied and name == "lm_head.weight"
+        if name not in wanted and not spare and not _PASSED_OVER.fullmatch(name):
+            said = f"{stored.file}: tensor {stored.name!r} is left over: config.json has none such"
+            raise DirectoryError(f"{said} (fetch both again)")

@@ -1,0 +1,304 @@
+"""What `midwatch plan` says of a model, against the real one: its parameters, its FLOPs, its tensors, the peak of a real step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from launcher.plan import ACCELERATORS, activations, flops
+from launcher.plan.memory import memory
+from launcher.recipe.model import Model
+from launcher.recipe.stage import Stage
+from trainer import peak
+from trainer.batch import Rows
+from trainer.model import Decoder, log_probs
+from trainer.objectives import OBJECTIVES
+from trainer.optimizer import Optimizer
+from trainer.parallel import World, build, gather_gradients, local
+from trainer.training import model_tensors
+
+LLAMA = Model(layers=2, width=64, heads=4, kv_heads=2, hidden=136)
+GPT = Model(
+    layers=3, width=48, heads=4, norm="layernorm", mlp="gelu", bias=True, position="learned", max_positions=512, norm_place="after"
+)
+BLOOM = Model(
+    layers=2,
+    width=96,
+    heads=6,
+    kv_heads=2,
+    hidden=160,
+    position="alibi",
+    norm="layernorm",
+    mlp="relu",
+    embedding_norm=True,
+    tied=False,
+)
+WIDE = Model(layers=2, width=64, heads=4, kv_heads=1, head_width=32, position="sinusoidal", tied=False)
+DEEP = Model(layers=8, width=128, heads=4, kv_heads=2, tied=False)
+SHALLOW = Model(layers=2, width=256, heads=8)
+SHAPES = {"llama": LLAMA, "gpt": GPT, "bloom": BLOOM, "wide": WIDE, "deep": DEEP, "shallow": SHALLOW}
+VOCABULARY = 500
+SETTINGS = {"clip": 1.0, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "beta": 0.1, "label_smoothing": 0.0}
+
+MakeWorld = Callable[[int], World]
+
+
+@pytest.fixture
+def world() -> Iterator[MakeWorld]:
+    """Rank 0 of so many. Collectives move nothing, so values are wrong, but every tensor of FSDP2's is there in its real size."""
+
+    def make(ranks: int) -> World:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+        group: Any = dist.group.WORLD
+        return World(0, ranks, torch.device("cpu"), init_device_mesh("cpu", (ranks,)), group, group)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make
+    torch.set_num_threads(threads)
+    dist.destroy_process_group()
+
+
+def stage(context: int, samples: int, micro_batch: int, objective: str = "pretrain") -> Stage:
+    raw = {"name": "s", "objective": objective, "steps": 1, "mixture": {"a": 1.0}}
+    return msgspec.convert(raw | {"context": context, "global_batch": samples, "micro_batch": micro_batch}, Stage)
+
+
+def rows(count: int, time: int) -> Rows:
+    tokens = torch.randint(0, VOCABULARY, (count, time), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(time).expand(count, time).contiguous()
+    return Rows(tokens, tokens, torch.ones(count, time), torch.zeros_like(tokens), positions)
+
+
+def plain(config: Model) -> Decoder:
+    with torch.device("meta"):
+        model = Decoder(config, VOCABULARY)
+    model.to_empty(device="cpu")
+    model.initialise(0)
+    return model
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_are_those_of_the_module(name: str) -> None:
+    model = plain(SHAPES[name])
+    assert SHAPES[name].parameters(VOCABULARY) == sum(p.numel() for p in model.parameters())
+    assert flops.block_parameters(SHAPES[name]) == sum(p.numel() for p in model.blocks[0].parameters())
+
+
+@pytest.mark.parametrize("context", [32, 100, 400])
+@pytest.mark.parametrize("name", SHAPES)
+def test_flops_are_those_that_torch_counts(name: str, context: int) -> None:
+    """Attention by the math kernel, which computes the masked half too: PaLM's convention, not halved."""
+    model, batch = plain(SHAPES[name]), rows(2, context)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        log_probs(model(batch.tokens, batch.positions, batch.segments), batch.targets).sum().backward()  # type: ignore[no-untyped-call]
+    measured, tokens = counter.get_total_flops(), 2 * context
+    assert flops.flops_per_token(SHAPES[name], VOCABULARY, context) * tokens == pytest.approx(measured, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_flops_are_what_the_trainer_divides_by_for_its_mfu(name: str) -> None:
+    """Norms and biases, which the trainer counts too, are the difference."""
+    planned = flops.flops_per_token(SHAPES[name], VOCABULARY, 200)
+    assert planned == pytest.approx(plain(SHAPES[name]).flops_per_token(200), rel=0.02)
+
+
+def test_peak_rates_are_those_of_the_trainers_mfu() -> None:
+    names = {"h200": "H200", "h100-sxm": "H100", "h100-pcie": "H100 PCIe", "h20": "H20", "b200": "B200", "a100-80gb": "A100"}
+    for plans, trainers in (names | {"l40s": "L40S"}).items():
+        assert ACCELERATORS[plans].flops_per_second("bfloat16") == peak._BFLOAT16[trainers]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", ["llama", "wide", "deep"])
+def test_weights_gradients_optimizer_and_the_checkpoints_copy_are_exact(name: str, ranks: int, world: MakeWorld) -> None:
+    here = world(ranks)
+    model = build(SHAPES[name], VOCABULARY, here, 0)
+    optimizer, batch = Optimizer(model.named_parameters(), here.device), rows(1, 8)
+    OBJECTIVES["pretrain"].loss(model, batch, SETTINGS, None)[0].backward()  # type: ignore[no-untyped-call]
+    planned = memory(SHAPES[name], VOCABULARY, stage(8, ranks, 1), ranks, True)
+
+    def held(tensors: Any) -> int:
+        return sum(local(tensor).nbytes for tensor in tensors)
+
+    state = optimizer.tensors()
+    moments = [tensor for key, tensor in state.items() if "first" in key or "second" in key]
+    counts = held([state["optimizer.steps"], state["optimizer.skipped"]])
+    assert planned.weights_bytes == held(model.parameters())
+    assert planned.gradients_bytes == held([p.grad for p in model.parameters()])
+    assert planned.optimizer_bytes == held(moments)
+    assert planned.staging_bytes == held((model_tensors(model) | state).values()) - counts
+    assert counts < 1000
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("size", [(1, 16), (4, 64), (2, 200), (1, 600)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gpt", "bloom", "wide"])
+def test_activations_are_the_tensors_that_autograd_saves(
+    name: str, dtype: str, size: tuple[int, int], masked: bool, world: MakeWorld
+) -> None:
+    config = msgspec.structs.replace(SHAPES[name], dtype=dtype, **({"max_positions": 600} if name == "gpt" else {}))
+    count, time = size
+    where = stage(time, 2 * count, count, "sft" if masked else "pretrain")
+    planned = memory(config, VOCABULARY, where, 2, True)
+    measured = saved(build(config, VOCABULARY, world(2), 0), rows(count, time), masked)
+    kept = planned.activations_bytes + planned.logits_bytes / 3
+    assert kept == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [(2, 40), (1, 300)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_that_are_kept_whole_are_counted(dtype: str, size: tuple[int, int], world: MakeWorld) -> None:
+    """The kernel that a GPU has for float32 with groups of heads is the math one, which the CPU has too."""
+    config, (count, time) = msgspec.structs.replace(LLAMA, dtype=dtype), size
+    model, batch = build(config, VOCABULARY, world(2), 0), rows(*size)
+    with sdpa_kernel(SDPBackend.MATH):
+        measured = saved(model, batch, False)
+    kept = count * time * (activations.saved(config, time, "scores") + activations.logits(VOCABULARY))
+    assert kept == pytest.approx(measured, rel=0.001)
+
+
+def saved(model: Decoder, batch: Rows, masked: bool) -> int:
+    """Bytes of the distinct storages that a forward keeps for its backward, those of parameters left out."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        gathered = {p.untyped_storage().data_ptr() for p in model.parameters() if not isinstance(p, DTensor)}
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in gathered:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    model.documents_masked = masked
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        log_probs(model(batch.tokens, batch.positions, batch.segments), batch.targets).sum()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class Alive(TorchDispatchMode):
+    """The bytes of all tensors seen that are alive, after every operation: what an allocator would have been asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+                self._seen[storage._cdata] = weakref.ref(storage)
+        self._seen = {key: ref for key, ref in self._seen.items() if ref() is not None}
+        self.peak = max(self.peak, sum(storage.nbytes() for ref in self._seen.values() if (storage := ref()) is not None))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "vocabulary", "ranks", "micro_batch", "context", "parts", "objective"),
+    [
+        ("llama", "float32", 500, 1, 1, 8, 1, "pretrain"),
+        ("llama", "float32", 2000, 8, 2, 64, 1, "pretrain"),
+        ("llama", "bfloat16", 2000, 2, 4, 128, 2, "pretrain"),
+        ("deep", "float32", 500, 8, 1, 8, 2, "pretrain"),
+        ("deep", "bfloat16", 500, 8, 2, 64, 3, "pretrain"),
+        ("deep", "float32", 4000, 4, 1, 256, 1, "pretrain"),
+        ("shallow", "float32", 512, 2, 8, 256, 1, "pretrain"),
+        ("shallow", "bfloat16", 500, 8, 1, 8, 1, "pretrain"),
+        ("gpt", "float32", 500, 2, 4, 256, 1, "sft"),
+        ("bloom", "bfloat16", 500, 2, 2, 128, 2, "pretrain"),
+        ("llama", "float32", 500, 2, 2, 64, 1, "dpo"),
+        ("deep", "bfloat16", 1000, 4, 2, 128, 1, "dpo"),
+    ],
+)
+def test_the_peak_is_that_of_a_real_step(
+    name: str,
+    dtype: str,
+    vocabulary: int,
+    ranks: int,
+    micro_batch: int,
+    context: int,
+    parts: int,
+    objective: str,
+    world: MakeWorld,
+) -> None:
+    """Forward, backward, accumulation, clipping and AdamW under FSDP2, as the loop does them; the second step."""
+    config = msgspec.structs.replace(SHAPES[name], dtype=dtype)
+    here, alive = world(ranks), Alive()
+    with alive:
+        model = build(config, vocabulary, here, 0)
+        reference = build(config, vocabulary, here, 0).requires_grad_(False) if objective == "dpo" else None
+        optimizer = Optimizer(model.named_parameters(), here.device)
+    model.documents_masked = objective == "sft"
+    batch = rows(micro_batch * (2 if objective == "dpo" else 1), context)
+    for _ in range(2):
+        alive.peak = 0
+        with alive:
+            for number in range(parts):
+                gather_gradients(model, number == parts - 1)
+                OBJECTIVES[objective].loss(model, batch, SETTINGS, reference)[0].backward()  # type: ignore[no-untyped-call]
+            optimizer.update(SETTINGS, 1e-3, 1e-8, optimizer.squared_norm().sqrt())
+    planned = memory(config, vocabulary, stage(context, ranks * micro_batch * parts, micro_batch, objective), ranks, True)
+    assert planned.peak_bytes - planned.staging_bytes == pytest.approx(alive.peak, rel=0.05)
+
+
+STEPS = """
+import torch, torch.distributed as dist
+from launcher.recipe.model import Model
+from test_trainer_plan import SETTINGS, rows
+from trainer.objectives import OBJECTIVES
+from trainer.optimizer import Optimizer
+from trainer.parallel import World, build
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+world = World(0, 1, torch.device("cpu"), mesh, dist.group.WORLD, dist.group.WORLD)
+
+def resident(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+def train(config, vocabulary, count, time):
+    model = build(config, vocabulary, world, 0)
+    optimizer = Optimizer(model.named_parameters(), world.device)
+    for _ in range(2):
+        OBJECTIVES["pretrain"].loss(model, rows(count, time), SETTINGS, None)[0].backward()
+        optimizer.update(SETTINGS, 1e-3, 1e-8, optimizer.squared_norm().sqrt())
+
+train(Model(layers=1, width=64, heads=2), 500, 1, 16)
+before = resident("VmRSS")
+train(Model(layers=6, width=256, heads=4, kv_heads=2), 4000, 4, 256)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_is_what_a_process_takes_of_the_machine() -> None:
+    """Resident memory of two real steps of a rank, over what it had before; with an allocator that gives back what is freed."""
+    here = Path(__file__).parent
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": f"{here.parents[1]}:{here}"}
+    done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    config = Model(layers=6, width=256, heads=4, kv_heads=2)
+    planned = memory(config, 4000, stage(256, 4, 4), 1, True)
+    assert planned.peak_bytes - planned.staging_bytes == pytest.approx(int(done.stdout), rel=0.1)

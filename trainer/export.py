@@ -1,0 +1,213 @@
+"""`python -m trainer.export RUN --checkpoint ID --to DIR`: a checkpoint as a Hugging Face directory.
+
+What it is read from is verified first; what it writes appears whole, under its name, or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from launcher.recipe import Recipe, RecipeError, Rope, Stage, load_recipe
+from launcher.recipe.hf_config import config_of, family_of
+from launcher.recipe.hf_files import INDEX, SINGLE
+from launcher.recipe.hf_layout import ARCHITECTURES, Family, Part, file_shapes, layout, misfits
+from launcher.recipe.model import Model
+from shards.errors import ShardError
+from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
+from shards.tokenizer import Tokenizer
+from trainer import hf_tokenizer, manifest
+from trainer.loglink import newest
+from trainer.manifest import CheckpointError, Entry
+from trainer.positions import learned
+from trainer.state import Progress, from_manifest
+
+SHARD_BYTES = 5_000_000_000
+Tensors = dict[str, Callable[[], Tensor]]
+"""Parameters by name, each read when it is asked for."""
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ExportError(Exception):
+    """The checkpoint cannot be exported; the message says why and the way out."""
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status: 0 written, 1 refused or failed, 2 the arguments or the recipe are wrong."""
+    parser = argparse.ArgumentParser(prog="midwatch export")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--checkpoint", default="latest")
+    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--dtype", choices=tuple(TYPES), default="float32")
+    parser.add_argument("--file-bytes", type=int, default=SHARD_BYTES)
+    given = parser.parse_args(arguments)
+    try:
+        print(export(given.run, given.checkpoint, given.to, given.dtype, given.file_bytes))
+    except (RecipeError, ExportError, CheckpointError, ShardError, hf_tokenizer.TokenizerError) as error:
+        print(f"midwatch: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RecipeError) else 1
+    except OSError as error:
+        print(f"midwatch: {error.filename or given.to}: {error.strerror} (make room or access)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int = SHARD_BYTES) -> str:
+    """Writes the directory; a line that says what it is. Raises ExportError and what it reads with raises."""
+    missing = [name for name in ("safetensors", "tokenizers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"needs the package `{missing[0]}` (pip install 'midwatch[train]')")
+    recipe = load_recipe(run / "recipe.toml")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ExportError(f"{to}: is there already (name a new directory)")
+    family = _family(recipe.model)
+    directory = _checkpoint(run, id)
+    known, digest = manifest.read(directory)
+    progress = from_manifest(known.state, str(directory), recipe)
+    tokenizer = _tokenizer(recipe, run, progress)
+    for problem in manifest.verify(directory):
+        raise CheckpointError(f"{problem} (use another checkpoint)")
+    stage = recipe.stage[progress.stage]
+    context = max(each.context for each in recipe.stage[: progress.stage + 1])
+    parts, tensors = _parts(recipe.model, family, known.tensors, directory, stage, context)
+    vocabulary = parts["embedding.weight"].shape[0]
+    if family == "gpt2":
+        context = parts["positions.weight"].shape[0]
+    config = config_of(recipe.model, family, _rope(recipe, stage), recipe.stage[0].context, context, vocabulary)
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    origin = {"run": recipe.run.name, "checkpoint": directory.name, "step": progress.step, "stage": stage.name, "digest": digest}
+    small = hf_tokenizer.files(tokenizer, context) | {
+        "config.json": _dumped(config | ids | {"torch_dtype": dtype}),
+        "generation_config.json": _dumped(ids | {"do_sample": True, "temperature": 0.8}),
+        "midwatch.json": _dumped(origin),
+    }
+    half = to.with_name(f"{to.name}.part-{os.getpid()}")
+    try:
+        half.mkdir(parents=True)
+        for name, body in small.items():
+            (half / name).write_bytes(body)
+        _write(half, parts, tensors, TYPES[dtype], file_bytes)
+        if to.exists():
+            to.rmdir()
+        half.rename(to)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return f"{to}: {ARCHITECTURES[family]} of checkpoint {directory.name}, step {progress.step}, {vocabulary} ids, {dtype}"
+
+
+def _family(model: Model) -> Family:
+    family = family_of(model)
+    if family is None:
+        raise ExportError(f'no Hugging Face model has these positions: position is "{model.position}"')
+    found = misfits(model, family)
+    if found:
+        raise ExportError(f"no Hugging Face model is like this one; {ARCHITECTURES[family]} is the nearest, but {'; '.join(found)}")
+    return family
+
+
+def _checkpoint(run: Path, id: str) -> Path:
+    checkpoints = run / "checkpoints"
+    there = sorted(path.name for path in checkpoints.iterdir() if not path.name.startswith(".")) if checkpoints.is_dir() else []
+    name = newest(checkpoints) if id == "latest" and there else id
+    if name is None or name not in there:
+        raise ExportError(f'{run}: there is no checkpoint "{id}" (there are: {", ".join(there) or "none"})')
+    return checkpoints / name
+
+
+def _tokenizer(recipe: Recipe, run: Path, progress: Progress) -> Tokenizer:
+    file = (Path(recipe.data.dir) if recipe.data.dir is not None else run / "data") / TOKENIZER_FILE
+    tokenizer = Tokenizer.load(file)
+    if progress.origin.tokenizer and tokenizer.hash != progress.origin.tokenizer:
+        raise ExportError(f"{file}: is not the tokenizer that the checkpoint was trained with (put that one back)")
+    return tokenizer
+
+
+def _rope(recipe: Recipe, stage: Stage) -> Rope:
+    return stage.rope or recipe.model.rope
+
+
+def _dumped(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"
+
+
+def _parts(
+    model: Model, family: Family, entries: dict[str, Entry], directory: Path, stage: Stage, context: int
+) -> tuple[dict[str, Part], Tensors]:
+    """Where each parameter goes, and the parameters, each to be read when it is its turn."""
+    vocabulary = entries["model.embedding.weight"].shape[0]
+    parts = layout(model, family, vocabulary)
+    tensors: Tensors = {name: partial(whole, directory, entries[f"model.{name}"]) for name in parts}
+    if stage.position_factor != 1.0 and family == "gpt2":
+        # GPT-2 reads its table as it is, so what the stage reads between the rows is written out.
+        table = tensors["positions.weight"]()
+        rows = max(context, math.ceil(len(table) * stage.position_factor))
+        tensors["positions.weight"] = partial(learned, table, torch.arange(rows), stage.position_factor)
+        pieces = (parts["positions.weight"].pieces[0]._replace(length=rows),)
+        parts["positions.weight"] = Part((rows, model.width), pieces)
+    return parts, tensors
+
+
+def whole(directory: Path, entry: Entry) -> Tensor:
+    """A tensor of a checkpoint, put together from the ranks' rows."""
+    kind = np.dtype(entry.dtype)
+    chunks = sorted((c for c in entry.chunks if c.bytes), key=lambda chunk: chunk.offsets)
+    if any(c.sizes[1:] != entry.shape[1:] for c in chunks):
+        raise CheckpointError(f"{directory}: its tensors are not cut by rows, and cannot be exported")
+    return torch.from_numpy(np.concatenate([np.memmap(directory / c.file, kind, "r", c.start, c.sizes) for c in chunks]))
+
+
+def _write(to: Path, parts: dict[str, Part], tensors: Tensors, dtype: torch.dtype, file_bytes: int) -> None:
+    """The safetensors, in files of about that size at the most, and their index where there are several."""
+    from safetensors.torch import save_file
+
+    shapes = file_shapes(parts)
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        length = math.prod(shape) * dtype.itemsize
+        if files[-1] and size + length > file_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += length
+    weight_map: dict[str, str] = {}
+    for number, members in enumerate(files, 1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        save_file(_gathered(members, shapes, parts, tensors, dtype), to / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(members, file)
+    if len(files) > 1:
+        total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
+        (to / INDEX).write_bytes(_dumped({"metadata": {"total_size": total}, "weight_map": weight_map}))
+
+
+def _gathered(
+    members: list[str], shapes: dict[str, tuple[int, ...]], parts: dict[str, Part], tensors: Tensors, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The files' tensors of these names, out of ours: the layout read the other way."""
+    found = {name: torch.empty(shapes[name], dtype=dtype) for name in members}
+    for ours, part in parts.items():
+        if not any(piece.tensor in found for piece in part.pieces):
+            continue
+        rows = torch.split(tensors[ours](), [piece.length for piece in part.pieces])
+        for piece, values in zip(part.pieces, rows, strict=True):
+            if piece.tensor in found:
+                target = found[piece.tensor].T if part.transposed else found[piece.tensor]
+                target[piece.start : piece.start + piece.length].copy_(values)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
