@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("launcher.agent")
 
 FORSAKEN_SECONDS = 60.0
+PARTING_SECONDS = 4.0
+"""That an agent which is told to leave gives a controller out of reach, which may only just have been followed by another."""
 STATS_SECONDS = 1.0
 LOOPBACK = "127.0.0.1"
 
@@ -123,8 +125,8 @@ class Agent:
         self._orders.put(None)
 
     def leave_when_told(self) -> None:
-        """Leaves when the controller says so, for it may want a checkpoint first; at once where it is gone, or asked again."""
-        if self._told_to_leave or self._link.lost_since is not None:
+        """Leaves when the controller says so, which may want a checkpoint first; soon where it is gone, at once if asked again."""
+        if self._told_to_leave:
             self.leave()
         self._told_to_leave = True
 
@@ -231,6 +233,9 @@ class Agent:
     def _check_forsaken(self) -> None:
         """Ends what neither the controller nor progress speaks for."""
         since = self._link.lost_since
+        if self._told_to_leave and since is not None and time.monotonic() - since > PARTING_SECONDS:
+            self._leaving.set()
+            return
         if since is None or time.monotonic() - since < FORSAKEN_SECONDS:
             return
         if self._ranks() is None:
