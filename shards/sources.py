@@ -142,7 +142,7 @@ def _empty(path: Path, document: Document) -> Rejected:
 
 def _open(path: Path, raw: IO[bytes]) -> IO[bytes]:
     if path.name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]  # reads as one
     if path.name.endswith(".zst"):
         stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
         return io.BufferedReader(stream, 1 << 20)

@@ -39,7 +39,7 @@ def serve(handle: int, rank: Callable[[list[str]], int]) -> int:
     """
     agent = socket.socket(fileno=handle)
     call_itself(NAME)
-    import trainer.start  # noqa: F401
+    import trainer.start  # noqa: F401  # for what it imports
 
     for module in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"):
         __import__(module)  # what ranks import late

@@ -50,7 +50,7 @@ def load(model: Decoder, config: Model, world: World, seed: int) -> int:
 def _open(config: Model) -> Directory:
     assert config.source is not None
     try:
-        import safetensors  # noqa: F401
+        import safetensors  # noqa: F401  # whether it is there
     except ImportError:
         raise CheckpointError(f"{config.source}: needs the package `safetensors` (pip install 'midwatch[train]')") from None
     try:

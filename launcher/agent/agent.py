@@ -298,4 +298,4 @@ def _read_beat(file: Path) -> tuple[int, float, str, float]:
 
 def _import_torch() -> None:
     """Imports torch while the controller is still busy: it takes seconds."""
-    import launcher.agent.elastic  # noqa: F401
+    import launcher.agent.elastic  # noqa: F401  # for what it imports

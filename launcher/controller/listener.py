@@ -77,6 +77,7 @@ class Sessions(Server):
 
 
 async def _no_server() -> asyncio.Server:
+    """What websockets would await to be served by itself; this listener accepts on its own, so nobody does."""
     raise NotImplementedError
 
 

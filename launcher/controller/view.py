@@ -203,7 +203,7 @@ def line_of(office: Office, index: int, term: int, entry: j.Entry) -> JournalLin
     if told is None:
         return None
     kind, text, level = told
-    return JournalLine(index=index, time=entry.time, term=term, kind=kind, author=entry.author, text=text, level=level)  # type: ignore[arg-type]
+    return JournalLine(index=index, time=entry.time, term=term, kind=kind, author=entry.author, text=text, level=level)  # type: ignore[arg-type]  # a level
 
 
 def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:

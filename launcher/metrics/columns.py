@@ -68,7 +68,7 @@ class Columns:
 
     def __getattr__(self, name: str) -> NDArray[Any]:
         """The table's fields by name: first, min, max, last, sum, count, nans, first_tokens, last_time, …: [count]."""
-        if name.startswith("_") or name not in NODE.names:  # type: ignore[operator]
+        if name.startswith("_") or name not in NODE.names:  # type: ignore[operator]  # it has fields
             raise AttributeError(name)
         return self.table[name]
 

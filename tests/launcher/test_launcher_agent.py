@@ -114,3 +114,28 @@ def test_an_agent_that_nobody_needs_leaves_and_clears_its_files_away(tmp_path: P
     assert time.monotonic() - began < 15
     assert list((Path(os.environ["XDG_RUNTIME_DIR"]) / "midwatch").iterdir()) == []
     assert not [t.name for t in threading.enumerate() if t.name in ("agent-link", "stats")]
+
+
+def test_told_to_leave_it_waits_a_little_for_the_next_controller_unless_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_launcher_recipe import GOOD
+
+    from launcher.agent import agent as module
+
+    monkeypatch.setattr(module, "PARTING_SECONDS", 0.5)
+    monkeypatch.setattr(module, "_import_torch", lambda: None)
+    paths = RunPaths(tmp_path / "run")
+    paths.create()
+    paths.recipe.write_text(GOOD)
+    for times, soonest, latest in ((1, 0.9, 10.0), (2, 0.0, 0.9)):
+        agent = Agent(paths, "n", load_recipe(paths.recipe), None)
+        running = threading.Thread(target=agent.run, name="running")
+        running.start()
+        began = time.monotonic()
+        for _ in range(times):
+            agent.leave_when_told()
+        assert agent._leaving.wait(latest), times
+        assert time.monotonic() - began >= soonest, "a new controller may be on its way"
+        running.join(15)
+        assert not running.is_alive()
