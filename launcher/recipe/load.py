@@ -16,6 +16,7 @@ from launcher.recipe.lines import Path as KeyPath
 from launcher.recipe.lines import key_lines, line_of
 from launcher.recipe.model import Model
 from launcher.recipe.origin import OriginError, fill_in
+from launcher.recipe.parallel import Parallel, multiple_of
 from launcher.recipe.run import Checkpoint, Report, Run
 from launcher.recipe.stage import Stage
 from launcher.recipe.watch import Watch
@@ -37,6 +38,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stage: tuple[Stage, ...]
     tokenizer: Tokenizer = Tokenizer()
     cluster: Cluster = Cluster()
+    parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
     watch: tuple[Watch, ...] = ()
@@ -44,6 +46,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stage)
+
+    @property
+    def ranks_multiple(self) -> int:
+        """What the number of ranks that train must be a multiple of."""
+        return multiple_of(self.parallel, (stage.context_parallel for stage in self.stage))
 
     def stage_index(self, name: str) -> int:
         """Raises KeyError for a stage that is not there."""
@@ -115,6 +122,8 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     found: list[tuple[KeyPath, str]] = []
     for section in ("run", "model", "cluster", "checkpoint", "report"):
         found += [((section, key), f"[{section}] {key}: {message}") for key, message in getattr(recipe, section).problems()]
+    if not recipe.model.problems():
+        found += [(("parallel", key), f"[parallel] {key}: {message}") for key, message in recipe.parallel.problems(recipe.model)]
     for i, rule in enumerate(recipe.watch):
         found += [(("watch", i, key), f'watch "{rule.name}": {key}: {message}') for key, message in rule.problems()]
     kinds: dict[str, str] = {source.name: source.kind for source in recipe.data.source}

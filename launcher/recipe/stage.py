@@ -47,6 +47,17 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Largest norm of the whole gradient."""
     masked_documents: bool | None = None
     """Documents packed into one row do not see each other: so for fine-tuning, not for pretraining, unless said here."""
+    restart_positions: bool | None = None
+    """Positions begin anew with each document of a row: so where documents are masked, unless said here."""
+    context_parallel: int = 1
+    """Ranks that split each row's tokens among them."""
+    activation_checkpointing: Literal["none", "selective", "block", "offloaded"] = "none"
+    """What is computed again for the backward. `selective`: all but matrix products and attention; `block`: whole blocks;
+    `offloaded`: whole blocks, whose inputs wait in the host's memory."""
+    mlp_tile: int | None = None
+    """Tokens that pass through an MLP at a time; all, where left out."""
+    loss_tile: int = 4096
+    """Tokens whose logits are there at a time."""
     rope: Rope | None = None
     """How rotary positions are stretched in this stage; as the model's `rope` where it is left out."""
     position_factor: float = 1.0
@@ -75,6 +86,10 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.objective != "pretrain" if self.masked_documents is None else self.masked_documents
 
     @property
+    def positions_restarted(self) -> bool:
+        return self.documents_masked if self.restart_positions is None else self.restart_positions
+
+    @property
     def data_kind(self) -> str:
         """The kind of source that this stage's objective reads."""
         return OBJECTIVE_DATA[self.objective]
@@ -82,8 +97,9 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def problems(self) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out) for each impossible setting."""
         found: list[tuple[str, str]] = []
-        for key in ("steps", "context", "global_batch", "micro_batch", "eval_every"):
-            if getattr(self, key) < 1:
+        counts = ("steps", "context", "global_batch", "micro_batch", "eval_every", "context_parallel", "mlp_tile", "loss_tile")
+        for key in counts:
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 found.append((key, "must be at least 1"))
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", self.name):
             found.append(("name", "is up to 100 letters, digits, `_`, `-` or `.`, and does not begin with `.`"))
