@@ -110,15 +110,17 @@ class Boundary:
         ok = self.acknowledge(order, ok)
         self.tell(order.number, ok, detail, reason)
 
-    def tell(self, number: int, ok: bool, detail: dict[str, Any] | None = None, reason: str = "") -> None:
-        """Tells the outcome of a command that every rank has acknowledged."""
-        outcome = Outcome(number=number, ok=ok, step=self._step(), detail=detail or {}, reason=reason)
+    def tell(
+        self, number: int, ok: bool, detail: dict[str, Any] | None = None, reason: str = "", step: int | None = None
+    ) -> None:
+        """Tells the outcome of a command that every rank has acknowledged; of this step, where it is of none before."""
+        outcome = Outcome(number=number, ok=ok, step=self._step() if step is None else step, detail=detail or {}, reason=reason)
         self._remember(number, outcome)
         self._link.send(outcome)
 
-    def learn(self, number: int, ok: bool, detail: dict[str, Any], reason: str) -> None:
+    def learn(self, number: int, ok: bool, detail: dict[str, Any], reason: str, step: int) -> None:
         """Keeps the outcome of a command that the controller knows from elsewhere, in case it asks again."""
-        self._remember(number, Outcome(number=number, ok=ok, step=self._step(), detail=detail, reason=reason))
+        self._remember(number, Outcome(number=number, ok=ok, step=step, detail=detail, reason=reason))
 
     def pause(self) -> None:
         """Holds at the next look, as if ordered."""

@@ -38,9 +38,9 @@ NICENESS = 10
 
 
 class Tell(Protocol):
-    """Tells the outcome of a command."""
+    """Tells the outcome of a command, and of which step it is."""
 
-    def __call__(self, number: int, ok: bool, detail: dict[str, Any], reason: str, /) -> None: ...
+    def __call__(self, number: int, ok: bool, detail: dict[str, Any], reason: str, step: int, /) -> None: ...
 
 
 @dataclass
@@ -83,9 +83,9 @@ class Checkpointer:
         """Why checkpoints reported since the newest save began are not committed, by id."""
         self._late: dict[str, list[int]] = {}
         """Commands that came after the checkpoint they ask for was reported."""
-        self.tell: Tell = lambda number, ok, detail, reason: None
+        self.tell: Tell = lambda number, ok, detail, reason, step: None
         """For commands that the controller does not know to be answered by a checkpoint."""
-        self.learn: Tell = lambda number, ok, detail, reason: None
+        self.learn: Tell = lambda number, ok, detail, reason, step: None
         """For those that it knows of by the checkpoint's report."""
         self.beat: Callable[[], None] = lambda: None
         """Called about once a second while waiting for the disk or for a commit."""
@@ -154,9 +154,9 @@ class Checkpointer:
         reason = "" if isinstance(answer, Committed) else answer.reason
         detail = {} if reason else {"checkpoint": answer.id}
         for number in save.numbers:
-            self.learn(number, not reason, detail, reason)
+            self.learn(number, not reason, detail, reason, save.progress.step)
         for number in self._late.pop(answer.id, ()):
-            self.tell(number, not reason, detail, reason)
+            self.tell(number, not reason, detail, reason, save.progress.step)
         if reason:
             self._refused[answer.id] = reason
             text = f"checkpoint {answer.id} was not committed: {reason}"
@@ -198,7 +198,7 @@ class Checkpointer:
             if not isinstance(save.error, storage.Abandoned):
                 numbers = tuple(save.numbers)
                 for number in numbers:
-                    self.learn(number, False, {}, str(save.error))
+                    self.learn(number, False, {}, str(save.error), save.progress.step)
                 self._link.send(CheckpointFailed(id=save.id, step=save.progress.step, reason=str(save.error), numbers=numbers))
         return save.error
 

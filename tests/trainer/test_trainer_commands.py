@@ -124,6 +124,23 @@ def test_a_checkpoint_is_answered_by_its_commit_and_however_often_it_is_asked_fo
     assert (root / "rank-0.log").read_text().count("checkpoint 5-1: begun") == 1
 
 
+def test_a_checkpoint_that_joins_one_on_its_way_is_told_with_that_ones_step_however_late(make_run: MakeRun) -> None:
+    root = make_run(checkpoint={"every": 100})
+    told = steer(
+        root,
+        Step(Op.PAUSE, after=4),
+        Step(Op.CHECKPOINT, looks=3, wait=False),
+        Step(Op.CHECKPOINT, looks=3, wait=False),
+        Step(Op.RESUME, looks=4, wait=False),
+        Step(Op.STOP_NOW, looks=25, number=5),
+        lag=12,
+    )
+    saved, resumed = told.outcome(3), told.outcome(4)
+    assert saved["detail"] == {"checkpoint": "5-1"} and told.bodies.index(saved) > told.bodies.index(resumed)
+    assert saved["step"] == 5, "the step that was saved, not the one at which its commit was heard of"
+    assert max(body["step"] for body in told.all("Metrics")) > 5
+
+
 def test_a_changed_setting_makes_another_checkpoint_of_the_same_step(settings: tuple[Path, Told]) -> None:
     root, told = settings
     ids = [body["id"] for body in told.all("CheckpointReady")]
