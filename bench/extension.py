@@ -26,7 +26,8 @@ from launcher.recipe.model import Model, Rope
 from shards.sources import Document, Reading
 from shards.spec import Source
 from shards.splitting import split
-from trainer.model import Decoder, log_probs
+from trainer.likelihood import log_probs
+from trainer.model import Decoder
 
 VOCABULARY = 256
 TIMES = 4

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.ring import Blocks, ring_attention
+from trainer.spread import Spread
+
 try:
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 except ImportError:  # an extra, for GPUs only
@@ -25,24 +28,27 @@ class Visible(NamedTuple):
     """Tokens of the longest document."""
     slopes: Tensor | None = None
     """[heads], float32: ALiBi's, for the varlen kernel."""
+    blocks: Blocks | None = None
+    """The same for keys and values that go round."""
 
 
-def visible(tokens: Tensor, segments: Tensor | None, dtype: torch.dtype, slopes: Tensor | None = None) -> Visible:
-    """For rows of tokens [batch, time] and the document of each, [batch, time]; segments None: rows are one document each.
+def visible(
+    segments: Tensor | None, batch: int, time: int, device: torch.device, dtype: torch.dtype, slopes: Tensor | None = None
+) -> Visible:
+    """For rows with the document of each token, [batch, time]; segments None: rows are one document each.
 
     dtype: of the attention's computing. slopes: ALiBi's, [heads].
     """
     if segments is None and slopes is None:
         return Visible()
-    if flash_attn_varlen_func is not None and tokens.is_cuda and dtype in (torch.bfloat16, torch.float16):
-        return _bounds(torch.zeros_like(tokens) if segments is None else segments, slopes)
-    time = tokens.shape[1]
-    mask = torch.ones(time, time, dtype=torch.bool, device=tokens.device).tril()[None, None]
+    if flash_attn_varlen_func is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return _bounds(torch.zeros(batch, time, device=device, dtype=torch.int32) if segments is None else segments, slopes)
+    mask = torch.ones(time, time, dtype=torch.bool, device=device).tril()[None, None]
     if segments is not None:
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     if slopes is None:
         return Visible(mask=mask)
-    place = torch.arange(time, device=tokens.device)
+    place = torch.arange(time, device=device)
     # Places in the row: within a document they are as far apart as its positions are, and across documents further.
     distance = (place[:, None] - place[None, :]).float()
     bias = -slopes[:, None, None] * distance
@@ -57,8 +63,20 @@ def _bounds(segments: Tensor, slopes: Tensor | None) -> Visible:
     return Visible(bounds=bounds, longest=int(bounds.diff().max()), slopes=slopes)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
-    """Attention of q [batch, heads, time, head] over k and v [batch, kv_heads, time, head], groups of heads sharing them."""
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, spread: Spread) -> Tensor:
+    """Attention of q [batch, heads, time, head] over k and v [batch, kv_heads, time, head], groups of heads sharing them.
+
+    The time is that of this rank's tokens, where context-parallel ranks share rows.
+    """
+    if spread.context.size == 1:
+        return _attend(q, k, v, seen)
+    if spread.ring:
+        assert seen.blocks is not None
+        return ring_attention(q, k, v, seen.blocks, spread.context)
+    return spread.tokens(_attend(spread.heads(q), spread.heads(k), spread.heads(v), seen))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
     if seen.bounds is not None:
         return _varlen(q, k, v, seen)
     grouped = q.shape[1] != k.shape[1]

@@ -110,9 +110,7 @@ class Boundary:
         ok = self.acknowledge(order, ok)
         self.tell(order.number, ok, detail, reason)
 
-    def tell(
-        self, number: int, ok: bool, detail: dict[str, Any] | None = None, reason: str = "", step: int | None = None
-    ) -> None:
+    def tell(self, number: int, ok: bool, detail: dict[str, Any] | None = None, reason: str = "", step: int | None = None) -> None:
         """Tells the outcome of a command that every rank has acknowledged; of this step, where it is of none before."""
         outcome = Outcome(number=number, ok=ok, step=self._step() if step is None else step, detail=detail or {}, reason=reason)
         self._remember(number, outcome)

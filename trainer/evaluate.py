@@ -9,10 +9,10 @@ from torch import Tensor
 
 from shards.errors import ShardError
 from shards.feed import Batch
-from trainer.batch import micro_batches, samples_a_rank, share
+from trainer.batch import micro_batches, samples_a_replica, share
 from trainer.objectives.dpo import METRICS
 from trainer.optimizer import total
-from trainer.parallel import reshard, together
+from trainer.parallel import together
 from trainer.samples import policy_metrics
 from trainer.stages import Exam, rows_of_a_sample
 from trainer.training import Training
@@ -40,11 +40,9 @@ def evaluate(training: Training) -> bool:
                 return True
             values |= sampled
     finally:
-        training.model.documents_masked = training.stage.stage.documents_masked
-        reshard(training.model)
-        if training.reference is not None:
-            training.reference.documents_masked = training.stage.stage.documents_masked
-            reshard(training.reference)
+        for network in training.networks:
+            network.documents_masked = training.stage.stage.documents_masked
+            network.reshard()
     at = training.progress
     training.reporter.send(at.lineage, at.step, at.tokens, values)
     training.phase("training")
@@ -53,30 +51,31 @@ def evaluate(training: Training) -> bool:
 
 def _sit(training: Training, exam: Exam) -> Mapping[str, float] | None:
     """Mean loss and metrics over one source's held-out samples; None if broken off."""
-    world, stage = training.world, exam.stage
+    world, network, stage = training.world, training.network, exam.stage
     if exam.objective.needs_reference and training.reference is None:
         return {}
-    for model in (training.model, training.reference):
-        if model is not None:
-            model.documents_masked = stage.documents_masked
+    for each in training.networks:
+        each.documents_masked = stage.documents_masked
     settings = {"beta": stage.beta, "label_smoothing": stage.label_smoothing} | training.progress.settings
     sums = torch.zeros(2 + len(exam.objective.metrics), device=world.device)
-    stride = stage.micro_batch * world.size
+    stride = stage.micro_batch * network.replicas
     for start in range(0, len(exam.samples), stride):
         if training.boundary.peek():
             return None
         count = min(stride, len(exam.samples) - start)
-        mine = share(start, count, world.rank, world.size)
+        mine = share(start, count, network.replica, network.replicas)
         batches: list[Batch] = []
         problem = together(lambda mine=mine, read=batches: read.append(exam.samples.read(*mine)), world, ShardError)  # type: ignore[misc]
         if problem:
             training.hold_for_data(problem)
             training.evaluated = None
             return None
-        samples = samples_a_rank(count, world.size)
+        samples = samples_a_replica(count, network.replicas)
         for part in micro_batches(batches[0], rows_of_a_sample(stage), samples, samples, world.device):
-            loss, weight, metrics = exam.objective.loss(training.model, part, settings, training.reference)
-            sums += torch.stack([loss, weight, *(metrics[name] for name in exam.objective.metrics)])
+            fixed = training.reference.log_probs(part) if exam.objective.needs_reference and training.reference else None
+            loss, weight, metrics = exam.objective.loss(network.log_probs(part), part, settings, fixed)
+            if network.speaks:
+                sums += torch.stack([loss, weight, *(metrics[name] for name in exam.objective.metrics)])
     return _means(exam, total(sums))
 
 

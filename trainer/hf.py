@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from launcher.recipe.hf_files import Directory, DirectoryError, open_directory
 from launcher.recipe.hf_layout import Part, layout
 from launcher.recipe.model import Model
 from launcher.recipe.origin import directory_of
 from trainer.manifest import CheckpointError
-from trainer.model import Decoder
-from trainer.parallel import World, first_problem, local, together
+from trainer.network import Network
+from trainer.parallel import World, box, first_problem, local, together
 
 log = logging.getLogger("trainer")
 
@@ -27,7 +25,7 @@ ROWS = {"embedding.weight", "head.weight"}
 """Parameters with a row for each id; they have more rows than the directory's where the tokenizer has more ids."""
 
 
-def load(model: Decoder, config: Model, world: World, seed: int) -> int:
+def load(network: Network, config: Model, world: World, seed: int) -> int:
     """Fills this rank's part of the model from what the recipe names; the bytes that this rank has read.
 
     Rows for ids that the directory's model does not have are drawn from the seed. Raises CheckpointError on all ranks alike.
@@ -37,7 +35,7 @@ def load(model: Decoder, config: Model, world: World, seed: int) -> int:
     if problem:
         raise CheckpointError(problem)
     try:
-        read, found = _fill(model, config, opened[0], seed), None
+        read, found = _fill(network, config, opened[0], seed), None
     except CheckpointError as error:
         read, found = 0, str(error)
     problem = first_problem(found, world)
@@ -64,28 +62,21 @@ def _open(config: Model) -> Directory:
 
 
 @torch.no_grad()
-def _fill(model: Decoder, config: Model, directory: Directory, seed: int) -> int:
+def _fill(network: Network, config: Model, directory: Directory, seed: int) -> int:
     rows = int(directory.keys["vocabulary"])
     parts = layout(config, directory.family, rows)
     with ExitStack() as files:
         reader = Reader(directory, files)
-        for name, parameter in model.named_parameters():
-            mine, first = local(parameter), first_row(parameter)
-            for start, tensor in reader.rows(parts[name], first, first + len(mine)):
+        for name, parameter in network.parameters().items():
+            mine, (own, *columns) = local(parameter), box(parameter)
+            first = own.start
+            for start, tensor in reader.rows(parts[name], first, first + len(mine), *columns):
                 mine[start - first : start - first + len(tensor)].copy_(tensor)
             if name in ROWS and first + len(mine) > rows:
                 drawn = _drawn(parameter.shape[0] - rows, parameter.shape[1], seed)
                 begin = max(first, rows)
                 mine[begin - first :].copy_(drawn[begin - rows : first + len(mine) - rows])
         return reader.bytes
-
-
-def first_row(parameter: Tensor) -> int:
-    """The row of the whole parameter with which this rank's part begins."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return int(offset[0])
 
 
 def _drawn(rows: int, width: int, seed: int) -> Tensor:
@@ -101,17 +92,17 @@ class Reader:
         self._directory, self._files = directory, files
         self._open: dict[Path, Any] = {}
 
-    def rows(self, part: Part, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Rows [start, stop) of a parameter of ours: in pieces, each with its first row. Raises CheckpointError."""
+    def rows(self, part: Part, start: int, stop: int, columns: slice = slice(None)) -> Iterator[tuple[int, Tensor]]:
+        """Rows [start, stop) of a parameter of ours, in pieces, each with its first row. Raises CheckpointError."""
         at = 0
         for piece in part.pieces:
             low, high = max(start, at), min(stop, at + piece.length)
             if low < high:
                 begin = piece.start + low - at
-                yield low, self._read(piece.tensor, begin, begin + high - low, part.transposed)
+                yield low, self._read(piece.tensor, slice(begin, begin + high - low), columns, part.transposed)
             at += piece.length
 
-    def _read(self, name: str, start: int, stop: int, transposed: bool) -> Tensor:
+    def _read(self, name: str, rows: slice, columns: slice, transposed: bool) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
         stored = self._directory.tensors[name]
@@ -119,7 +110,8 @@ class Reader:
             if stored.file not in self._open:
                 self._open[stored.file] = self._files.enter_context(safe_open(stored.file, framework="pt"))
             whole = self._open[stored.file].get_slice(stored.name)
-            found: Tensor = whole[:, start:stop] if transposed else whole[start:stop]
+            flat = len(whole.get_shape()) == 1
+            found: Tensor = whole[rows] if flat else whole[columns, rows] if transposed else whole[rows, columns]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{stored.file}: tensor {stored.name!r} cannot be read: {error} (fetch it again)") from None
         self.bytes += found.numel() * found.element_size()

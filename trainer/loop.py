@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from launcher.protocol import Ended
 from shards.errors import ShardError
 from shards.feed import Batch
-from trainer.batch import micro_batches, samples_a_rank, share
+from trainer.batch import filled, micro_batches, samples_a_replica, share
 from trainer.boundary import StopNow
 from trainer.commands import apply
 from trainer.evaluate import evaluate
 from trainer.optimizer import learning_rate, total
-from trainer.parallel import first_problem, gather_gradients, reduce
+from trainer.parallel import first_problem, reduce
 from trainer.peak import flops_per_second
 from trainer.pipeline import end_stage
 from trainer.reporting import StepReport
@@ -72,10 +73,11 @@ def step(training: Training) -> bool:
     stage, objective, names = run.stage, run.objective, tuple(run.stage.mixture)
 
     training.pace.begin()
+    network = training.network
     batch, problem = _read(training)
     waited = time.monotonic() - began
-    mine = (1, 0, 0, *(0 for _ in names))
-    if batch is not None:
+    mine = (int(batch is None), 0, 0, *(0 for _ in names))
+    if batch is not None and network.speaks:
         sources = [sum(source == name for source, _, _ in batch.samples) for name in names]
         mine = (0, int(objective.weight(batch.mask)), int(batch.mask.sum()), *sources)
     unread, weight, tokens, *counts = reduce(mine, world.control)
@@ -84,14 +86,18 @@ def step(training: Training) -> bool:
         return False
 
     sums = torch.zeros(2 + len(objective.metrics), device=world.device)
-    samples = samples_a_rank(stage.global_batch, world.size)
-    parts = list(micro_batches(batch, rows_of_a_sample(stage), samples, stage.micro_batch, world.device))
-    for number, part in enumerate(parts, 1):
-        gather_gradients(training.model, number == len(parts))
-        loss, _, metrics = objective.loss(training.model, part, settings, training.reference)
-        # FSDP takes the mean over ranks; the loss is the mean over the real tokens of the whole batch.
-        (loss * (world.size / max(weight, 1))).backward()  # type: ignore[no-untyped-call]
-        sums[:-1] += torch.stack([loss.detach(), *(metrics[name] for name in objective.metrics)])
+    samples, size = filled(samples_a_replica(stage.global_batch, network.replicas), stage.micro_batch, world.pipeline.size)
+    parts = list(micro_batches(batch, rows_of_a_sample(stage), samples, size, world.device))
+    fixed = [training.reference.log_probs(part) if training.reference else None for part in parts]
+
+    def loss_of(number: int, policy: Tensor) -> Tensor:
+        """The mean over the real tokens of the whole batch."""
+        loss, _, metrics = objective.loss(policy, parts[number], settings, fixed[number])
+        if network.speaks:
+            sums[:-1] += torch.stack([loss.detach(), *(metrics[name] for name in objective.metrics)])
+        return loss / max(weight, 1)
+
+    network.backward(parts, loss_of)
     sums[-1] = training.optimizer.squared_norm()
     norm = total(sums)[-1].sqrt()
     rate = learning_rate(stage, settings, at.stage_step)
@@ -110,7 +116,7 @@ def step(training: Training) -> bool:
     if training.stall:
         known["perf/checkpoint_stall_seconds"], training.stall = training.stall, 0.0
     if peak := flops_per_second(world.device, training.recipe.model.dtype):
-        known["perf/mfu"] = training.model.flops_per_token(stage.context) * tokens / seconds / (peak * world.size)
+        known["perf/mfu"] = network.flops_per_token(stage.context) * tokens / seconds / (peak * world.size)
     training.reporter.put(
         StepReport(
             lineage=at.lineage,
@@ -128,8 +134,9 @@ def step(training: Training) -> bool:
 
 def _read(training: Training) -> tuple[Batch | None, str | None]:
     """This rank's share of the step, or why there is none."""
-    world, stage = training.world, training.stage.stage
+    network, stage = training.network, training.stage.stage
     try:
-        return training.stage.reader.read(*share(training.progress.position, stage.global_batch, world.rank, world.size)), None
+        mine = share(training.progress.position, stage.global_batch, network.replica, network.replicas)
+        return training.stage.reader.read(*mine), None
     except ShardError as error:
         return None, str(error)

@@ -1,24 +1,52 @@
 """The decoder: embedding, blocks of attention and MLP, output layer; every variant of the recipe's `[model]` in its place.
 
-Parameters are made on the meta device, drawn whole from one generator (the same on every rank) and only then sharded: drawn
-after sharding, every rank would get the same numbers for its own part.
+Parameters are made on the meta device, sharded, and then filled by each rank with its own part of what is drawn whole from the
+seed and the parameter's name: whatever the number of ranks, the model is the same.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch import Tensor, nn
 
 from launcher.recipe.model import Model, Rope
 from trainer.attention import Visible, attend, visible
+from trainer.likelihood import likelihood
 from trainer.positions import alibi_slopes, learned, sinusoids
+from trainer.recompute import Mode, again, recomputed
+from trainer.ring import Blocks
 from trainer.rope import angles, frequencies, rotate
+from trainer.spread import Spread, held
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines, each [batch, 1, time, head]."""
+
+
+@dataclass(frozen=True)
+class Thrift:
+    """What a forward does to need less memory."""
+
+    recompute: Mode = "none"
+    mlp_tile: int | None = None
+    """Tokens that pass through an MLP at a time."""
+    loss_tile: int = 4096
+    """Tokens whose logits are there at a time."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The blocks [start, stop) of a decoder's, with what is before the first and after the last."""
+
+    start: int
+    stop: int
+    first: bool = True
+    last: bool = True
 
 
 class RMSNorm(nn.Module):
@@ -31,35 +59,63 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * held(self.weight, partial=True)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Ba et al. 2016, equation 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else held(self.bias, partial=True)
+        return F.layer_norm(x, self.normalized_shape, held(self.weight, partial=True), bias, self.eps)
 
 
 def make_norm(config: Model) -> nn.Module:
-    """RMSNorm, or LayerNorm: Ba et al. 2016, equation 4."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.width, config.norm_eps)
-    return nn.LayerNorm(config.width, config.norm_eps, bias=config.bias)
+    return LayerNorm(config.width, config.norm_eps, bias=config.bias)
+
+
+class Linear(nn.Linear):
+    """Its outputs are divided among tensor-parallel ranks: of all tokens each computes its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, held(self.weight), None if self.bias is None else held(self.bias))
+
+
+class Joining(nn.Module):
+    """A linear layer whose inputs are divided among tensor-parallel ranks; the sum comes out, to each rank of its own tokens."""
+
+    def __init__(self, inward: int, outward: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outward, inward))
+        self.bias = nn.Parameter(torch.empty(outward)) if bias else None
+
+    def forward(self, x: Tensor, spread: Spread) -> Tensor:
+        out = spread.scatter(F.linear(x, held(self.weight)))
+        return out if self.bias is None else out + held(self.bias, partial=True)
 
 
 class Attention(nn.Module):
     """Query heads share key and value heads by groups: Ainslie et al. 2023; one group is MQA, as many as heads MHA.
 
-    `qkv` holds all query heads, then all key heads, then all value heads.
+    `qkv` holds group after group: its query heads, its key head, its value head.
     """
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head = config.heads, config.key_value_heads, config.head
+        self.head, self.queries = config.head, config.heads // config.key_value_heads
         bias = config.attention_biased
-        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head, bias=bias)
-        self.out = nn.Linear(self.heads * self.head, config.width, bias=bias)
+        self.qkv = Linear(config.width, (config.heads + 2 * config.key_value_heads) * self.head, bias=bias)
+        self.out = Joining(config.heads * self.head, config.width, bias=bias)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head)).transpose(1, 2)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+    def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible, spread: Spread) -> Tensor:
+        qkv: Tensor = self.qkv(spread.gather(x))
+        grouped = qkv.view(*qkv.shape[:2], -1, self.queries + 2, self.head)
+        q, k, v = (each.flatten(2, 3).transpose(1, 2) for each in torch.split(grouped, [self.queries, 1, 1], dim=-2))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        out: Tensor = self.out(attend(q, k, v, seen).transpose(1, 2).flatten(-2))
+        out: Tensor = self.out(attend(q, k, v, seen, spread).transpose(1, 2).flatten(-2), spread)
         return out
 
 
@@ -69,19 +125,30 @@ class MLP(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.kind = config.mlp
-        self.gate = nn.Linear(config.width, config.hidden_width, bias=config.bias) if config.mlp == "swiglu" else None
-        self.up = nn.Linear(config.width, config.hidden_width, bias=config.bias)
-        self.down = nn.Linear(config.hidden_width, config.width, bias=config.bias)
+        self.gate = Linear(config.width, config.hidden_width, bias=config.bias) if config.mlp == "swiglu" else None
+        self.up = Linear(config.width, config.hidden_width, bias=config.bias)
+        self.down = Joining(config.hidden_width, config.width, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, spread: Spread, tile: int | None = None) -> Tensor:
+        """tile: tokens that pass through at a time, of which only what goes in is kept for the backward."""
+        if tile is None or x.shape[0] * x.shape[1] <= tile:
+            out: Tensor = self.down(self._inner(spread.gather(x)), spread)
+            return out
+        gathered = spread.gather(x)
+        parts = [again(self._partial, part) for part in torch.split(gathered.flatten(0, 1), tile)]
+        summed = spread.scatter(torch.cat(parts).view_as(gathered))
+        return summed if self.down.bias is None else summed + held(self.down.bias, partial=True)
+
+    def _partial(self, x: Tensor) -> Tensor:
+        return F.linear(self._inner(x), held(self.down.weight))
+
+    def _inner(self, x: Tensor) -> Tensor:
         if self.gate is not None:
-            x = F.silu(self.gate(x)) * self.up(x)
-        elif self.kind == "gelu":
-            x = F.gelu(self.up(x), approximate="tanh")
-        else:
-            x = F.relu(self.up(x))
-        out: Tensor = self.down(x)
-        return out
+            gate: Tensor = self.gate(x)
+            up: Tensor = self.up(x)
+            return F.silu(gate) * up
+        up = self.up(x)
+        return F.gelu(up, approximate="tanh") if self.kind == "gelu" else F.relu(up)
 
 
 class Block(nn.Module):
@@ -93,30 +160,40 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible) -> Tensor:
-        if self.norm_after:
-            x = self.attention_norm(x + self.attention(x, rotation, seen))
-            x = self.mlp_norm(x + self.mlp(x))
-        else:
-            x = x + self.attention(self.attention_norm(x), rotation, seen)
-            x = x + self.mlp(self.mlp_norm(x))
-        return x
+    def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible, spread: Spread, thrift: Thrift) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            if self.norm_after:
+                x = self.attention_norm(x + self.attention(x, rotation, seen, spread))
+                x = self.mlp_norm(x + self.mlp(x, spread, thrift.mlp_tile))
+            else:
+                x = x + self.attention(self.attention_norm(x), rotation, seen, spread)
+                x = x + self.mlp(self.mlp_norm(x), spread, thrift.mlp_tile)
+            return x
+
+        return recomputed(thrift.recompute, run, x)
 
 
 class Decoder(nn.Module):
-    """Tokens to logits. `set_positions` and `documents_masked` follow the stage; parameters do not depend on it."""
+    """Tokens to log-probabilities or logits, or a part of the way there.
 
-    def __init__(self, config: Model, vocabulary: int) -> None:
+    `set_positions`, `documents_masked`, `spread` and `thrift` follow the stage; parameters do not depend on it.
+    """
+
+    def __init__(self, config: Model, vocabulary: int, part: Part | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.vocabulary = vocabulary
+        self.config, self.vocabulary = config, vocabulary
+        self.part = part = Part(0, config.layers) if part is None else part
         self.documents_masked = False
-        self.embedding = nn.Embedding(vocabulary, config.width)
-        self.positions = nn.Embedding(config.position_rows, config.width) if config.position == "learned" else None
-        self.embedding_norm = make_norm(config) if config.embedding_norm else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = make_norm(config) if config.norm_place == "before" else None
-        self.head = None if config.tied else nn.Linear(config.width, vocabulary, bias=False)
+        self.spread, self.thrift = Spread(), Thrift()
+        if part.first or (part.last and config.tied):
+            self.embedding = nn.Embedding(vocabulary, config.width)
+        learns = part.first and config.position == "learned"
+        self.positions = nn.Embedding(config.position_rows, config.width) if learns else None
+        self.embedding_norm = make_norm(config) if part.first and config.embedding_norm else None
+        # A dictionary, so that a block has the same name in whatever part it is.
+        self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(part.start, part.stop)})
+        self.norm = make_norm(config) if part.last and config.norm_place == "before" else None
+        self.head = None if config.tied or not part.last else nn.Linear(config.width, vocabulary, bias=False)
         self.set_positions(config.rope, 1)
 
     def set_positions(self, rope: Rope, original_context: int, factor: float = 1.0) -> None:
@@ -126,22 +203,35 @@ class Decoder(nn.Module):
         """
         self._rope, self._original_context, self._factor = rope, rope.original_context or original_context, factor
 
-    def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
-        """Logits [batch, time, vocabulary] in float32.
+    def forward(
+        self, x: Tensor, positions: Tensor, segments: Tensor, targets: Tensor | None = None, entropy: bool = False
+    ) -> Tensor:
+        """Log-probabilities of the targets, [batch, time]; without targets logits, [batch, time, vocabulary]; both in float32.
 
-        tokens: [batch, time]. positions: [batch, time], each token's place in its document. segments: [batch, time], its
-        document's number in the row; looked at where documents are masked.
+        x: tokens, [batch, time]. positions: [batch, time], each token's place in its document. segments: [batch, time], its
+        document's number in the row; looked at where documents are masked. entropy: beside each log-probability, in nats, the
+        entropy of what was to choose from: [batch, time, 2].
+
+        Ranks that share rows are each given whole ones, and each gives whole ones. A part that is not the last gives what the
+        next one takes as x, [batch, this rank's tokens, width].
         """
-        x = self._embed(tokens, positions)
-        slopes = alibi_slopes(self.config.heads, tokens.device) if self.config.position == "alibi" else None
-        seen = visible(tokens, segments if self.documents_masked else None, x.dtype, slopes)
-        rotation = self._rotation(positions) if self.config.position == "rope" else None
-        for block in self.blocks:
-            x = block(x, rotation, seen)
+        time, spread = positions.shape[1], self.spread
+        places = spread.places(time, positions.device)
+        mine = spread.between(places)
+        if self.part.first:
+            x = self._embed(spread.take(x, mine), spread.take(positions, mine))
+        seen = self._visible(segments, x.dtype)
+        rotation = self._rotation(spread.take(positions, places), time) if self.config.position == "rope" else None
+        for block in self.blocks.values():
+            x = block(x, rotation, seen, spread, self.thrift)
+        if not self.part.last:
+            return x
         if self.norm is not None:
             x = self.norm(x)
-        logits: Tensor = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
-        return logits.float()
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        if targets is None:
+            return spread.whole(F.linear(x, weight).float(), time)
+        return spread.whole(likelihood(x, weight, spread.take(targets, mine), self.thrift.loss_tile, entropy), time)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x: Tensor = self.embedding(tokens)
@@ -152,37 +242,53 @@ class Decoder(nn.Module):
             x = x * math.sqrt(self.config.width) + sinusoids(positions / self._factor, self.config.width).to(x.dtype)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
-    def _rotation(self, positions: Tensor) -> Rotation:
-        config, length = self.config, positions.shape[1]
-        frequency, scale = frequencies(self._rope, config.head, config.rope_theta, self._original_context, length, positions.device)
+    def _visible(self, segments: Tensor, dtype: torch.dtype) -> Visible:
+        """Of the heads and tokens that this rank has inside attention."""
+        spread, (batch, time), device = self.spread, segments.shape, segments.device
+        slopes = None
+        if self.config.position == "alibi":
+            slopes = alibi_slopes(self.config.heads, device).chunk(spread.tensor.size)[spread.tensor.place]
+            if not spread.ring:
+                slopes = slopes.chunk(spread.context.size)[spread.context.place]
+        length = spread.length(time)
+        masked = F.pad(segments, (0, length - time), value=-1) if self.documents_masked else None
+        if not spread.ring:
+            return visible(masked, batch, length, device, dtype, slopes)
+        places = tuple(spread.places(time, device, place) for place in range(spread.context.size))
+        return Visible(blocks=Blocks(places, masked, slopes))
+
+    def _rotation(self, positions: Tensor, time: int) -> Rotation:
+        config = self.config
+        frequency, scale = frequencies(self._rope, config.head, config.rope_theta, self._original_context, time, positions.device)
         return angles(positions, frequency, scale)
 
-    @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        """Draws all parameters: normal, 0.02 wide, and 0.02 / sqrt(2 layers) for what is added to the residual stream.
+    def drawn(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter and what it begins with, whole.
 
-        GPT-2 (Radford et al. 2019, section 2.3). Drawn on the CPU in the order of names, so that a device does not matter.
+        Normal, 0.02 wide, and 0.02 / sqrt(2 layers) for what is added to the residual stream: GPT-2 (Radford et al. 2019, section
+        2.3). Drawn on the CPU from the seed and the parameter's name, so that neither devices nor ranks matter.
         """
-        generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+                yield parameter, torch.full(parameter.shape, 0.0 if name.endswith(".bias") else 1.0)
                 continue
             residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
             std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(name.encode(), seed=seed % 2**64) % 2**63)
+            yield parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draws all parameters of a decoder that is not sharded."""
+        for parameter, values in self.drawn(seed):
+            parameter.copy_(values)
 
     def flops_per_token(self, context: int) -> float:
         """Floating-point operations of forward and backward for one token: PaLM (Chowdhery et al. 2022), appendix B.
 
-        Tables that are only looked up take none.
+        Of the whole decoder, also where this is a part. Tables that are only looked up take none.
         """
         config = self.config
         looked_up = config.position_rows + (0 if config.tied else self.vocabulary)
         dense = config.parameters(self.vocabulary) - looked_up * config.width
         return 6.0 * dense + 12.0 * config.layers * config.heads * config.head * context
-
-
-def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target: logits [batch, time, vocabulary], targets [batch, time] -> [batch, time]."""
-    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

@@ -7,7 +7,7 @@ gradient is passed over on the device, without waiting for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from launcher.recipe.stage import Stage
-from trainer.parallel import like, local
+from trainer.parallel import copies, like, local
+
+STREAMED = 8
+"""Parameters whose moments are fetched at a time from the host's memory."""
 
 
 def learning_rate(stage: Stage, settings: dict[str, float], step: int) -> float:
@@ -33,29 +36,43 @@ def learning_rate(stage: Stage, settings: dict[str, float], step: int) -> float:
 
 
 class Optimizer:
-    """Moments and step counts, float32, one of each a parameter; matrices decay, norms do not.
+    """Moments of each parameter, in float32; matrices decay, norms do not.
 
     Loshchilov and Hutter 2019, algorithm 2. `skipped` counts the updates passed over since the run's beginning.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], device: torch.device) -> None:
-        self._parameters = dict(named)
-        self._device = device
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        device: torch.device,
+        owned: Collection[str] | None = None,
+        offload: bool = False,
+    ) -> None:
+        """owned: names of those whose gradients count here, where others count on another rank. offload: moments to the host."""
+        self._parameters, self._device = dict(parameters), device
         self.skipped = torch.zeros((), dtype=torch.float32, device=device)
+        self._step = torch.zeros((), dtype=torch.float32, device=device)
+        """Updates taken in this stage."""
         self._parts = {name: local(parameter) for name, parameter in self._parameters.items()}
-        self._first = {name: torch.zeros_like(part) for name, part in self._parts.items()}
-        self._second = {name: torch.zeros_like(part) for name, part in self._parts.items()}
-        self._steps = torch.zeros(len(self._parts), dtype=torch.float32, device=device)
-        self._counts = dict(zip(self._parts, self._steps.unbind(), strict=True))
+        self._weights = {name: 1 / copies(self._parameters[name]) for name in self._parts if owned is None or name in owned}
+        """Of each gradient's square in the whole norm's; together the ranks that have it count it once."""
+        self._streamed = offload and device.type == "cuda"
+        self._first = {name: self._moment(part) for name, part in self._parts.items()}
+        self._second = {name: self._moment(part) for name, part in self._parts.items()}
+
+    def _moment(self, part: Tensor) -> Tensor:
+        if self._streamed:
+            return torch.zeros(part.shape, dtype=part.dtype, pin_memory=True)
+        return torch.zeros_like(part)
 
     def reset(self) -> None:
         """As a stage begins: no moments, no steps."""
-        for tensor in (*self._first.values(), *self._second.values(), self._steps):
+        for tensor in (*self._first.values(), *self._second.values(), self._step):
             tensor.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """All state, under its names in a checkpoint; sharded as the parameters are."""
-        found = {"optimizer.steps": self._steps, "optimizer.skipped": self.skipped}
+        found = {"optimizer.step": self._step, "optimizer.skipped": self.skipped}
         for name, parameter in self._parameters.items():
             found[f"optimizer.first.{name}"] = like(parameter, self._first[name])
             found[f"optimizer.second.{name}"] = like(parameter, self._second[name])
@@ -63,9 +80,12 @@ class Optimizer:
 
     def squared_norm(self) -> Tensor:
         """Of this rank's part of the gradient; to be summed over ranks."""
-        gradients = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
-        norms = torch._foreach_norm([g for g in gradients if g.numel()])
-        return torch.stack([norm.float() for norm in norms]).square().sum() if norms else torch.zeros((), device=self._device)
+        found = [(self._weights[name], gradient) for name, gradient in self._gradients() if name in self._weights]
+        if not found:
+            return torch.zeros((), device=self._device)
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm([gradient for _, gradient in found])])
+        weights = torch.tensor([weight for weight, _ in found])
+        return (norms.square() * weights.to(norms.device, non_blocking=True)).sum().to(self._device)
 
     @torch.no_grad()
     def update(self, settings: dict[str, float], lr: float, eps: float, norm: Tensor) -> None:
@@ -73,31 +93,66 @@ class Optimizer:
         bad = (~torch.isfinite(norm)).float()
         self.skipped += bad
         shrink = (settings["clip"] / (norm + 1e-6)).clamp(max=1.0)
-        named = [(name, local(p.grad)) for name, p in self._parameters.items() if p.grad is not None]
-        torch._foreach_mul_([gradient for _, gradient in named], shrink)
-        for decays in (True, False):
-            group = [(name, g) for name, g in named if (self._parameters[name].ndim > 1) == decays and g.numel()]
-            if not group:
-                continue
+        named = self._gradients()
+        if named:
+            place = named[0][1].device
+            torch._foreach_mul_([gradient for _, gradient in named], shrink.to(place))
+            at, passed = self._step.to(place), bad.to(place)
+            for decays in (True, False):
+                group = [(name, gradient) for name, gradient in named if (self._parameters[name].ndim > 1) == decays]
+                decay = settings["weight_decay"] if decays else 0.0
+                for start in range(0, len(group), self._stride(len(group))):
+                    part = group[start : start + self._stride(len(group))]
+                    self._adamw(part, at, passed, (settings["beta1"], settings["beta2"]), lr, decay, eps)
+        self._step += 1 - bad
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def _stride(self, count: int) -> int:
+        """Parameters that are updated at a time: all, or a few where their moments have to be fetched."""
+        return STREAMED if self._streamed else max(1, count)
+
+    def _adamw(
+        self,
+        group: Sequence[tuple[str, Tensor]],
+        at: Tensor,
+        bad: Tensor,
+        betas: tuple[float, float],
+        lr: float,
+        decay: float,
+        eps: float,
+    ) -> None:
+        moments = [[held[name] for name, _ in group] for held in (self._first, self._second)]
+        used = moments
+        if self._streamed:
+            used = [[moment.to(self._device, non_blocking=True) for moment in each] for each in moments]
+        if group:
             adamw(
                 [self._parts[name] for name, _ in group],
                 [gradient for _, gradient in group],
-                [self._first[name] for name, _ in group],
-                [self._second[name] for name, _ in group],
+                used[0],
+                used[1],
                 [],
-                [self._counts[name] for name, _ in group],
+                list(at.repeat(len(group)).unbind()),
                 fused=True,
                 found_inf=bad,
                 amsgrad=False,
-                beta1=settings["beta1"],
-                beta2=settings["beta2"],
+                beta1=betas[0],
+                beta2=betas[1],
                 lr=lr,
-                weight_decay=settings["weight_decay"] if decays else 0.0,
+                weight_decay=decay,
                 eps=eps,
                 maximize=False,
             )
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        if self._streamed:
+            for kept, new in zip(moments, used, strict=True):
+                for moment, value in zip(kept, new, strict=True):
+                    moment.copy_(value, non_blocking=True)
+
+    def _gradients(self) -> list[tuple[str, Tensor]]:
+        """This rank's parts of them, but for empty ones."""
+        found = [(name, local(p.grad)) for name, p in self._parameters.items() if p.grad is not None]
+        return [(name, gradient) for name, gradient in found if gradient.numel()]
 
 
 def total(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +30,11 @@ MOST_PASSES = 64
 class Pace:
     """Measures between `begin` and `end` of each step."""
 
-    def __init__(self, blocks: nn.ModuleList, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._cuda = device.type == "cuda"
         every = -(-len(blocks) // SAMPLED)
-        watched = list(blocks)[::every]
+        watched = blocks[::every]
         self._scale = len(blocks) / max(1, len(watched))
         self._on = False
         self._passes = 0

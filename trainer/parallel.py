@@ -1,7 +1,8 @@
-"""Devices, process groups and sharding: FSDP2 over all ranks, and a gloo group each for commands and for checkpoints."""
+"""Devices, and the ranks of a generation: their mesh, and a gloo group each for commands and for checkpoints."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,32 +14,72 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from launcher.recipe.cluster import Cluster
-from launcher.recipe.model import Model
-from trainer.model import Decoder
+from launcher.recipe.load import RecipeError
+from launcher.recipe.parallel import Parallel
+from trainer.spread import Group
 
 FOREVER = timedelta(days=3650)
 """A pause may last as long as it likes; that a rank is gone shows by its connection, or to the agent."""
+ALONE = Parallel()
+"""Nothing but data parallelism."""
 CONNECTING = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of this generation, and the ways between them."""
+    """The ranks of this generation, and the ways between them.
+
+    Ranks lie in a mesh: pipeline x data x tensor, the last one varying fastest. Of the data ranks as many as the stage's
+    `context_parallel` says share their rows, and are a replica with their pipeline and tensor-parallel ranks.
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    """Of `pipeline`, `replicate`, `shard` and `tensor` those that are larger than 1, and `shard` always."""
+    outer: DeviceMesh
+    """Data and tensor-parallel ranks alike, over which is sharded what is outside the blocks."""
     control: dist.ProcessGroup
     checkpoint: dist.ProcessGroup
+    parallel: Parallel = ALONE
+    ends: dist.ProcessGroup | None = None
+    """This rank and its counterpart at the pipeline's other end, where it is at an end."""
 
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    @property
+    def inner(self) -> DeviceMesh:
+        """Data ranks, over which a block is sharded."""
+        return data_mesh(self.mesh)
+
+    @property
+    def data(self) -> int:
+        """Ranks among which rows, or tokens, are divided."""
+        return self.size // self.parallel.model_ranks
+
+    @property
+    def data_place(self) -> int:
+        return self.rank // self.parallel.tensor % self.data
+
+    @property
+    def tensor(self) -> Group:
+        return self._group("tensor")
+
+    @property
+    def pipeline(self) -> Group:
+        return self._group("pipeline")
+
+    def _group(self, name: str) -> Group:
+        if getattr(self.parallel, name) == 1:
+            return Group()
+        return Group(self.mesh.get_group(name), getattr(self.parallel, name), self.mesh.get_local_rank(name))
 
     def synchronize(self) -> None:
         """Waits until the device has done everything asked of it."""
@@ -76,8 +117,11 @@ def open_store() -> TCPStore:
     )
 
 
-def join(store: Store, prefix: str, cluster: Cluster) -> World:
-    """Gathers the ranks. `prefix` is the generation's own: keys of an earlier one in the same store would be taken for ours."""
+def join(store: Store, prefix: str, cluster: Cluster, parallel: Parallel = ALONE) -> World:
+    """Gathers the ranks. `prefix` is the generation's own: keys of an earlier one in the same store would be taken for ours.
+
+    Raises RecipeError where there are not as many ranks as the mesh needs.
+    """
     device = choose_device(cluster.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -89,59 +133,76 @@ def join(store: Store, prefix: str, cluster: Cluster) -> World:
         timeout=FOREVER,
         device_id=device if device.type == "cuda" else None,
     )
-    return World(
-        rank=dist.get_rank(),
-        size=dist.get_world_size(),
-        device=device,
-        mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
-        control=_gloo(),
-        checkpoint=_gloo(),
-    )
+    return lay_out(device, parallel)
+
+
+def lay_out(device: torch.device, parallel: Parallel = ALONE) -> World:
+    """The mesh over all ranks of the process group, and the ways between them. Raises RecipeError, as `join`."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    unit = parallel.model_ranks * (parallel.shard or 1)
+    if size % unit:
+        raise RecipeError(f"[parallel]: the mesh needs a multiple of {unit} ranks, and there are {size}")
+    mesh, outer = _meshes(size, device, parallel)
+    return World(rank, size, device, mesh, outer, _gloo(), _gloo(), parallel, _ends(rank, size, parallel))
+
+
+def _meshes(size: int, device: torch.device, parallel: Parallel) -> tuple[DeviceMesh, DeviceMesh]:
+    """Of all ranks; and of the data ranks, in which tensor-parallel ones count as data ranks too."""
+    data = size // parallel.model_ranks
+    shard = parallel.shard or data
+    sizes = {"pipeline": parallel.pipeline, "replicate": data // shard, "shard": shard, "tensor": parallel.tensor}
+    mesh = _mesh(device, sizes)
+    if parallel.tensor == 1:
+        return mesh, data_mesh(mesh)
+    return mesh, data_mesh(_mesh(device, sizes | {"shard": shard * parallel.tensor, "tensor": 1}))
+
+
+def _mesh(device: torch.device, sizes: dict[str, int]) -> DeviceMesh:
+    kept = {name: length for name, length in sizes.items() if length > 1 or name == "shard"}
+    return init_device_mesh(device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Of `shard`, and `replicate` where there is one."""
+    names = mesh.mesh_dim_names or ()
+    return mesh["replicate", "shard"] if "replicate" in names else mesh["shard"]
+
+
+def _ends(rank: int, size: int, parallel: Parallel) -> dist.ProcessGroup | None:
+    """Made by all ranks, pair after pair."""
+    if parallel.pipeline == 1:
+        return None
+    found, each = None, size // parallel.pipeline
+    for first in range(each):
+        pair = [first, first + (parallel.pipeline - 1) * each]
+        group = dist.new_group(pair, timeout=FOREVER)
+        found = group if rank in pair else found
+    return cast(dist.ProcessGroup | None, found)
 
 
 def _gloo() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=FOREVER))
 
 
-def build(config: Model, vocabulary: int, world: World, seed: int | None) -> Decoder:
-    """The decoder, sharded. `seed` None leaves the parameters unset, for a checkpoint to fill."""
-    with torch.device("meta"):
-        model = Decoder(config, vocabulary)
-    if seed is not None:
-        model.to_empty(device=world.device)
-        model.initialise(seed)
-    shard(model, config, world)
-    if seed is None:
-        model.to_empty(device=world.device)
-    return model
-
-
-def shard(model: Decoder, config: Model, world: World) -> None:
-    """FSDP2: a group a block, and one for what is left; parameters and their gradients' sums stay in float32."""
-    policy = MixedPrecisionPolicy()
-    if config.dtype == "bfloat16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in model.blocks:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy)
-
-
-def gather_gradients(model: Decoder, wanted: bool) -> None:
-    """Whether the next backward sums gradients over the ranks, or leaves that to a later micro-batch's."""
-    cast(FSDPModule, model).set_requires_gradient_sync(wanted)
-
-
-def reshard(model: Decoder) -> None:
-    """Drops what a forward without a backward left gathered; else a later forward would use it after the weights changed."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its storage."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def box(tensor: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part lies in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, length) for length in tensor.shape)
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(offset, offset + length) for offset, length in zip(offsets, shape, strict=True))
+
+
+def copies(tensor: Tensor) -> int:
+    """Ranks that have the same part of it as this one, itself among them."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    return math.prod(tensor.device_mesh.size(i) for i, placed in enumerate(tensor.placements) if placed.is_replicate())
 
 
 def like(parameter: Tensor, part: Tensor) -> Tensor:

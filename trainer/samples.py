@@ -17,7 +17,7 @@ from shards.errors import ShardError
 from shards.feed import open_held_out
 from trainer.batch import Rows, share
 from trainer.optimizer import total
-from trainer.parallel import reduce, reshard, together
+from trainer.parallel import reduce, together
 from trainer.training import Training
 
 TEMPERATURE = 0.8
@@ -59,7 +59,8 @@ def generate(training: Training, prompts: Sequence[Sequence[int]], temperature: 
     starts = [len(row) for row in rows]
     generator = torch.Generator().manual_seed(seed)
     finished = [False] * len(rows)
-    masked, training.model.documents_masked = training.model.documents_masked, False
+    network = training.network
+    masked, network.documents_masked = network.documents_masked, False
     try:
         for _ in range(longest):
             if training.boundary.peek():
@@ -73,8 +74,8 @@ def generate(training: Training, prompts: Sequence[Sequence[int]], temperature: 
                     rows[at].append(token)
                     finished[at] = token == tokenizer.eos
     finally:
-        training.model.documents_masked = masked
-        reshard(training.model)
+        network.documents_masked = masked
+        network.reshard()
     return [row[start:] for row, start in zip(rows, starts, strict=True)]
 
 
@@ -83,8 +84,7 @@ def _next_logits(training: Training, rows: list[list[int]]) -> Tensor:
     device, width = training.world.device, max(len(row) for row in rows)
     tokens = torch.tensor([row + [training.tokenizer.pad] * (width - len(row)) for row in rows], device=device)
     positions = torch.arange(width, device=device).expand_as(tokens)
-    logits: Tensor = training.model(tokens, positions, torch.zeros_like(tokens))
-    return logits[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
+    return training.network.next_logits(tokens, positions, torch.tensor([len(row) - 1 for row in rows], device=device))
 
 
 @torch.no_grad()
@@ -111,13 +111,14 @@ def policy_metrics(training: Training) -> dict[str, float] | None:
         training.hold_for_data(problem)
         training.evaluated = None
         return None
-    start, stop = share(0, RESPONSES, world.rank, world.size)
+    network = training.network
+    start, stop = share(0, RESPONSES, network.replica, network.replicas)
     prompts = [known[at % len(known)] for at in range(start, max(stop, start + 1))]
     training.phase("sampling")
-    responses = generate(training, prompts, 1.0, seed=_seed(training, 1 + world.rank))
+    responses = generate(training, prompts, 1.0, seed=_seed(training, 1 + network.replica))
     if responses is None:
         return None
-    sums = total(_distance(training, prompts, responses)).tolist()
+    sums = total(_distance(training, prompts, responses) * network.speaks).tolist()
     k1, k3, entropy, tokens, count = sums
     if not tokens:
         return {}
@@ -147,12 +148,10 @@ def _distance(training: Training, prompts: list[list[int]], responses: list[list
     positions = torch.arange(width).expand(shape)
     rows = Rows(*(part.to(device) for part in (tokens, targets, mask, torch.zeros_like(tokens), positions)))
     assert training.reference is not None
-    logits = training.model(rows.tokens, rows.positions, rows.segments).log_softmax(-1)
-    fixed = training.reference(rows.tokens, rows.positions, rows.segments).log_softmax(-1)
-    reshard(training.model)
-    reshard(training.reference)
-    d = (logits - fixed).gather(-1, rows.targets[..., None])[..., 0]
-    entropy = -(logits.exp() * logits).sum(-1)
+    policy, entropy = training.network.log_probs(rows, entropy=True).unbind(-1)
+    d = policy - training.reference.log_probs(rows)
+    for each in training.networks:
+        each.reshard()
     by_token = torch.stack([d, torch.expm1(-d) + d, entropy]) * rows.mask
     counts = torch.tensor([rows.mask.sum().item(), float(len(prompts))], device=device)
     return torch.cat([by_token.sum((1, 2)), counts])

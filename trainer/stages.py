@@ -1,4 +1,4 @@
-"""A stage as it runs: its order of samples, its objective, what it is evaluated on; and how the model follows it."""
+"""A stage as it runs: its order of samples, its objective, what it is evaluated on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from launcher.recipe import Recipe, Stage
 from shards.feed import Feed, HeldOut, ObjectiveKind, open_held_out
 from shards.prefetch import Prefetcher
-from trainer.model import Decoder
 from trainer.objectives import OBJECTIVE_OF_KIND, OBJECTIVES, Objective
 
 
@@ -75,9 +74,3 @@ def _readers(recipe: Recipe, index: int) -> dict[str, Stage]:
 def _kind(stage: Stage) -> ObjectiveKind:
     kinds: dict[str, ObjectiveKind] = {"text": "text", "sft": "sft", "preference": "preference"}
     return kinds[stage.data_kind]
-
-
-def adapt(model: Decoder, recipe: Recipe, stage: Stage) -> None:
-    """Positions and masks as the stage wants them; parameters do not change."""
-    model.set_positions(stage.rope or recipe.model.rope, recipe.stage[0].context, stage.position_factor)
-    model.documents_masked = stage.documents_masked

@@ -72,10 +72,10 @@ def _main(root: Path) -> None:
     generation = os.environ.get("MIDWATCH_GENERATION")
     if generation is not None:
         start = msgspec.msgpack.decode(store.get(START_KEY), type=Start)
-        world = join(store, f"midwatch/{generation}", recipe.cluster)
+        world = join(store, f"midwatch/{generation}", recipe.cluster, recipe.parallel)
     else:
         run, count = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        world = join(store, f"midwatch/{run}/{count}", recipe.cluster)
+        world = join(store, f"midwatch/{run}/{count}", recipe.cluster, recipe.parallel)
         start = _own_start(root, world)
     _introduce(world, start)
     data = _data(recipe, root, world, controlled=generation is not None)

@@ -20,12 +20,12 @@ from trainer.boundary import Boundary
 from trainer.checkpoint import Checkpointer
 from trainer.heartbeat import Heartbeat
 from trainer.manifest import CheckpointError
-from trainer.model import Decoder
+from trainer.network import Network
 from trainer.optimizer import Optimizer
 from trainer.pace import Pace
-from trainer.parallel import World, build, first_problem, local, reshard, together
+from trainer.parallel import World, first_problem, together
 from trainer.reporting import Link, Reporter
-from trainer.stages import StageRun, adapt, open_stage
+from trainer.stages import StageRun, open_stage
 from trainer.state import Progress, from_manifest, opening_settings, plain
 
 PhaseName = Literal["loading", "training", "evaluating", "sampling", "saving", "paused", "ending"]
@@ -39,15 +39,17 @@ class Training:
     def __init__(self, recipe: Recipe, root: Path, data: Path, world: World, link: Link, start: Start) -> None:
         self.recipe, self.root, self.data, self.world, self.link = recipe, root, data, world, link
         self.tokenizer = Tokenizer.load(data / TOKENIZER_FILE)
-        self.model = self._decoder(None if start.checkpoint else recipe.run.seed)
-        self.optimizer = Optimizer(self.model.named_parameters(), world.device)
+        self.network = self._built(None if start.checkpoint else recipe.run.seed)
+        self.optimizer = Optimizer(
+            self.network.parameters(), world.device, self.network.owned(), offload=recipe.parallel.offload == "optimizer"
+        )
         self.progress = Progress(lineage=start.lineage.id)
-        self.reference: Decoder | None = None
+        self.reference: Network | None = None
         self._reference_key = ""
         self.checkpointer = Checkpointer(root / "checkpoints", world, link, start.generation, recipe.checkpoint.asynchronous)
         self.reporter = Reporter(link, self.checkpointer.judge)
         self.heartbeat = Heartbeat.from_environment()
-        self.pace = Pace(self.model.blocks, world.device)
+        self.pace = Pace(self.network.blocks, world.device)
         self.boundary = Boundary(world, link, start.applied, lambda: self.progress.step, self._changed, self._idle)
         self.checkpointer.tell, self.checkpointer.learn = self.boundary.tell, self.boundary.learn
         self.boundary.ask = self.checkpointer.ask
@@ -74,15 +76,20 @@ class Training:
     def stage_is_over(self) -> bool:
         return self.progress.stage_step >= self.stage.stage.steps
 
-    def _decoder(self, seed: int | None) -> Decoder:
+    @property
+    def networks(self) -> list[Network]:
+        """The policy, and the reference where there is one."""
+        return [self.network] if self.reference is None else [self.network, self.reference]
+
+    def _built(self, seed: int | None) -> Network:
         """With the weights that the run begins with; `seed` None leaves them unset."""
         config = self.recipe.model
-        vocabulary = max(self.tokenizer.vocab, config.vocabulary or 0)
-        if seed is None or config.source is None:
-            return build(config, vocabulary, self.world, seed)
-        model = build(config, vocabulary, self.world, None)
-        hf.load(model, config, self.world, seed)
-        return model
+        network = Network(config, max(self.tokenizer.vocab, config.vocabulary or 0), self.world)
+        if seed is not None and config.source is None:
+            network.initialise(seed)
+        elif seed is not None:
+            hf.load(network, config, self.world, seed)
+        return network
 
     def phase(self, name: PhaseName) -> None:
         at = self.progress
@@ -129,7 +136,7 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by name, live."""
-        return model_tensors(self.model) | self.optimizer.tensors()
+        return model_tensors(self.network) | self.optimizer.tensors()
 
     def save(self, *, ended: bool = False, following: int | None = None, numbers: tuple[int, ...] = ()) -> tuple[str, bool]:
         """Begins a checkpoint of this boundary: its id, and whether it is committed already."""
@@ -169,7 +176,7 @@ class Training:
             if problem:
                 raise CheckpointError(problem)
             reference = self._load_reference(progress)
-            reshard(self.model)
+            self.network.reshard()
             storage.load(directory, known, self.tensors(), self._agree, self.world.control)
         except CheckpointError:
             for stage in opened:
@@ -202,30 +209,26 @@ class Training:
     def _agree(self, problem: str | None) -> str | None:
         return first_problem(problem, self.world)
 
-    def _load_reference(self, progress: Progress) -> Decoder | None:
+    def _load_reference(self, progress: Progress) -> Network | None:
         """The reference that the progress names; the one at hand where it is the same."""
         if not progress.has_reference or self._reference_key == (progress.reference or "initial"):
             return self.reference if progress.has_reference else None
         if progress.reference is None:
-            return self._frozen(self._decoder(self.recipe.run.seed))
+            return self._built(self.recipe.run.seed).freeze()
         directory = self.root / "checkpoints" / progress.reference
         known, _ = self._read(directory)
-        reference = self._decoder(None)
+        reference = self._built(None)
         storage.load(directory, known, model_tensors(reference), self._agree, self.world.control)
-        return self._frozen(reference)
+        return reference.freeze()
 
-    def _take_reference(self, progress: Progress, reference: Decoder | None) -> None:
+    def _take_reference(self, progress: Progress, reference: Network | None) -> None:
         self.reference = reference
         self._reference_key = (progress.reference or "initial") if progress.has_reference else ""
 
-    def _copied_reference(self) -> Decoder:
-        reference = self._decoder(None)
-        for copy, live in zip(reference.parameters(), self.model.parameters(), strict=True):
-            local(copy).copy_(local(live))
-        return self._frozen(reference)
-
-    def _frozen(self, model: Decoder) -> Decoder:
-        return model.requires_grad_(False)
+    def _copied_reference(self) -> Network:
+        reference = self._built(None)
+        reference.copy_from(self.network)
+        return reference.freeze()
 
     def begin_stage(self, opened: StageRun) -> None:
         """The next stage: its own order, settings and optimizer state; the weights as they are."""
@@ -285,9 +288,8 @@ class Training:
         old, self.stage = getattr(self, "stage", None), opened
         if old is not None:
             old.close()
-        for model in (self.model, self.reference):
-            if model is not None:
-                adapt(model, self.recipe, opened.stage)
+        for network in self.networks:
+            network.follow(opened.stage, self.recipe.stage[0].context)
 
     def open(self, start: Start) -> None:
         """Where a generation starts: from a checkpoint or from the beginning. Raises CheckpointError."""
@@ -347,5 +349,5 @@ class Training:
         self.heartbeat.close()
 
 
-def model_tensors(model: Decoder) -> dict[str, Tensor]:
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+def model_tensors(network: Network) -> dict[str, Tensor]:
+    return {f"model.{name}": parameter.detach() for name, parameter in network.parameters().items()}

@@ -84,10 +84,7 @@ def _llama(model: Model, vocabulary: int) -> dict[str, Part]:
         found[f"{ours}.attention_norm.weight"] = _whole(f"{theirs}.input_layernorm.weight", model.width)
         for kind in ("weight", "bias") if model.attention_biased else ("weight",):
             inner = (model.width,) if kind == "weight" else ()
-            pieces = tuple(
-                Piece(f"{theirs}.self_attn.{name}_proj.{kind}", 0, rows)
-                for name, rows in (("q", queries), ("k", keys), ("v", keys))
-            )
+            pieces = _groups(model, *(f"{theirs}.self_attn.{name}_proj.{kind}" for name in "qkv"))
             found[f"{ours}.attention.qkv.{kind}"] = Part((queries + 2 * keys, *inner), pieces)
             inner = (queries,) if kind == "weight" else ()
             found[f"{ours}.attention.out.{kind}"] = _whole(f"{theirs}.self_attn.o_proj.{kind}", model.width, *inner)
@@ -111,6 +108,14 @@ def _gpt2(model: Model, vocabulary: int) -> dict[str, Part]:
         ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
         found |= _normed(f"{ours}.attention_norm", f"{theirs}.ln_1", model.width)
         found |= _linear(f"{ours}.attention.qkv", f"{theirs}.attn.c_attn", 3 * model.width, model.width, transposed=True)
+        for kind in ("weight", "bias"):
+            # GPT-2 has all queries, then all keys, then all values.
+            pieces = tuple(
+                Piece(f"{theirs}.attn.c_attn.{kind}", which * model.width + head * model.head, model.head)
+                for head in range(model.heads)
+                for which in range(3)
+            )
+            found[f"{ours}.attention.qkv.{kind}"] = found[f"{ours}.attention.qkv.{kind}"]._replace(pieces=pieces)
         found |= _linear(f"{ours}.attention.out", f"{theirs}.attn.c_proj", model.width, model.width, transposed=True)
         found |= _normed(f"{ours}.mlp_norm", f"{theirs}.ln_2", model.width)
         found |= _linear(f"{ours}.mlp.up", f"{theirs}.mlp.c_fc", model.hidden_width, model.width, transposed=True)
@@ -125,21 +130,27 @@ def _bloom(model: Model, vocabulary: int) -> dict[str, Part]:
     for i in range(model.layers):
         ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
         found |= _normed(f"{ours}.attention_norm", f"{theirs}.input_layernorm", model.width)
-        for kind in ("weight", "bias"):
-            # BLOOM has the query, key and value of a head together, then those of the next.
-            pieces = tuple(
-                Piece(f"{theirs}.self_attention.query_key_value.{kind}", (3 * head + which) * model.head, model.head)
-                for which in range(3)
-                for head in range(model.heads)
-            )
-            inner = (model.width,) if kind == "weight" else ()
-            found[f"{ours}.attention.qkv.{kind}"] = Part((3 * model.width, *inner), pieces)
+        found |= _linear(f"{ours}.attention.qkv", f"{theirs}.self_attention.query_key_value", 3 * model.width, model.width)
         found |= _linear(f"{ours}.attention.out", f"{theirs}.self_attention.dense", model.width, model.width)
         found |= _normed(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", model.width)
         found |= _linear(f"{ours}.mlp.up", f"{theirs}.mlp.dense_h_to_4h", model.hidden_width, model.width)
         found |= _linear(f"{ours}.mlp.down", f"{theirs}.mlp.dense_4h_to_h", model.width, model.hidden_width)
     found |= _normed("norm", "transformer.ln_f", model.width)
     return found | _head(model, vocabulary)
+
+
+def _groups(model: Model, queries: str, keys: str, values: str) -> tuple[Piece, ...]:
+    """Group after group its query heads, its key head and its value head, out of three tensors."""
+    each, wide = model.head, model.heads // model.key_value_heads * model.head
+    return tuple(
+        piece
+        for group in range(model.key_value_heads)
+        for piece in (
+            Piece(queries, group * wide, wide),
+            Piece(keys, group * each, each),
+            Piece(values, group * each, each),
+        )
+    )
 
 
 def _head(model: Model, vocabulary: int) -> dict[str, Part]:

@@ -35,7 +35,8 @@ def alone() -> Iterator[World]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD
     assert group is not None
-    yield World(0, 1, torch.device("cpu"), init_device_mesh("cpu", (1,)), group, group)
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+    yield World(0, 1, torch.device("cpu"), mesh, mesh, group, group)
     dist.destroy_process_group()
 
 

@@ -131,7 +131,7 @@ def saved(directory: Path) -> dict[str, Tensor]:
 def read_on_rank(root: Path) -> None:
     """What a rank does to begin: reads its part; it writes down what that took, and its part's bits."""
     from trainer.hf import load
-    from trainer.parallel import build as build_model
+    from trainer.network import Network
     from trainer.parallel import join, local, open_store
 
     def anonymous() -> int:
@@ -141,7 +141,7 @@ def read_on_rank(root: Path) -> None:
     torch.set_num_threads(1)
     recipe = load_recipe(root / "recipe.toml")
     world = join(open_store(), "test", recipe.cluster)
-    model = build_model(recipe.model, 520, world, None)
+    model = Network(recipe.model, 520, world)
     before = anonymous()
     peak, ended = [before], threading.Event()
 
@@ -151,9 +151,9 @@ def read_on_rank(root: Path) -> None:
 
     looking = threading.Thread(target=look, name="peak of memory")
     looking.start()
-    for parameter in model.parameters():
+    for parameter in model.parameters().values():
         local(parameter).zero_()
-    mine = sum(local(parameter).nbytes for parameter in model.parameters())
+    mine = sum(local(parameter).nbytes for parameter in model.parameters().values())
     read = load(model, recipe.model, world, 0)
     ended.set()
     looking.join()

@@ -13,7 +13,8 @@ from test_trainer_model import decoder
 from torch import Tensor
 
 from shards.feed import Batch
-from trainer.batch import Rows, micro_batches, samples_a_rank, share
+from trainer.batch import Rows, micro_batches, samples_a_replica, share
+from trainer.model import Decoder
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.dpo import preferences
 
@@ -37,10 +38,10 @@ def test_label_smoothing_takes_the_other_answer_for_a_part() -> None:
 
 
 def test_dpo_against_itself_is_the_logarithm_of_two() -> None:
-    model, reference = decoder(), decoder()
     rows = _rows(4, 10)
-    loss, weight, metrics = OBJECTIVES["dpo"].loss(model, rows, {"beta": 0.1, "label_smoothing": 0.0}, reference)
-    assert float((loss / weight).detach()) == pytest.approx(math.log(2))
+    policy = _log_probs(decoder(), rows)
+    loss, weight, metrics = OBJECTIVES["dpo"].loss(policy, rows, {"beta": 0.1, "label_smoothing": 0.0}, policy)
+    assert float(loss / weight) == pytest.approx(math.log(2))
     assert float(metrics["preference/margin"]) == 0.0
 
 
@@ -54,8 +55,10 @@ def test_filled_up_rows_weigh_nothing() -> None:
         empty = Rows(
             *(torch.cat([part[0:1], torch.zeros_like(part[:1]), part[1:2], torch.zeros_like(part[:1])]) for part in filled)
         )
-        model, reference = decoder(seed=0), decoder(seed=1)
-        alone, padded = (objective.loss(model, part, settings, reference) for part in (half, empty))
+        models = decoder(seed=0), decoder(seed=1)
+        alone, padded = (
+            objective.loss(_log_probs(models[0], part), part, settings, _log_probs(models[1], part)) for part in (half, empty)
+        )
         assert float(alone[0]) == pytest.approx(float(padded[0]), rel=1e-5)
         assert float(alone[1]) == float(padded[1]) == objective.weight(half.mask.numpy()) == objective.weight(empty.mask.numpy())
 
@@ -64,11 +67,18 @@ def test_fine_tuning_learns_from_the_response_alone() -> None:
     model, rows = decoder(), _rows(1, 10)
     mask = rows.mask.clone()
     mask[:, :6] = 0
-    loss, weight, _ = OBJECTIVES["sft"].loss(model, rows._replace(mask=mask), {}, None)
+    loss, weight, _ = OBJECTIVES["sft"].loss(_log_probs(model, rows), rows._replace(mask=mask), {}, None)
     targets = rows.targets.clone()
     targets[:, :6] = 0
-    changed, _, _ = OBJECTIVES["sft"].loss(model, rows._replace(mask=mask, targets=targets), {}, None)
+    other = rows._replace(mask=mask, targets=targets)
+    changed, _, _ = OBJECTIVES["sft"].loss(_log_probs(model, other), other, {}, None)
     assert float(loss) == float(changed) and float(weight) == 4
+
+
+@torch.no_grad()
+def _log_probs(model: Decoder, rows: Rows) -> Tensor:
+    found: Tensor = model(rows.tokens, rows.positions, rows.segments, rows.targets)
+    return found
 
 
 def _rows(count: int, time: int) -> Rows:
@@ -82,7 +92,7 @@ def test_ranks_read_each_sample_once_in_order(position: int, batch: int, world: 
     read = [p for rank in range(world) for p in range(*share(position, batch, rank, world))]
     assert read == list(range(position, position + batch))
     assert all(
-        stop - start <= samples_a_rank(batch, world) for start, stop in (share(position, batch, r, world) for r in range(world))
+        stop - start <= samples_a_replica(batch, world) for start, stop in (share(position, batch, r, world) for r in range(world))
     )
 
 

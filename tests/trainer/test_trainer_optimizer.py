@@ -33,7 +33,7 @@ def update(optimizer: Optimizer, settings: dict[str, float] = SETTINGS) -> None:
 
 def test_it_is_torchs_adamw_with_decay_on_matrices_alone() -> None:
     ours, theirs = parameters(), parameters()
-    optimizer = Optimizer(ours.items(), torch.device("cpu"))
+    optimizer = Optimizer(ours, torch.device("cpu"))
     groups = [{"params": [theirs["matrix"]], "weight_decay": 0.1}, {"params": [theirs["norm"]], "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8)
     for step in range(5):
@@ -49,7 +49,7 @@ def test_clipping_shrinks_the_whole_gradient() -> None:
     ours = parameters()
     gradients(0, ours)
     norm = torch.cat([p.grad.flatten() for p in ours.values() if p.grad is not None]).norm()
-    optimizer = Optimizer(ours.items(), torch.device("cpu"))
+    optimizer = Optimizer(ours, torch.device("cpu"))
     assert float(optimizer.squared_norm().sqrt()) == pytest.approx(float(norm), rel=1e-6)
     update(optimizer, SETTINGS | {"clip": 0.5})
     first = torch.cat([t.flatten() for name, t in optimizer.tensors().items() if name.startswith("optimizer.first")])
@@ -59,7 +59,7 @@ def test_clipping_shrinks_the_whole_gradient() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad: float) -> None:
     ours = parameters()
-    optimizer = Optimizer(ours.items(), torch.device("cpu"))
+    optimizer = Optimizer(ours, torch.device("cpu"))
     gradients(0, ours)
     update(optimizer)
     before = {name: tensor.clone() for name, tensor in optimizer.tensors().items()} | {

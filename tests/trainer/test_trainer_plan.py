@@ -29,10 +29,12 @@ from launcher.recipe.model import Model
 from launcher.recipe.stage import Stage
 from trainer import peak
 from trainer.batch import Rows
-from trainer.model import Decoder, log_probs
+from trainer.likelihood import log_probs
+from trainer.model import Decoder
+from trainer.network import Network
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
-from trainer.parallel import World, build, gather_gradients, local
+from trainer.parallel import World, local
 from trainer.training import model_tensors
 
 LLAMA = Model(layers=2, width=64, heads=4, kv_heads=2, hidden=136)
@@ -68,7 +70,8 @@ def world() -> Iterator[MakeWorld]:
     def make(ranks: int) -> World:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
         group: Any = dist.group.WORLD
-        return World(0, ranks, torch.device("cpu"), init_device_mesh("cpu", (ranks,)), group, group)
+        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+        return World(0, ranks, torch.device("cpu"), mesh, mesh, group, group)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -131,9 +134,9 @@ def test_peak_rates_are_those_of_the_trainers_mfu() -> None:
 @pytest.mark.parametrize("name", ["llama", "wide", "deep"])
 def test_weights_gradients_optimizer_and_the_checkpoints_copy_are_exact(name: str, ranks: int, world: MakeWorld) -> None:
     here = world(ranks)
-    model = build(SHAPES[name], VOCABULARY, here, 0)
-    optimizer, batch = Optimizer(model.named_parameters(), here.device), rows(1, 8)
-    OBJECTIVES["pretrain"].loss(model, batch, SETTINGS, None)[0].backward()  # type: ignore[no-untyped-call]
+    model = built(SHAPES[name], VOCABULARY, here)
+    optimizer, batch = Optimizer(model.parameters(), here.device), rows(1, 8)
+    model.backward([batch], lambda number, policy: OBJECTIVES["pretrain"].loss(policy, batch, SETTINGS, None)[0])
     planned = memory(SHAPES[name], VOCABULARY, stage(8, ranks, 1), ranks, True)
 
     def held(tensors: Any) -> int:
@@ -141,9 +144,9 @@ def test_weights_gradients_optimizer_and_the_checkpoints_copy_are_exact(name: st
 
     state = optimizer.tensors()
     moments = [tensor for key, tensor in state.items() if "first" in key or "second" in key]
-    counts = held([state["optimizer.steps"], state["optimizer.skipped"]])
-    assert planned.weights_bytes == held(model.parameters())
-    assert planned.gradients_bytes == held([p.grad for p in model.parameters()])
+    counts = held([state["optimizer.step"], state["optimizer.skipped"]])
+    assert planned.weights_bytes == held(model.parameters().values())
+    assert planned.gradients_bytes == held([p.grad for p in model.parameters().values()])
     assert planned.optimizer_bytes == held(moments)
     assert planned.staging_bytes == held((model_tensors(model) | state).values()) - counts
     assert counts < 1000
@@ -160,7 +163,7 @@ def test_activations_are_the_tensors_that_autograd_saves(
     count, time = size
     where = stage(time, 2 * count, count, "sft" if masked else "pretrain")
     planned = memory(config, VOCABULARY, where, 2, True)
-    measured = saved(build(config, VOCABULARY, world(2), 0), rows(count, time), masked)
+    measured = saved(built(config, VOCABULARY, world(2)).parts[0], rows(count, time), masked)
     kept = planned.activations_bytes + planned.logits_bytes / 3
     assert kept == pytest.approx(measured, rel=0.01)
 
@@ -170,11 +173,17 @@ def test_activations_are_the_tensors_that_autograd_saves(
 def test_scores_that_are_kept_whole_are_counted(dtype: str, size: tuple[int, int], world: MakeWorld) -> None:
     """The kernel that a GPU has for float32 with groups of heads is the math one, which the CPU has too."""
     config, (count, time) = msgspec.structs.replace(LLAMA, dtype=dtype), size
-    model, batch = build(config, VOCABULARY, world(2), 0), rows(*size)
+    model, batch = built(config, VOCABULARY, world(2)).parts[0], rows(*size)
     with sdpa_kernel(SDPBackend.MATH):
         measured = saved(model, batch, False)
     kept = count * time * (activations.saved(config, time, "scores") + activations.logits(VOCABULARY))
     assert kept == pytest.approx(measured, rel=0.001)
+
+
+def built(config: Model, vocabulary: int, world: World) -> Network:
+    network = Network(config, vocabulary, world)
+    network.initialise(0)
+    return network
 
 
 def saved(model: Decoder, batch: Rows, masked: bool) -> int:
@@ -190,7 +199,7 @@ def saved(model: Decoder, batch: Rows, masked: bool) -> int:
 
     model.documents_masked = masked
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        log_probs(model(batch.tokens, batch.positions, batch.segments), batch.targets).sum()
+        model(batch.tokens, batch.positions, batch.segments, batch.targets).sum()
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -245,17 +254,16 @@ def test_the_peak_is_that_of_a_real_step(
     config = msgspec.structs.replace(SHAPES[name], dtype=dtype)
     here, alive = world(ranks), Alive()
     with alive:
-        model = build(config, vocabulary, here, 0)
-        reference = build(config, vocabulary, here, 0).requires_grad_(False) if objective == "dpo" else None
-        optimizer = Optimizer(model.named_parameters(), here.device)
+        model = built(config, vocabulary, here)
+        reference = built(config, vocabulary, here).freeze() if objective == "dpo" else None
+        optimizer = Optimizer(model.parameters(), here.device)
     model.documents_masked = objective == "sft"
     batch = rows(micro_batch * (2 if objective == "dpo" else 1), context)
     for _ in range(2):
         alive.peak = 0
         with alive:
-            for number in range(parts):
-                gather_gradients(model, number == parts - 1)
-                OBJECTIVES[objective].loss(model, batch, SETTINGS, reference)[0].backward()  # type: ignore[no-untyped-call]
+            fixed = None if reference is None else reference.log_probs(batch)
+            model.backward([batch] * parts, lambda number, policy: OBJECTIVES[objective].loss(policy, batch, SETTINGS, fixed)[0])  # noqa: B023
             optimizer.update(SETTINGS, 1e-3, 1e-8, optimizer.squared_norm().sqrt())
     planned = memory(config, vocabulary, stage(context, ranks * micro_batch * parts, micro_batch, objective), ranks, True)
     assert planned.peak_bytes - planned.staging_bytes == pytest.approx(alive.peak, rel=0.05)
@@ -267,22 +275,25 @@ from launcher.recipe.model import Model
 from test_trainer_plan import SETTINGS, rows
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
-from trainer.parallel import World, build
+from trainer.network import Network
+from trainer.parallel import World
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-world = World(0, 1, torch.device("cpu"), mesh, dist.group.WORLD, dist.group.WORLD)
+mesh = dist.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+world = World(0, 1, torch.device("cpu"), mesh, mesh, dist.group.WORLD, dist.group.WORLD)
 
 def resident(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 def train(config, vocabulary, count, time):
-    model = build(config, vocabulary, world, 0)
-    optimizer = Optimizer(model.named_parameters(), world.device)
+    model = Network(config, vocabulary, world)
+    model.initialise(0)
+    optimizer = Optimizer(model.parameters(), world.device)
     for _ in range(2):
-        OBJECTIVES["pretrain"].loss(model, rows(count, time), SETTINGS, None)[0].backward()
+        batch = rows(count, time)
+        model.backward([batch], lambda number, policy: OBJECTIVES["pretrain"].loss(policy, batch, SETTINGS, None)[0])
         optimizer.update(SETTINGS, 1e-3, 1e-8, optimizer.squared_norm().sqrt())
 
 train(Model(layers=1, width=64, heads=2), 500, 1, 16)

@@ -1,4 +1,4 @@
-"""What a stage trains for: pure functions from a model and rows of a batch to a loss.
+"""What a stage trains for: pure functions from log-probabilities of a batch's targets to a loss.
 
 An objective returns sums, not means: the loop divides by the weight of the whole global batch, over all micro-batches and
 ranks. It knows nothing of ranks, files or screens.
@@ -14,7 +14,6 @@ import numpy.typing as npt
 from torch import Tensor
 
 from trainer.batch import Rows
-from trainer.model import Decoder
 from trainer.objectives import dpo, pretrain, sft
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -23,8 +22,8 @@ Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Objective:
-    loss: Callable[[Decoder, Rows, Mapping[str, float], Decoder | None], Loss]
-    """(model, rows, live settings, reference)."""
+    loss: Callable[[Tensor, Rows, Mapping[str, float], Tensor | None], Loss]
+    """(log-probabilities of the rows' targets, [rows, time]; rows; live settings; the reference's log-probabilities)."""
     weight: Callable[[npt.NDArray[np.float32]], float]
     """What a mask [rows, time] weighs, as `loss` sums it."""
     metrics: tuple[str, ...] = ()

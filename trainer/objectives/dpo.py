@@ -10,33 +10,28 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.batch import Rows
-from trainer.model import Decoder, log_probs
 
 METRICS = ("preference/accuracy", "preference/margin", "preference/chosen_reward", "preference/rejected_reward")
 
 
 def loss(
-    model: Decoder, rows: Rows, settings: Mapping[str, float], reference: Decoder | None
+    policy: Tensor, rows: Rows, settings: Mapping[str, float], reference: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Rows [2 pairs, time]: the chosen responses, then the rejected ones in the same order. Weighed by pairs."""
     assert reference is not None, "DPO holds against a reference"
-    policy = responses(model, rows)
-    with torch.no_grad():
-        fixed = responses(reference, rows)
     pairs = len(rows.tokens) // 2
     real = rows.mask[:pairs].any(-1).float()
-    values, sums = preferences(policy, fixed, settings["beta"], settings["label_smoothing"])
+    values, sums = preferences(responses(policy, rows), responses(reference, rows), settings["beta"], settings["label_smoothing"])
     return (values * real).sum(), real.sum(), {name: (value * real).sum() for name, value in sums.items()}
 
 
-def responses(model: Decoder, rows: Rows) -> Tensor:
+def responses(log_probs: Tensor, rows: Rows) -> Tensor:
     """Log-probability of each row's response, summed over its tokens: [rows]."""
-    return (log_probs(model(rows.tokens, rows.positions, rows.segments), rows.targets) * rows.mask).sum(-1)
+    return (log_probs * rows.mask).sum(-1)
 
 
 def preferences(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float) -> tuple[Tensor, dict[str, Tensor]]:

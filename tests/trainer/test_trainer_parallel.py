@@ -1,0 +1,182 @@
+"""Every way to lay a model over ranks, alone and with each other, against one rank that does all: losses and gradients."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+from trainer_harness import logs, start_ranks
+
+from launcher.recipe import Cluster, Model, Parallel, Stage
+from trainer.batch import Rows
+from trainer.model import Decoder
+
+VOCABULARY = 61
+LLAMA = Model(layers=4, width=32, heads=8, kv_heads=4, hidden=48)
+MODELS = {
+    "llama": LLAMA,
+    "untied": msgspec.structs.replace(LLAMA, tied=False),
+    "one key head": msgspec.structs.replace(LLAMA, kv_heads=1, hidden=40),
+    "bloom": Model(
+        layers=3, width=32, heads=4, position="alibi", norm="layernorm", mlp="gelu", bias=True, embedding_norm=True, hidden=64
+    ),
+    "gpt": Model(
+        layers=3,
+        width=32,
+        heads=4,
+        position="learned",
+        max_positions=64,
+        norm="layernorm",
+        mlp="relu",
+        bias=True,
+        norm_place="after",
+    ),
+}
+
+
+def stage(**keys: Any) -> Stage:
+    known = {"name": "s", "objective": "pretrain", "steps": 1, "context": 37, "global_batch": 8, "mixture": {"a": 1.0}}
+    return Stage(**(known | keys))
+
+
+class Case(msgspec.Struct):
+    """One layout."""
+
+    model: str
+    parallel: Parallel = Parallel()
+    context: int = 1
+    masked: bool = False
+    more: dict[str, Any] = {}
+
+    def __str__(self) -> str:
+        sizes = {name: getattr(self.parallel, name) for name in ("tensor", "pipeline", "schedule", "shard", "offload")}
+        return f"{self.model} {sizes} context {self.context} masked {self.masked} {self.more}"
+
+
+def rows(count: int, time: int = 37) -> Rows:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, VOCABULARY, (count, time + 1), generator=generator)
+    mask = (torch.rand(count, time, generator=generator) < 0.9).float()
+    segments = (torch.arange(time)[None] >= torch.randint(1, time, (count, 2), generator=generator)[..., None]).sum(1)
+    starts = torch.stack([torch.searchsorted(row, row) for row in segments])
+    return Rows(tokens[:, :-1], tokens[:, 1:], mask, segments.to(torch.int32), torch.arange(time) - starts)
+
+
+def alone(case: Case, batch: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    """On one rank, without any of this: log-probabilities and the gradients of a weighed sum of them."""
+    model = Decoder(MODELS[case.model], VOCABULARY)
+    model.initialise(3)
+    model.documents_masked = case.masked
+    found = model(batch.tokens, batch.positions, batch.segments, batch.targets)
+    (found * batch.mask).square().mean().backward()
+    return found.detach(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def check_on_rank(root: Path, cases: list[Case]) -> None:
+    """What each rank does: each layout in turn; the largest differences from one rank."""
+    from torch.distributed.tensor import DTensor
+
+    from trainer.batch import filled, share
+    from trainer.network import Network
+    from trainer.optimizer import Optimizer, total
+    from trainer.parallel import join, lay_out, open_store
+
+    torch.set_num_threads(1)
+    world = join(open_store(), "test", Cluster(device="cpu"))
+    said: list[tuple[str, float, float]] = []
+    for case in cases:
+        here = lay_out(world.device, case.parallel)
+        network = Network(MODELS[case.model], VOCABULARY, here)
+        network.initialise(3)
+        where = stage(context_parallel=case.context, masked_documents=case.masked, **case.more)
+        network.follow(where, 37)
+        batch = rows(8)
+        expected, gradients = alone(case, batch)
+        first, last = share(0, 8, network.replica, network.replicas)
+        mine = Rows(*(column[first:last] for column in batch))
+        size = min(2, last - first)
+        samples, size = filled(last - first, size, here.pipeline.size)
+        parts = [Rows(*(_padded(column, n, size) for column in mine)) for n in range(0, samples, size)]
+
+        def loss(number: int, found: Tensor, parts: list[Rows] = parts, batch: Rows = batch) -> Tensor:
+            return (found * parts[number].mask).square().sum() / batch.mask.numel()
+
+        network.backward(parts, loss)
+        off = 0.0
+        for name, parameter in network.parameters().items():
+            found = parameter.grad
+            assert isinstance(found, DTensor), name
+            off = max(off, float((found.full_tensor() - gradients[name]).norm() / gradients[name].norm()))
+        optimizer = Optimizer(network.parameters(), here.device, network.owned())
+        whole = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
+        off = max(off, float((total(optimizer.squared_norm()) / whole - 1).abs()))
+        probable = network.log_probs(mine)
+        network.reshard()
+        said.append((str(case), off, float((probable - expected[first:last]).abs().max())))
+    (root / f"said-{world.rank}.json").write_text(json.dumps(said))
+
+
+def _padded(column: Tensor, start: int, size: int) -> Tensor:
+    part = column[start : start + size]
+    return torch.cat([part, torch.zeros(size - len(part), *column.shape[1:], dtype=column.dtype)])
+
+
+def hold(tmp_path: Path, ranks: int, cases: list[Case]) -> None:
+    statuses = start_ranks(tmp_path, ranks, check_on_rank, cases).wait(300)
+    assert statuses == [0] * ranks, logs(tmp_path)
+    for rank in range(ranks):
+        said = json.loads((tmp_path / f"said-{rank}.json").read_text())
+        assert len(said) == len(cases)
+        for name, gradients, log_probs in said:
+            print(f"{gradients:.1e} {log_probs:.1e} {name}")
+            assert gradients < 1e-6 and log_probs < 2e-6, name
+
+
+LAYOUTS: dict[str, tuple[Parallel, int]] = {
+    "tensor": (Parallel(tensor=4), 1),
+    "pipeline": (Parallel(pipeline=2), 1),
+    "interleaved": (Parallel(pipeline=2, schedule="interleaved"), 1),
+    "context": (Parallel(), 4),
+    "hybrid": (Parallel(shard=2), 1),
+    "tensor, data": (Parallel(tensor=2), 1),
+    "tensor, pipeline": (Parallel(tensor=2, pipeline=2), 1),
+    "tensor, interleaved": (Parallel(tensor=2, pipeline=2, schedule="interleaved"), 1),
+    "tensor, context": (Parallel(tensor=2), 2),
+    "pipeline, context": (Parallel(pipeline=2), 2),
+    "context, data": (Parallel(), 2),
+    "context, hybrid": (Parallel(shard=2), 2),
+    "offloaded": (Parallel(tensor=2, offload="parameters"), 1),
+}
+
+
+def test_every_pair_of_ways_gives_what_one_rank_gives(tmp_path: Path) -> None:
+    """Rows that do not divide, documents in them, masked and not."""
+    hold(
+        tmp_path,
+        4,
+        [Case("llama", *layout, masked=masked) for layout, masked in itertools.product(LAYOUTS.values(), (False, True))],
+    )
+
+
+def test_every_model_is_the_same_however_it_is_laid_out(tmp_path: Path) -> None:
+    """One key head, which no tensor-parallel ranks can divide, goes round in a ring; of four heads two are a rank's of two."""
+    cases = [Case(name, Parallel(tensor=2, pipeline=2)) for name in ("untied", "bloom", "gpt")]
+    cases += [Case(name, Parallel(tensor=2), 2, masked) for name in ("untied", "bloom", "gpt") for masked in (False, True)]
+    cases += [Case("one key head", Parallel(), size, masked) for size in (2, 4) for masked in (False, True)]
+    cases += [Case("bloom", Parallel(), 4, True), Case("bloom", Parallel(pipeline=2), 2, False)]
+    hold(tmp_path, 4, cases)
+
+
+def test_what_needs_less_memory_gives_the_same(tmp_path: Path) -> None:
+    ways: list[dict[str, Any]] = [
+        {"activation_checkpointing": mode, "mlp_tile": tile, "loss_tile": 16}
+        for mode in ("none", "selective", "block", "offloaded")
+        for tile in (None, 11)
+    ]
+    layouts = [(Parallel(), 1), (Parallel(tensor=2, pipeline=2), 1), (Parallel(tensor=2), 2)]
+    hold(tmp_path, 4, [Case("llama", *layouts[n % 3], masked=n % 2 == 0, more=way) for n, way in enumerate(ways)])

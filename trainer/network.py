@@ -1,0 +1,329 @@
+"""The decoder over the ranks of a mesh: who holds what of it, and how a batch passes through.
+
+Every rank of a replica is given the same rows. Blocks are divided among tensor-parallel ranks and sharded by FSDP2 over the data
+ranks; what is outside the blocks is sharded over both, since there each tensor-parallel rank has tokens of its own. With a
+pipeline each of its ranks holds one or more parts of the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from launcher.recipe.model import Model
+from launcher.recipe.stage import Stage
+from trainer.batch import Rows
+from trainer.model import Block, Decoder, Part, Thrift
+from trainer.parallel import FOREVER, World, box, local
+from trainer.spread import Group, Spread
+
+_DIVIDED: dict[str, Placement] = {
+    "attention.qkv.weight": Shard(0),
+    "attention.qkv.bias": Shard(0),
+    "attention.out.weight": Shard(1),
+    "mlp.gate.weight": Shard(0),
+    "mlp.gate.bias": Shard(0),
+    "mlp.up.weight": Shard(0),
+    "mlp.up.bias": Shard(0),
+    "mlp.down.weight": Shard(1),
+}
+"""Of a block's parameters those that tensor-parallel ranks divide: Shoeybi et al. 2019, section 3."""
+
+
+class Network:
+    """This rank's parts of the decoder, and the ways through all of them."""
+
+    def __init__(self, config: Model, vocabulary: int, world: World) -> None:
+        """The parameters are unset."""
+        self.config, self.vocabulary, self._world = config, vocabulary, world
+        self._spread, self._thrift = Spread(), Thrift()
+        self._contexts: dict[int, Group] = {}
+        self._schedules: dict[tuple[int, int, int], Schedule1F1B | ScheduleInterleaved1F1B] = {}
+        self._loss: Callable[[int, Tensor], Tensor] = lambda number, found: found
+        with torch.device("meta"):
+            self.parts = [Decoder(config, vocabulary, part) for part in _parts(config, world)]
+        for part in self.parts:
+            _shard(part, config, world)
+            part.to_empty(device="cpu" if world.parallel.offload == "parameters" else world.device)
+
+    @property
+    def documents_masked(self) -> bool:
+        return self.parts[0].documents_masked
+
+    @documents_masked.setter
+    def documents_masked(self, wanted: bool) -> None:
+        for part in self.parts:
+            part.documents_masked = wanted
+
+    def flops_per_token(self, context: int) -> float:
+        """Of the whole decoder, forward and backward."""
+        return self.parts[0].flops_per_token(context)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for part in self.parts for block in part.blocks.values()]
+
+    @property
+    def replicas(self) -> int:
+        """Into which the global batch is divided."""
+        return self._world.data // self._spread.context.size
+
+    @property
+    def replica(self) -> int:
+        return self._world.data_place // self._spread.context.size
+
+    @property
+    def speaks(self) -> bool:
+        """Of the ranks of a replica the one that counts what all of them know."""
+        return self._world.tensor.place == 0 and self._spread.context.place == 0 and self.ends_here
+
+    @property
+    def ends_here(self) -> bool:
+        """Whether the last of the layers are on this rank, and so the losses of a pipeline."""
+        return any(part.part.last for part in self.parts)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By name; of a pipeline's, with tied weights, both ends have the embedding."""
+        return {name: parameter for part in self.parts for name, parameter in part.named_parameters()}
+
+    def owned(self) -> set[str]:
+        """Names of the parameters that count here and not at the pipeline's other end."""
+        names = set(self.parameters())
+        return names if self._twin() is None or self._world.pipeline.place == 0 else names - {"embedding.weight"}
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draws the parameters; each rank keeps its part of each."""
+        for part in self.parts:
+            for parameter, values in part.drawn(seed):
+                local(parameter).copy_(values[box(parameter)])
+
+    def copy_from(self, other: Network) -> None:
+        for mine, theirs in zip(self.parameters().values(), other.parameters().values(), strict=True):
+            local(mine).copy_(local(theirs))
+
+    def freeze(self) -> Network:
+        for part in self.parts:
+            part.requires_grad_(False)
+        return self
+
+    def follow(self, stage: Stage, original_context: int) -> None:
+        """Positions, masks, context parallelism and memory as the stage wants them; parameters do not change. By all ranks."""
+        self._thrift = Thrift(stage.activation_checkpointing, stage.mlp_tile, stage.loss_tile)
+        context, config, tensor = self._context(stage.context_parallel), self.config, self._world.tensor
+        divides = config.heads % (tensor.size * context.size) == config.key_value_heads % (tensor.size * context.size) == 0
+        self._spread = Spread(tensor, context, ring=context.size > 1 and not divides)
+        for part in self.parts:
+            part.set_positions(stage.rope or config.rope, original_context, stage.position_factor)
+            part.documents_masked = stage.documents_masked
+            part.spread, part.thrift = self._spread, self._thrift
+
+    def _context(self, size: int) -> Group:
+        """Neighbouring data ranks that share rows, by so many. All ranks make all groups, in the same order."""
+        if size == 1:
+            return Group()
+        if size not in self._contexts:
+            world = self._world
+            tensor, data = world.parallel.tensor, world.data
+            for pipeline in range(world.parallel.pipeline):
+                for first in range(0, data, size):
+                    for place in range(tensor):
+                        ranks = [(pipeline * data + first + i) * tensor + place for i in range(size)]
+                        group = dist.new_group(ranks, timeout=FOREVER)
+                        if world.rank in ranks:
+                            self._contexts[size] = Group(cast(dist.ProcessGroup, group), size, ranks.index(world.rank))
+        return self._contexts[size]
+
+    # Ways through
+
+    @torch.no_grad()
+    def log_probs(self, rows: Rows, entropy: bool = False) -> Tensor:
+        """Of the targets, [rows, time]; beside each the entropy where asked for, [rows, time, 2]. On all ranks of a replica."""
+        return self._relayed(rows.tokens, rows.positions, rows.segments, rows.targets, entropy)
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, positions: Tensor, at: Tensor) -> Tensor:
+        """Logits of what follows the token `at` of each row: tokens [rows, time], at [rows] -> [rows, vocabulary]."""
+        return self._relayed(tokens, positions, torch.zeros_like(tokens), None, at=at)
+
+    def backward(self, rows: Sequence[Rows], loss: Callable[[int, Tensor], Tensor]) -> None:
+        """Gradients of the sum of the micro-batches' losses; loss: (number, log-probabilities [rows, time]) to a scalar.
+
+        Ranks of a replica are given the same rows, and must compute the same loss; under a pipeline it is called where the
+        layers end. All micro-batches are of one shape. Gradients are summed over the ranks.
+        """
+        if self._world.pipeline.size == 1:
+            (part,) = self.parts
+            for number, each in enumerate(rows):
+                cast(FSDPModule, part).set_requires_gradient_sync(number == len(rows) - 1)
+                found = part(each.tokens, each.positions, each.segments, each.targets)
+                loss(number, found).backward()  # type: ignore[no-untyped-call]
+            return
+        self._loss = loss
+        schedule = self._schedule(rows)
+        whole = [torch.cat(column) for column in zip(*rows, strict=True)]
+        named = dict(zip(Rows._fields, whole, strict=True))
+        first = [named["tokens"]] if self._world.pipeline.place == 0 else []
+        schedule.step(
+            *first,
+            target=torch.arange(len(rows)),
+            positions=named["positions"],
+            segments=named["segments"],
+            targets=named["targets"],
+            return_outputs=False,
+        )
+        self._join_twins()
+
+    def micro_batches(self, count: int) -> int:
+        """How many a pipeline needs to be given where there are `count`; those beyond are all padding."""
+        size = self._world.pipeline.size
+        return count if size == 1 else -(-count // size) * size
+
+    def reshard(self) -> None:
+        """Drops what a forward without a backward left gathered; else a later forward would use it after the weights changed."""
+        for part in self.parts:
+            for module in part.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def _relayed(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        targets: Tensor | None,
+        entropy: bool = False,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """A forward without a backward, from rank to rank of the pipeline; its result goes back to all of them."""
+        pipeline, count = self._world.pipeline, len(self.parts) * self._world.pipeline.size
+        found: Tensor | None = None
+        for number, part in enumerate(self.parts):
+            index = number * pipeline.size + pipeline.place
+            x = tokens if index == 0 else self._receive(tokens, pipeline)
+            found = part(x, positions, segments, targets, entropy)
+            if index + 1 < count:
+                self._send(found, pipeline)
+        assert found is not None
+        if at is not None and self.ends_here:
+            found = found[torch.arange(len(at), device=at.device), at]
+        if pipeline.size == 1:
+            return found
+        return self._told(found, tokens, targets, entropy, at)
+
+    def _told(self, found: Tensor, tokens: Tensor, targets: Tensor | None, entropy: bool, at: Tensor | None) -> Tensor:
+        """The last rank's, to all of the pipeline."""
+        shape: tuple[int, ...] = (*tokens.shape, 2) if entropy else tuple(tokens.shape)
+        if targets is None:
+            shape = (*shape, self.vocabulary) if at is None else (len(tokens), self.vocabulary)
+        pipeline = self._world.pipeline
+        assert pipeline.ranks is not None
+        result = found.contiguous() if self.ends_here else torch.empty(shape, device=self._world.device)
+        dist.broadcast(result, dist.get_global_rank(pipeline.ranks, pipeline.size - 1), group=pipeline.ranks)
+        return result
+
+    def _between(self, rows: int, time: int, device: torch.device | str) -> Tensor:
+        """As large as what goes from one part to the next."""
+        length = self._spread.length(time) // self._spread.context.size // self._spread.tensor.size
+        dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
+        return torch.empty(rows, length, self.config.width, dtype=dtype, device=device)
+
+    def _receive(self, tokens: Tensor, pipeline: Group) -> Tensor:
+        assert pipeline.ranks is not None
+        x = self._between(len(tokens), tokens.shape[1], self._world.device)
+        dist.recv(x, dist.get_global_rank(pipeline.ranks, (pipeline.place - 1) % pipeline.size), group=pipeline.ranks)
+        return x
+
+    def _send(self, x: Tensor, pipeline: Group) -> None:
+        assert pipeline.ranks is not None
+        dist.send(x.contiguous(), dist.get_global_rank(pipeline.ranks, (pipeline.place + 1) % pipeline.size), group=pipeline.ranks)
+
+    def _schedule(self, rows: Sequence[Rows]) -> Schedule1F1B | ScheduleInterleaved1F1B:
+        """By shape: a stage's rows are all of one."""
+        key = (len(rows), *rows[0].tokens.shape)
+        if key not in self._schedules:
+            stages = [self._stage(number, part, *rows[0].tokens.shape) for number, part in enumerate(self.parts)]
+
+            def loss(found: Tensor, number: Tensor) -> Tensor:
+                return self._loss(int(number), found)
+
+            if len(stages) == 1:
+                made: Schedule1F1B | ScheduleInterleaved1F1B = Schedule1F1B(stages[0], len(rows), loss_fn=loss, scale_grads=False)
+            else:
+                made = ScheduleInterleaved1F1B(list(stages), len(rows), loss_fn=loss, scale_grads=False)
+            self._schedules = {key: made}
+        return self._schedules[key]
+
+    def _stage(self, number: int, part: Decoder, rows: int, time: int) -> PipelineStage:
+        pipeline = self._world.pipeline
+        between = self._between(rows, time, "meta").requires_grad_()
+        tokens = torch.empty(rows, time, dtype=torch.int64, device="meta")
+        return PipelineStage(
+            part,
+            number * pipeline.size + pipeline.place,
+            len(self.parts) * pipeline.size,
+            self._world.device,
+            input_args=tokens if part.part.first else between,
+            output_args=torch.empty(rows, time, device="meta", requires_grad=True) if part.part.last else between,
+            group=pipeline.ranks,
+        )
+
+    def _twin(self) -> dist.ProcessGroup | None:
+        """The ranks that have the embedding as well, where a pipeline's two ends share it."""
+        return self._world.ends if self.config.tied else None
+
+    def _join_twins(self) -> None:
+        """The embedding's gradient, of what was read and of what was written."""
+        group = self._twin()
+        if group is None:
+            return
+        parameter = self.parameters()["embedding.weight"]
+        if parameter.grad is None:
+            raise RuntimeError("the embedding has no gradient")
+        dist.all_reduce(local(parameter.grad), group=group)
+
+
+def _parts(config: Model, world: World) -> Iterator[Part]:
+    """Of the layers, as evenly as they divide, this rank's parts: part k is on pipeline rank k modulo their number."""
+    parallel, place = world.parallel, world.pipeline.place
+    count = parallel.pipeline * parallel.parts
+    for index in range(place, count, parallel.pipeline):
+        each, more = divmod(config.layers, count)
+        start = index * each + min(index, more)
+        yield Part(start, start + each + (index < more), index == 0, index == count - 1)
+
+
+def _shard(part: Decoder, config: Model, world: World) -> None:
+    """FSDP2: a group a block, and one for what is left; parameters and their gradients' sums stay in float32."""
+    precision = MixedPrecisionPolicy()
+    if config.dtype == "bfloat16":
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    offload = OffloadPolicy()
+    if world.parallel.offload == "parameters":
+        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    for block in part.blocks.values():
+        if world.tensor.size > 1:
+            _divide(cast(Block, block), world.mesh["tensor"])
+        fully_shard(block, mesh=world.inner, mp_policy=precision, offload_policy=offload)
+    fully_shard(part, mesh=world.outer, mp_policy=precision, offload_policy=offload)
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, not means: the loss is divided by the weight of the whole batch.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _divide(block: Block, mesh: DeviceMesh) -> None:
+    for path, parameter in list(block.named_parameters()):
+        where, _, name = path.rpartition(".")
+        placed = distribute_tensor(parameter, mesh, [_DIVIDED.get(path, Replicate())], src_data_rank=None)
+        assert isinstance(placed, DTensor)
+        setattr(block.get_submodule(where), name, nn.Parameter(placed))

@@ -1,0 +1,49 @@
+"""What a forward keeps for its backward, and what it computes again instead: activation checkpointing (Chen et al. 2016)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Mode = Literal["none", "selective", "block", "offloaded"]
+
+_aten = torch.ops.aten
+_KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+"""Dear to compute and cheap to keep: Korthikanti et al. 2022, section 5, the other way round."""
+
+
+def again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The function of x, of which only x is kept."""
+    found: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return found
+
+
+def recomputed(mode: Mode, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The function of x; for its backward is kept what the mode says."""
+    if mode == "none" or not torch.is_grad_enabled():
+        return function(x)
+    if mode == "selective":
+        contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+        found: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return found
+    if mode == "offloaded":
+        with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda):
+            return again(function, x)
+    return again(function, x)
+
+
+def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operation in _KEPT or operation.namespace == "flash_attn"
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,144 @@
+"""How a row's tokens lie over the ranks that share it, and the differentiable ways between them.
+
+Two kinds of ranks share a row. Context-parallel ones each take a part of its tokens through the whole model, and meet in
+attention alone. Tensor-parallel ones divide each block's heads and MLP among them, and between these a context-parallel rank's
+tokens (Korthikanti et al. 2022, section 4.2.2): so no rank holds anything twice. Rows that do not divide are filled up behind
+their ends, where nothing looks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+
+# By their new names, where torch has them.
+_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+_scatter = getattr(collectives, "reduce_scatter_single_autograd", None) or collectives.reduce_scatter_tensor_autograd
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that share something, and this one's place among them."""
+
+    ranks: Any = None
+    """The process group; None where there is but one."""
+    size: int = 1
+    place: int = 0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """By default a rank has whole rows."""
+
+    tensor: Group = Group()
+    context: Group = Group()
+    ring: bool = False
+    """Keys and values go round the context-parallel ranks; else heads and tokens are exchanged for attention."""
+
+    def length(self, time: int) -> int:
+        """Tokens of a row of `time`, filled up."""
+        unit = self.tensor.size * self.context.size * (2 if self.ring else 1)
+        return -(-time // unit) * unit
+
+    def places(self, time: int, device: torch.device, place: int | None = None) -> Tensor:
+        """The places in a row of `time` that a context-parallel rank (this one) takes through attention, in its order.
+
+        In a ring each rank has one part of the row's beginning and one of its end, so that all have as much to attend to.
+        """
+        place, parts, length = self.context.place if place is None else place, self.context.size, self.length(time)
+        if not self.ring:
+            return torch.arange(place * length // parts, (place + 1) * length // parts, device=device)
+        each = length // (2 * parts)
+        first, last = place * each, (2 * parts - 1 - place) * each
+        return torch.cat([torch.arange(start, start + each, device=device) for start in (first, last)])
+
+    def between(self, places: Tensor) -> Tensor:
+        """Of these the places that this rank has between attention and MLP."""
+        return places.chunk(self.tensor.size)[self.tensor.place]
+
+    def take(self, row: Tensor, places: Tensor, fill: int = 0) -> Tensor:
+        """What rows [batch, time, ...] have at these places; `fill` past their ends."""
+        time = row.shape[1]
+        if self == Spread():
+            return row
+        if missing := self.length(time) - time:
+            row = F.pad(row, (0, 0) * (row.ndim - 2) + (0, missing), value=fill)
+        return row[:, places]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """From this rank's tokens [batch, time, ...] to those of all tensor-parallel ranks; gradients come back summed."""
+        if self.tensor.size == 1:
+            return x
+        return _arrived(_gather(x, 1, self.tensor.ranks))
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Sums what tensor-parallel ranks have of all their tokens [batch, time, ...], and keeps this rank's."""
+        if self.tensor.size == 1:
+            return x
+        return _arrived(_scatter(x, "sum", 1, self.tensor.ranks))
+
+    def whole(self, x: Tensor, time: int) -> Tensor:
+        """From this rank's tokens [batch, ...] to whole rows [batch, time, ...], the same on all ranks that share them.
+
+        On the way back each rank takes its own part of the gradient, which must therefore be the same on all of them.
+        """
+        if self == Spread():
+            return x
+        for group in (self.tensor, self.context):
+            if group.size > 1:
+                x = cast(Tensor, _Whole.apply(x, group))  # type: ignore[no-untyped-call]
+        if self.ring:
+            order = torch.cat([self.places(time, x.device, place) for place in range(self.context.size)])
+            x = x[:, order.argsort()]
+        return x[:, :time].clone()  # what FSDP2 takes for an output must not be a view
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[batch, heads, this rank's tokens, head] -> [batch, this rank's heads, all tokens, head]: DeepSpeed-Ulysses.
+
+        Jacobs et al. 2023, section 3.1; heads in as many equal parts as there are context-parallel ranks.
+        """
+        parts, (batch, heads, time, head) = self.context.size, x.shape
+        x = x.view(batch, parts, heads // parts, time, head).transpose(0, 1).contiguous()
+        x = _arrived(collectives.all_to_all_single_autograd(x, None, None, self.context.ranks))
+        return x.permute(1, 2, 0, 3, 4).reshape(batch, heads // parts, parts * time, head)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The way back from `heads`."""
+        parts, (batch, heads, time, head) = self.context.size, x.shape
+        x = x.view(batch, heads, parts, time // parts, head).permute(2, 0, 1, 3, 4).contiguous()
+        x = _arrived(collectives.all_to_all_single_autograd(x, None, None, self.context.ranks))
+        return x.transpose(0, 1).reshape(batch, parts * heads, time // parts, head)
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group, ctx.length = group, x.shape[1]
+        parts = [torch.empty_like(x) for _ in range(group.size)]
+        dist.all_gather(parts, x.contiguous(), group=group.ranks)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.narrow(1, ctx.group.place * ctx.length, ctx.length), None
+
+
+def _arrived(x: Tensor) -> Tensor:
+    return x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x
+
+
+def held(parameter: Tensor, partial: bool = False) -> Tensor:
+    """What this rank computes with: of a parameter that tensor-parallel ranks divide its own part.
+
+    partial: all of them have it whole, and each sees some of the tokens only; the gradient is their sum.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.to_local(grad_placements=[Partial()] if partial else None)
