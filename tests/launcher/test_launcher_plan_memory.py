@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -333,3 +337,22 @@ def test_what_a_mesh_costs_is_said() -> None:
     assert any("keys and values go round in a ring (up to 2 ranks" in note for note in plan_recipe(ring, Assumptions()).notes)
     wide = msgspec.structs.replace(recipe(), cluster=msgspec.structs.replace(recipe().cluster, ranks_per_node=2, nodes=32))
     assert any("tensor parallelism reaches over nodes of 2" in note for note in plan_recipe(wide, Assumptions()).notes)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_mesh_and_the_worst_rank_are_shown_in_tables_that_fit(tmp_path: Path, columns: int) -> None:
+    (tmp_path / "r.toml").write_text(TEXT.replace("tensor = 4", 'tensor = 4\noffload = "optimizer"\nschedule = "interleaved"'))
+    command = [sys.executable, "-P", "-m", "midwatch", "plan", "r.toml"]
+    environment = os.environ | {"COLUMNS": str(columns), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert '64 GPUs = pipeline 4 x data 4 x tensor 4, context 2 in stage "extend"' in lines
+    assert any(line.startswith("pretrain: the worst is pipeline rank 0; up to 11 forwards of a part wait there") for line in lines)
+    table = lines[lines.index(next(line for line in lines if line.startswith("MEMORY A GPU"))) + 1 :]
+    rows = table[: next(i for i, line in enumerate(table) if line.startswith("fused attention"))]
+    assert max(map(len, rows)) <= columns
+    for part in ("activations", "gathered parameters", "peak", "host: offloaded of these"):
+        assert any(line.startswith(part) for line in rows), part
