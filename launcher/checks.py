@@ -85,10 +85,10 @@ async def check_nodes(recipe: Recipe, run_parent: Path) -> list[NodeReport]:
     return [msgspec.structs.replace(r, notes=(*r.notes, *extra)) for r in compare(reports, cluster, here)]
 
 
-def ready(reports: list[NodeReport], cluster: Cluster) -> bool:
-    """Whether a run can start: enough nodes are fine, and none is wrong but those that are only out of reach."""
+def ready(reports: list[NodeReport], fewest: int) -> bool:
+    """Whether a run can start: the fewest nodes are fine, and none is wrong but those that are only out of reach."""
     fine = sum(report.level != "problem" for report in reports)
-    return fine >= cluster.fewest_nodes and all(r.out_of_reach or r.level != "problem" for r in reports)
+    return fine >= fewest and all(r.out_of_reach or r.level != "problem" for r in reports)
 
 
 async def _visit(ssh: Ssh, host: str, cluster: Cluster, words: list[str]) -> Visit:

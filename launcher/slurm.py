@@ -163,7 +163,7 @@ def _ask(*words: str) -> str:
 def script(root: Path, recipe: Recipe) -> str:
     """The batch job of a run: Slurm's options, the recipe's setup lines, and the keeper of the controller."""
     cluster, sbatch = recipe.cluster, recipe.cluster.sbatch
-    low, high = cluster.fewest_nodes, cluster.most_nodes
+    low, high = recipe.fewest_nodes, recipe.most_nodes
     options = [
         f"--job-name={recipe.run.name}",
         f"--nodes={low}" if low == high else f"--nodes={low}-{high}",

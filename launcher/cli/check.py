@@ -29,7 +29,7 @@ def check(arguments: argparse.Namespace) -> int:
     recipe = check_recipe(Path(arguments.recipe))
     told = warnings(recipe)
     reports = visit(recipe, Path(arguments.dir) if arguments.dir else None)
-    good = ready(reports, recipe.cluster) if reports else True
+    good = ready(reports, recipe.fewest_nodes) if reports else True
     if arguments.json:
         print(msgspec.json.encode({"recipe": arguments.recipe, "good": good, "warnings": told, "nodes": reports}).decode())
         return 0 if good else 2
@@ -48,7 +48,7 @@ def nodes_are_ready(recipe: Recipe, directory: Path | None) -> bool:
     reports = visit(recipe, directory)
     if any(report.level for report in reports):
         render(reports, Console(stderr=True))
-    if ready(reports, recipe.cluster):
+    if ready(reports, recipe.fewest_nodes):
         return True
     print(f"midwatch: {refusal(reports, recipe)}; to start nevertheless: --no-check", file=sys.stderr)
     return False
@@ -69,7 +69,7 @@ def visit(recipe: Recipe, directory: Path | None) -> list[NodeReport]:
 
 def refusal(reports: Sequence[NodeReport], recipe: Recipe) -> str:
     wrong = [r.host for r in reports if r.level == "problem"]
-    needed = recipe.cluster.fewest_nodes
+    needed = recipe.fewest_nodes
     if len(reports) - len(wrong) >= needed:
         present = [r.host for r in reports if r.level == "problem" and not r.out_of_reach]
         return f"put right first, or leave out of [cluster] hosts: {_some(present)}"

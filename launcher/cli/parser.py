@@ -77,7 +77,7 @@ def _add_planning(commands: Any) -> None:
         "--precision", choices=("float32", "bfloat16", "fp8"), help="of the peak rate (default: the recipe's dtype, or bfloat16)"
     )
     recipes = plan.add_argument_group("with a recipe")
-    recipes.add_argument("--pipeline", type=int, metavar="P", help="pipeline stages, for the bubble")
+    recipes.add_argument("--pipeline", type=int, metavar="P", help="pipeline ranks (default: the recipe's)")
     recipes.add_argument("--micro-batches", type=int, metavar="M", help="of a step (default: as the recipe's batches come to)")
     recipes.add_argument("--virtual", type=int, metavar="V", help="interleaved: parts of the model on each pipeline stage")
     budgets = plan.add_argument_group("without a recipe, one or two of")

@@ -35,9 +35,9 @@ def _of_recipe(arguments: argparse.Namespace) -> int:
             mfu=arguments.mfu,
             usd_per_hour=arguments.price,
             precision=arguments.precision,
-            pipeline=arguments.pipeline if arguments.pipeline is not None else 1,
+            pipeline=arguments.pipeline,
             micro_batches=arguments.micro_batches,
-            virtual=arguments.virtual if arguments.virtual is not None else 1,
+            virtual=arguments.virtual,
         ),
     )
     if arguments.json:
@@ -83,8 +83,6 @@ def _positive(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise PlanError(f"--{name.replace('_', '-')}: {value} must be at least 1")
-    if arguments.pipeline is None and (arguments.micro_batches is not None or arguments.virtual is not None):
-        raise PlanError(f"--{'virtual' if arguments.virtual is not None else 'micro-batches'} needs --pipeline")
     if not 0 < arguments.mfu <= 1:
         raise PlanError(f"--mfu: {arguments.mfu:g} must lie above 0 and not above 1 (0.4 is usual)")
     if arguments.days is not None and not 0 < arguments.days < 1e6:

@@ -20,6 +20,7 @@ _PARTS: tuple[tuple[str, Callable[[Memory], int]], ...] = (
     ("DPO's reference", lambda m: m.reference_bytes),
     ("gathered parameters", lambda m: m.gathered_bytes),
     ("activations", lambda m: m.activations_bytes),
+    ("a block computed again", lambda m: m.again_bytes),
     ("logits", lambda m: m.logits_bytes),
 )
 _SCORES = {
@@ -33,6 +34,8 @@ def render_plan(plan: Plan, name: str, console: Console) -> None:
     _say(console, Text(f"{name}: plan of {plan.run}", style="bold"))
     assumed = " (assumed; --gpu)" if plan.gpu_assumed else ""
     _say(console, f"{plan.gpus} x {plan.gpu.name}{assumed}, {_rate(plan)}, {_percent(plan.mfu)} of it used (assumed; --mfu)")
+    for line in _layout(plan):
+        _say(console, line)
     _parameters(plan, console)
     _compute(plan, console)
     if plan.factors:
@@ -81,6 +84,18 @@ def render_budget(budget: Budget, gpu_assumed: bool, console: Console) -> None:
 
 def _rate(plan: Plan) -> str:
     return f"{plan.peak_flops_per_second_per_gpu / 1e12:,.4g} TFLOP/s {plan.precision} each"
+
+
+def _layout(plan: Plan) -> list[str]:
+    """The mesh, where it is of more than data-parallel ranks."""
+    mesh, unit = plan.stages[0].mesh, "ranks" if plan.gpu.memory_gb is None else "GPUs"
+    sizes = f"{plan.gpus} {unit} = pipeline {mesh.pipeline} x data {mesh.data} x tensor {mesh.tensor}"
+    inner = [f'context {stage.mesh.context} in stage "{stage.name}"' for stage in plan.stages if stage.mesh.context > 1]
+    if mesh.shard < mesh.data:
+        inner.append(f"a copy of the state over each {mesh.shard} data ranks")
+    if mesh.pipeline * mesh.tensor == 1 and not inner:
+        return []
+    return [", ".join([sizes, *inner])]
 
 
 def _parameters(plan: Plan, console: Console) -> None:
@@ -143,19 +158,31 @@ def _memory(plan: Plan, console: Console) -> None:
         table = _table(console, f"MEMORY {rank}", about, ("PART", *(stage.name for stage in some)))
         for name, part in _PARTS:
             if any(part(stage.memory_per_gpu) for stage in some):
-                table.add_row(name, *(size(part(stage.memory_per_gpu)) if part(stage.memory_per_gpu) else "-" for stage in some))
+                table.add_row(name, *(_held(part(stage.memory_per_gpu)) for stage in some))
         if room is None:
             table.add_row("checkpoint's copy", *(size(stage.memory_per_gpu.staging_bytes) for stage in some))
         table.add_row(Text("peak", style="bold"), *(_peak(stage) for stage in some))
         if room is not None:
             table.add_row(f"of {room:g} GB", *(_percent(stage.memory_per_gpu.peak_bytes / room / 1e9) for stage in some))
+            if any(stage.memory_per_gpu.host_bytes for stage in some):
+                table.add_row("host: offloaded of these", *(_held(stage.memory_per_gpu.host_bytes) for stage in some))
             table.add_row("host: checkpoint's copy", *(size(stage.memory_per_gpu.staging_bytes) for stage in some))
         console.print(table)
     kernels = dict.fromkeys(_SCORES[stage.memory_per_gpu.attention_kernel] for stage in plan.stages)
     more = "; not counted: CUDA's context, NCCL's buffers, fragments (1 to 4 GB)"
     if room is None:
         more = "; a process holds up to a third more, freed pieces that malloc keeps"
-    _say(console, f"{', '.join(kernels)}; nothing computed again{more}")
+    _say(console, f"{', '.join(kernels)}{more}")
+    for stage in plan.stages:
+        if stage.mesh.pipeline > 1:
+            held = stage.memory_per_gpu
+            forwards = f"{held.waiting_forwards} forwards{' of a part' if stage.mesh.parts > 1 else ''}"
+            waiting = f"{forwards} wait there for their backward, {size(held.micro_batch_bytes)} a micro-batch"
+            _say(console, f"{stage.name}: the worst is pipeline rank {held.pipeline_rank}; up to {waiting}")
+
+
+def _held(bytes: int) -> str:
+    return size(bytes) if bytes else "-"
 
 
 def _percent(part: float) -> str:
@@ -171,7 +198,7 @@ def _peak(stage: StagePlan) -> Text:
 
 def _bubbles(plan: Plan, console: Console) -> None:
     columns = ("STAGE", "PIPELINE", "VIRTUAL", "MICRO-BATCHES", "IDLE, OF THE STEP", "OVER THE IDEAL")
-    about = "1F1B; time and cost below include it, memory above does not know a pipeline"
+    about = "1F1B; time and cost below include it"
     table = _table(console, "PIPELINE BUBBLE", about, columns)
     for stage in plan.stages:
         if (idle := stage.bubble) is not None:
@@ -216,7 +243,11 @@ def _costs(plan: Plan, console: Console) -> None:
     every = (count(sum(stage.tokens for stage in plan.stages)), "", span(plan.seconds))
     table.add_row(Text("together", style="bold"), "", *every, _hours(plan.gpu_hours), money(plan.cost_usd))
     console.print(table)
-    _say(console, "each stage over the first that pretrains; without evaluations, samples, checkpoints and restarts")
+    _say(
+        console,
+        "each stage over the first that pretrains; without evaluations, samples, checkpoints and restarts; communication"
+        " and what is computed again are in it only as far as --mfu allows for them",
+    )
 
 
 def _hours(hours: float) -> str:

@@ -64,6 +64,8 @@ class Generations:
         self._gathered_at = 0.0
         self._moves = Moves(office)
         self._grow_since: float | None = None
+        self._told_of: set[str] = set()
+        """Nodes that the journal says stand by in this generation."""
         self._hang = Hanging(office, pool, self.ranks_hang)
         self.on_training: Callable[[], None] = lambda: None
         self.on_stopped: Callable[[], None] = lambda: None
@@ -164,6 +166,7 @@ class Generations:
         self._progressed = self._trained = False
         self._ending, self._told = "", {}
         self._grow_since = None
+        self._told_of.clear()
         self._moves.begin()
         self._hang.forget()
         office.live.phase = None
@@ -378,15 +381,26 @@ class Generations:
     def _grow(self) -> None:
         """Asks for the nodes that are there and not in use, once they have been there for a moment and training goes on."""
         ledger = self._office.ledger
-        more = [n for n in self._pool.ready() if n not in ledger.generation_nodes]
-        room = len(ledger.generation_nodes) < self._office.recipe.cluster.most_nodes
-        if not (more and room and self._progressed and self._office.state == "training"):
+        self._tell_of_spares()
+        ready = self._pool.ready()
+        more = [n for n in ready if n not in ledger.generation_nodes]
+        if not (more and len(ready) > len(ledger.generation_nodes) and self._progressed and self._office.state == "training"):
             self._grow_since = None
         elif self._grow_since is None:
             self._grow_since = time.monotonic()
         elif time.monotonic() - self._grow_since > GROW_SECONDS:
             self._grow_since = None
             self.on_grow(", ".join(more))
+
+    def _tell_of_spares(self) -> None:
+        """Says, once a generation, which nodes stand by only because the ranks must be a multiple of the model's."""
+        office = self._office
+        there, ready = self._pool.there()[: office.recipe.cluster.most_nodes], self._pool.ready()
+        waiting = [n for n in there if n not in (*ready, *office.ledger.generation_nodes, *self._told_of)]
+        if waiting:
+            self._told_of.update(waiting)
+            words = "stand by as spares" if len(waiting) > 1 else "stands by as a spare"
+            office.note("info", f"{', '.join(waiting)} {words}: the ranks must be a multiple of {office.recipe.ranks_multiple}")
 
     # What commands ask for
 
@@ -417,7 +431,7 @@ class Generations:
         if not self._pool.known(node):
             return f"there is no node {node!r} (midwatch node list names them)"
         if mark != "in use" and not self._pool.can_spare(node):
-            return f"{node} is needed: at least {office.recipe.cluster.fewest_nodes} nodes train ([cluster] nodes)"
+            return f"{node} is needed: at least {office.recipe.fewest_nodes} nodes train ([cluster] nodes)"
         if office.ledger.node(node).mark != mark or mark == "in use":
             office.record(
                 j.NodeMarked(time=office.clock(), author=author, node=node, mark=mark, reason=f"by {author}" if author else "")

@@ -168,43 +168,48 @@ class Pool:
     def can_spare(self, name: str) -> bool:
         """Whether enough nodes are left without it, in reach or not."""
         left = [n for n in self._names() if n != name and self.usable(n)]
-        return len(left) >= self._office.recipe.cluster.fewest_nodes
+        return len(left) >= self._office.recipe.fewest_nodes
 
     def usable(self, name: str) -> bool:
         """Neither drained nor quarantined."""
         return self._office.ledger.node(name).mark == "in use"
 
     def ready(self) -> tuple[str, ...]:
-        """The nodes that a generation would have now: those of the last one first, so that ranks stay where they were."""
+        """The nodes that a generation would have now; as many as can train at once."""
+        there = self.there()
+        return there[: self._office.recipe.training_nodes(len(there))]
+
+    def there(self) -> tuple[str, ...]:
+        """The nodes that could be used now, spares too: those of the last generation first, so that ranks stay where they were."""
         last = dict.fromkeys(self._office.ledger.generation_nodes)
         order = [*(n for n in last if n in self._members), *(n for n in self._names() if n not in last)]
         there = [n for n in order if self.usable(n) and self._members[n].send is not None and not self._members[n].refused]
-        return tuple(n for n in there if self._members[n].probed_since is None)[: self._office.recipe.cluster.most_nodes]
+        return tuple(n for n in there if self._members[n].probed_since is None)
 
     def _names(self) -> list[str]:
         return list(dict.fromkeys((*self._backend.nodes, *self._members)))
 
     async def assemble(self, *, forever: bool) -> tuple[str, ...]:
         """Waits for enough nodes. Raises TooFewNodes when there is no hope left, or, unless `forever`, no time."""
-        cluster, patience = self._office.recipe.cluster, self._backend.patience
+        recipe, patience = self._office.recipe, self._backend.patience
         forever = patience > 0 and (forever or math.isinf(patience))
         self.wanted = True
         began, told = time.monotonic(), 0.0
         while True:
             self.changed.clear()
             self.look()
-            ready = self.ready()
+            there, ready = self.there(), self.ready()
             waited = time.monotonic() - began
-            pending = [n for n in set(self._names()) - set(ready) if self.usable(n) and self._may_come(n)]
-            if len(ready) >= cluster.most_nodes:
+            pending = [n for n in set(self._names()) - set(there) if self.usable(n) and self._may_come(n)]
+            if len(ready) >= recipe.most_nodes:
                 return ready
-            if len(ready) >= cluster.fewest_nodes and (not pending or waited > PATIENCE_SECONDS):
+            if len(ready) >= recipe.fewest_nodes and (not pending or waited > PATIENCE_SECONDS):
                 return ready
-            if len(ready) < cluster.fewest_nodes and not forever and (not pending or waited > patience):
-                raise TooFewNodes(self._shortage(len(ready)))
+            if len(ready) < recipe.fewest_nodes and not forever and (not pending or waited > patience):
+                raise TooFewNodes(self._shortage(len(there)))
             if waited - told > PATIENCE_SECONDS and self._office.state in ("starting", "recovering"):
                 told = waited
-                self._office.change_state(self._office.state, self._shortage(len(ready)))
+                self._office.change_state(self._office.state, self._shortage(len(there)))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.changed.wait(), 0.2)
             await asyncio.sleep(len(self._members) * LOOK_SECONDS)
@@ -215,7 +220,7 @@ class Pool:
         return self.lost(name)[0] != "cut" and (member.starting is not None or member.failures < 2)
 
     def _shortage(self, count: int) -> str:
-        fewest = self._office.recipe.cluster.fewest_nodes
+        fewest = self._office.recipe.fewest_nodes
         wrong = [m.problem for m in self._members.values() if m.problem and self.usable(m.name)][:3]
         unused = [f"{n} is {self._office.ledger.node(n).mark}" for n in self._names() if not self.usable(n)][:3]
         told = "; ".join([*wrong, *unused]) or self._backend.lacking

@@ -1,19 +1,64 @@
-"""What a forward keeps for its backward, tensor by tensor as the trainer's decoder saves them; nothing is computed again.
+"""What a forward keeps for its backward, tensor by tensor as the trainer's decoder saves them, and what is computed again.
 
 Korthikanti et al. 2022, section 4, count the same way; their 34 bytes a token and width are of another block (dropout, GELU, no
-float32 inside the norms). All functions give bytes a token; `time` is the row's length, in tokens.
+float32 inside the norms). Bytes are of one micro-batch on one rank where it says nothing else. Between blocks a rank has its
+part of the tokens (sequence parallelism, section 4.2.2); inside them all of its context-parallel part, gathered, with its part
+of the heads and of the MLP.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from launcher.plan.flops import compute_bytes
+import msgspec
+
+from launcher.plan.flops import compute_bytes, rows_of_a_sample
+from launcher.plan.mesh import Mesh
 from launcher.recipe import Model, Stage
 
 Kernel = Literal["fused", "masked", "scores"]
 """How attention is computed. fused: scores are never whole. masked: nor here, but a matrix of what each position may see (or of
 ALiBi's costs) is, once a row. scores: a matrix a head and row, in float32; memory grows with the square of the context."""
+Checkpointing = Literal["none", "selective", "block", "offloaded"]
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A micro-batch's tokens on one rank."""
+
+    rows: int
+    context: int
+    """Tokens of a row, over all ranks."""
+    tensor: int = 1
+    context_parallel: int = 1
+
+    @property
+    def between(self) -> int:
+        """Tokens between the blocks."""
+        return self.rows * -(-self.context // (self.tensor * self.context_parallel))
+
+    @property
+    def inside(self) -> int:
+        """Tokens inside a block."""
+        return self.between * self.tensor
+
+
+class Block(msgspec.Struct, frozen=True):
+    """Bytes of one block's activations."""
+
+    kept_bytes: int
+    """From its forward to its backward."""
+    host_bytes: int
+    """Of it in the host's memory."""
+    again_bytes: int
+    """Computed again: there besides while its backward lasts, of one block at a time."""
+
+    @property
+    def device_bytes(self) -> int:
+        return self.kept_bytes - self.host_bytes
+
+
+def piece_of(mesh: Mesh, stage: Stage, micro_batch: int) -> Piece:
+    return Piece(rows_of_a_sample(stage) * micro_batch, stage.context, mesh.tensor, mesh.context)
 
 
 def attention_kernel(model: Model, stage: Stage, on_cpu: bool) -> Kernel:
@@ -33,62 +78,136 @@ def needs_flash_attention(model: Model, stage: Stage) -> bool:
     return model.dtype == "bfloat16" and (stage.documents_masked or model.position == "alibi")
 
 
+def exchanges_heads(model: Model, tensor: int, context_parallel: int) -> bool:
+    """Whether ranks swap tokens for heads before attention (Jacobs et al. 2023, Ulysses); otherwise keys go round in a ring."""
+    return not (model.heads // tensor % context_parallel or model.key_value_heads // tensor % context_parallel)
+
+
 def norm(model: Model) -> int:
-    """Input and output; RMSNorm computes in float32 and keeps the normalized input besides. A number or two a token."""
+    """A token's input and output; RMSNorm computes in float32 and keeps the normalized input besides. A number or two a token."""
     each, width = compute_bytes(model), model.width
     if model.norm == "layernorm":
         return 2 * each * width + 8
     return (4 + 2 * each) * width + 4
 
 
-def attention(model: Model, time: int, kernel: Kernel) -> int:
+def attention(model: Model, piece: Piece, kernel: Kernel) -> int:
     """Queries, keys and values, the mix of values, and the kernel's own.
 
-    Rotation makes new queries and keys; the values are a view of what the fused projection gave, which they keep alive.
+    Rotation makes new queries and keys; the values are a view of what the fused projection gave, which they keep alive. Where
+    ranks swap tokens for heads, what they got is kept instead, and the mix of values in both layouts. A ring keeps no scores
+    and no mask.
     """
-    each, rotary = compute_bytes(model), model.position == "rope"
-    queries, keys = model.heads * model.head, model.key_value_heads * model.head
-    angles = 2 * each * model.head if rotary and model.dtype == "bfloat16" else 0
-    if kernel == "scores":
-        return (3 * 4 + each) * queries + 4 * model.heads * time + angles
-    projected, rotated = queries + 2 * keys, queries + keys if rotary else 0
-    mask = each * time if kernel == "masked" and model.position != "alibi" else 0
-    return each * (projected + rotated + queries) + 4 * model.heads + mask + angles
+    each, rotary, time = compute_bytes(model), model.position == "rope", piece.context
+    queries, keys = _queries(model, piece), _keys(model, piece)
+    heads, angles = model.heads // piece.tensor, 2 * each * model.head if rotary and model.dtype == "bfloat16" else 0
+    swapped = piece.context_parallel > 1 and exchanges_heads(model, piece.tensor, piece.context_parallel)
+    ring = piece.context_parallel > 1 and not swapped
+    if kernel == "scores" and not ring:
+        twice = each * queries if swapped else 0
+        return piece.inside * ((3 * 4 + each) * queries + 4 * heads * time + angles + twice)
+    again = queries if swapped else queries + keys if rotary else 0
+    masked = kernel == "masked" and model.position != "alibi" and not ring
+    mask = each * piece.rows * time**2 if masked else 0
+    return piece.inside * (each * (queries + 2 * keys + again + queries) + 4 * heads + angles) + mask
 
 
-def mlp(model: Model) -> int:
-    """SwiGLU: the gate, its SiLU, the other branch and their product. GELU: its input and output. ReLU: its output."""
-    return {"swiglu": 4, "gelu": 2, "relu": 1}[model.mlp] * compute_bytes(model) * model.hidden_width
+def mlp(model: Model, tensor: int = 1) -> int:
+    """A token's. SwiGLU: the gate, its SiLU, the other branch and their product. GELU: its input and output. ReLU: its output."""
+    return {"swiglu": 4, "gelu": 2, "relu": 1}[model.mlp] * compute_bytes(model) * model.hidden_width // tensor
 
 
-def block(model: Model, time: int, kernel: Kernel) -> int:
-    return 2 * norm(model) + attention(model, time, kernel) + mlp(model)
+def block(model: Model, piece: Piece, kernel: Kernel, checkpointing: Checkpointing = "none", mlp_tile: int | None = None) -> Block:
+    """What one block keeps, and what it computes again."""
+    each, tiled = compute_bytes(model), mlp_tile is not None
+    inputs = each * model.width * (piece.inside - piece.between)  # gathered for the two linear layers behind the norms
+    outer = 2 * (norm(model) * piece.between + inputs) + attention(model, piece, kernel)
+    inner = mlp(model, piece.tensor) * min(mlp_tile or piece.inside, piece.inside)
+    begins = each * model.width * piece.between
+    if checkpointing == "none":
+        return Block(outer if tiled else outer + inner, 0, inner if tiled else 0)
+    if checkpointing == "selective":
+        products, of_them = _products(model, piece, tiled)
+        return Block(begins + products, 0, max(0, outer + inner - of_them))
+    again = outer + inner - (begins if _is_saved(model, piece) else 0)
+    if checkpointing == "block":
+        return Block(begins, 0, again)
+    return Block(begins, begins, again + begins)
+
+
+def _products(model: Model, piece: Piece, tiled: bool) -> tuple[int, int]:
+    """Outputs of matrix products and of attention with its log-sum-exp; and those of them that a backward asks for anyway."""
+    each, hidden = compute_bytes(model), model.hidden_width // piece.tensor
+    queries, keys, heads = _queries(model, piece), _keys(model, piece), model.heads // piece.tensor
+    into = 0 if tiled else (2 if model.mlp == "swiglu" else 1)
+    every = each * (queries + 2 * keys + queries + model.width + into * hidden + model.width) + 4 * heads
+    projected = queries + 2 * keys if piece.context_parallel == 1 else 0
+    wanted = each * (projected + queries + (0 if model.mlp == "relu" else into) * hidden) + 4 * heads
+    return piece.inside * every, piece.inside * wanted
+
+
+def _is_saved(model: Model, piece: Piece) -> bool:
+    """Whether a block's input, as it comes, is among the tensors that it saves; RMSNorm saves it in float32."""
+    if model.norm_place == "after":
+        return piece.tensor == 1
+    return model.norm == "layernorm" or model.dtype == "float32"
+
+
+def ends(model: Model, piece: Piece, *, first: bool, last: bool) -> int:
+    """Beside the blocks of a part: what is before and after them, token ids, the positions' angles, what is sent on or was got."""
+    each, hidden = compute_bytes(model), compute_bytes(model) * model.width
+    angles = 8 * model.head if model.position == "rope" and model.dtype == "float32" else 0
+    found = piece.inside * (8 + angles)
+    if last:
+        found += piece.between * (norm(model) if model.norm_place == "before" else each * model.width)
+    else:
+        found += piece.between * hidden
+    if first and model.embedding_norm:
+        found += piece.between * (norm(model) - hidden)
+    return found
+
+
+def got(model: Model, piece: Piece, checkpointing: Checkpointing) -> int:
+    """What a part got from the rank before it, where its first block does not keep it anyway."""
+    kept = checkpointing != "none" or _is_saved(model, piece)
+    return 0 if kept else piece.between * compute_bytes(model) * model.width
 
 
 def saved(model: Model, time: int, kernel: Kernel) -> int:
-    """All blocks, what is before and after them, and what they share: token ids, the positions' angles."""
-    each = compute_bytes(model)
-    ends = norm(model) if model.norm_place == "before" else each * model.width
-    if model.embedding_norm:
-        ends += norm(model) - each * model.width
-    angles = 8 * model.head if model.position == "rope" and model.dtype == "float32" else 0
-    return model.layers * block(model, time, kernel) + ends + 8 + angles
+    """All blocks and the ends, a token of rows that long, on one rank that computes nothing again; ALiBi's costs left out."""
+    piece = Piece(1, time)
+    return (model.layers * block(model, piece, kernel).kept_bytes + ends(model, piece, first=True, last=True)) // time
 
 
-def alibi_costs(model: Model, stage: Stage, rows: int, kernel: Kernel) -> int:
-    """Bytes, not a token but in all: one matrix a head for all blocks, and for all rows where documents are not masked."""
+def alibi_costs(model: Model, stage: Stage, piece: Piece, kernel: Kernel) -> int:
+    """One matrix a head for all blocks, and for all rows where documents are not masked; in a ring, of a part of the keys."""
     if model.position != "alibi" or kernel != "masked":
         return 0
-    return compute_bytes(model) * model.heads * stage.context**2 * (rows if stage.documents_masked else 1)
+    heads = model.heads // piece.tensor
+    if exchanges_heads(model, piece.tensor, piece.context_parallel):
+        matrix = heads // piece.context_parallel * piece.context**2
+    else:
+        matrix = heads * (piece.inside // piece.rows) ** 2
+    return compute_bytes(model) * matrix * (piece.rows if stage.documents_masked else 1)
 
 
 def logits(vocabulary: int) -> int:
-    """One copy of the logits, which are float32; the loss keeps one, their log-probabilities."""
+    """One copy of a token's logits, which are float32."""
     return 4 * vocabulary
 
 
-def working(model: Model, time: int, kernel: Kernel) -> int:
+def working(model: Model, piece: Piece, kernel: Kernel, mlp_tile: int | None = None) -> int:
     """What a block's backward makes beyond what it has freed by then: in the MLP, or where scores are whole their gradients."""
-    wide = {"swiglu": 2, "gelu": 1, "relu": 1}[model.mlp] * model.hidden_width
-    scores = 2 * 4 * model.heads * time if kernel == "scores" else 0
-    return max(compute_bytes(model) * (wide + 2 * model.width), scores)
+    each, wide = compute_bytes(model), {"swiglu": 2, "gelu": 1, "relu": 1}[model.mlp] * model.hidden_width // piece.tensor
+    in_mlp = each * (wide * min(mlp_tile or piece.inside, piece.inside) + 2 * model.width * piece.inside)
+    ring = not exchanges_heads(model, piece.tensor, piece.context_parallel)
+    heads, time = model.heads // piece.tensor, piece.inside // piece.rows if ring else piece.context
+    return max(in_mlp, 2 * 4 * heads * time * piece.inside if kernel == "scores" else 0)
+
+
+def _queries(model: Model, piece: Piece) -> int:
+    return model.heads * model.head // piece.tensor
+
+
+def _keys(model: Model, piece: Piece) -> int:
+    return model.key_value_heads * model.head // piece.tensor

@@ -6,6 +6,7 @@ import msgspec
 
 from launcher.plan.accelerators import Accelerator, Precision
 from launcher.plan.memory import Memory
+from launcher.plan.mesh import Mesh
 from launcher.plan.pipeline import Bubble
 
 
@@ -21,10 +22,12 @@ class Assumptions(msgspec.Struct, frozen=True):
     usd_per_hour: float | None = None
     precision: Precision | None = None
     """None: the recipe's compute type."""
-    pipeline: int = 1
+    pipeline: int | None = None
+    """None: the recipe's, and its parts of the layers."""
     micro_batches: int | None = None
     """None: the stage's own, on the ranks that are left when the pipeline has taken its own."""
-    virtual: int = 1
+    virtual: int | None = None
+    """None: the recipe's, or 1 with a `pipeline`."""
 
 
 class Parameters(msgspec.Struct, frozen=True):
@@ -64,7 +67,11 @@ class StagePlan(msgspec.Struct, frozen=True):
     """All ranks; DPO's reference and the rows that fill up unequal shares included."""
     flops: float
     kv_cache_bytes_per_sequence: int
+    mesh: Mesh
     memory_per_gpu: Memory
+    """Of the rank that holds the most."""
+    room_bytes: int | None
+    """Memory of the device, where it is known."""
     fits: bool | None
     """None: the device's memory is not known."""
     bubble: Bubble | None

@@ -3,7 +3,7 @@
 FSDP2 (torch 2.13, `fully_shard` a block and once around the rest) holds the rest whole from forward's beginning to backward's
 end; of the blocks the one that computes, and the next one's gathered buffer. In backward the block's gradients come, are copied
 into a float32 buffer and reduced from it; that buffer lives until the block after has its own. Gradients of embedding and output
-layer are reduced last of all.
+layer are reduced last of all. In a pipeline other micro-batches wait for their backward meanwhile, but not for the last one's.
 """
 
 from __future__ import annotations
@@ -14,43 +14,60 @@ FLOAT32 = 4
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """What the moments are made of. Numbers of parameters, and bytes where the name says so."""
+    """What the moments are made of, on one rank. Numbers of parameters, and bytes where the name says so."""
 
-    ranks: int
+    shards: int
+    """Ranks over which a block's gradients are spread; 0: they go to the host as they are reduced."""
     layers: int
+    """Of the part that computes."""
+    other_layers: int
+    """Of the rank's other parts."""
     each: int
     """Bytes of the compute type."""
     block: int
+    """Of a tensor-parallel rank."""
     root: int
     """Parameters outside the blocks."""
     table: int
-    """Those of the output layer."""
-    tied: bool
+    """Those of the output layer; 0 where another rank has it."""
+    table_gradients: int
+    """The tables' as backward ends."""
     models: int
     """2 with DPO's reference."""
     accumulates: bool
     saved_bytes: int
+    """By the micro-batch that computes, in the part that does."""
     saved_bytes_per_block: int
     saved_bytes_after: int
-    """By the norm behind the last block, which is freed first."""
+    """By what is behind the last block, which is freed first."""
+    again_bytes: int
+    """Computed again for a block's backward."""
+    waiting_bytes: int
+    """Saved by other micro-batches, in a pipeline."""
     logits_bytes: int
-    """One copy."""
+    """One copy, of a tile."""
+    tiles_bytes: int
+    """Gradients that are summed from tile to tile."""
     working_bytes: int
     """What a block's backward makes beyond what it frees."""
 
     @property
     def whole_bytes(self) -> int:
-        """Gradients of earlier micro-batches: of all parameters, on every rank, until the last micro-batch's are reduced."""
-        return FLOAT32 * (self.layers * self.block + self.root) if self.accumulates else 0
+        """Gradients of earlier micro-batches: of all that the rank has a part of, until the last micro-batch's are reduced."""
+        return FLOAT32 * ((self.layers + self.other_layers) * self.block + self.root) if self.accumulates else 0
 
 
 def moments(shape: Shape) -> dict[str, int]:
     """Bytes beyond weights, optimizer and reference, by the moment's name."""
     rest = shape.models * shape.each * shape.root
+    waiting = rest + shape.whole_bytes + shape.waiting_bytes
+    in_backward = max(_in_block(shape, done) for done in range(shape.layers))
+    if shape.waiting_bytes:
+        in_backward = max(in_backward, shape.whole_bytes + shape.waiting_bytes + _among_others(shape))
     return {
-        "in a block's forward": rest + shape.whole_bytes + _in_forward(shape),
-        "as backward begins": rest + shape.whole_bytes + shape.saved_bytes + 3 * shape.logits_bytes,
-        "in a block's backward": rest + max(_in_block(shape, done) for done in range(shape.layers)),
+        "in a block's forward": waiting + _in_forward(shape),
+        "as backward begins": waiting + shape.saved_bytes + 3 * shape.logits_bytes + shape.tiles_bytes,
+        "in a block's backward": rest + in_backward,
         "as backward ends": rest + _at_end(shape),
     }
 
@@ -72,15 +89,29 @@ def _in_block(shape: Shape, done: int) -> int:
     # Added to float32 sums as they come; otherwise kept until the block is done.
     gradients = 0 if shape.accumulates and shape.each == FLOAT32 else one
     left = shape.saved_bytes - shape.saved_bytes_after - done * shape.saved_bytes_per_block
-    always = shape.each * shape.table + sums + reduced // shape.ranks + gathered
-    begins = left + shape.working_bytes + in_flight
+    always = shape.each * shape.table + sums + _spread(shape, reduced) + gathered
+    begins = left + shape.again_bytes + shape.working_bytes + in_flight
     ends = left - shape.saved_bytes_per_block + gradients + in_flight
     reducing = left - shape.saved_bytes_per_block + (gradients if not shape.accumulates else 0) + FLOAT32 * shape.block - one
     return always + max(begins, ends, reducing)
 
 
+def _among_others(shape: Shape) -> int:
+    """The same for a micro-batch whose gradients are only summed."""
+    one = shape.each * shape.block
+    left = shape.saved_bytes - shape.saved_bytes_after
+    gathered = one if shape.layers == 1 else 2 * one
+    gradients = 0 if shape.each == FLOAT32 else one
+    ends = left - shape.saved_bytes_per_block + gradients
+    return shape.each * shape.table + gathered + max(left + shape.again_bytes + shape.working_bytes, ends)
+
+
 def _at_end(shape: Shape) -> int:
-    """A tied table has two gradients, of both its uses, and their sum."""
-    blocks = FLOAT32 * shape.layers * shape.block // shape.ranks
+    blocks = _spread(shape, FLOAT32 * (shape.layers + shape.other_layers) * shape.block)
     sums = FLOAT32 * shape.root if shape.accumulates else 0
-    return blocks + sums + (3 if shape.tied else 2) * shape.each * shape.table + FLOAT32 * shape.block
+    return blocks + sums + shape.each * shape.table_gradients + FLOAT32 * shape.block
+
+
+def _spread(shape: Shape, reduced: int) -> int:
+    """Gradients that are reduced, as they lie on the rank's device."""
+    return reduced // shape.shards if shape.shards else 0

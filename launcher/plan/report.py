@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from launcher.plan import flops
 from launcher.plan.accelerators import DEFAULT, Accelerator, find_accelerator
-from launcher.plan.activations import Kernel, alibi_costs, attention_kernel, needs_flash_attention, saved
+from launcher.plan.activations import Piece, alibi_costs, attention_kernel, block, ends, exchanges_heads, needs_flash_attention
 from launcher.plan.budget import FLOPS_A_PARAMETER_AND_TOKEN, TOKENS_A_PARAMETER, best_size, verdict
 from launcher.plan.figures import Assumptions, Factors, Parameters, Plan, StagePlan, Tokens
-from launcher.plan.memory import memory
-from launcher.plan.pipeline import Bubble, bubble
+from launcher.plan.memory import Setting, worst_rank
+from launcher.plan.mesh import batches_of, mesh_of
+from launcher.plan.pipeline import bubble
 from launcher.plan.quantities import PlanError
-from launcher.recipe import Model, Recipe, Stage
+from launcher.plan.ways import Case, ways_out
+from launcher.recipe import Cluster, Model, Parallel, Recipe, Stage
+
+IDLE = 0.2
+"""Part of a step for which a pipeline may idle before a note says so."""
 
 
 class _Machine(NamedTuple):
@@ -36,26 +42,24 @@ class _Machine(NamedTuple):
 def plan_recipe(recipe: Recipe, assumed: Assumptions) -> Plan:
     """Raises PlanError for what cannot be assumed of this recipe."""
     model, vocabulary, notes = recipe.model, *_vocabulary(recipe)
-    gpus = assumed.gpus if assumed.gpus is not None else recipe.cluster.most_nodes * recipe.cluster.ranks_per_node
+    gpus = assumed.gpus if assumed.gpus is not None else recipe.most_nodes * recipe.cluster.ranks_per_node
+    parallel = _parallel(recipe, assumed)
     name = assumed.gpu or ("cpu" if recipe.cluster.device == "cpu" else DEFAULT)
     gpu = find_accelerator(name, assumed.usd_per_hour)
     cores = recipe.cluster.threads if gpu.memory_gb is None else 1
     precision = assumed.precision or model.dtype
     peak = gpu.flops_per_second(precision) * cores
-    if assumed.pipeline > 1 and (gpus % assumed.pipeline or model.layers % (assumed.pipeline * assumed.virtual)):
-        raise PlanError(
-            f"--pipeline {assumed.pipeline}, --virtual {assumed.virtual}: must divide {gpus} GPUs and {model.layers} layers evenly"
-        )
     machine = _Machine(gpu, gpus, cores, peak * assumed.mfu * gpus)
     stages: list[StagePlan] = []
     reference: float | None = None
     for stage in recipe.stage:
-        planned = _stage(model, vocabulary, stage, machine, assumed)
+        planned = _stage(model, vocabulary, stage, machine, parallel, assumed.micro_batches)
         if reference is None and stage.objective == "pretrain":
             reference = planned.gpu_hours
         ratio = None if reference is None else planned.gpu_hours / reference
         stages.append(msgspec.structs.replace(planned, cost_to_pretraining=ratio))
-    notes += _notes(model, list(zip(recipe.stage, stages, strict=True)), gpus)
+    planned_stages = list(zip(recipe.stage, stages, strict=True))
+    notes += _notes(model, vocabulary, parallel, recipe.cluster, planned_stages)
     return Plan(
         run=recipe.run.name,
         vocabulary=vocabulary,
@@ -75,6 +79,21 @@ def plan_recipe(recipe: Recipe, assumed: Assumptions) -> Plan:
         cost_usd=sum(s.cost_usd for s in stages),
         notes=tuple(notes),
     )
+
+
+def _parallel(recipe: Recipe, assumed: Assumptions) -> Parallel:
+    """The recipe's, with a pipeline that is assumed instead. Raises PlanError."""
+    parallel = recipe.parallel
+    if assumed.pipeline is None and parallel.pipeline == 1 and (assumed.virtual is not None or assumed.micro_batches is not None):
+        raise PlanError(f"--{'virtual' if assumed.virtual is not None else 'micro-batches'} needs --pipeline")
+    if assumed.pipeline is not None:
+        parallel = msgspec.structs.replace(parallel, pipeline=assumed.pipeline, schedule="1f1b")
+    if assumed.virtual is not None:
+        schedule: Literal["1f1b", "interleaved"] = "interleaved" if assumed.virtual > 1 else "1f1b"
+        parallel = msgspec.structs.replace(parallel, schedule=schedule, virtual=assumed.virtual)
+    for key, message in parallel.problems(recipe.model):
+        raise PlanError(f"--{key}: {message}")
+    return parallel
 
 
 def _vocabulary(recipe: Recipe) -> tuple[int, list[str]]:
@@ -98,16 +117,18 @@ def _parameters(model: Model, vocabulary: int) -> Parameters:
     return Parameters(total, blocks, total - blocks, flops.matrix_parameters(model, vocabulary))
 
 
-def _stage(model: Model, vocabulary: int, stage: Stage, machine: _Machine, assumed: Assumptions) -> StagePlan:
+def _stage(
+    model: Model, vocabulary: int, stage: Stage, machine: _Machine, parallel: Parallel, micro_batches: int | None
+) -> StagePlan:
     rows = flops.rows_of_a_sample(stage)
     tokens = stage.global_batch * rows * stage.context
     per_token = flops.flops_per_token(model, vocabulary, stage.context)
-    replicas = machine.ranks // assumed.pipeline
-    samples = -(-stage.global_batch // replicas)
-    per_step = per_token * flops.passes(stage) * samples * replicas * rows * stage.context
-    idle = _bubble(samples, stage, assumed)
+    mesh = mesh_of(parallel, stage.context_parallel, machine.ranks)
+    batches = batches_of(mesh, stage, micro_batches)
+    per_step = per_token * flops.passes(stage) * batches.samples * mesh.replicas * rows * stage.context
+    idle = bubble(mesh.pipeline, batches.count, mesh.parts) if mesh.pipeline > 1 else None
     seconds = per_step / machine.flops_per_second / (1 - idle.share_of_step if idle else 1)
-    held = memory(model, vocabulary, stage, machine.ranks, machine.is_cpu)
+    held = worst_rank(Setting(model, vocabulary, stage, mesh, batches, parallel.offload, machine.is_cpu))
     hours = seconds * stage.steps / 3600 * machine.ranks
     room = machine.gpu.memory_gb
     return StagePlan(
@@ -122,7 +143,9 @@ def _stage(model: Model, vocabulary: int, stage: Stage, machine: _Machine, assum
         flops_per_step=per_step,
         flops=per_step * stage.steps,
         kv_cache_bytes_per_sequence=flops.kv_cache_bytes_per_token(model) * stage.context,
+        mesh=mesh,
         memory_per_gpu=held,
+        room_bytes=None if room is None else round(room * 1e9),
         fits=None if room is None else held.peak_bytes <= room * 1e9,
         bubble=idle,
         step_seconds=seconds,
@@ -134,17 +157,11 @@ def _stage(model: Model, vocabulary: int, stage: Stage, machine: _Machine, assum
     )
 
 
-def _bubble(samples: int, stage: Stage, assumed: Assumptions) -> Bubble | None:
-    if assumed.pipeline == 1:
-        return None
-    return bubble(assumed.pipeline, assumed.micro_batches or -(-samples // stage.micro_batch), assumed.virtual)
-
-
 def _factors(model: Model, vocabulary: int, on_cpu: bool, before: Stage, after: Stage) -> Factors:
     length = after.context / before.context
     attention = [flops.attention_flops_per_token(model, stage.context) for stage in (before, after)]
     every = [flops.flops_per_token(model, vocabulary, stage.context) for stage in (before, after)]
-    kept = [_kept(model, stage, attention_kernel(model, stage, on_cpu)) for stage in (before, after)]
+    kept = [_kept(model, stage, on_cpu) for stage in (before, after)]
     return Factors(
         before=before.name,
         after=after.name,
@@ -157,9 +174,11 @@ def _factors(model: Model, vocabulary: int, on_cpu: bool, before: Stage, after: 
     )
 
 
-def _kept(model: Model, stage: Stage, kernel: Kernel) -> int:
-    """Activations of one row, in bytes."""
-    return stage.context * saved(model, stage.context, kernel) + alibi_costs(model, stage, 1, kernel)
+def _kept(model: Model, stage: Stage, on_cpu: bool) -> int:
+    """Activations of one row, in bytes, over all the ranks that have a part of it."""
+    piece, kernel = Piece(1, stage.context), attention_kernel(model, stage, on_cpu)
+    blocks = model.layers * block(model, piece, kernel, stage.activation_checkpointing, stage.mlp_tile).kept_bytes
+    return blocks + ends(model, piece, first=True, last=True) + alibi_costs(model, stage, piece, kernel)
 
 
 def _tokens(parameters: int, stages: list[StagePlan]) -> Tokens | None:
@@ -170,33 +189,56 @@ def _tokens(parameters: int, stages: list[StagePlan]) -> Tokens | None:
     return Tokens(seen, seen / parameters, verdict(seen / parameters), TOKENS_A_PARAMETER * parameters, *best)
 
 
-def _notes(model: Model, stages: Sequence[tuple[Stage, StagePlan]], ranks: int) -> list[str]:
+def _notes(
+    model: Model, vocabulary: int, parallel: Parallel, cluster: Cluster, stages: Sequence[tuple[Stage, StagePlan]]
+) -> list[str]:
     """What costs more than it needs to, and the way out; once however many stages it holds for."""
     found: dict[str, list[str]] = {}
     for stage, planned in stages:
-        held, samples = planned.memory_per_gpu, -(-stage.global_batch // ranks)
-        if samples * ranks != stage.global_batch:
-            text = f"{stage.global_batch} samples are filled up to {samples * ranks}, the same for each rank"
-            found.setdefault(f"{text} (use a global_batch that is a multiple of {ranks})", []).append(stage.name)
-        if held.gradients_whole and ranks > 1:
-            text = "micro-batches accumulate, and meanwhile every rank holds the whole gradient"
-            found.setdefault(f"{text} (a micro_batch of {samples}, or more ranks, would avoid it)", []).append(stage.name)
-        if held.attention_kernel == "scores":
-            text = "float32 with groups of heads has no fused attention on a GPU, and its scores are kept whole"
-            found.setdefault(f'{text} (use dtype = "bfloat16")', []).append(stage.name)
-        if needs_flash_attention(model, stage) and planned.fits is not None:
-            text = "masked documents, or ALiBi, are reckoned with flash-attention"
-            found.setdefault(f"{text} (install the extra `gpu`; without it attention keeps far more)", []).append(stage.name)
+        for text in (*_batch_notes(stage, planned), *_attention_notes(model, stage, planned), *_pipeline_notes(model, planned)):
+            found.setdefault(text, []).append(stage.name)
+        if planned.mesh.tensor > cluster.ranks_per_node and planned.fits is not None:
+            text = f"tensor parallelism reaches over nodes of {cluster.ranks_per_node}, and each block waits for their network"
+            found.setdefault(f"{text} (use tensor = {cluster.ranks_per_node}, and pipeline)", []).append(stage.name)
         if planned.fits is False:
-            found.setdefault(f"it does not fit (use {_ways(model, stage, planned)})", []).append(stage.name)
+            assert planned.room_bytes is not None
+            most = max(cluster.ranks_per_node, 8)
+            ways = ways_out(Case(model, stage, parallel, planned.mesh.ranks), vocabulary, planned.room_bytes, most)
+            found.setdefault(f"it does not fit (use {', '.join(ways)})", []).append(stage.name)
     return [f"{', '.join(names)}: {text}" for text, names in found.items()]
 
 
-def _ways(model: Model, stage: Stage, planned: StagePlan) -> str:
-    """What would make a stage smaller on a GPU, as far as it helps here."""
-    held = planned.memory_per_gpu
-    state = held.weights_bytes + held.optimizer_bytes + held.gradients_bytes + held.reference_bytes
-    ways = ["more GPUs"] if 5 * state > held.peak_bytes else []
-    ways += ["a smaller micro_batch"] if stage.micro_batch > 1 else []
-    ways += ["bfloat16"] if model.dtype == "float32" else []
-    return ", ".join([*ways, "a shorter context" if 2 * held.activations_bytes > held.peak_bytes else "a smaller model"])
+def _batch_notes(stage: Stage, planned: StagePlan) -> Iterator[str]:
+    mesh, batches = planned.mesh, batches_of(planned.mesh, stage)
+    filled = batches.samples * mesh.replicas
+    if filled != stage.global_batch:
+        every = filled // batches.count * (mesh.pipeline if mesh.parts > 1 else 1) if mesh.pipeline > 1 else mesh.replicas
+        text = f"{stage.global_batch} samples are filled up to {filled}, the same for each rank"
+        yield f"{text} (use a global_batch that is a multiple of {every})"
+    if planned.memory_per_gpu.gradients_whole and mesh.ranks > 1 and mesh.pipeline == 1:
+        text = "micro-batches accumulate, and meanwhile every rank holds the whole gradient"
+        part = text if mesh.tensor == 1 else f"{text} of its tensor-parallel part"
+        yield f"{part} (a micro_batch of {batches.samples}, or more ranks, would avoid it)"
+
+
+def _attention_notes(model: Model, stage: Stage, planned: StagePlan) -> Iterator[str]:
+    mesh = planned.mesh
+    if planned.memory_per_gpu.attention_kernel == "scores":
+        text = "float32 with groups of heads has no fused attention on a GPU, and its scores are kept whole"
+        yield f'{text} (use dtype = "bfloat16")'
+    if needs_flash_attention(model, stage) and planned.fits is not None:
+        text = "masked documents, or ALiBi, are reckoned with flash-attention"
+        yield f"{text} (install the extra `gpu`; without it attention keeps far more)"
+    if mesh.context > 1 and not exchanges_heads(model, mesh.tensor, mesh.context):
+        heads = math.gcd(model.heads // mesh.tensor, model.key_value_heads // mesh.tensor)
+        text = f"context_parallel = {mesh.context} does not divide a rank's heads, so keys and values go round in a ring"
+        yield f"{text} (up to {heads} ranks could swap tokens for heads)" if heads > 1 else text
+
+
+def _pipeline_notes(model: Model, planned: StagePlan) -> Iterator[str]:
+    idle = planned.bubble
+    if idle is None or idle.share_of_step <= IDLE:
+        return
+    ways = ['schedule = "interleaved"'] if idle.virtual == 1 and model.layers >= 2 * idle.pipeline else []
+    ways += ["a smaller micro_batch, a larger global_batch or fewer pipeline ranks"]
+    yield f"the pipeline idles {idle.share_of_step:.0%} of a step (use {', '.join(ways)})".replace("%", " %")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -51,6 +52,25 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def ranks_multiple(self) -> int:
         """What the number of ranks that train must be a multiple of."""
         return multiple_of(self.parallel, (stage.context_parallel for stage in self.stage))
+
+    @property
+    def nodes_multiple(self) -> int:
+        """The same of the number of nodes."""
+        return self.ranks_multiple // math.gcd(self.ranks_multiple, self.cluster.ranks_per_node)
+
+    @property
+    def fewest_nodes(self) -> int:
+        """`[cluster] nodes` rounded up to what can train."""
+        return -(-self.cluster.fewest_nodes // self.nodes_multiple) * self.nodes_multiple
+
+    @property
+    def most_nodes(self) -> int:
+        """The same rounded down."""
+        return self.training_nodes(self.cluster.most_nodes)
+
+    def training_nodes(self, available: int) -> int:
+        """How many of so many nodes can train at once; fewer than `fewest_nodes` may not."""
+        return min(available, self.cluster.most_nodes) // self.nodes_multiple * self.nodes_multiple
 
     def stage_index(self, name: str) -> int:
         """Raises KeyError for a stage that is not there."""
@@ -158,7 +178,27 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         seen.add(each.name)
     if len(seen) == len(recipe.data.source):
         found += _data_problem(recipe)
-    return found
+    return found or _world_problem(recipe)
+
+
+def _world_problem(recipe: Recipe) -> list[tuple[KeyPath, str]]:
+    """Whether any number of nodes that may train has as many ranks as the model needs; all sizes are possible ones."""
+    cluster, multiple = recipe.cluster, recipe.ranks_multiple
+    if recipe.fewest_nodes <= recipe.most_nodes:
+        return []
+    nodes = _span(cluster.fewest_nodes, cluster.most_nodes)
+    ranks = "1 rank" if cluster.ranks_per_node == 1 else f"{cluster.ranks_per_node} ranks"
+    enough = -(-cluster.ranks_per_node // multiple) * multiple
+    ways = [f'nodes = "{cluster.fewest_nodes}:{recipe.fewest_nodes}"'] if cluster.backend != "local" else []
+    ways += [f"ranks_per_node = {enough}"]
+    cannot = f"cannot make a multiple of {multiple} ranks, which [parallel] and context_parallel need"
+    key = "nodes" if cluster.nodes is not None else "ranks_per_node"
+    return [(("cluster", key), f"[cluster] {key}: {nodes} of {ranks} {cannot} (use {' or '.join(ways)})")]
+
+
+def _span(fewest: int, most: int) -> str:
+    """`1 node`, `3 nodes`, `2 to 3 nodes`."""
+    return "1 node" if most == 1 else f"{most} nodes" if fewest == most else f"{fewest} to {most} nodes"
 
 
 def _data_problem(recipe: Recipe) -> list[tuple[KeyPath, str]]:
@@ -187,6 +227,12 @@ def warnings(recipe: Recipe) -> list[str]:
             found.append(f'stage "{stage.name}": lr {stage.lr:g} is more than a tenth of the pretraining rate {base:g}')
     if recipe.tokenizer.path is None and not 32_000 <= recipe.tokenizer.vocab <= 100_000:
         found.append(f"a vocabulary of {recipe.tokenizer.vocab:,} ids is outside the usual 32k to 100k")
+    fewest, most = recipe.cluster.fewest_nodes, recipe.cluster.most_nodes
+    if recipe.nodes_multiple > 1 and fewest < most:
+        sizes = [str(n) for n in range(recipe.fewest_nodes, most + 1, recipe.nodes_multiple)]
+        listed = " or ".join([", ".join(sizes[:-1]), sizes[-1]] if len(sizes) > 1 else sizes)
+        every = f"the ranks must be a multiple of {recipe.ranks_multiple}"
+        found.append(f"of {_span(fewest, most)} {listed} train at a time, and others stand by: {every}")
     return found
 
 

@@ -18,6 +18,7 @@ from launcher import journal as j
 from launcher import protocol as p
 from launcher.controller import generations as generations_module
 from launcher.controller import pool as pool_module
+from launcher.recipe import Parallel
 
 
 class Cluster:
@@ -66,16 +67,18 @@ class Cluster:
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
-    """Two to three nodes that join by themselves."""
+async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
+    """Two to three nodes of two ranks that join by themselves, or as the test's parameters say."""
+    nodes, parallel = getattr(request, "param", ("2:3", Parallel()))
     monkeypatch.setattr(launcher_desk.NoProcesses, "nodes", ())
     monkeypatch.setattr(launcher_desk.NoProcesses, "patience", math.inf)
     monkeypatch.setattr(launcher_desk.NoProcesses, "alive", lambda *_: None)
     monkeypatch.setattr(generations_module, "GROW_SECONDS", 0.01)
     monkeypatch.setattr(pool_module, "PATIENCE_SECONDS", 0.3)
     recipe = make_recipe(restarts=10)
-    spread = msgspec.structs.replace(recipe.cluster, backend="agents", nodes="2:3", ranks_per_node=2, env={"A": "1"})
-    async with desk_at(tmp_path / "run", monkeypatch, None, msgspec.structs.replace(recipe, cluster=spread)) as desk:
+    spread = msgspec.structs.replace(recipe.cluster, backend="agents", nodes=nodes, ranks_per_node=2, env={"A": "1"})
+    recipe = msgspec.structs.replace(recipe, cluster=spread, parallel=parallel)
+    async with desk_at(tmp_path / "run", monkeypatch, None, recipe) as desk:
         yield Cluster(desk)
 
 
@@ -225,3 +228,62 @@ async def test_a_controller_that_was_late_itself_does_not_take_its_nodes_for_sil
     pool._awake -= 2.0
     pool.look()
     assert not any(node.reachable for node in desk.office.live.nodes.values())
+
+
+def notes(cluster: Cluster) -> list[str]:
+    return [e.text for _, e in cluster.desk.journal.entries if isinstance(e, j.Noted)]
+
+
+@pytest.mark.parametrize("cluster", [("2:4", Parallel(tensor=2, shard=2))], indirect=True)
+async def test_ranks_are_a_multiple_of_the_models_and_a_node_beyond_is_a_spare(cluster: Cluster) -> None:
+    desk = cluster.desk
+    cluster.come("n1", "n2", "n3")
+    await cluster.trains("n1", "n2")
+    assert cluster.gathers("n1")[0].nodes == 2 and not cluster.gathers("n3")
+    await looked(desk, lambda: "n3 stands by as a spare: the ranks must be a multiple of 4" in notes(cluster))
+    for _ in range(5):
+        desk.generations.look()
+    assert sum("stands by" in text for text in notes(cluster)) == 1
+    assert not desk.orders, "there is no use in gathering anew for it"
+    cluster.come("n4")
+    await looked(desk, lambda: desk.orders)
+    assert desk.orders[-1].op == p.Op.REGROUP
+    desk.answers(desk.orders[-1], step=1)
+    desk.says(p.Ended(cause="regrouped", step=1))
+    await cluster.trains("n1", "n2", "n3", "n4")
+    assert desk.ledger.generation == 2
+
+
+@pytest.mark.parametrize("cluster", [("2:4", Parallel(tensor=4))], indirect=True)
+async def test_a_group_that_is_lost_with_its_node_makes_a_smaller_world(cluster: Cluster) -> None:
+    cluster.come("n1", "n2", "n3", "n4")
+    await cluster.trains("n1", "n2", "n3", "n4")
+    member = cluster.desk.generations._pool._member("n2")
+    member.probed_since = cluster.desk.generations._moves._last = time.monotonic() - 60
+    cluster.desk.generations.look()
+    await cluster.trains("n1", "n3")
+    assert cluster.gathers("n1")[-1].nodes == 2
+
+
+@pytest.mark.parametrize("cluster", [("1:4", Parallel(pipeline=2, tensor=3))], indirect=True)
+async def test_fewer_nodes_than_the_model_needs_are_waited_for(cluster: Cluster) -> None:
+    cluster.come("n1", "n2")
+    await asyncio.sleep(0.6)
+    assert not cluster.gathers("n1")
+    assert "2 nodes of at least 3" in cluster.desk.ledger.reason
+    cluster.come("n3", "n4")
+    await cluster.trains("n1", "n2", "n3")
+    assert not cluster.gathers("n4")
+
+
+@pytest.mark.parametrize("cluster", [("2:4", Parallel(tensor=4))], indirect=True)
+async def test_a_spare_does_not_take_the_place_of_a_node_out_of_reach_while_steps_are_taken(cluster: Cluster) -> None:
+    desk = cluster.desk
+    cluster.come("n1", "n2", "n3")
+    await cluster.trains("n1", "n2")
+    desk.generations._pool._member("n2").probed_since = time.monotonic() - 60
+    desk.row(desk.office.live.step + 1)
+    for _ in range(5):
+        desk.generations.look()
+        await asyncio.sleep(0.02)
+    assert desk.ledger.generation_live and not desk.orders

@@ -74,7 +74,7 @@ def test_nodes_that_are_fine_are_found_so_and_nothing_is_left_behind(hosts: Host
         assert found.call.address.startswith(f"{hosts.gateway}:")
         assert abs(report.skew) < 0.5
         assert found.storage.free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
-    assert ready(reports, cluster(hosts))
+    assert ready(reports, 2)
     assert list(tmp_path.glob(".midwatch*")) == []
 
 
@@ -103,7 +103,7 @@ def test_a_wrong_python_and_a_failing_setup_line_are_told(hosts: Hosts, tmp_path
     assert ([n.what for n in a.notes], [n.what for n in b.notes]) == (["python"], ["node"])
     assert "/opt/none/bin/python" in a.notes[0].text and "[cluster] python" in a.notes[0].way_out
     assert "status 7 (module: not known)" in b.notes[0].text
-    assert not a.out_of_reach and not ready([a, b], cluster(hosts))
+    assert not a.out_of_reach and not ready([a, b], 2)
 
 
 def test_a_node_that_is_down_is_a_warning_only_where_enough_are_left(hosts: Hosts, tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_a_node_that_is_down_is_a_warning_only_where_enough_are_left(hosts: Host
     finally:
         hosts.restart("b")
     assert (said(a), b.out_of_reach, b.findings) == ([], True, None)
-    assert ready([a, b], cluster(hosts, nodes="1:2"))
-    assert not ready([a, b], cluster(hosts))
+    assert ready([a, b], 1)
+    assert not ready([a, b], 2)
 
 
 def test_two_names_of_one_machine_are_one_too_many(hosts: Hosts, tmp_path: Path) -> None:

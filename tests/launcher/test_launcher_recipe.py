@@ -255,3 +255,66 @@ def test_a_high_rate_of_fine_tuning_is_warned_of() -> None:
     changed = msgspec.structs.replace(recipe, stage=(recipe.stage[0], msgspec.structs.replace(recipe.stage[1], **hot)))
     assert any('stage "sft": lr 0.0003 is more than a tenth' in w for w in warnings(changed))
     assert isinstance(changed, Recipe)
+
+
+SPREAD = (
+    GOOD
+    + """
+[parallel]
+tensor = 4
+[cluster]
+backend = "agents"
+ranks_per_node = 2
+nodes = "12:16"
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "says"),
+    [
+        (
+            "tensor = 4",
+            "tensor = 4\nshard = 9",
+            "nodes =",
+            '12 to 16 nodes of 2 ranks cannot make a multiple of 36 ranks.*use nodes = "12:18" or',
+        ),
+        ('nodes = "12:16"', "nodes = 3", "nodes =", '3 nodes of 2 ranks cannot make .*use nodes = "3:4" or ranks_per_node = 4'),
+        (
+            '"agents"\nranks_per_node = 2\nnodes = "12:16"',
+            '"local"',
+            "[cluster]",
+            "1 node of 1 rank cannot make .*need .use ranks_per_node = 4.$",
+        ),
+        (
+            "lr = 1e-5",
+            "context_parallel = 5\nlr = 1e-5",
+            "nodes =",
+            "a multiple of 20 ranks, which .parallel. and context_parallel need",
+        ),
+    ],
+)
+def test_a_world_that_the_model_does_not_fit_is_told_with_one_that_it_does(old: str, new: str, place: str, says: str) -> None:
+    text = SPREAD.replace(old, new, 1).replace('"12:16"', '"12:14"' if "context" in new else '"12:16"')
+    assert text != SPREAD
+    with pytest.raises(RecipeError, match=says) as error:
+        parse_recipe(text, "my.toml")
+    assert str(error.value).startswith(f"my.toml:{line_with(text, place)}: [cluster] ")
+
+
+def test_the_nodes_that_train_are_the_largest_number_that_the_model_fits() -> None:
+    recipe = parse_recipe(SPREAD.replace("12:16", "11:15"))
+    assert (recipe.ranks_multiple, recipe.nodes_multiple) == (4, 2)
+    assert (recipe.fewest_nodes, recipe.most_nodes) == (12, 14)
+    assert [recipe.training_nodes(n) for n in (0, 1, 2, 13, 14, 15, 99)] == [0, 0, 2, 12, 14, 14, 14]
+    plain = parse_recipe(GOOD)
+    assert (plain.fewest_nodes, plain.most_nodes, plain.training_nodes(5)) == (1, 1, 1)
+
+
+def test_numbers_of_nodes_that_are_rounded_down_are_told() -> None:
+    assert "of 12 to 16 nodes 12, 14 or 16 train at a time, and others stand by: the ranks must be a multiple of 4" in warnings(
+        parse_recipe(SPREAD)
+    )
+    for whole in ("nodes = 12", 'nodes = "12:12"'):
+        assert not any("stand by" in w for w in warnings(parse_recipe(SPREAD.replace('nodes = "12:16"', whole))))
+    assert not any("stand by" in w for w in warnings(parse_recipe(SPREAD.replace("tensor = 4", "tensor = 2"))))

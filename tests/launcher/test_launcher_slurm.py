@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from launcher.backends import StartError
@@ -12,7 +13,7 @@ from launcher.backends.joining import JoiningBackend
 from launcher.joining import Joining, check_url, make_key, read_key_file, ways_to
 from launcher.keys import KeysError
 from launcher.paths import Address, RunPaths
-from launcher.recipe import parse_recipe
+from launcher.recipe import Parallel, parse_recipe
 from launcher.slurm import Job, SlurmError, Standing, elsewhere, read_job, script, write_job
 from tests.system.harness import recipe_text
 
@@ -44,6 +45,12 @@ def test_the_batch_script_says_what_the_recipe_does() -> None:
         text.startswith("#!/bin/sh\n") and "\nmodule load cuda\nexec " in text and "-m launcher.batch '/shared/runs/a 100%'" in text
     )
     assert subprocess.run(["sh", "-n"], input=text, text=True).returncode == 0
+
+
+def test_slurm_is_asked_for_as_many_nodes_as_the_model_can_use() -> None:
+    text = recipe_text(Path("/data"), steps=5).replace('device = "cpu"\n', f'device = "cpu"\n{CLUSTER}', 1)
+    recipe = msgspec.structs.replace(parse_recipe(text), parallel=Parallel(pipeline=5))
+    assert "\n#SBATCH --nodes=15\n" in script(Path("/run"), recipe)
 
 
 def test_what_sbatch_cannot_be_told_is_refused() -> None:
