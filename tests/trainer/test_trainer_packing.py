@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
+from launcher.recipe import Recipe
 from launcher.recipe.model import Model, Rope
 from trainer.model import Decoder
+from trainer.stages import open_stage
 
 DOCUMENTS = (5, 1, 13, 8, 2)
 """Lengths of one row's documents; the rest of it is padding."""
@@ -84,3 +88,20 @@ def test_a_document_of_a_masked_row_is_what_it_is_alone_where_positions_restart(
             own = segments[0] == number
             alone = model(tokens[:, own], positions[:, own], segments[:, own])
             assert torch.allclose(whole[:, own], alone, atol=1e-4), number
+
+
+@pytest.mark.parametrize(("masked", "restart"), [(False, None), (True, None), (True, False), (False, True)])
+@pytest.mark.parametrize("index", [0, 2], ids=["pretrain", "sft"])
+def test_a_stage_and_its_exams_read_positions_as_it_says(recipe: Recipe, index: int, masked: bool, restart: bool | None) -> None:
+    stage = msgspec.structs.replace(recipe.stage[index], masked_documents=masked, restart_positions=restart, context=512)
+    changed = msgspec.structs.replace(recipe, stage=(*recipe.stage[:index], stage, *recipe.stage[index + 1 :]))
+    opened = open_stage(changed, Path(recipe.data.dir or ""), index, None)
+    try:
+        batches = [opened.feed.read(0, 64), *(exam.samples.read(0, 64) for exam in opened.exams if exam.stage is stage)]
+        assert len(batches) > 1
+        for batch in batches:
+            second = batch.segments == 1
+            assert second.any()
+            assert (batch.positions[second] == 0).any() == (masked if restart is None else restart)
+    finally:
+        opened.close()
