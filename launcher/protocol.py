@@ -658,7 +658,7 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 0
     product: str | None = None
     origin: str | None = None
-    """Checkpoint it began from."""
+    """Checkpoint it began from; of the first stage the `hf:DIR` of the model."""
     note: str = ""
     """What is being done, for the data."""
     losses: dict[str, tuple[float, float]] = {}

@@ -43,8 +43,9 @@ class Feed:
     """Batches for one stage. Reading is thread-safe; `reweight` and `restore` are for one thread.
 
     objective_kind: "text", "sft" or "preference"; or "prompt", the prompts alone of sft and preference sources.
-    mixture: the share of samples by source (any scale). masked_documents: segments and positions by document; else a
-    row is one. long_samples: what happens to conversations longer than the context.
+    mixture: the share of samples by source (any scale). masked_documents: documents of a row will not see each other, so
+    of text nothing is to be learned where one ends. restart_positions: they begin anew with each document of a row (None:
+    where documents are masked). long_samples: what happens to conversations longer than the context.
     Raises ShardError for shards that are missing, damaged, of another tokenizer or of another kind.
     """
 
@@ -58,6 +59,7 @@ class Feed:
         seed: int,
         *,
         masked_documents: bool = True,
+        restart_positions: bool | None = None,
         long_samples: LongSamples = "truncate",
         cache_bytes: int = 16 << 20,
     ) -> None:
@@ -69,6 +71,7 @@ class Feed:
         self.objective_kind = objective_kind
         self.tokenizer = Tokenizer.load(self.root / TOKENIZER_FILE)
         self._masked_documents = masked_documents
+        self._restart_positions = masked_documents if restart_positions is None else restart_positions
         self._long_samples = long_samples
         self._cache = Cache(cache_bytes)
         self._corpora: dict[str, Corpus] = {}
@@ -84,6 +87,7 @@ class Feed:
             self.objective_kind,
             self.context,
             masked_documents=self._masked_documents,
+            restart_positions=self._restart_positions,
             long_samples=self._long_samples,
         )
         self._corpora[name] = corpus
@@ -209,9 +213,13 @@ def open_held_out(
     *,
     limit: int | None = None,
     masked_documents: bool = True,
+    restart_positions: bool | None = None,
     split: str = "held_out",
 ) -> HeldOut:
-    """The first `limit` held-out samples of a source (None: all); of length 0 if nothing was held out."""
+    """The first `limit` held-out samples of a source (None: all); of length 0 if nothing was held out.
+
+    masked_documents, restart_positions: as Feed has them.
+    """
     root = Path(root)
     tokenizer = Tokenizer.load(root / TOKENIZER_FILE)
     corpus = _open(root, source, split, tokenizer, Cache())
@@ -220,6 +228,7 @@ def open_held_out(
         objective_kind,
         context,
         masked_documents=masked_documents,
+        restart_positions=masked_documents if restart_positions is None else restart_positions,
         long_samples="truncate",
         whole_only=False,
     )

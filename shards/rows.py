@@ -27,8 +27,8 @@ class Batch:
     tokens: npt.NDArray[np.int64]  # inputs; PAD where there is nothing
     targets: npt.NDArray[np.int64]  # the token that follows each input
     mask: npt.NDArray[np.float32]  # 1 where the target counts for the loss; 0 for prompts and padding
-    segments: npt.NDArray[np.int32]  # the document's number within its row; -1 padding
-    positions: npt.NDArray[np.int32]  # position within its document, from 0 where the row begins in the middle of one
+    segments: npt.NDArray[np.int32]  # the document's number within its row, masked or not; -1 padding
+    positions: npt.NDArray[np.int32]  # place in the row, or, where they restart, in the part of a document that the row holds
     samples: list[tuple[str, int, int]]  # source, epoch, sample: one a row; for preference one a pair of rows
 
     @classmethod
@@ -77,10 +77,13 @@ class TextView:
 
     rows_each = 1
 
-    def __init__(self, corpus: Corpus, context: int, *, masked_documents: bool, whole_only: bool = True) -> None:
+    def __init__(
+        self, corpus: Corpus, context: int, *, masked_documents: bool, restart_positions: bool, whole_only: bool = True
+    ) -> None:
         self._corpus = corpus
         self._context = context
         self._masked = masked_documents
+        self._restarts = restart_positions
         predictions = max(corpus.tokens - 1, 0)
         self.size = predictions // context
         if predictions % context and (self.size == 0 or not whole_only):
@@ -94,13 +97,14 @@ class TextView:
         start, window = self._window(sample)
         length = len(window) - 1
         batch.put(row, 0, window, np.ones(length, np.float32), 0)
-        if not self._masked:
-            return
         first, last = self._corpus.document_at(start), self._corpus.document_at(start + length - 1)
         cuts = self._corpus.ends(first, last) - start
         numbers = np.searchsorted(cuts, np.arange(length), side="right")
         batch.segments[row, :length] = numbers
-        batch.positions[row, :length] -= np.concatenate([[0], cuts])[numbers].astype(np.int32)
+        if self._restarts:
+            batch.positions[row, :length] -= np.concatenate([[0], cuts])[numbers].astype(np.int32)
+        if not self._masked:
+            return
         # What follows a document's last token is another document: nothing to learn from a masked one.
         batch.mask[row, cuts - 1] = 0
         if self._corpus.ends(last, last + 1)[0] - start == length:
@@ -115,10 +119,10 @@ class PackedView:
 
     rows_each = 1
 
-    def __init__(self, corpus: Corpus, context: int, long_samples: LongSamples, *, masked_documents: bool) -> None:
+    def __init__(self, corpus: Corpus, context: int, long_samples: LongSamples, *, restart_positions: bool) -> None:
         self._corpus = corpus
         self._context = context
-        self._masked = masked_documents
+        self._restarts = restart_positions
         self.plan = plan(corpus, context, long_samples)
         self.size = self.plan.rows
 
@@ -129,10 +133,7 @@ class PackedView:
             stop = min(stop, start + self._context + 1)
             mask = self._corpus.read(start + 1, stop, "mask")
             sequence = self._corpus.read(start, stop)
-            if self._masked:
-                place = batch.put(row, place, sequence, mask, number)
-            else:
-                place = batch.put(row, place, sequence, mask, 0, place)
+            place = batch.put(row, place, sequence, mask, number, 0 if self._restarts else place)
 
     def sequences(self, sample: int) -> list[Array]:
         spans = [self._corpus.span(document) for document in self.plan.row(sample)]
@@ -204,10 +205,14 @@ def view(
     context: int,
     *,
     masked_documents: bool,
+    restart_positions: bool,
     long_samples: LongSamples,
     whole_only: bool = True,
 ) -> View:
-    """The view of a source for an objective; ShardError if the source is not of the objective's kind."""
+    """The view of a source for an objective; ShardError if the source is not of the objective's kind.
+
+    A packed conversation's last token is never an input, so whether documents are masked does not change such a row.
+    """
     have = corpus.manifest.kind
     if have != kind and not (kind == "prompt" and have != "text"):
         needed = "sft or preference" if kind == "prompt" else kind
@@ -215,7 +220,9 @@ def view(
             f'{corpus.directory}: a source of kind "{have}", but the stage needs "{needed}" (take it out of the mixture)'
         )
     if kind == "text":
-        return TextView(corpus, context, masked_documents=masked_documents, whole_only=whole_only)
+        return TextView(
+            corpus, context, masked_documents=masked_documents, restart_positions=restart_positions, whole_only=whole_only
+        )
     if kind == "sft":
-        return PackedView(corpus, context, long_samples, masked_documents=masked_documents)
+        return PackedView(corpus, context, long_samples, restart_positions=restart_positions)
     return PairView(corpus, context) if kind == "preference" else PromptView(corpus, context)

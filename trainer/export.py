@@ -30,6 +30,7 @@ from shards.errors import ShardError
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenizer import Tokenizer
 from trainer import hf_tokenizer, manifest
+from trainer.ancestry import made_from
 from trainer.loglink import newest
 from trainer.manifest import CheckpointError, Entry
 from trainer.positions import learned
@@ -88,7 +89,8 @@ def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int
         context = parts["positions.weight"].shape[0]
     config = config_of(recipe.model, family, _rope(recipe, stage), recipe.stage[0].context, context, vocabulary)
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-    origin = {"run": recipe.run.name, "checkpoint": directory.name, "step": progress.step, "stage": stage.name, "digest": digest}
+    known_as = {"run": recipe.run.name, "checkpoint": directory.name, "step": progress.step, "stage": stage.name, "digest": digest}
+    origin = known_as | made_from(recipe, _data(recipe, run), directory, progress)
     small = hf_tokenizer.files(tokenizer, context) | {
         "config.json": _dumped(config | ids | {"torch_dtype": dtype}),
         "generation_config.json": _dumped(ids | {"do_sample": True, "temperature": 0.8}),
@@ -127,8 +129,12 @@ def _checkpoint(run: Path, id: str) -> Path:
     return checkpoints / name
 
 
+def _data(recipe: Recipe, run: Path) -> Path:
+    return Path(recipe.data.dir) if recipe.data.dir is not None else run / "data"
+
+
 def _tokenizer(recipe: Recipe, run: Path, progress: Progress) -> Tokenizer:
-    file = (Path(recipe.data.dir) if recipe.data.dir is not None else run / "data") / TOKENIZER_FILE
+    file = _data(recipe, run) / TOKENIZER_FILE
     tokenizer = Tokenizer.load(file)
     if progress.origin.tokenizer and tokenizer.hash != progress.origin.tokenizer:
         raise ExportError(f"{file}: is not the tokenizer that the checkpoint was trained with (put that one back)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from launcher.recipe import Recipe, Stage
 from shards.feed import Feed, HeldOut, ObjectiveKind, open_held_out
@@ -47,16 +47,12 @@ def open_stage(recipe: Recipe, data: Path, index: int, feed_state: dict[str, Any
     Each stage has an order of its own: two that read the same sources do not read them alike.
     """
     stage = recipe.stage[index]
-    feed = Feed(
-        data, "train", _kind(stage), stage.context, stage.mixture, recipe.run.seed + index, masked_documents=stage.documents_masked
-    )
+    feed = Feed(data, "train", _kind(stage), stage.context, stage.mixture, recipe.run.seed + index, **_packing(stage))
     if feed_state:
         feed.restore(feed_state)
     exams = []
     for name, reading in _readers(recipe, index).items():
-        samples = open_held_out(
-            data, name, _kind(reading), reading.context, limit=reading.eval_samples, masked_documents=reading.documents_masked
-        )
+        samples = open_held_out(data, name, _kind(reading), reading.context, limit=reading.eval_samples, **_packing(reading))
         if len(samples):
             exams.append(Exam(name, samples, OBJECTIVE_OF_KIND[reading.data_kind], reading))
     return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), OBJECTIVES[stage.objective], exams)
@@ -69,6 +65,15 @@ def _readers(recipe: Recipe, index: int) -> dict[str, Stage]:
         for name in stage.mixture:
             found.setdefault(name, stage)
     return found
+
+
+class _Packing(TypedDict):
+    masked_documents: bool
+    restart_positions: bool
+
+
+def _packing(stage: Stage) -> _Packing:
+    return {"masked_documents": stage.documents_masked, "restart_positions": stage.positions_restarted}
 
 
 def _kind(stage: Stage) -> ObjectiveKind:

@@ -17,6 +17,8 @@ class Origin(msgspec.Struct, kw_only=True):
 
     recipe: str = ""
     """Digest of the recipe."""
+    model: str = ""
+    """Digest of the directory that the run began with; empty where it began with weights drawn at random."""
     tokenizer: str = ""
     """Hash of the tokenizer's model."""
     shards: dict[str, dict[str, str]] = {}

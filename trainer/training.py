@@ -248,6 +248,7 @@ class Training:
         at.origin = msgspec.structs.replace(
             before.origin,
             recipe=self.recipe.digest(),
+            model=self.recipe.model.source_digest or "",
             tokenizer=self.tokenizer.hash,
             shards=before.origin.shards | {stage.name: opened.feed.digests},
         )

@@ -103,7 +103,7 @@ class View:
         office = self._office
         current = office.live.phase.stage if office.live.phase is not None else ""
         views = [self._data_stage()]
-        product: str | None = None
+        product = office.recipe.model.source
         pace = statistics.median(office.live.step_seconds) if office.live.step_seconds else None
         for stage in office.recipe.stage:
             view = self._stage(stage, current, product, pace)

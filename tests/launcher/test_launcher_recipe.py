@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 from launcher.recipe import Recipe, RecipeError, Rope, Source, Stage, dump_recipe, load_recipe, parse_recipe, warnings
 from launcher.recipe.lines import key_lines
 from launcher.recipe.live import check_setting, stage_settings
+from midwatch import main
+from tests.hugging_face import RECIPES, at_hand
 
 GOOD = """\
 [run]
@@ -184,10 +188,42 @@ def test_paths_are_taken_from_the_recipes_directory(tmp_path: Path) -> None:
     assert load_recipe(file).data.source[0].path == str(tmp_path / "corpus/*.txt")
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda f: f.name)
-def test_every_recipe_that_comes_along_loads_and_reads_back(file: Path) -> None:
-    recipe = load_recipe(file)
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda f: f.name)
+def test_every_recipe_that_comes_along_loads_and_reads_back(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(at_hand(file, tmp_path))
     assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+@pytest.mark.parametrize("name", ["ladder", "long", "midtrain"])
+def test_recipes_for_clusters_are_good_once_what_they_name_is_there(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = at_hand(RECIPES / f"{name}.toml", tmp_path)
+    monkeypatch.setattr("sys.argv", ["midwatch", "check", str(file)])
+    assert main() == 0
+    told = capsys.readouterr()
+    assert "good" in told.out and "warning" not in told.err
+    monkeypatch.setattr("sys.argv", ["midwatch", "plan", str(file), "--json"])
+    assert main() == 0
+    planned = json.loads(capsys.readouterr().out)
+    recipe = load_recipe(file)
+    assert planned["gpus"] == recipe.cluster.most_nodes * 8 and planned["gpus"] % recipe.ranks_multiple == 0
+    assert 7.5e9 < planned["parameters"]["total"] < 8.1e9
+    assert [stage["context_tokens"] for stage in planned["stages"]] == [stage.context for stage in recipe.stage]
+
+
+def test_in_recipes_for_clusters_every_rank_has_rows_at_every_stage(tmp_path: Path) -> None:
+    for name in ("ladder", "long", "midtrain"):
+        recipe = load_recipe(at_hand(RECIPES / f"{name}.toml", tmp_path / name))
+        for stage in recipe.stage:
+            ranks = recipe.cluster.most_nodes * recipe.cluster.ranks_per_node // stage.context_parallel
+            assert stage.global_batch % (ranks * stage.micro_batch) == 0, f"{name}: {stage.name}"
+            assert recipe.model.key_value_heads % stage.context_parallel == 0, f"{name}: {stage.name}"
+
+
+def test_a_recipe_whose_base_is_not_there_says_where_it_should_be(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"long.toml:\d+: \[model\] from: .*Llama-3.1-8B/config.json: cannot be read"):
+        load_recipe(Path(shutil.copy(RECIPES / "long.toml", tmp_path)))
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from shards.container import ColumnReader
 from shards.corpus import Corpus
 from shards.errors import ShardError
-from shards.feed import Feed, open_held_out
+from shards.feed import Feed, ObjectiveKind, open_held_out
 from shards.packing import best_fit, make, plan
 from shards.prefetch import Prefetcher
 
 TEXT = {"code": 2.0, "topics": 1.0}
+RESTARTING = {(True, None), (True, True), (False, True)}
+"""Settings, masked documents and restarting positions, with which positions begin anew."""
 
 
 def plain_tokens(root: Path, source: str, split: str = "train") -> np.ndarray:
@@ -74,10 +76,38 @@ def test_segments_and_positions_begin_anew_at_each_document(built: Path) -> None
             position += 1
 
 
-def test_without_document_masks_a_row_is_one_document(built: Path) -> None:
-    batch = Feed(built, "train", "text", 300, {"topics": 1}, 0, masked_documents=False).read(0, 8)
-    assert (batch.segments == 0).all() and (batch.mask == 1).all()
-    assert (batch.positions == np.arange(300)).all()
+def test_without_document_masks_every_token_counts_and_documents_keep_their_numbers(built: Path) -> None:
+    naive, masked = (Feed(built, "train", "text", 300, {"topics": 1}, 0, masked_documents=m).read(0, 96) for m in (False, True))
+    assert (naive.mask == 1).all() and naive.segments.max() > 0
+    assert (naive.positions == np.arange(300)).all()
+    assert np.array_equal(naive.segments, masked.segments)
+    assert naive.samples == masked.samples and np.array_equal(naive.tokens, masked.tokens)
+
+
+@pytest.mark.parametrize("kind", ["text", "sft"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("restart", [None, False, True])
+def test_masks_and_restarting_positions_go_together_in_every_way(
+    built: Path, kind: ObjectiveKind, masked: bool, restart: bool | None
+) -> None:
+    source, context = {"text": "topics", "sft": "chat"}[kind], 300
+    settings = {"masked_documents": masked, "restart_positions": restart}
+    feed = Feed(built, "train", kind, context, {source: 1}, 0, **settings)
+    held = open_held_out(built, source, kind, context, **settings)
+    usual = Feed(built, "train", kind, context, {source: 1}, 0).read(0, 96)
+    batch = feed.read(0, 96)
+    assert np.array_equal(batch.tokens, usual.tokens) and np.array_equal(batch.targets, usual.targets)
+    assert np.array_equal(batch.segments, usual.segments) and batch.segments.max() > 0
+    assert np.array_equal(batch.mask, usual.mask) == (masked or kind == "sft")
+    for found in (batch, held.read(0, len(held))):
+        for row in range(len(found.tokens)):
+            real = found.segments[row] >= 0
+            begins = np.flatnonzero(np.diff(found.segments[row], prepend=-2))
+            places = np.arange(context)
+            wanted = (
+                places - begins[np.searchsorted(begins, places, side="right") - 1] if (masked, restart) in RESTARTING else places
+            )
+            assert np.array_equal(found.positions[row, real], wanted[real])
 
 
 def test_batches_have_the_promised_types(built: Path) -> None:
