@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def load(network: Network, config: Model, world: World, seed: int) -> int:
     if problem:
         raise CheckpointError(problem)
     try:
-        read, found = _fill(network, config, opened[0], seed), None
+        read, found = _fill(network.parameters(), config, opened[0], seed), None
     except CheckpointError as error:
         read, found = 0, str(error)
     problem = first_problem(found, world)
@@ -62,12 +62,12 @@ def _open(config: Model) -> Directory:
 
 
 @torch.no_grad()
-def _fill(network: Network, config: Model, directory: Directory, seed: int) -> int:
+def _fill(parameters: Mapping[str, Tensor], config: Model, directory: Directory, seed: int) -> int:
     rows = int(directory.keys["vocabulary"])
     parts = layout(config, directory.family, rows)
     with ExitStack() as files:
         reader = Reader(directory, files)
-        for name, parameter in network.parameters().items():
+        for name, parameter in parameters.items():
             mine, (own, *columns) = local(parameter), box(parameter)
             first = own.start
             for start, tensor in reader.rows(parts[name], first, first + len(mine), *columns):

@@ -106,7 +106,8 @@ def attention(model: Model, piece: Piece, kernel: Kernel) -> int:
     if kernel == "scores" and not ring:
         twice = each * queries if swapped else 0
         return piece.inside * ((3 * 4 + each) * queries + 4 * heads * time + angles + twice)
-    again = queries if swapped else queries + keys if rotary else 0
+    copied = queries if 1 < model.key_value_heads < model.heads else 0  # out of their groups
+    again = queries if swapped else queries + keys if rotary else copied
     masked = kernel == "masked" and model.position != "alibi" and not ring
     mask = each * piece.rows * time**2 if masked else 0
     return piece.inside * (each * (queries + 2 * keys + again + queries) + 4 * heads + angles) + mask

@@ -495,7 +495,7 @@ def test_directories_of_older_releases_and_narrower_weights_are_read(tmp_path: P
     save_file(bare | buffers, tmp_path / "new" / "model.safetensors")
     directory = open_directory(tmp_path / "new")
     model = Decoder(msgspec.convert(directory.keys, Model), 520)
-    _fill(model, model.config, directory, 0)
+    _fill(dict(model.named_parameters()), model.config, directory, 0)
     ids = torch.arange(40)[None]
     with torch.no_grad():
         wanted = theirs.float()(input_ids=ids).logits

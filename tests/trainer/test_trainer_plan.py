@@ -103,7 +103,7 @@ def plain(config: Model) -> Decoder:
 def test_parameters_are_those_of_the_module(name: str) -> None:
     model = plain(SHAPES[name])
     assert SHAPES[name].parameters(VOCABULARY) == sum(p.numel() for p in model.parameters())
-    assert flops.block_parameters(SHAPES[name]) == sum(p.numel() for p in model.blocks[0].parameters())
+    assert flops.block_parameters(SHAPES[name]) == sum(p.numel() for p in model.blocks["0"].parameters())
 
 
 @pytest.mark.parametrize("context", [32, 100, 400])
