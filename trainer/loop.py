@@ -10,6 +10,7 @@ from torch import Tensor
 from launcher.protocol import Ended
 from shards.errors import ShardError
 from shards.feed import Batch
+from trainer import boundaries
 from trainer.batch import filled, micro_batches, samples_a_replica, share
 from trainer.boundary import StopNow
 from trainer.commands import apply
@@ -85,7 +86,9 @@ def step(training: Training) -> bool:
         training.hold_for_data(first_problem(problem, world) or "")
         return False
 
-    sums = torch.zeros(2 + len(objective.metrics), device=world.device)
+    averaged = ("train/loss", *objective.metrics)
+    sums = torch.zeros(len(averaged), device=world.device)
+    placed = torch.zeros(boundaries.COUNT, device=world.device)
     samples, size = filled(samples_a_replica(stage.global_batch, network.replicas), stage.micro_batch, world.pipeline.size)
     parts = list(micro_batches(batch, rows_of_a_sample(stage), samples, size, world.device))
     fixed = [training.reference.log_probs(part) if training.reference else None for part in parts]
@@ -94,12 +97,14 @@ def step(training: Training) -> bool:
         """The mean over the real tokens of the whole batch."""
         loss, _, metrics = objective.loss(policy, parts[number], settings, fixed[number])
         if network.speaks:
-            sums[:-1] += torch.stack([loss.detach(), *(metrics[name] for name in objective.metrics)])
+            sums.add_(torch.stack([loss.detach(), *(metrics[name] for name in objective.metrics)]))
+            if objective.by_token:
+                placed.add_(boundaries.sums(policy, parts[number]))
         return loss / max(weight, 1)
 
     network.backward(parts, loss_of)
-    sums[-1] = training.optimizer.squared_norm()
-    norm = total(sums)[-1].sqrt()
+    values = total(torch.cat([sums, placed, training.optimizer.squared_norm()[None]]))
+    norm = values[-1].sqrt()
     rate = learning_rate(stage, settings, at.stage_step)
     training.optimizer.update(settings, rate, stage.eps, norm)
     training.heartbeat.own = training.pace.end(waited)
@@ -117,18 +122,14 @@ def step(training: Training) -> bool:
         known["perf/checkpoint_stall_seconds"], training.stall = training.stall, 0.0
     if peak := flops_per_second(world.device, training.recipe.model.dtype):
         known["perf/mfu"] = network.flops_per_token(stage.context) * tokens / seconds / (peak * world.size)
-    training.reporter.put(
-        StepReport(
-            lineage=at.lineage,
-            step=at.step,
-            tokens=at.tokens,
-            known=known,
-            names=("train/loss", *objective.metrics, "train/grad_norm", "train/skipped_updates"),
-            values=torch.cat([sums[:-1], norm[None], training.optimizer.skipped[None]]),
-            weight=float(max(weight, 1)),
-            averaged=1 + len(objective.metrics),
-        )
-    )
+
+    def read(found: list[float]) -> dict[str, float]:
+        *added, norm, skipped = found
+        means = {name: value / max(weight, 1) for name, value in zip(averaged, added, strict=False)}
+        return means | boundaries.means(added[len(averaged) :]) | {"train/grad_norm": norm, "train/skipped_updates": skipped}
+
+    values = torch.cat([values[:-1], norm[None], training.optimizer.skipped[None]])
+    training.reporter.put(StepReport(lineage=at.lineage, step=at.step, tokens=at.tokens, known=known, values=values, read=read))
     return True
 
 

@@ -56,12 +56,10 @@ class StepReport:
     step: int
     tokens: int
     known: dict[str, float]
-    names: tuple[str, ...]
     values: Tensor
-    """[len(names)], summed over the ranks."""
-    weight: float
-    """What the first `averaged` values are divided by."""
-    averaged: int
+    """Summed over the ranks."""
+    read: Callable[[list[float]], dict[str, float]]
+    """Metrics from the values, `train/loss` and `train/grad_norm` among them."""
 
 
 class Reporter:
@@ -81,9 +79,7 @@ class Reporter:
         report, self._pending = self._pending, None
         if report is None:
             return
-        values = dict(report.known)
-        for at, (name, value) in enumerate(zip(report.names, report.values.tolist(), strict=True)):
-            values[name] = value / report.weight if at < report.averaged else value
+        values = report.known | report.read(report.values.tolist())
         loss, norm = values["train/loss"], values["train/grad_norm"]
         finite = abs(loss) < float("inf") and abs(norm) < float("inf")
         self._judge(report.step, finite, loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,6 +65,40 @@ def test_a_run_over_hosts_shrinks_and_grows_and_takes_each_sample_once(run: Run,
     assert steps == list(range(1, len(steps) + 1)), "along the line in force no step is missing and none is twice"
     hosts.restart(spare)
     run.done("stop")
+
+
+def test_a_model_laid_over_ranks_shrinks_and_grows_by_whole_copies_of_itself(
+    make_run: Callable[[str], Run], data: Path, hosts: Hosts
+) -> None:
+    """Two halves of the layers, and two ranks share each row: four ranks hold a copy, and of three nodes of two ranks two train."""
+    run, plain = make_run("mesh"), recipe_text(data, steps=20_000, every=20).replace("layers = 1", "layers = 2")
+    text = spread(hosts, plain, "1:3").replace("ranks_per_node = 1", "ranks_per_node = 2")
+    text = text.replace("[checkpoint]", "[parallel]\npipeline = 2\n[checkpoint]").replace(
+        "context = ", "context_parallel = 2\ncontext = "
+    )
+    run.start(text)
+
+    def two(s: p.Snapshot) -> set[str]:
+        return {n.name for n in s.nodes if n.state == "up" and n.ranks} if s.state == "training" and s.world == 4 else set()
+
+    first = run.wait(lambda s: len(two(s)) == 2 and s.step > 0 and any(n.state == "spare" for n in s.nodes), 120)
+    spare = next(n.name for n in first.nodes if n.state == "spare")
+    lost = sorted(two(first))[1]
+    run.wait_step(first.step + 25)
+    hosts.kill(lost)
+    after = run.wait(lambda s: spare in two(s) and lost not in two(s), 90)
+    assert after.generation == first.generation + 1
+    run.wait_step(max(60, after.step + 10))
+    rows = {row.step: row.value for row in run.rows("train/loss")}
+    hosts.restart(lost)
+    run.done("stop")
+
+    quiet = make_run("whole")
+    quiet.start(plain)
+    quiet.wait_step(60)
+    assert {row.step: row.value for row in quiet.rows("train/loss") if row.step <= 60} == pytest.approx(
+        {at: value for at, value in rows.items() if at <= 60}, abs=2e-3
+    )
 
 
 def test_nodes_are_drained_added_and_quarantined_by_command(run: Run, data: Path, hosts: Hosts) -> None:

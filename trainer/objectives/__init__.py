@@ -29,11 +29,13 @@ class Objective:
     metrics: tuple[str, ...] = ()
     """Names of its metrics, in order."""
     needs_reference: bool = False
+    by_token: bool = False
+    """Weighed by tokens, of which some are near the beginnings of documents."""
 
 
 OBJECTIVES = {
-    "pretrain": Objective(pretrain.loss, pretrain.weight),
-    "sft": Objective(sft.loss, sft.weight),
+    "pretrain": Objective(pretrain.loss, pretrain.weight, by_token=True),
+    "sft": Objective(sft.loss, sft.weight, by_token=True),
     "dpo": Objective(dpo.loss, dpo.weight, dpo.METRICS, needs_reference=True),
 }
 OBJECTIVE_OF_KIND = {"text": OBJECTIVES["pretrain"], "sft": OBJECTIVES["sft"], "preference": OBJECTIVES["dpo"]}
