@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import xxhash
 
-FORMAT = 1
+FORMAT = 2
+"""2: queries, keys and values of a group of heads lie together; one step count for all parameters."""
 FILE_NAME = "manifest.msgpack"
 PIECE = 8 * 1024 * 1024
 """Bytes read, hashed or written at a time."""

@@ -187,6 +187,11 @@ class Network:
         size = self._world.pipeline.size
         return count if size == 1 else -(-count // size) * size
 
+    def bubble(self, count: int) -> float:
+        """Part of a step of so many micro-batches in which a pipeline's rank idles: Narayanan et al. 2021, section 2.2."""
+        idle = self._world.pipeline.size - 1
+        return idle / (len(self.parts) * count + idle)
+
     def reshard(self) -> None:
         """Drops what a forward without a backward left gathered; else a later forward would use it after the weights changed."""
         for part in self.parts:

@@ -1,6 +1,6 @@
 """Checkpoints on disk: what `torch.distributed.checkpoint` plans, in files of our own, without pickle.
 
-The format, version 1. A checkpoint is a directory.
+The format, version 2. A checkpoint is a directory.
 
     rank-00000.bin      tensors' bytes as rank 0 had them, and so on for each rank that had any
     manifest.msgpack    what they are
@@ -8,7 +8,7 @@ The format, version 1. A checkpoint is a directory.
 A data file holds chunks: each a box of one tensor, row-major, little-endian, beginning at a multiple of 4096 bytes; zeros
 between. The manifest is msgpack of
 
-    {"format": 1,
+    {"format": 2,
      "files": {name: {"bytes": int, "xxh3": hex}},
      "tensors": {name: {"shape": [int], "dtype": "float32" and the like,
                         "chunks": [{"offsets": [int], "sizes": [int], "file": name, "start": int, "bytes": int, "xxh3": hex}]}},

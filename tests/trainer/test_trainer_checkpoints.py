@@ -89,7 +89,7 @@ def test_the_format_is_as_described(saved: tuple[Path, dict[str, Tensor]]) -> No
     directory, content = saved
     assert sorted(path.name for path in directory.iterdir()) == ["manifest.msgpack", "rank-00000.bin"]
     raw = msgspec.msgpack.decode((directory / "manifest.msgpack").read_bytes())
-    assert (raw["format"], raw["id"], raw["generation"], raw["world"], raw["state"]) == (1, "7-1", 1, 1, {"step": 7})
+    assert (raw["format"], raw["id"], raw["generation"], raw["world"], raw["state"]) == (2, "7-1", 1, 1, {"step": 7})
     assert all(chunk["start"] % 64 == 0 for entry in raw["tensors"].values() for chunk in entry["chunks"])
     entry = raw["tensors"].pop("half")
     assert entry["dtype"] == "bfloat16"
@@ -144,7 +144,7 @@ def reach_outside(directory: Path) -> str:
 
 
 def other_format(directory: Path) -> str:
-    return _change(directory, lambda raw: {**raw, "format": 2})
+    return _change(directory, lambda raw: {**raw, "format": 1})
 
 
 def hole(directory: Path) -> str:

@@ -22,7 +22,7 @@ SOURCES = {
     "german": {"origin": "stdlib-docs", "max_tokens": 60_000},
     "medicine": {"origin": "stdlib-code", "max_tokens": 30_000},
 }
-STEPS = 6
+STEPS = 12
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def run(make_run: MakeRun, tmp_path: Path) -> Path:
     file = at_hand(RECIPES / "midtrain.toml", tmp_path)
     shutil.rmtree(tmp_path / "Llama-3.1-8B")
     export(base, "latest", tmp_path / "Llama-3.1-8B")
-    small = miniature(load_recipe(file), SOURCES, length=128, steps=STEPS, batch=4, rate=10.0, eval_every=3)
+    small = miniature(load_recipe(file), SOURCES, length=128, steps=STEPS, batch=4, rate=10.0, eval_every=6)
     data = msgspec.structs.replace(small.data, dir=str(tmp_path / "data"))
     build(Build(data=data, tokenizer=small.tokenizer, out=str(tmp_path / "data"), seed=0), workers=0)
     return write_recipe(tmp_path / "run", msgspec.structs.replace(small, data=data))
@@ -54,7 +54,7 @@ def evaluations(told: Told) -> dict[int, dict[str, float]]:
 def test_mid_training_learns_another_source_and_every_evaluation_tells_what_it_forgets(run: Path) -> None:
     recipe: Recipe = load_recipe(run / "recipe.toml")
     found = evaluations(steer(run))
-    assert list(found) == [0, 3, STEPS, STEPS + 1, STEPS + 3, 2 * STEPS]
+    assert list(found) == [0, 6, STEPS, STEPS + 1, STEPS + 6, 2 * STEPS]
     first, second = {"general", "german"}, {"general", "german", "medicine"}
     assert [set(losses) for losses in found.values()] == [first] * 3 + [second] * 3
     assert found[0]["general"] < found[0]["german"], "the base has read the one, and not the other"

@@ -195,7 +195,10 @@ def test_norms_after_are_those_of_the_first_gpt() -> None:
         _, layer, inner = name.split(".", 2)
         part, _, kind = inner.rpartition(".")
         tensor = tensors[f"transformer.h.{layer}.{names[part]}.{kind}"]
-        parameter.copy_(tensor.T if tensor.ndim == 2 else tensor)
+        tensor = tensor.T if tensor.ndim == 2 else tensor
+        if part == "attention.qkv":  # theirs: all queries, all keys, all values; ours: those of a head, then of the next
+            tensor = tensor.view(3, 4, 12, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+        parameter.copy_(tensor)
     tokens = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
     found = model(tokens, torch.arange(40).expand_as(tokens), torch.zeros_like(tokens))
     wanted = theirs(input_ids=tokens).logits
