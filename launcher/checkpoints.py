@@ -17,6 +17,9 @@ import xxhash
 MANIFEST = "manifest.msgpack"
 _CHUNK = 8 * 1024 * 1024
 
+FORMAT = 2
+"""Of a checkpoint's directory, as the trainer writes it."""
+
 
 class FileRecord(msgspec.Struct, frozen=True):
     bytes: int
@@ -50,7 +53,7 @@ def read_manifest(directory: Path, digest: str | None = None) -> Manifest:
         manifest = msgspec.msgpack.decode(content, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a manifest: {error}") from None
-    if manifest.format != 1:
+    if manifest.format != FORMAT:
         raise CheckpointError(f"{file}: format {manifest.format} is not known to this version")
     for name in manifest.files:
         if "/" in name or "\0" in name or name in ("", ".", ".."):

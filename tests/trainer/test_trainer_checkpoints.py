@@ -32,6 +32,7 @@ from trainer_harness import (
     train_plain,
 )
 
+from launcher import checkpoints
 from launcher.protocol import Op
 from trainer import manifest, storage
 from trainer.loglink import committed, newest, prune, sweep
@@ -89,6 +90,7 @@ def test_the_format_is_as_described(saved: tuple[Path, dict[str, Tensor]]) -> No
     directory, content = saved
     assert sorted(path.name for path in directory.iterdir()) == ["manifest.msgpack", "rank-00000.bin"]
     raw = msgspec.msgpack.decode((directory / "manifest.msgpack").read_bytes())
+    assert FORMAT == checkpoints.FORMAT, "which the controller reads"
     assert (raw["format"], raw["id"], raw["generation"], raw["world"], raw["state"]) == (2, "7-1", 1, 1, {"step": 7})
     assert all(chunk["start"] % 64 == 0 for entry in raw["tensors"].values() for chunk in entry["chunks"])
     entry = raw["tensors"].pop("half")
