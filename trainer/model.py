@@ -7,7 +7,7 @@ seed and the parameter's name: whatever the number of ranks, the model is the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ from trainer.ring import Blocks
 from trainer.rope import angles, frequencies, rotate
 from trainer.spread import Spread, held
 
+Product = Callable[[Tensor, Tensor], Tensor]
+"""Of x [..., inward] and a weight [outward, inward]: [..., outward]."""
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines, each [batch, 1, time, head]."""
 
@@ -79,8 +81,14 @@ def make_norm(config: Model) -> nn.Module:
 class Linear(nn.Linear):
     """Its outputs are divided among tensor-parallel ranks: of all tokens each computes its own."""
 
+    product: Product = staticmethod(F.linear)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, held(self.weight), None if self.bias is None else held(self.bias))
+        bias = None if self.bias is None else held(self.bias)
+        if self.product is F.linear:
+            return F.linear(x, held(self.weight), bias)
+        out = self.product(x, held(self.weight))
+        return out if bias is None else out + bias
 
 
 class Joining(nn.Module):
@@ -91,8 +99,14 @@ class Joining(nn.Module):
         self.weight = nn.Parameter(torch.empty(outward, inward))
         self.bias = nn.Parameter(torch.empty(outward)) if bias else None
 
+    product: Product = staticmethod(F.linear)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """Without the bias, before the sum."""
+        return self.product(x, held(self.weight))
+
     def forward(self, x: Tensor, spread: Spread) -> Tensor:
-        out = spread.scatter(F.linear(x, held(self.weight)))
+        out = spread.scatter(self.partial(x))
         return out if self.bias is None else out + held(self.bias, partial=True)
 
 
@@ -140,7 +154,7 @@ class MLP(nn.Module):
         return summed if self.down.bias is None else summed + held(self.down.bias, partial=True)
 
     def _partial(self, x: Tensor) -> Tensor:
-        return F.linear(self._inner(x), held(self.down.weight))
+        return self.down.partial(self._inner(x))
 
     def _inner(self, x: Tensor) -> Tensor:
         if self.gate is not None:
@@ -159,8 +173,16 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
+        self.compiled: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible, spread: Spread, thrift: Thrift) -> Tensor:
+        # Rows of an evaluation, and of text as it grows, are of many lengths; to compile for each takes longer than it saves.
+        through = self.compiled if self.compiled is not None and torch.is_grad_enabled() else self.through
+        return through(x, rotation, seen, spread, thrift)
+
+    def through(self, x: Tensor, rotation: Rotation | None, seen: Visible, spread: Spread, thrift: Thrift) -> Tensor:
+        """All of it, apart from what FSDP2 hangs on to `forward`: what can be compiled."""
+
         def run(x: Tensor) -> Tensor:
             if self.norm_after:
                 x = self.attention_norm(x + self.attention(x, rotation, seen, spread))

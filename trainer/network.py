@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from launcher.recipe.model import Model
 from launcher.recipe.stage import Stage
 from trainer.batch import Rows
-from trainer.model import Block, Decoder, Part, Thrift
+from trainer.float8 import float8_product
+from trainer.model import Block, Decoder, Joining, Linear, Part, Thrift
 from trainer.parallel import FOREVER, World, box, local
 from trainer.spread import Group, Spread
 
@@ -51,6 +52,7 @@ class Network:
         with torch.device("meta"):
             self.parts = [Decoder(config, vocabulary, part) for part in _parts(config, world)]
         for part in self.parts:
+            _quicken(part, config, world.device)
             _shard(part, config, world)
             part.to_empty(device="cpu" if world.parallel.offload == "parameters" else world.device)
 
@@ -324,6 +326,18 @@ def _shard(part: Decoder, config: Model, world: World) -> None:
             # Sums, not means: the loss is divided by the weight of the whole batch.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _quicken(part: Decoder, config: Model, device: torch.device) -> None:
+    """Float8 and compilation of the blocks, where the recipe wants them."""
+    if config.float8 != "none":
+        product = float8_product(config.float8, device)
+        for module in part.blocks.modules():
+            if isinstance(module, Linear | Joining):
+                module.product = product
+    if config.compile:
+        for block in part.blocks.values():
+            cast(Block, block).compiled = torch.compile(cast(Block, block).through)
 
 
 def _divide(block: Block, mesh: DeviceMesh) -> None:

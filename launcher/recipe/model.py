@@ -106,6 +106,10 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What that directory said when the recipe was read, of its configuration and its tensors; filled in."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters and optimizer state are kept in float32."""
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Matrix products inside the blocks in float8, with a scale for each tensor or for each row; needs `torchao`."""
+    compile: bool = False
+    """Blocks go through `torch.compile`: the first steps take minutes longer, the others less."""
 
     @property
     def key_value_heads(self) -> int:
@@ -161,9 +165,18 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"{self.kv_heads} does not divide {self.heads} heads (use one of {', '.join(map(str, ways))})",
                 )
             )
+        if self.float8 != "none":
+            found += self._float8_problems()
         if not 0 < self.norm_eps < math.inf:
             found.append(("norm_eps", "must be greater than 0"))
         return found + self._position_problems()
+
+    def _float8_problems(self) -> list[tuple[str, str]]:
+        """The kernels take sizes by sixteens."""
+        queries, keys = self.heads * self.head, self.key_value_heads * self.head
+        sizes = {"width": self.width, "hidden": self.hidden_width, "heads x head_width": queries, "kv_heads x head_width": keys}
+        wrong = [f"{name} is {size}" for name, size in sizes.items() if size % 16]
+        return [("float8", f"needs sizes that are multiples of 16, and {', '.join(wrong)} (drop it)")] if wrong else []
 
     def _position_problems(self) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []

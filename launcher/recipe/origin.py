@@ -12,7 +12,7 @@ from launcher.recipe.lines import Path as KeyPath
 from launcher.recipe.model import Model, Rope
 from shards.errors import ShardError
 
-FREE = ("from", "dtype")
+FREE = ("from", "dtype", "float8", "compile")
 """Keys of `[model]` that the directory does not decide."""
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
