@@ -258,6 +258,24 @@ class Ledger:
         """The node's record, an empty one where nothing is known of it."""
         return self.nodes.setdefault(name, NodeRecord())
 
+    def find(self, name: str) -> CheckpointView | str:
+        """The checkpoint an operator means: its id, a step on the line in force, `golden`, or `latest`; else why there is none."""
+        views = self.checkpoints
+        if name in views:
+            return views[name]
+        on_line = sorted((c for c in views.values() if c.on_line), key=lambda c: (c.step, c.time))
+        if name == "latest":
+            return on_line[-1] if on_line else "there is no checkpoint yet"
+        if name == "golden":
+            golden = [c for c in on_line if c.golden]
+            return golden[-1] if golden else "no checkpoint on this line is golden; mark one with: golden ID"
+        if name.isdigit():
+            at = [c for c in on_line if c.step == int(name)]
+            if at:
+                return at[-1]
+        steps = ", ".join(c.id for c in on_line[-8:]) or "none yet"
+        return f"there is no checkpoint {name!r}; the newest on this line: {steps}"
+
     def path(self, lineage: int | None = None) -> list[Segment]:
         """The segments of the line that ends in a lineage (the one in force), oldest first."""
         segments: list[Segment] = []

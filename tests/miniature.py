@@ -6,7 +6,8 @@
 - A stage takes `steps` steps of `batch` rows, one at a time, and is evaluated every `eval_every` and where stages always are.
 - Its rate is multiplied by `rate`, for a small model learns little at a large one's.
 - Every source is read from this Python's standard library instead of its path; its name, kind and part in the mixtures stay.
-- Two ranks on this machine's processors, in float32, and no splitting, tiling or recomputing, of which such rows have no need.
+- Two ranks on this machine's processors, in float32. At the most two share a row, and tiles are divided as the context
+  is; recomputing stays as it is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def miniature(
     def stage(whole: Stage) -> Stage:
         small = replace(whole, context=whole.context // length, rope=rope(whole.rope), steps=steps, global_batch=batch)
         small = replace(small, micro_batch=1, lr=whole.lr * rate, warmup=0, eval_every=eval_every, eval_samples=2)
-        return replace(small, context_parallel=1, activation_checkpointing="none", mlp_tile=None)
+        tile = whole.mlp_tile and max(1, whole.mlp_tile // length)
+        small = replace(small, mlp_tile=tile, loss_tile=max(1, whole.loss_tile // length))
+        return replace(small, context_parallel=min(2, whole.context_parallel))
 
     return replace(
         recipe,

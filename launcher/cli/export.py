@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 
-from launcher.cli.runs import find_run
+from launcher.cli.runs import find_run, read_ledger
 from launcher.paths import RunPaths
 from launcher.recipe import load_recipe
 
@@ -14,6 +14,14 @@ from launcher.recipe import load_recipe
 def export(arguments: argparse.Namespace) -> int:
     """The exit status of the trainer's exporter, in an interpreter that has torch."""
     paths = RunPaths(find_run(arguments.run))
+    name = arguments.checkpoint
+    ledger = read_ledger(paths.root)
+    if ledger.checkpoints:  # else the run has no controller, and what it knows is in its directory
+        found = ledger.find(name)
+        if isinstance(found, str):
+            print(f"midwatch: {found}", file=sys.stderr)
+            return 1
+        name = found.id
     python = load_recipe(paths.recipe).cluster.python or sys.executable
-    command = [python, "-P", "-m", "trainer.export", str(paths.root), "--checkpoint", arguments.checkpoint, "--to", arguments.to]
+    command = [python, "-P", "-m", "trainer.export", str(paths.root), "--checkpoint", name, "--to", arguments.to]
     return subprocess.run([*command, "--dtype", arguments.dtype]).returncode

@@ -98,7 +98,7 @@ def _count(text: str) -> float:
 def _add_export(commands: Any) -> None:
     export = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
     export.add_argument("run", metavar="RUN")
-    export.add_argument("--checkpoint", metavar="ID", default="latest", help="its name in RUN/checkpoints (default: the newest)")
+    export.add_argument("--checkpoint", metavar="ID", default="latest", help="its id, a step, or golden (default: the newest)")
     export.add_argument("--to", metavar="DIR", required=True, help="directory to make")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: as trained)")
 

@@ -137,22 +137,8 @@ class Commits:
         return ""
 
     def find(self, name: str) -> CheckpointView | str:
-        """The checkpoint an operator means: its id, a step on the line in force, `golden`, or `latest`; else why there is none."""
-        views = self._office.ledger.checkpoints
-        if name in views:
-            return views[name]
-        on_line = sorted((c for c in views.values() if c.on_line), key=lambda c: (c.step, c.time))
-        if name == "latest":
-            return on_line[-1] if on_line else "there is no checkpoint yet"
-        if name == "golden":
-            golden = [c for c in on_line if c.golden]
-            return golden[-1] if golden else "no checkpoint on this line is golden; mark one with: golden ID"
-        if name.isdigit():
-            at = [c for c in on_line if c.step == int(name)]
-            if at:
-                return at[-1]
-        steps = ", ".join(c.id for c in on_line[-8:]) or "none yet"
-        return f"there is no checkpoint {name!r}; the newest on this line: {steps}"
+        """The checkpoint an operator means; else why there is none."""
+        return self._office.ledger.find(name)
 
     async def verify(self, view: CheckpointView) -> str:
         """Reads every byte of a checkpoint in a thread; what is wrong with it, or empty."""

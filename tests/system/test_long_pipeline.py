@@ -75,7 +75,7 @@ def test_the_long_pipeline_at_1_to_512_ends_in_an_instruct_model_that_knows_what
     assert losses[-1].value < losses[0].value, "the base is random, and a text is better known than that at the end"
 
     out = tmp_path / "out"
-    told = run.midwatch("export", str(run.root), "--to", str(out), timeout=100)
+    told = run.midwatch("export", str(run.root), "--checkpoint", str(recipe.total_steps), "--to", str(out), timeout=100)
     assert told.returncode == 0, told.stderr
     last = f"{recipe.total_steps}-1-sft-1m"
     assert last in told.stdout
@@ -121,14 +121,14 @@ def our_logits(root: Path, checkpoint: str, ids: Tensor) -> Tensor:
     from trainer import manifest as checkpoints
     from trainer.export import whole
     from trainer.model import Decoder
-    from trainer.stages import adapt
 
     recipe = load_recipe(root / "recipe.toml")
     known, _ = checkpoints.read(root / "checkpoints" / checkpoint)
     model = Decoder(recipe.model, known.tensors["model.embedding.weight"].shape[0])
     for name, parameter in model.named_parameters():
         parameter.data.copy_(whole(root / "checkpoints" / checkpoint, known.tensors[f"model.{name}"]))
-    adapt(model, recipe, recipe.stage[-1])
+    last = recipe.stage[-1]
+    model.set_positions(last.rope or recipe.model.rope, recipe.stage[0].context, last.position_factor)
     positions = torch.from_numpy(np.arange(ids.shape[1]))[None]
     logits: Tensor = model(ids, positions, torch.zeros_like(ids))
     return logits
@@ -142,3 +142,7 @@ def test_the_recipe_is_the_one_that_is_written_but_for_its_size(recipe: Recipe) 
         assert small.rope is not None and small.rope.original_context == 16
         assert (small.rope.kind, small.rope.factor, small.rope.beta_fast) == ("yarn", large["rope"]["factor"], 4.0)
         assert small.rope.factor >= small.context / 16
+        assert (small.context_parallel, small.activation_checkpointing) == (
+            min(2, large.get("context_parallel", 1)),
+            large["activation_checkpointing"],
+        )
