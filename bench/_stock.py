@@ -22,13 +22,13 @@ def main() -> None:
     from torch.distributed import Store  # type: ignore[attr-defined]  # is public; its stubs leave it out
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
-    from launcher.recipe import Cluster
+    from launcher.recipe import Cluster, Parallel
     from trainer import parallel, start
 
     join = start.join  # type: ignore[attr-defined]  # imported there
 
-    def joined(store: Store, prefix: str, cluster: Cluster) -> parallel.World:
-        world = join(store, prefix, cluster)
+    def joined(store: Store, prefix: str, cluster: Cluster, mesh: Parallel) -> parallel.World:
+        world = join(store, prefix, cluster, mesh)
         for group in (dist.group.WORLD, world.control, world.checkpoint, world.mesh.get_group()):
             _set_pg_timeout(timedelta(seconds=COLLECTIVE_SECONDS), group)
         return world

@@ -107,7 +107,7 @@ def rank(root: Path) -> None:
 
     recipe = load_recipe(root / "recipe.toml")
     settle(recipe.cluster)
-    world = join(open_store(), "bench", recipe.cluster)
+    world = join(open_store(), "bench", recipe.cluster, recipe.parallel)
     hello = p.RankHello(version=p.VERSION, run="bench", generation=1, term=1, pid=os.getpid(), world=world.size)
     link = Measured(Logged(RankLink(root / "control" / "address", hello)) if world.leads else NoLink())
     start = p.Start(generation=1, term=1, lineage=p.Lineage(id=1))

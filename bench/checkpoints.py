@@ -107,7 +107,7 @@ def rank(root: Path, task: str) -> None:
 
     recipe = load_recipe(root / "recipe.toml")
     settle(recipe.cluster)
-    world = join(open_store(), "bench", recipe.cluster)
+    world = join(open_store(), "bench", recipe.cluster, recipe.parallel)
     committer = Committer(root / "checkpoints")
     link = committer if world.leads else NoLink()
     kept = "8-1" if task == "restart" else None

@@ -167,12 +167,14 @@ def _parts(
 
 
 def whole(directory: Path, entry: Entry) -> Tensor:
-    """A tensor of a checkpoint, put together from the ranks' rows."""
+    """A tensor of a checkpoint, put together from the ranks' parts, which cover it."""
     kind = np.dtype(entry.dtype)
-    chunks = sorted((c for c in entry.chunks if c.bytes), key=lambda chunk: chunk.offsets)
-    if any(c.sizes[1:] != entry.shape[1:] for c in chunks):
-        raise CheckpointError(f"{directory}: its tensors are not cut by rows, and cannot be exported")
-    return torch.from_numpy(np.concatenate([np.memmap(directory / c.file, kind, "r", c.start, c.sizes) for c in chunks]))
+    found = np.empty(entry.shape, kind)
+    for chunk in entry.chunks:
+        if chunk.bytes:
+            box = tuple(slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            found[box] = np.memmap(directory / chunk.file, kind, "r", chunk.start, chunk.sizes)
+    return torch.from_numpy(found)
 
 
 def _write(to: Path, parts: dict[str, Part], tensors: Tensors, dtype: torch.dtype, file_bytes: int) -> None:

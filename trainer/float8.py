@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.manifest import CheckpointError
+from launcher.recipe.load import RecipeError
 
 
 def float8_product(scaling: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """In place of `F.linear` without a bias. scaling: "tensorwise" or "rowwise".
 
-    Where the device has no float8 (CPUs, GPUs before Ada) products are of numbers rounded to float8. Raises CheckpointError where
+    Where the device has no float8 (CPUs, GPUs before Ada) products are of numbers rounded to float8. Raises RecipeError where
     torchao is not installed.
     """
     try:
@@ -23,7 +23,7 @@ def float8_product(scaling: str, device: torch.device) -> Callable[[Tensor, Tens
         from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
         from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig
     except ImportError:
-        raise CheckpointError('[model] float8 needs the package `torchao` (pip install torchao), or float8 = "none"') from None
+        raise RecipeError('[model] float8 needs the package `torchao` (pip install torchao), or float8 = "none"') from None
     has = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     config = Float8LinearConfig.from_recipe_name(scaling)
     products = (config.gemm_config_output, config.gemm_config_grad_input, config.gemm_config_grad_weight)

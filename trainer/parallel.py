@@ -117,7 +117,7 @@ def open_store() -> TCPStore:
     )
 
 
-def join(store: Store, prefix: str, cluster: Cluster, parallel: Parallel = ALONE) -> World:
+def join(store: Store, prefix: str, cluster: Cluster, parallel: Parallel) -> World:
     """Gathers the ranks. `prefix` is the generation's own: keys of an earlier one in the same store would be taken for ours.
 
     Raises RecipeError where there are not as many ranks as the mesh needs.
@@ -136,7 +136,7 @@ def join(store: Store, prefix: str, cluster: Cluster, parallel: Parallel = ALONE
     return lay_out(device, parallel)
 
 
-def lay_out(device: torch.device, parallel: Parallel = ALONE) -> World:
+def lay_out(device: torch.device, parallel: Parallel) -> World:
     """The mesh over all ranks of the process group, and the ways between them. Raises RecipeError, as `join`."""
     rank, size = dist.get_rank(), dist.get_world_size()
     unit = parallel.model_ranks * (parallel.shard or 1)

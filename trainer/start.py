@@ -77,6 +77,9 @@ def _main(root: Path) -> None:
         run, count = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         world = join(store, f"midwatch/{run}/{count}", recipe.cluster, recipe.parallel)
         start = _own_start(root, world)
+    if world.size % recipe.ranks_multiple:
+        needs = f"a multiple of {recipe.ranks_multiple} ranks, and there are {world.size}"
+        raise RecipeError(f"[parallel] and the stages' context_parallel need {needs}")
     _introduce(world, start)
     data = _data(recipe, root, world, controlled=generation is not None)
     link = _link(recipe, root, world, start, controlled=generation is not None)
@@ -107,6 +110,9 @@ def _worker_server() -> object | None:
 def _introduce(world: World, start: Start) -> None:
     """Who writes this log."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    if world.leads and world.parallel.model_ranks > 1:
+        sizes = f"pipeline {world.parallel.pipeline} x data {world.data} x tensor {world.parallel.tensor}"
+        log.info("%d ranks = %s", world.size, sizes)
     log.info(
         "generation %d: rank %d of %d on %s (%s), torch %s, process %d",
         start.generation,

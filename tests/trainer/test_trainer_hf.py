@@ -140,7 +140,7 @@ def read_on_rank(root: Path) -> None:
 
     torch.set_num_threads(1)
     recipe = load_recipe(root / "recipe.toml")
-    world = join(open_store(), "test", recipe.cluster)
+    world = join(open_store(), "test", recipe.cluster, recipe.parallel)
     model = Network(recipe.model, 520, world)
     before = anonymous()
     peak, ended = [before], threading.Event()

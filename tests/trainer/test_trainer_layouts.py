@@ -6,10 +6,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from trainer_harness import Step, fresh, logged, state, steer, write_recipe
+from safetensors.torch import load_file
+from trainer_harness import Step, fresh, logged, state, steer, tensors, write_recipe
 
 from launcher.protocol import Op
 from launcher.recipe import Parallel, Recipe
+from trainer.export import export
 from trainer.loglink import newest
 
 LEGS: list[tuple[int, int, Parallel, int]] = [
@@ -46,13 +48,25 @@ def test_checkpoints_move_between_layouts_through_the_whole_pipeline(recipe: Rec
         for body in told.all("Metrics"):
             for name, value in body["values"].items():
                 found.setdefault(name, {}).setdefault(body["step"], value)
+        if parallel.tensor > 1 and parallel.pipeline > 1:
+            a_part_of_each_rank_goes_out_whole(root, tmp_path / "out")
     expected = values(finished)
-    assert sorted(found["train/loss"]) == list(range(1, 31)) and found.keys() == expected.keys()
+    assert sorted(found["train/loss"]) == list(range(1, 31)) and found.keys() == expected.keys() | {"perf/pipeline_bubble"}
     for name, rows in expected.items():
         # Fresh responses of a policy are drawn by each replica for itself.
         if not name.startswith(("perf/", "policy/")):
             assert found[name] == pytest.approx(rows, abs=1e-4), name
     assert state(root / "checkpoints" / "30-1-dpo")["origin"]["products"].keys() == {"pretrain", "extend", "sft"}
+
+
+def a_part_of_each_rank_goes_out_whole(root: Path, to: Path) -> None:
+    id = newest(root / "checkpoints")
+    assert id is not None
+    export(root, id, to)
+    found, ours = load_file(to / "model.safetensors"), tensors(root / "checkpoints" / id)
+    for theirs, name in (("mlp.down_proj", "mlp.down"), ("self_attn.o_proj", "attention.out"), ("mlp.up_proj", "mlp.up")):
+        written = found[f"model.layers.1.{theirs}.weight"].numpy()
+        assert (written == ours[f"model.blocks.1.{name}.weight"]).all(), name
 
 
 def values(root: Path) -> dict[str, dict[int, float]]:

@@ -87,7 +87,7 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
     from trainer.parallel import join, lay_out, open_store
 
     torch.set_num_threads(1)
-    world = join(open_store(), "test", Cluster(device="cpu"))
+    world = join(open_store(), "test", Cluster(device="cpu"), Parallel())
     said: list[tuple[str, float, float]] = []
     for case in cases:
         here = lay_out(world.device, case.parallel)

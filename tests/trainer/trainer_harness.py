@@ -221,7 +221,7 @@ def steered(root: Path, script: list[Step], start: Start, refuse: str = "", lag:
     begin()
     recipe = load_recipe(root / "recipe.toml")
     settle(recipe.cluster)
-    world = join(open_store(), "test", recipe.cluster)
+    world = join(open_store(), "test", recipe.cluster, recipe.parallel)
     link: Link = Logged(ScriptedLink(root, script, refuse, lag)) if world.leads else NoLink()
     assert recipe.data.dir is not None
     run_rank(recipe, root, Path(recipe.data.dir), world, link, start)
