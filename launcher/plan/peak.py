@@ -88,9 +88,7 @@ def _pipelined(shape: Shape, rest: int) -> dict[str, int]:
     return {
         "in a block's forward": steady + max(_in_forward(shape), entering),
         "as backward begins": steady + _at_logits(shape),
-        "in a block's backward": max(
-            steady + among, after + _among_others(shape, 0, shape.layers) if shape.waiting_bytes else 0
-        ),
+        "in a block's backward": max(steady + among, after + _among_others(shape, 0, shape.layers) if shape.waiting_bytes else 0),
         "as backward ends": sums + one * layers + shape.each * shape.table_gradients,
         "as gradients are reduced": sums + one * layers + FLOAT32 * max(shape.root, shape.block),
     }
