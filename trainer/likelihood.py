@@ -53,13 +53,11 @@ class _Likelihood(torch.autograd.Function):
         of_flat = torch.empty_like(flat)
         # In float32: to the sum of many tiles each adds less than bfloat16 can tell.
         of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        step = -(-len(weight) // _STRETCHES)
         for at in _tiles(len(flat), ctx.tile):
             back = _of_logits(_every(flat[at], weight), targets[at], gradient[at]).to(flat.dtype)
             torch.mm(back, weight, out=of_flat[at])
-            for rows, columns in zip(torch.split(of_weight, step), torch.split(back.t(), step), strict=True):
-                rows += columns @ flat[at]
-            del back
+            _add_product(of_weight, back, flat[at])
+            del back  # before the next tile's logits are there
         return of_flat, of_weight.to(weight.dtype), None, None
 
 
@@ -80,6 +78,12 @@ def _of_logits(every: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
     """The logits' gradient, in the place of the log-probabilities."""
     found = every.exp_().mul_(-gradient[:, None])
     return found.scatter_add_(-1, targets[:, None], gradient[:, None])
+
+
+def _add_product(of_weight: Tensor, back: Tensor, flat: Tensor) -> None:
+    step = -(-len(of_weight) // _STRETCHES)
+    for rows, columns in zip(torch.split(of_weight, step), torch.split(back.t(), step), strict=True):
+        rows += columns @ flat
 
 
 def _with_entropy(every: Tensor, targets: Tensor) -> Tensor:
