@@ -19,7 +19,7 @@ from launcher.recipe.model import Model, Rope
 from trainer.attention import Visible, attend, visible
 from trainer.likelihood import likelihood
 from trainer.positions import alibi_slopes, learned, sinusoids
-from trainer.recompute import Mode, again, recomputed
+from trainer.recompute import Mode, again, passing, recomputed
 from trainer.ring import Blocks
 from trainer.rope import angles, frequencies, rotate
 from trainer.spread import Spread, held
@@ -106,7 +106,9 @@ class Joining(nn.Module):
         return self.product(x, held(self.weight))
 
     def forward(self, x: Tensor, spread: Spread) -> Tensor:
-        out = spread.scatter(self.partial(x))
+        with passing(spread.tensor.size > 1):  # their sum is kept instead
+            found = self.partial(x)
+        out = spread.scatter(found)
         return out if self.bias is None else out + held(self.bias, partial=True)
 
 
@@ -138,19 +140,23 @@ class MLP(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.kind = config.mlp
+        self.kind, self.is_last = config.mlp, config.norm_place == "before"
         self.gate = Linear(config.width, config.hidden_width, bias=config.bias) if config.mlp == "swiglu" else None
         self.up = Linear(config.width, config.hidden_width, bias=config.bias)
         self.down = Joining(config.hidden_width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor, spread: Spread, tile: int | None = None) -> Tensor:
         """tile: tokens that pass through at a time, of which only what goes in is kept for the backward."""
-        if tile is None or x.shape[0] * x.shape[1] <= tile:
-            out: Tensor = self.down(self._inner(spread.gather(x)), spread)
-            return out
         gathered = spread.gather(x)
-        parts = [again(self._partial, part) for part in torch.split(gathered.flatten(0, 1), tile)]
-        summed = spread.scatter(torch.cat(parts).view_as(gathered))
+        if tile is None or gathered.shape[0] * gathered.shape[1] <= tile:
+            inner = self._inner(gathered)
+            with passing(self.is_last):
+                out: Tensor = self.down(inner, spread)
+            return out
+        with passing():
+            parts = [again(self._partial, part) for part in torch.split(gathered.flatten(0, 1), tile)]
+        with passing(self.is_last):
+            summed = spread.scatter(torch.cat(parts).view_as(gathered))
         return summed if self.down.bias is None else summed + held(self.down.bias, partial=True)
 
     def _partial(self, x: Tensor) -> Tensor:
@@ -243,7 +249,7 @@ class Decoder(nn.Module):
         if self.part.first:
             x = self._embed(spread.take(x, mine), spread.take(positions, mine))
         seen = self._visible(segments, x.dtype)
-        rotation = self._rotation(spread.take(positions, places), time) if self.config.position == "rope" else None
+        rotation = self._rotation(spread.take(positions, places), time, x.dtype) if self.config.position == "rope" else None
         for block in self.blocks.values():
             x = block(x, rotation, seen, spread, self.thrift)
         if not self.part.last:
@@ -279,10 +285,12 @@ class Decoder(nn.Module):
         places = tuple(spread.places(time, device, place) for place in range(spread.context.size))
         return Visible(blocks=Blocks(places, masked, slopes))
 
-    def _rotation(self, positions: Tensor, time: int) -> Rotation:
+    def _rotation(self, positions: Tensor, time: int, dtype: torch.dtype) -> Rotation:
+        """In the type that blocks compute in: FSDP2 would make each block a copy of its own."""
         config = self.config
         frequency, scale = frequencies(self._rope, config.head, config.rope_theta, self._original_context, time, positions.device)
-        return angles(positions, frequency, scale)
+        cos, sin = angles(positions, frequency, scale)
+        return cos.to(dtype), sin.to(dtype)
 
     def drawn(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Each parameter and what it begins with, whole.

@@ -7,6 +7,7 @@ pipeline each of its ranks holds one or more parts of the layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from launcher.recipe.model import Model
@@ -24,6 +25,7 @@ from trainer.batch import Rows
 from trainer.float8 import float8_product
 from trainer.model import Block, Decoder, Joining, Linear, Part, Thrift
 from trainer.parallel import FOREVER, World, box, local
+from trainer.relay import Stage as Relay
 from trainer.spread import Group, Spread
 
 _DIVIDED: dict[str, Placement] = {
@@ -269,11 +271,11 @@ class Network:
             self._schedules = {key: made}
         return self._schedules[key]
 
-    def _stage(self, number: int, part: Decoder, rows: int, time: int) -> PipelineStage:
+    def _stage(self, number: int, part: Decoder, rows: int, time: int) -> Relay:
         pipeline = self._world.pipeline
         between = self._between(rows, time, "meta").requires_grad_()
         tokens = torch.empty(rows, time, dtype=torch.int64, device="meta")
-        return PipelineStage(
+        made = Relay(
             part,
             number * pipeline.size + pipeline.place,
             len(self.parts) * pipeline.size,
@@ -282,6 +284,8 @@ class Network:
             output_args=torch.empty(rows, time, device="meta", requires_grad=True) if part.part.last else between,
             group=pipeline.ranks,
         )
+        made.room = functools.partial(self._between, rows, time, self._world.device)
+        return made
 
     def _twin(self) -> dist.ProcessGroup | None:
         """The ranks that have the embedding as well, where a pipeline's two ends share it."""

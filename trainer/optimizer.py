@@ -47,8 +47,12 @@ class Optimizer:
         device: torch.device,
         owned: Collection[str] | None = None,
         offload: bool = False,
+        streamed: bool | None = None,
     ) -> None:
-        """owned: names of those whose gradients count here, where others count on another rank. offload: moments to the host."""
+        """owned: names of those whose gradients count here, where others count on another rank. offload: moments to the host.
+
+        streamed: whether moments are fetched for an update, a few parameters at a time; None: where they are another memory's.
+        """
         self._parameters, self._device = dict(parameters), device
         self.skipped = torch.zeros((), dtype=torch.float32, device=device)
         self._step = torch.zeros((), dtype=torch.float32, device=device)
@@ -56,27 +60,34 @@ class Optimizer:
         self._parts = {name: local(parameter) for name, parameter in self._parameters.items()}
         self._weights = {name: 1 / copies(self._parameters[name]) for name in self._parts if owned is None or name in owned}
         """Of each gradient's square in the whole norm's; together the ranks that have it count it once."""
-        self._streamed = offload and device.type == "cuda"
+        self._streamed = offload and device.type == "cuda" if streamed is None else streamed
         self._first = {name: self._moment(part) for name, part in self._parts.items()}
         self._second = {name: self._moment(part) for name, part in self._parts.items()}
 
     def _moment(self, part: Tensor) -> Tensor:
         if self._streamed:
-            return torch.zeros(part.shape, dtype=part.dtype, pin_memory=True)
+            return torch.zeros(part.shape, dtype=part.dtype, pin_memory=self._device.type == "cuda")
         return torch.zeros_like(part)
 
     def reset(self) -> None:
         """As a stage begins: no moments, no steps."""
+        self._arrive()
         for tensor in (*self._first.values(), *self._second.values(), self._step):
             tensor.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """All state, under its names in a checkpoint; sharded as the parameters are."""
+        self._arrive()
         found = {"optimizer.step": self._step, "optimizer.skipped": self.skipped}
         for name, parameter in self._parameters.items():
             found[f"optimizer.first.{name}"] = like(parameter, self._first[name])
             found[f"optimizer.second.{name}"] = like(parameter, self._second[name])
         return found
+
+    def _arrive(self) -> None:
+        """Waits for moments that are on their way back to the host, which is about to look at them."""
+        if self._streamed and self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def squared_norm(self) -> Tensor:
         """Of this rank's part of the gradient; to be summed over ranks."""
@@ -125,7 +136,7 @@ class Optimizer:
         moments = [[held[name] for name, _ in group] for held in (self._first, self._second)]
         used = moments
         if self._streamed:
-            used = [[moment.to(self._device, non_blocking=True) for moment in each] for each in moments]
+            used = [[moment.to(self._device, non_blocking=True, copy=True) for moment in each] for each in moments]
         if group:
             adamw(
                 [self._parts[name] for name, _ in group],

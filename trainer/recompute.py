@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -16,12 +17,14 @@ _aten = torch.ops.aten
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 }
 """Dear to compute and cheap to keep: Korthikanti et al. 2022, section 5, the other way round."""
+_passing = False
 
 
 def again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -44,6 +47,17 @@ def recomputed(mode: Mode, function: Callable[[Tensor], Tensor], x: Tensor) -> T
     return again(function, x)
 
 
+@contextlib.contextmanager
+def passing(wanted: bool = True) -> Iterator[None]:
+    """Where wanted, nothing that is computed meanwhile is kept by "selective": its backward does not look at it."""
+    global _passing
+    before, _passing = _passing, _passing or wanted
+    try:
+        yield
+    finally:
+        _passing = before
+
+
 def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operation in _KEPT or operation.namespace == "flash_attn"
+    kept = not _passing and (operation in _KEPT or operation.namespace == "flash_attn")
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

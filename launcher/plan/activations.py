@@ -20,6 +20,8 @@ Kernel = Literal["fused", "masked", "scores"]
 """How attention is computed. fused: scores are never whole. masked: nor here, but a matrix of what each position may see (or of
 ALiBi's costs) is, once a row. scores: a matrix a head and row, in float32; memory grows with the square of the context."""
 Checkpointing = Literal["none", "selective", "block", "offloaded"]
+RING_TILE = 512
+"""Queries, and keys, whose scores are there at a time where keys go round in a ring."""
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -100,17 +102,17 @@ def attention(model: Model, piece: Piece, kernel: Kernel) -> int:
     """
     each, rotary, time = compute_bytes(model), model.position == "rope", piece.context
     queries, keys = _queries(model, piece), _keys(model, piece)
-    heads, angles = model.heads // piece.tensor, 2 * each * model.head if rotary and model.dtype == "bfloat16" else 0
+    heads = model.heads // piece.tensor
     swapped = piece.context_parallel > 1 and exchanges_heads(model, piece.tensor, piece.context_parallel)
     ring = piece.context_parallel > 1 and not swapped
     if kernel == "scores" and not ring:
         twice = each * queries if swapped else 0
-        return piece.inside * ((3 * 4 + each) * queries + 4 * heads * time + angles + twice)
+        return piece.inside * ((3 * 4 + each) * queries + 4 * heads * time + twice)
     copied = queries if 1 < model.key_value_heads < model.heads else 0  # out of their groups
     again = queries if swapped else queries + keys if rotary else copied
     masked = kernel == "masked" and model.position != "alibi" and not ring
     mask = each * piece.rows * time**2 if masked else 0
-    return piece.inside * (each * (queries + 2 * keys + again + queries) + 4 * heads + angles) + mask
+    return piece.inside * (each * (queries + 2 * keys + again + queries) + 4 * heads) + mask
 
 
 def mlp(model: Model, tensor: int = 1) -> int:
@@ -137,14 +139,21 @@ def block(model: Model, piece: Piece, kernel: Kernel, checkpointing: Checkpointi
 
 
 def _products(model: Model, piece: Piece, tiled: bool) -> tuple[int, int]:
-    """Outputs of matrix products and of attention with its log-sum-exp; and those of them that a backward asks for anyway."""
+    """Outputs of matrix products and of attention with its log-sum-exp; and those of them that a backward asks for anyway.
+
+    Not the MLP's, which a backward asks for only where a norm is behind it. Of what is summed over ranks the sum.
+    """
     each, hidden = compute_bytes(model), model.hidden_width // piece.tensor
     queries, keys, heads = _queries(model, piece), _keys(model, piece), model.heads // piece.tensor
     into = 0 if tiled else (2 if model.mlp == "swiglu" else 1)
-    every = each * (queries + 2 * keys + queries + model.width + into * hidden + model.width) + 4 * heads
+    after = model.norm_place == "after" and not (tiled and piece.tensor == 1)
+    ring = piece.context_parallel > 1 and not exchanges_heads(model, piece.tensor, piece.context_parallel)
+    mixed = 0 if ring else each * queries + 4 * heads
+    every = piece.inside * (each * (queries + 2 * keys + into * hidden) + mixed)
+    every += piece.between * each * model.width * (2 if after else 1)
     projected = queries + 2 * keys if piece.context_parallel == 1 else 0
-    wanted = each * (projected + queries + (0 if model.mlp == "relu" else into) * hidden) + 4 * heads
-    return piece.inside * every, piece.inside * wanted
+    wanted = each * (projected + (0 if model.mlp == "relu" else into) * hidden) + mixed
+    return every, piece.inside * wanted
 
 
 def _is_saved(model: Model, piece: Piece) -> bool:
@@ -157,7 +166,7 @@ def _is_saved(model: Model, piece: Piece) -> bool:
 def ends(model: Model, piece: Piece, *, first: bool, last: bool) -> int:
     """Beside the blocks of a part: what is before and after them, token ids, the positions' angles, what is sent on or was got."""
     each, hidden = compute_bytes(model), compute_bytes(model) * model.width
-    angles = 8 * model.head if model.position == "rope" and model.dtype == "float32" else 0
+    angles = 2 * each * model.head if model.position == "rope" else 0
     found = piece.inside * (8 + angles)
     if last:
         found += piece.between * (norm(model) if model.norm_place == "before" else each * model.width)
@@ -198,12 +207,23 @@ def logits(vocabulary: int) -> int:
 
 
 def working(model: Model, piece: Piece, kernel: Kernel, mlp_tile: int | None = None) -> int:
-    """What a block's backward makes beyond what it has freed by then: in the MLP, or where scores are whole their gradients."""
+    """What a block's backward makes beyond what it has freed by then: in the MLP, or in attention where torch has no kernel."""
     each, wide = compute_bytes(model), {"swiglu": 2, "gelu": 1, "relu": 1}[model.mlp] * model.hidden_width // piece.tensor
     in_mlp = each * (wide * min(mlp_tile or piece.inside, piece.inside) + 2 * model.width * piece.inside)
-    ring = not exchanges_heads(model, piece.tensor, piece.context_parallel)
-    heads, time = model.heads // piece.tensor, piece.inside // piece.rows if ring else piece.context
-    return max(in_mlp, 2 * 4 * heads * time * piece.inside if kernel == "scores" else 0)
+    if not exchanges_heads(model, piece.tensor, piece.context_parallel):
+        behind = mlp(model, piece.tensor) * min(mlp_tile or piece.inside, piece.inside) + norm(model) * piece.between
+        return max(in_mlp, ring(model, piece) - behind)  # what is behind attention is freed by then
+    scores = 2 * 4 * (model.heads // piece.tensor) * piece.context * piece.inside
+    return max(in_mlp, scores if kernel == "scores" else 0)
+
+
+def ring(model: Model, piece: Piece) -> int:
+    """Ring attention's backward: two tiles of scores, and in float32 keys, values and their gradients, as they go and as they come,
+    the queries' gradient and the one that came."""
+    half = -(-piece.inside // (2 * piece.rows))
+    scores = piece.rows * (model.heads // piece.tensor) * min(RING_TILE, half) ** 2
+    wide = _queries(model, piece) * (1 if model.dtype == "float32" else 2) + 2 * 4 * _keys(model, piece)
+    return 4 * (2 * scores + wide * piece.inside)
 
 
 def _queries(model: Model, piece: Piece) -> int:

@@ -44,7 +44,7 @@ class Memory(msgspec.Struct, frozen=True):
     again_bytes: int
     """Activations of one block that its backward computes again."""
     logits_bytes: int
-    """Of a tile of tokens: log-probabilities, their gradient and the logits', as backward begins."""
+    """Of a tile of tokens: logits and log-probabilities, in whose place their gradient comes."""
     attention_kernel: Kernel
     staging_bytes: int
     """Copy of weights and optimizer that a checkpoint is written from, in the host's memory."""
@@ -139,7 +139,7 @@ def rank_memory(setting: Setting, rank: int) -> Memory:
         micro_batch_bytes=sum(parts),
         waiting_forwards=len(waiting),
         again_bytes=block.again_bytes,
-        logits_bytes=3 * shapes[-1].logits_bytes,
+        logits_bytes=2 * shapes[-1].logits_bytes,
         attention_kernel=setting.kernel,
         staging_bytes=staging,
         host_bytes=in_host + block.host_bytes * sum(share.layers[part] for part in waiting),
@@ -181,7 +181,6 @@ def _shape(setting: Setting, share: Share, held: Parameters, part: int, waiting:
     kept = [part_bytes(setting, share, n) - block.host_bytes * share.layers[n] for n in range(setting.mesh.parts)]
     last = share.last and part == setting.mesh.parts - 1
     each, tile = compute_bytes(model), min(piece.between, stage.loss_tile)
-    sums = each * (model.width * piece.between + 2 * held.output)  # of hidden states and output layer
     return Shape(
         shards=0 if setting.to_host == "parameters" else setting.mesh.shard,
         layers=share.layers[part],
@@ -199,6 +198,9 @@ def _shape(setting: Setting, share: Share, held: Parameters, part: int, waiting:
         again_bytes=block.again_bytes,
         waiting_bytes=sum(kept[n] for n in waiting) - kept[part],
         logits_bytes=tile * activations.logits(setting.vocabulary) if last else 0,
-        tiles_bytes=sums if last and tile < piece.between else 0,
+        tiled=last and tile < piece.between,
+        hidden_bytes=each * model.width * piece.between,
         working_bytes=activations.working(model, piece, setting.kernel, stage.mlp_tile),
+        pipelined=setting.mesh.pipeline > 1,
+        steady=setting.batches.count * setting.mesh.parts > len(waiting),
     )

@@ -3,7 +3,8 @@
 FSDP2 (torch 2.13, `fully_shard` a block and once around the rest) holds the rest whole from forward's beginning to backward's
 end; of the blocks the one that computes, and the next one's gathered buffer. In backward the block's gradients come, are copied
 into a float32 buffer and reduced from it; that buffer lives until the block after has its own. Gradients of embedding and output
-layer are reduced last of all. In a pipeline other micro-batches wait for their backward meanwhile, but not for the last one's.
+layer are reduced last of all. In a pipeline other micro-batches wait for their backward meanwhile; blocks stay gathered from a
+backward to the next forward, and gradients are reduced once all micro-batches are through.
 """
 
 from __future__ import annotations
@@ -46,10 +47,15 @@ class Shape(msgspec.Struct, frozen=True):
     """Saved by other micro-batches, in a pipeline."""
     logits_bytes: int
     """One copy, of a tile."""
-    tiles_bytes: int
-    """Gradients that are summed from tile to tile."""
+    tiled: bool
+    """There are more tokens than one tile's, and the output layer's gradient is summed in float32."""
+    hidden_bytes: int
+    """What goes from one block to the next."""
     working_bytes: int
     """What a block's backward makes beyond what it frees."""
+    pipelined: bool
+    steady: bool
+    """In a pipeline: backwards have begun before the last forwards wait."""
 
     @property
     def whole_bytes(self) -> int:
@@ -60,16 +66,41 @@ class Shape(msgspec.Struct, frozen=True):
 def moments(shape: Shape) -> dict[str, int]:
     """Bytes beyond weights, optimizer and reference, by the moment's name."""
     rest = shape.models * shape.each * shape.root
-    waiting = rest + shape.whole_bytes + shape.waiting_bytes
-    in_backward = max(_in_block(shape, done) for done in range(shape.layers))
-    if shape.waiting_bytes:
-        in_backward = max(in_backward, shape.whole_bytes + shape.waiting_bytes + _among_others(shape))
+    if shape.pipelined:
+        return _pipelined(shape, rest)
+    waiting = rest + shape.whole_bytes
     return {
         "in a block's forward": waiting + _in_forward(shape),
-        "as backward begins": waiting + shape.saved_bytes + 3 * shape.logits_bytes + shape.tiles_bytes,
-        "in a block's backward": rest + in_backward,
+        "as backward begins": waiting + _at_logits(shape),
+        "in a block's backward": rest + max(_in_block(shape, done) for done in range(shape.layers)),
         "as backward ends": rest + _at_end(shape),
     }
+
+
+def _pipelined(shape: Shape, rest: int) -> dict[str, int]:
+    """While most micro-batches wait, and where the last backwards follow each other and find all blocks gathered."""
+    one, layers = shape.each * shape.block, shape.layers + shape.other_layers
+    sums = rest + shape.whole_bytes
+    steady = rest + (shape.whole_bytes + one * shape.other_layers if shape.steady else 0) + shape.waiting_bytes
+    after = sums + one * shape.other_layers + max(0, shape.waiting_bytes - shape.saved_bytes)
+    entering = one * shape.layers + shape.saved_bytes_per_block if shape.steady else 0
+    among = max(_among_others(shape, done, min(done + 2, shape.layers)) for done in range(shape.layers))
+    return {
+        "in a block's forward": steady + max(_in_forward(shape), entering),
+        "as backward begins": steady + _at_logits(shape),
+        "in a block's backward": max(steady + among, after + _among_others(shape, 0, shape.layers) if shape.waiting_bytes else 0),
+        "as backward ends": sums + one * layers + shape.each * shape.table_gradients,
+        "as gradients are reduced": sums + one * layers + FLOAT32 * max(shape.root, shape.block),
+    }
+
+
+def _at_logits(shape: Shape) -> int:
+    """The output layer's backward: its tiles, or what comes of them, beside the buffer that the last block was gathered in."""
+    sums = FLOAT32 * shape.table if shape.tiled else 0
+    begins = 2 * shape.logits_bytes + (shape.hidden_bytes + sums if shape.tiled else 0)
+    gradients = shape.each * shape.table + (0 if shape.each == FLOAT32 and shape.tiled else sums)
+    last = 0 if shape.tiled else shape.logits_bytes * shape.each // FLOAT32
+    return shape.saved_bytes + shape.each * shape.block + max(begins, shape.hidden_bytes + gradients + last)
 
 
 def _in_forward(shape: Shape) -> int:
@@ -96,14 +127,14 @@ def _in_block(shape: Shape, done: int) -> int:
     return always + max(begins, ends, reducing)
 
 
-def _among_others(shape: Shape) -> int:
-    """The same for a micro-batch whose gradients are only summed."""
+def _among_others(shape: Shape, done: int, gathered: int) -> int:
+    """The same for a micro-batch whose gradients are only summed; gathered: blocks that are."""
     one = shape.each * shape.block
-    left = shape.saved_bytes - shape.saved_bytes_after
-    gathered = one if shape.layers == 1 else 2 * one
+    left = shape.saved_bytes - shape.saved_bytes_after - done * shape.saved_bytes_per_block
     gradients = 0 if shape.each == FLOAT32 else one
     ends = left - shape.saved_bytes_per_block + gradients
-    return shape.each * shape.table + gathered + max(left + shape.again_bytes + shape.working_bytes, ends)
+    always = shape.each * shape.table + gathered * one + shape.hidden_bytes
+    return always + max(left + shape.again_bytes + shape.working_bytes, ends)
 
 
 def _at_end(shape: Shape) -> int:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from launcher.recipe import Stage
-from trainer.optimizer import Optimizer, learning_rate
+from trainer import manifest, storage
+from trainer.manifest import FORMAT, Manifest
+from trainer.optimizer import STREAMED, Optimizer, learning_rate
 
 SETTINGS = {"lr": 0.1, "lr_scale": 1.0, "min_lr_ratio": 0.1, "weight_decay": 0.1, "clip": 1e9, "beta1": 0.9, "beta2": 0.95}
 STAGE = Stage(name="s", objective="pretrain", steps=110, context=8, global_batch=1, mixture={"a": 1}, warmup=10)
@@ -83,3 +88,52 @@ def test_warm_up_cosine_and_then_constant() -> None:
     assert rate(35) == pytest.approx(0.1 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
     assert rate(110) == rate(500) == pytest.approx(0.01)
     assert learning_rate(STAGE, SETTINGS | {"lr_scale": 0.5}, 60) == pytest.approx(rate(60) / 2)
+
+
+def many() -> dict[str, nn.Parameter]:
+    """More than are fetched at a time, with decay and without."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = {f"{n}": (n + 2, 3) if n % 3 else (n + 5,) for n in range(2 * STREAMED + 3)}
+    return {name: nn.Parameter(torch.empty(shape).normal_(generator=generator)) for name, shape in shapes.items()}
+
+
+def test_moments_that_are_fetched_for_an_update_give_the_same_bits() -> None:
+    """A gradient that is not finite among them, and another stage's beginning."""
+    ours, theirs = many(), many()
+    streamed = Optimizer(ours, torch.device("cpu"), streamed=True)
+    plain = Optimizer(theirs, torch.device("cpu"))
+    for step in range(6):
+        for optimizer, named in ((streamed, ours), (plain, theirs)):
+            gradients(step, named)
+            if step == 2:
+                next(iter(named.values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
+            if step == 4:
+                optimizer.reset()
+            update(optimizer, SETTINGS | {"clip": 0.5})
+        assert all(torch.equal(parameter, theirs[name]) for name, parameter in ours.items())
+        assert all(torch.equal(tensor, plain.tensors()[name]) for name, tensor in streamed.tensors().items())
+    assert float(streamed.skipped) == 1
+
+
+def test_a_checkpoint_goes_into_moments_that_are_fetched(tmp_path: Path) -> None:
+    """Of an optimizer that does not fetch them; both go on with the same bits."""
+    ours, theirs = many(), many()
+    streamed, plain = Optimizer(ours, torch.device("cpu"), streamed=True), Optimizer(theirs, torch.device("cpu"))
+    for step in range(2):
+        gradients(step, theirs)
+        update(plain)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = cast(dist.ProcessGroup, dist.group.WORLD)
+        directory, content = tmp_path / "checkpoint", plain.tensors() | theirs
+        parts = {name: tensor.detach() for name, tensor in content.items()}
+        storage.save(directory, parts, parts, Manifest(FORMAT, {}, {}, {"step": 2}, 1, "2-1", 1), group, lambda: False)
+        targets = {name: tensor.detach() for name, tensor in (streamed.tensors() | ours).items()}
+        storage.load(directory, manifest.read(directory)[0], targets, lambda problem: problem, group)
+    finally:
+        dist.destroy_process_group()
+    for optimizer, named in ((streamed, ours), (plain, theirs)):
+        gradients(3, named)
+        update(optimizer)
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in ours.items())
+    assert all(torch.equal(tensor, plain.tensors()[name]) for name, tensor in streamed.tensors().items())

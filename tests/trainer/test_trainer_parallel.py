@@ -81,12 +81,14 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
     """What each rank does: each layout in turn; the largest differences from one rank."""
     from torch.distributed.tensor import DTensor
 
+    from trainer import ring
     from trainer.batch import filled, share
     from trainer.network import Network
     from trainer.optimizer import Optimizer, total
     from trainer.parallel import join, lay_out, open_store
 
     torch.set_num_threads(1)
+    ring.TILE = 3  # more than one, for rows as short as these
     world = join(open_store(), "test", Cluster(device="cpu"), Parallel())
     said: list[tuple[str, float, float]] = []
     for case in cases:

@@ -1,0 +1,150 @@
+"""What `midwatch plan` says of a rank's memory with the model laid over ranks, and with what saves memory, against the real one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from trainer_meter import VOCABULARY, MakeWorld, fake_worlds, peak_of_a_step, stage
+
+from launcher.plan.memory import Setting, memory, rank_memory
+from launcher.plan.mesh import batches_of, mesh_of
+from launcher.recipe import Model, Parallel
+
+LLAMA = Model(layers=4, width=96, heads=8, kv_heads=4, tied=False)
+MODELS = {
+    "llama": LLAMA,
+    "bfloat16": msgspec.structs.replace(LLAMA, dtype="bfloat16"),
+    "one key head": msgspec.structs.replace(LLAMA, kv_heads=1),
+    "gpt": Model(
+        layers=3,
+        width=96,
+        heads=8,
+        norm="layernorm",
+        mlp="gelu",
+        bias=True,
+        position="learned",
+        max_positions=512,
+        norm_place="after",
+    ),
+}
+
+
+@pytest.fixture
+def world() -> Iterator[MakeWorld]:
+    with fake_worlds() as make:
+        yield make
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "ranks", "changes"),
+    [
+        ("llama", {"tensor": 2}, 2, {}),
+        ("bfloat16", {"tensor": 4}, 8, {"activation_checkpointing": "selective"}),
+        ("gpt", {"tensor": 2}, 4, {"activation_checkpointing": "block"}),
+        ("llama", {}, 4, {"context_parallel": 2}),
+        ("bfloat16", {}, 4, {"context_parallel": 4}),
+        ("one key head", {}, 2, {"context_parallel": 2, "context": 512}),
+        ("bfloat16", {"tensor": 2}, 4, {"context_parallel": 2, "activation_checkpointing": "block"}),
+        ("llama", {"shard": 2}, 4, {"context_parallel": 2}),
+        ("llama", {"offload": "parameters"}, 2, {"activation_checkpointing": "offloaded"}),
+        ("bfloat16", {}, 2, {"activation_checkpointing": "selective", "mlp_tile": 64}),
+        ("llama", {}, 4, {"mlp_tile": 64, "loss_tile": 64, "activation_checkpointing": "block"}),
+        ("llama", {"tensor": 2}, 2, {"objective": "dpo", "micro_batch": 1, "loss_tile": 64}),
+    ],
+)
+def test_the_peak_of_a_rank_is_that_of_a_real_step(
+    name: str, parallel: dict[str, Any], ranks: int, changes: dict[str, Any], world: MakeWorld
+) -> None:
+    layout, config = msgspec.convert(parallel, Parallel), MODELS[name]
+    found = {"context": 192, "micro_batch": 2} | changes
+    replicas = ranks // layout.model_ranks // found.get("context_parallel", 1)
+    where = stage(samples=found["micro_batch"] * replicas, **found)
+    planned = memory(config, VOCABULARY, where, ranks, True, layout)
+    measured = peak_of_a_step(config, VOCABULARY, world(ranks, layout), where)
+    assert planned.peak_bytes - planned.staging_bytes == pytest.approx(measured, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "ranks", "rank", "changes"),
+    [
+        ("llama", {"pipeline": 2}, 2, 0, {}),
+        ("bfloat16", {"pipeline": 2}, 4, 2, {}),
+        ("llama", {"pipeline": 4}, 4, 1, {}),
+        ("bfloat16", {"pipeline": 4}, 4, 3, {"activation_checkpointing": "block"}),
+        ("bfloat16", {"pipeline": 2, "tensor": 2}, 4, 0, {}),
+        ("llama", {"pipeline": 2, "schedule": "interleaved"}, 2, 0, {}),
+        ("bfloat16", {"pipeline": 2, "schedule": "interleaved"}, 2, 1, {}),
+    ],
+)
+def test_the_peak_of_a_rank_of_a_pipeline_is_that_of_a_real_step(
+    name: str, parallel: dict[str, Any], ranks: int, rank: int, changes: dict[str, Any], world: MakeWorld
+) -> None:
+    """Eight micro-batches, some waiting for their backward; gradients accumulate."""
+    layout, config = msgspec.convert(parallel, Parallel), MODELS[name]
+    where = stage(96, 8 * 2 * ranks // layout.model_ranks, 2, **changes)
+    mesh = mesh_of(layout, 1, ranks)
+    setting = Setting(config, VOCABULARY, where, mesh, batches_of(mesh, where), "none", True)
+    planned = rank_memory(setting, rank // (ranks // layout.pipeline))
+    measured = peak_of_a_step(config, VOCABULARY, world(ranks, layout, rank), where)
+    assert planned.peak_bytes - planned.staging_bytes == pytest.approx(measured, rel=0.08)
+
+
+LONG = """
+import gc, torch, torch.distributed as dist
+from launcher.recipe import Model
+from trainer_meter import SETTINGS, rows, stage
+from trainer.network import Network
+from trainer.objectives import OBJECTIVES
+from trainer.optimizer import Optimizer
+from trainer.parallel import lay_out
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+world = lay_out(torch.device("cpu"))
+
+def resident(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+def train(context):
+    model = Network(Model(layers=4, width=96, heads=2), 8000, world)
+    model.initialise(0)
+    optimizer = Optimizer(model.parameters(), world.device)
+    model.follow(stage(context, 1, 1, activation_checkpointing="block", mlp_tile=256, loss_tile=256), context)
+    batch = rows(1, context)
+    model.backward([batch], lambda number, policy: OBJECTIVES["pretrain"].loss(policy, batch, SETTINGS, None)[0])
+    optimizer.update(SETTINGS, 1e-3, 1e-8, optimizer.squared_norm().sqrt())
+
+train(512)
+for context in (1024, 2048, 4096):
+    gc.collect()
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the most so far is what there is now
+    train(context)
+    print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_process_takes_grows_with_the_context_as_planned() -> None:
+    """Checkpointed blocks, tiled MLP and loss: logits of 4096 tokens would be 131 MB, and are never there."""
+    here = Path(__file__).parent
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": f"{here.parents[1]}:{here}"}
+    done = subprocess.run([sys.executable, "-c", LONG], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    config, planned = Model(layers=4, width=96, heads=2), []
+    for context in (1024, 2048, 4096):
+        where = stage(context, 1, 1, activation_checkpointing="block", mlp_tile=256, loss_tile=256)
+        held = memory(config, 8000, where, 1, True)
+        planned.append(held.peak_bytes - held.staging_bytes)
+    measured = [int(line) for line in done.stdout.split()]
+    assert measured[2] < 4 * 4096 * 8000
+    assert planned == pytest.approx(measured, rel=0.1)
