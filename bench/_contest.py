@@ -1,8 +1,8 @@
 """One contestant of the trainer's contest on a CPU: `python -m bench._contest NAME ROOT STEPS RESULT`.
 
 Each trains the Llama of ROOT/recipe.toml on the tokens under ROOT, on one core and with one thread, and leaves the moment and the
-process's CPU seconds at the end of every step, its losses and its number of parameters. Losses are read after a step's end is noted,
-and only as often as each looks at them by itself.
+process's CPU seconds at the end of every step, the losses of the first steps and its number of parameters. In the steps that are
+timed each looks at the loss as often as it does by itself.
 """
 
 from __future__ import annotations
@@ -164,7 +164,15 @@ def transformers(root: Path, steps: int) -> dict[str, Any]:
     return watch.found(sum(parameter.numel() for parameter in network.parameters()))
 
 
-CONTESTANTS = {"midwatch": midwatch, "nanogpt": nanogpt, "transformers": transformers}
+def torchtitan(root: Path, steps: int) -> dict[str, Any]:
+    """Its trainer has no way to run on a CPU (0.2.2): without an accelerator it sets a CUDA device, and that is tried here."""
+    from torchtitan.tools import utils
+
+    utils.device_module.set_device(f"{utils.device_type}:0")
+    raise SystemExit("torchtitan's trainer takes the accelerator that is there; this is a contest of CPUs")
+
+
+CONTESTANTS = {"midwatch": midwatch, "nanogpt": nanogpt, "transformers": transformers, "torchtitan": torchtitan}
 
 
 def main() -> None:

@@ -1,17 +1,18 @@
 """The trainer's speed and memory, beside others' on a CPU, and by itself on a GPU.
 
-python -m bench.trainer [--rounds N] [--steps N] [--only cpu|gpu]
+python -m bench.trainer [--rounds N] [--steps N] [--only cpu|gpu] [--rehearse]
 
 On a CPU the same small Llama is trained with one thread by Midwatch's loop, by a plain loop in nanoGPT's way, by Hugging Face's
-Trainer and by torchtitan, where they are installed and run. They take turns, in processes of their own on the same core, round after
-round, so that what else the machine does falls on all of them; ratios are of a round's, and their median and spread are told. A step's
-wall time is the median over a turn's steps, its CPU time their mean, so that what happens now and then is in it. What needs a GPU is
-left out with a line where there is none. All figures go to bench/results/ as well.
+Trainer and by torchtitan, where they are installed and run (the extra `bench`). They take turns, in processes of their own on the
+same core, round after round, so that what else the machine does falls on all of them; ratios are of a round's, and their median and
+spread are told. A step's wall time is the median over a turn's steps, its CPU time their mean, so that what happens now and then is
+in it. What needs a GPU is left out with a line where there is none. All figures go to bench/results/ as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -19,16 +20,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import _contest
+from bench import _contest, _gpu
 from launcher.recipe import Recipe, dump_recipe, parse_recipe
 from shards.build import build
 from shards.feed import Feed
@@ -80,6 +83,7 @@ TITLES = {
     "transformers": "Hugging Face Trainer",
     "torchtitan": "torchtitan",
 }
+RESULTS = Path(__file__).parent / "results"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -164,17 +168,60 @@ def contest_table(title: str, found: dict[str, Any]) -> Table:
     return table
 
 
+def surroundings() -> dict[str, str]:
+    """When, on what and of which versions figures are."""
+    processor = next((line.split(": ")[1] for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent)
+    found = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "cpu": f"{processor}, {os.cpu_count()} cores"}
+    found |= {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "python": platform.python_version()}
+    found |= {"torch": torch.__version__, "git_revision": git.stdout.strip()}
+    for name in ("transformers", "accelerate", "torchtitan"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """A contest's figures as they are shown, beside the single turns'."""
+    over = {}
+    for name in LIMITS:
+        if name in found["problems"]:
+            continue
+        for kind in ("wall", "cpu"):
+            values = ratios(found, name, kind)
+            over[f"{kind}_ratio_over_{name}"] = {"median": statistics.median(values), "least": min(values), "most": max(values)}
+    return over | found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the tables."""
+    """Prints the tables and keeps the figures."""
     parser = argparse.ArgumentParser(prog="python -m bench.trainer")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
+    parser.add_argument("--steps", type=int, default=24, help="timed steps of a turn")
+    parser.add_argument("--only", choices=("cpu", "gpu"))
+    parser.add_argument("--rehearse", action="store_true", help="go through the GPU's measurements on a CPU, with tiny models")
     options = parser.parse_args(arguments)
-    results: dict[str, Any] = {"cpu": {}}
-    for title, size in SIZES.items():
+    console = Console(width=200)
+    results: dict[str, Any] = {"surroundings": surroundings(), "cpu": {}, "gpu": None}
+    for title, size in SIZES.items() if options.only != "gpu" else ():
         found = contest(size, options.rounds, options.steps)
-        results["cpu"][title] = found
-        Console(width=200).print(contest_table(title, found))
+        results["cpu"][title] = summary(found)
+        console.print(contest_table(title, found))
+    if options.only != "cpu":
+        if options.rehearse or torch.cuda.is_available():
+            results["gpu"] = _gpu.measure(options.rehearse)
+        console.print(_gpu.table(results["gpu"], "not run: torch sees no CUDA device"))
+    if options.rehearse:
+        console.print("a rehearsal: the GPU's figures say nothing, and are not kept")
+        return
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"trainer-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"all figures: {file}")
 
 
 if __name__ == "__main__":
