@@ -3,8 +3,8 @@
 FSDP2 (torch 2.13, `fully_shard` a block and once around the rest) holds the rest whole from forward's beginning to backward's
 end; of the blocks the one that computes, and the next one's gathered buffer. In backward the block's gradients come, are copied
 into a float32 buffer and reduced from it; that buffer lives until the block after has its own. Gradients of embedding and output
-layer are reduced last of all. A rank that has nobody to share with, and computes in float32, goes without FSDP2. In a pipeline other
-micro-batches wait for their backward meanwhile, but not for the last one's.
+layer are reduced last of all. A rank that has nobody to share with, and computes in float32, goes without FSDP2. In a pipeline
+other micro-batches wait for their backward meanwhile, but not for the last one's.
 """
 
 from __future__ import annotations
