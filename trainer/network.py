@@ -167,7 +167,8 @@ class Network:
         if self._world.pipeline.size == 1:
             (part,) = self.parts
             for number, each in enumerate(rows):
-                cast(FSDPModule, part).set_requires_gradient_sync(number == len(rows) - 1)
+                if isinstance(part, FSDPModule):
+                    part.set_requires_gradient_sync(number == len(rows) - 1)
                 found = part(each.tokens, each.positions, each.segments, each.targets)
                 loss(number, found).backward()  # type: ignore[no-untyped-call]
             return
@@ -313,7 +314,12 @@ def _parts(config: Model, world: World) -> Iterator[Part]:
 
 
 def _shard(part: Decoder, config: Model, world: World) -> None:
-    """FSDP2: a group a block, and one for what is left; parameters and their gradients' sums stay in float32."""
+    """FSDP2: a group a block, and one for what is left; parameters and their gradients' sums stay in float32.
+
+    A rank that is alone, and computes in float32, has nothing to gather, cast or sum, and goes without.
+    """
+    if world.size == 1 and config.dtype == "float32" and world.parallel.offload != "parameters":
+        return
     precision = MixedPrecisionPolicy()
     if config.dtype == "bfloat16":
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -68,6 +68,12 @@ class Setting(NamedTuple):
     on_cpu: bool
 
     @property
+    def alone(self) -> bool:
+        """Whether the rank has nobody to share the model with and computes in float32: it goes without FSDP2."""
+        mesh = self.mesh
+        return mesh.data * mesh.tensor * mesh.pipeline == 1 and self.model.dtype == "float32" and self.offload != "parameters"
+
+    @property
     def to_host(self) -> str:
         """What is kept elsewhere than on the rank's device; a CPU has one memory."""
         return "none" if self.on_cpu else self.offload
@@ -134,7 +140,7 @@ def rank_memory(setting: Setting, rank: int) -> Memory:
         gradients_whole=count > 1,
         optimizer_bytes=optimizer,
         reference_bytes=reference,
-        gathered_bytes=shapes[0].each * (shapes[0].models * held.root + min(2, layers) * held.block),
+        gathered_bytes=0 if setting.alone else shapes[0].each * (shapes[0].models * held.root + min(2, layers) * held.block),
         activations_bytes=sum(parts[part] for part in waiting),
         micro_batch_bytes=sum(parts),
         waiting_forwards=len(waiting),
@@ -183,6 +189,7 @@ def _shape(setting: Setting, share: Share, held: Parameters, part: int, waiting:
     each, tile = compute_bytes(model), min(piece.between, stage.loss_tile)
     return Shape(
         shards=0 if setting.to_host == "parameters" else setting.mesh.shard,
+        alone=setting.alone,
         layers=share.layers[part],
         other_layers=sum(share.layers) - share.layers[part],
         each=each,

@@ -3,8 +3,9 @@
 FSDP2 (torch 2.13, `fully_shard` a block and once around the rest) holds the rest whole from forward's beginning to backward's
 end; of the blocks the one that computes, and the next one's gathered buffer. In backward the block's gradients come, are copied
 into a float32 buffer and reduced from it; that buffer lives until the block after has its own. Gradients of embedding and output
-layer are reduced last of all. In a pipeline other micro-batches wait for their backward meanwhile; blocks stay gathered from a
-backward to the next forward, and gradients are reduced once all micro-batches are through.
+layer are reduced last of all. A rank that is alone and computes in float32 goes without FSDP2. In a pipeline other micro-batches
+wait for their backward meanwhile; blocks stay gathered from a backward to the next forward, and gradients are reduced once all
+micro-batches are through.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ class Shape(msgspec.Struct, frozen=True):
 
     shards: int
     """Ranks over which a block's gradients are spread; 0: they go to the host as they are reduced."""
+    alone: bool
+    """Nothing is gathered, cast or reduced: the rank goes without FSDP2."""
     layers: int
     """Of the part that computes."""
     other_layers: int
@@ -65,7 +68,7 @@ class Shape(msgspec.Struct, frozen=True):
 
 def moments(shape: Shape) -> dict[str, int]:
     """Bytes beyond weights, optimizer and reference, by the moment's name."""
-    rest = shape.models * shape.each * shape.root
+    rest = 0 if shape.alone else shape.models * shape.each * shape.root
     if shape.pipelined:
         return _pipelined(shape, rest)
     waiting = rest + shape.whole_bytes
@@ -100,21 +103,22 @@ def _at_logits(shape: Shape) -> int:
     begins = 2 * shape.logits_bytes + (shape.hidden_bytes + sums if shape.tiled else 0)
     gradients = shape.each * shape.table + (0 if shape.each == FLOAT32 and shape.tiled else sums)
     last = 0 if shape.tiled else shape.logits_bytes * shape.each // FLOAT32
-    return shape.saved_bytes + shape.each * shape.block + max(begins, shape.hidden_bytes + gradients + last)
+    buffer = 0 if shape.alone else shape.each * shape.block
+    return shape.saved_bytes + buffer + max(begins, shape.hidden_bytes + gradients + last)
 
 
 def _in_forward(shape: Shape) -> int:
     """The last block, just gathered, from a buffer that the one before it had too."""
-    one = shape.each * shape.block
-    return (3 if shape.layers > 1 else 2) * one + shape.saved_bytes - shape.saved_bytes_per_block - shape.saved_bytes_after
+    buffers = 0 if shape.alone else 3 if shape.layers > 1 else 2
+    return buffers * shape.each * shape.block + shape.saved_bytes - shape.saved_bytes_per_block - shape.saved_bytes_after
 
 
 def _in_block(shape: Shape, done: int) -> int:
     """At the worst point of the backward of a block, `done` blocks after the first to be taken."""
     last, first = done == shape.layers - 1, done == 0
     one = shape.each * shape.block
-    gathered = one if last else 2 * one
-    in_flight = 0 if first else FLOAT32 * shape.block
+    gathered = 0 if shape.alone else one if last else 2 * one
+    in_flight = 0 if first or shape.alone else FLOAT32 * shape.block
     reduced = FLOAT32 * done * shape.block
     sums = shape.whole_bytes - reduced if shape.accumulates else 0
     # Added to float32 sums as they come; otherwise kept until the block is done.
@@ -124,7 +128,7 @@ def _in_block(shape: Shape, done: int) -> int:
     begins = left + shape.again_bytes + shape.working_bytes + in_flight
     ends = left - shape.saved_bytes_per_block + gradients + in_flight
     reducing = left - shape.saved_bytes_per_block + (gradients if not shape.accumulates else 0) + FLOAT32 * shape.block - one
-    return always + max(begins, ends, reducing)
+    return always + max(begins, ends, 0 if shape.alone else reducing)
 
 
 def _among_others(shape: Shape, done: int, gathered: int) -> int:
@@ -140,7 +144,7 @@ def _among_others(shape: Shape, done: int, gathered: int) -> int:
 def _at_end(shape: Shape) -> int:
     blocks = _spread(shape, FLOAT32 * (shape.layers + shape.other_layers) * shape.block)
     sums = FLOAT32 * shape.root if shape.accumulates else 0
-    return blocks + sums + shape.each * shape.table_gradients + FLOAT32 * shape.block
+    return blocks + sums + shape.each * shape.table_gradients + (0 if shape.alone else FLOAT32 * shape.block)
 
 
 def _spread(shape: Shape, reduced: int) -> int:

@@ -98,7 +98,7 @@ def test_the_peak_of_a_rank_of_a_pipeline_is_that_of_a_real_step(
 
 LONG = """
 import gc, torch, torch.distributed as dist
-from launcher.recipe import Model
+from launcher.recipe import Model, Parallel
 from trainer_meter import SETTINGS, rows, stage
 from trainer.network import Network
 from trainer.objectives import OBJECTIVES
@@ -107,7 +107,7 @@ from trainer.parallel import lay_out
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-world = lay_out(torch.device("cpu"))
+world = lay_out(torch.device("cpu"), Parallel())
 
 def resident(name):
     with open("/proc/self/status") as file:
