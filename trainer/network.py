@@ -24,7 +24,7 @@ from launcher.recipe.stage import Stage
 from trainer.batch import Rows
 from trainer.float8 import float8_product
 from trainer.model import Block, Decoder, Joining, Linear, Part, Thrift
-from trainer.parallel import FOREVER, World, box, local
+from trainer.parallel import World, box, local
 from trainer.relay import Stage as Relay
 from trainer.spread import Group, Spread
 
@@ -48,7 +48,6 @@ class Network:
         """The parameters are unset."""
         self.config, self.vocabulary, self._world = config, vocabulary, world
         self._spread, self._thrift = Spread(), Thrift()
-        self._contexts: dict[int, Group] = {}
         self._schedules: dict[tuple[int, int, int], Schedule1F1B | ScheduleInterleaved1F1B] = {}
         self._loss: Callable[[int, Tensor], Tensor] = lambda number, found: found
         with torch.device("meta"):
@@ -122,29 +121,14 @@ class Network:
     def follow(self, stage: Stage, original_context: int) -> None:
         """Positions, masks, context parallelism and memory as the stage wants them; parameters do not change. By all ranks."""
         self._thrift = Thrift(stage.activation_checkpointing, stage.mlp_tile, stage.loss_tile)
-        context, config, tensor = self._context(stage.context_parallel), self.config, self._world.tensor
+        context, config, tensor = self._world.context(stage.context_parallel), self.config, self._world.tensor
         divides = config.heads % (tensor.size * context.size) == config.key_value_heads % (tensor.size * context.size) == 0
         self._spread = Spread(tensor, context, ring=context.size > 1 and not divides)
+        self._schedules = {}  # what goes from part to part has another size
         for part in self.parts:
             part.set_positions(stage.rope or config.rope, original_context, stage.position_factor)
             part.documents_masked = stage.documents_masked
             part.spread, part.thrift = self._spread, self._thrift
-
-    def _context(self, size: int) -> Group:
-        """Neighbouring data ranks that share rows, by so many. All ranks make all groups, in the same order."""
-        if size == 1:
-            return Group()
-        if size not in self._contexts:
-            world = self._world
-            tensor, data = world.parallel.tensor, world.data
-            for pipeline in range(world.parallel.pipeline):
-                for first in range(0, data, size):
-                    for place in range(tensor):
-                        ranks = [(pipeline * data + first + i) * tensor + place for i in range(size)]
-                        group = dist.new_group(ranks, timeout=FOREVER)
-                        if world.rank in ranks:
-                            self._contexts[size] = Group(cast(dist.ProcessGroup, group), size, ranks.index(world.rank))
-        return self._contexts[size]
 
     # Ways through
 
@@ -186,11 +170,6 @@ class Network:
             return_outputs=False,
         )
         self._join_twins()
-
-    def micro_batches(self, count: int) -> int:
-        """How many a pipeline needs to be given where there are `count`; those beyond are all padding."""
-        size = self._world.pipeline.size
-        return count if size == 1 else -(-count // size) * size
 
     def bubble(self, count: int) -> float:
         """Part of a step of so many micro-batches in which a pipeline's rank idles: Narayanan et al. 2021, section 2.2."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import cast
 
@@ -49,6 +50,8 @@ class World:
     parallel: Parallel = ALONE
     ends: dist.ProcessGroup | None = None
     """This rank and its counterpart at the pipeline's other end, where it is at an end."""
+    contexts: dict[int, Group] = field(default_factory=dict)
+    """Data ranks that share rows, by how many do; those that were asked for."""
 
     @property
     def leads(self) -> bool:
@@ -75,6 +78,19 @@ class World:
     @property
     def pipeline(self) -> Group:
         return self._group("pipeline")
+
+    def context(self, size: int) -> Group:
+        """Neighbouring data ranks that share rows, by so many. All ranks make all groups, in the same order."""
+        if size == 1:
+            return Group()
+        if size not in self.contexts:
+            tensor, data = self.parallel.tensor, self.data
+            for pipeline, first, place in itertools.product(range(self.parallel.pipeline), range(0, data, size), range(tensor)):
+                ranks = [(pipeline * data + first + i) * tensor + place for i in range(size)]
+                group = dist.new_group(ranks, timeout=FOREVER)
+                if self.rank in ranks:
+                    self.contexts[size] = Group(group, size, ranks.index(self.rank))
+        return self.contexts[size]
 
     def _group(self, name: str) -> Group:
         if getattr(self.parallel, name) == 1:

@@ -113,8 +113,8 @@ def test_what_is_no_manifest_is_said_to_be_none(content: bytes, there: tuple[Pat
 
 
 def test_a_format_of_the_future_is_refused(there: tuple[Path, str]) -> None:
-    rewritten(there[0], format=2)
-    with pytest.raises(CheckpointError, match="format 2"):
+    rewritten(there[0], format=3)
+    with pytest.raises(CheckpointError, match="format 3"):
         read_manifest(there[0])
 
 

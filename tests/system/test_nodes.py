@@ -67,6 +67,7 @@ def test_a_run_over_hosts_shrinks_and_grows_and_takes_each_sample_once(run: Run,
     run.done("stop")
 
 
+@pytest.mark.soak
 def test_a_model_laid_over_ranks_shrinks_and_grows_by_whole_copies_of_itself(
     make_run: Callable[[str], Run], data: Path, hosts: Hosts
 ) -> None:

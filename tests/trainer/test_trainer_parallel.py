@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
     from trainer.parallel import join, lay_out, open_store
 
     torch.set_num_threads(1)
-    ring.TILE = 3  # more than one, for rows as short as these
+    ring.TILE = 8  # more than one, for rows as short as these
     world = join(open_store(), "test", Cluster(device="cpu"), Parallel())
     said: list[tuple[str, float, float]] = []
     for case in cases:
@@ -108,6 +107,13 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
         def loss(number: int, found: Tensor, parts: list[Rows] = parts, batch: Rows = batch) -> Tensor:
             return (found * parts[number].mask).square().sum() / batch.mask.numel()
 
+        if case.parallel.pipeline > 1 and case.context > 1:
+            # A stage before it had rows of the same length, and shared them among none.
+            network.follow(stage(masked_documents=case.masked), 37)
+            network.backward(parts, loss)
+            network.follow(where, 37)
+            for parameter in network.parameters().values():
+                parameter.grad = None
         network.backward(parts, loss)
         off = 0.0
         for name, parameter in network.parameters().items():
@@ -157,12 +163,8 @@ LAYOUTS: dict[str, tuple[Parallel, int]] = {
 
 
 def test_every_pair_of_ways_gives_what_one_rank_gives(tmp_path: Path) -> None:
-    """Rows that do not divide, documents in them, masked and not."""
-    hold(
-        tmp_path,
-        4,
-        [Case("llama", *layout, masked=masked) for layout, masked in itertools.product(LAYOUTS.values(), (False, True))],
-    )
+    """Rows that do not divide, documents in them, masked in every other layout."""
+    hold(tmp_path, 4, [Case("llama", *layout, masked=number % 2 == 1) for number, layout in enumerate(LAYOUTS.values())])
 
 
 def test_every_model_is_the_same_however_it_is_laid_out(tmp_path: Path) -> None:
