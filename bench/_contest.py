@@ -65,7 +65,7 @@ def midwatch(root: Path, steps: int) -> dict[str, Any]:
 
     recipe = load_recipe(root / "recipe.toml")
     settle(recipe.cluster)
-    world = join(open_store(), "bench", recipe.cluster)
+    world = join(open_store(), "bench", recipe.cluster, recipe.parallel)
     start = Start(generation=1, term=1, lineage=Lineage(id=1))
     training = Training(recipe, root, root / "data", world, Listening(), start)
     training.open(start)

@@ -26,7 +26,7 @@ from shards.spec import Build
 PEAK = 989e12
 """Dense bfloat16 operations a second of an H200."""
 VOCABULARY = 128_256
-LLAMA_1B = {"layers": 16, "width": 2048, "heads": 32, "kv_heads": 8, "hidden": 8192}
+LLAMA_1B: dict[str, Any] = {"layers": 16, "width": 2048, "heads": 32, "kv_heads": 8, "hidden": 8192}
 SHALLOW = {"layers": 4, "width": 4096, "heads": 32, "kv_heads": 8, "hidden": 14336}
 NARROW = {"layers": 24, "width": 1024, "heads": 16, "kv_heads": 16, "hidden": 2816}
 TINY = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "hidden": 128}
@@ -38,7 +38,7 @@ FEWEST_LONG_STEPS = 2
 class Setting(NamedTuple):
     """One model at one context."""
 
-    model: dict[str, int]
+    model: dict[str, Any]
     context: int
     samples: int
     micro_batch: int
@@ -46,9 +46,10 @@ class Setting(NamedTuple):
     offload: str = "none"
 
 
-EIGHT_K = Setting(LLAMA_1B, 8192, 8, 4)
+EIGHT_K = Setting(LLAMA_1B | {"compile": True}, 8192, 8, 4)
+FLOAT8 = EIGHT_K._replace(model=EIGHT_K.model | {"float8": "tensorwise"})
 MEMORY = {
-    "1.2B, 8K, 4 rows at a time": EIGHT_K,
+    "1.2B, 8K, 4 rows at a time": EIGHT_K._replace(model=LLAMA_1B),
     "1.2B, 128K, blocks computed again": Setting(LLAMA_1B, 1 << 17, 1, 1, LONG | {"activation_checkpointing": "block"}),
     "0.4B, 2K, 16 rows at a time, twice": Setting(NARROW, 2048, 32, 16),
     "1.4B, 4K, all but products computed again": Setting(SHALLOW, 4096, 4, 4, {"activation_checkpointing": "selective"}),
@@ -64,7 +65,11 @@ def small(setting: Setting) -> Setting:
     time = min(setting.context, 64)
     stage = setting.stage | ({"mlp_tile": 16, "loss_tile": 16} if "mlp_tile" in setting.stage else {})
     return setting._replace(
-        model=TINY, context=time, samples=min(setting.samples, 4), micro_batch=min(setting.micro_batch, 2), stage=stage
+        model=TINY | {key: value for key, value in setting.model.items() if key == "float8"},
+        context=time,
+        samples=min(setting.samples, 4),
+        micro_batch=min(setting.micro_batch, 2),
+        stage=stage,
     )
 
 
@@ -167,6 +172,7 @@ def measure(rehearse: bool = False) -> dict[str, Any]:
         device = Device(Path(place), rehearse)
         found: dict[str, Any] = {
             "eight_k": device.run(EIGHT_K),
+            "float8": device.run(FLOAT8),
             "longest": longest(device),
             "steering": steering(device),
             "memory": {},
@@ -207,7 +213,7 @@ def _rows(found: dict[str, Any]) -> dict[str, str]:
     parts = [_memory_row(name, figures) for name, figures in found["memory"].items()]
     values = [
         _mfu_row(eight),
-        "not there yet: the trainer computes in bfloat16 or float32",
+        _float8_row(eight, found["float8"]),
         f"{best:,}; then {found['longest']['ended_by'] or 'no longer one was tried'}"
         if best
         else str(found["longest"]["ended_by"]),
@@ -224,6 +230,14 @@ def _mfu_row(found: dict[str, Any] | str) -> str:
         return found
     rate = found["tokens_a_step"] / statistics.median(found["step_seconds"])
     return f"{mfu(found):.3f} ({mfu(found, causal=True):.3f} with attention's causal half alone), {rate:,.0f} tokens/s"
+
+
+def _float8_row(plain: dict[str, Any] | str, found: dict[str, Any] | str) -> str:
+    if isinstance(plain, str) or isinstance(found, str):
+        return str(found)
+    faster = statistics.median(plain["step_seconds"]) / statistics.median(found["step_seconds"])
+    losses = ", ".join(f"{loss:.3f} ({other:.3f})" for loss, other in zip(found["losses"], plain["losses"], strict=False))
+    return f"{faster:.3f}; losses, beside bfloat16's: {losses}"
 
 
 def _memory_row(name: str, found: dict[str, Any] | str) -> str:

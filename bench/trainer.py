@@ -209,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {"surroundings": surroundings(), "cpu": {}, "gpu": None}
     for title, size in SIZES.items() if options.only != "gpu" else ():
         found = contest(size, options.rounds, options.steps)
+        if problem := found["problems"].get("midwatch"):
+            raise SystemExit(f"Midwatch's own turn failed: {problem}")
         results["cpu"][title] = summary(found)
         console.print(contest_table(title, found))
     if options.only != "cpu":
