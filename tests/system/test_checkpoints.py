@@ -98,6 +98,7 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole_and_the_run_training(
         run.clear()
 
 
+@pytest.mark.soak
 def test_a_rollback_to_an_earlier_stage_rebuilds_it_in_place(run: Run, data: Path) -> None:
     run.start(recipe_text(data, steps=60, sft_steps=3000, every=20))
     run.wait(lambda s: s.stage == "sft" and s.step >= 65)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.system.harness import Run, gone, recipe_text
 
 
@@ -32,6 +34,7 @@ def test_paused_rolled_back_killed_and_resumed_ends_bit_for_bit_the_same(run: Ru
     assert [(r.step, r.value) for r in losses] == [(r.step, r.value) for r in reference]
 
 
+@pytest.mark.soak
 def test_a_stopped_run_goes_on_where_it_was(run: Run, undisturbed: Run, data: Path) -> None:
     run.start(recipe_text(data))
     run.wait_step(40)

@@ -126,6 +126,7 @@ def test_the_ranks_end_when_agent_and_controller_are_gone_for_good(run: Run, dat
     assert gone(ranks, 5)
 
 
+@pytest.mark.soak
 def test_a_controller_stopped_for_a_while_misses_nothing(run: Run, data: Path) -> None:
     run.start(recipe_text(data, **LONG))
     run.wait_step(10)
@@ -158,6 +159,7 @@ def test_two_runs_side_by_side_do_not_meet(make_run: Callable[[str], Run], data:
     assert other.wait_step(20).state == "training"
 
 
+@pytest.mark.soak
 def test_the_process_that_forks_ranks_may_die_or_stand_still(run: Run, data: Path) -> None:
     run.start(recipe_text(data, **LONG))
     run.wait_step(5)

@@ -102,6 +102,7 @@ def test_a_model_laid_over_ranks_shrinks_and_grows_by_whole_copies_of_itself(
     )
 
 
+@pytest.mark.soak
 def test_nodes_are_drained_added_and_quarantined_by_command(run: Run, data: Path, hosts: Hosts) -> None:
     run.start(spread(hosts, recipe_text(data, steps=20_000, every=20), "2"))
     first = run.wait(lambda s: len(used(s)) == 2 and any(n.state == "spare" for n in s.nodes), 90)

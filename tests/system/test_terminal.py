@@ -116,6 +116,7 @@ def test_a_night_watch_by_keys(run: Run, data: Path, terminal_for) -> None:  # t
     assert (after.state, after.generation) == ("training", generation), "killing the terminal did not touch the run"
 
 
+@pytest.mark.soak
 def test_a_terminal_that_does_not_read_holds_nobody_up(run: Run, data: Path, environment: dict[str, str]) -> None:
     import pty
 

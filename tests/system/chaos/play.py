@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from launcher import journal as j
 from launcher.client import ClientError
 from tests.system.chaos.faults import MILD, Fault, Theatre
 
-RECOVER_SECONDS = 90.0
+RECOVER_SECONDS = 90.0 * float(os.environ.get("CHAOS_PATIENCE", "1"))
 
 
 class Cost(NamedTuple):
