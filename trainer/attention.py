@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,13 @@ try:
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 except ImportError:  # an extra, for GPUs only
     flash_attn_varlen_func = None
+
+
+class Cached(Protocol):
+    """A layer's keys and values of all earlier tokens, kept elsewhere."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of q over what is kept and k and v, which are kept from here on; shapes as `attend` has them."""
 
 
 class Visible(NamedTuple):
@@ -30,6 +37,8 @@ class Visible(NamedTuple):
     """[heads], float32: ALiBi's, for the varlen kernel."""
     blocks: Blocks | None = None
     """The same for keys and values that go round."""
+    cached: Cached | None = None
+    """Where a sequence is continued token by token."""
 
 
 def visible(
@@ -68,6 +77,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, spread: Spread) -> Te
 
     The time is that of this rank's tokens, where context-parallel ranks share rows.
     """
+    if seen.cached is not None:
+        return seen.cached.attend(q, k, v)
     if spread.context.size == 1:
         return _attend(q, k, v, seen)
     if spread.ring:

@@ -247,9 +247,9 @@ class Decoder(nn.Module):
         places = spread.places(time, positions.device)
         mine = spread.between(places)
         if self.part.first:
-            x = self._embed(spread.take(x, mine), spread.take(positions, mine))
+            x = self.embed(spread.take(x, mine), spread.take(positions, mine))
         seen = self._visible(segments, x.dtype)
-        rotation = self._rotation(spread.take(positions, places), time, x.dtype) if self.config.position == "rope" else None
+        rotation = self.rotation(spread.take(positions, places), time, x.dtype) if self.config.position == "rope" else None
         for block in self.blocks.values():
             x = block(x, rotation, seen, spread, self.thrift)
         if not self.part.last:
@@ -261,7 +261,8 @@ class Decoder(nn.Module):
             return spread.whole(F.linear(x, weight).float(), time)
         return spread.whole(likelihood(x, weight, spread.take(targets, mine), self.thrift.loss_tile, entropy), time)
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the first block takes, from tokens and positions [batch, time]."""
         x: Tensor = self.embedding(tokens)
         if self.positions is not None:
             x = x + learned(self.positions.weight, positions, self._factor)
@@ -285,8 +286,8 @@ class Decoder(nn.Module):
         places = tuple(spread.places(time, device, place) for place in range(spread.context.size))
         return Visible(blocks=Blocks(places, masked, slopes))
 
-    def _rotation(self, positions: Tensor, time: int, dtype: torch.dtype) -> Rotation:
-        """In the type that blocks compute in: FSDP2 would make each block a copy of its own."""
+    def rotation(self, positions: Tensor, time: int, dtype: torch.dtype) -> Rotation:
+        """Of positions in rows of `time` tokens. In the type that blocks compute in: FSDP2 would make each block a copy."""
         config = self.config
         frequency, scale = frequencies(self._rope, config.head, config.rope_theta, self._original_context, time, positions.device)
         cos, sin = angles(positions, frequency, scale)

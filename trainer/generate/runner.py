@@ -1,0 +1,123 @@
+"""Chunks of sequences through the decoder: what they need to see, their keys and values into pages, logits out.
+
+The decoder is the trainer's own, whole, with its blocks' attention turned to the pages. Its weights are the engine's: a copy that
+is refreshed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from launcher.recipe.model import Model, Rope
+from trainer.attention import Visible
+from trainer.generate.graphs import Replayed
+from trainer.generate.paged import Pages, Piece, Seen, Tables, grouped, kernel_serves, tables
+from trainer.generate.request import Chunk
+from trainer.model import Decoder, Thrift
+from trainer.positions import alibi_slopes
+from trainer.spread import Spread
+
+
+class Runner:
+    def __init__(
+        self,
+        config: Model,
+        vocabulary: int,
+        device: torch.device,
+        context: int,
+        pages: int,
+        size: int,
+        *,
+        kernel: bool | None = None,
+        replays: bool | None = None,
+    ) -> None:
+        """pages: of the cache, of `size` tokens each, without the one that is nobody's.
+
+        kernel: whether one that follows page tables is used; None: where there is one. replays: whether steps in which every
+        sequence is continued by a token replay a CUDA graph; None: on a GPU with such a kernel.
+        """
+        self.config, self.context, self.size, self._device = config, context, size, device
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        with torch.device("meta"):
+            decoder = Decoder(config, vocabulary)
+        self.decoder = decoder.to(dtype).to_empty(device=device).requires_grad_(False)
+        like = torch.empty(0, dtype=dtype, device=device)
+        self.pages = Pages(config.layers, config.key_value_heads, config.head, pages + 1, size, like)
+        self._slopes = alibi_slopes(config.heads, device) if config.position == "alibi" else None
+        self._kernel = kernel_serves(device, dtype, self._slopes is not None) if kernel is None else kernel
+        replays = self._kernel and device.type == "cuda" if replays is None else replays
+        self._replayed = Replayed(self._by_tables, -(-context // size), context, device) if replays else None
+
+    def follow(self, rope: Rope, original_context: int, factor: float) -> None:
+        """Positions as a stage has them."""
+        self.decoder.set_positions(rope, original_context, factor)
+        if self._replayed is not None:
+            self._replayed.forget()
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes over the weights that are named, in place."""
+        own = dict(self.decoder.named_parameters())
+        for name, values in weights.items():
+            own[name].copy_(values)
+
+    @torch.no_grad()
+    def run(self, chunks: Items[Chunk]) -> Tensor:
+        """Logits [sequences, vocabulary] in float32 of what follows each chunk that draws; those of one token come first."""
+        tokens = [token for chunk in chunks for token in chunk.sequence.tokens[chunk.start : chunk.stop]]
+        places = [place for chunk in chunks for place in range(chunk.start, chunk.stop)]
+        slots = [self._slot(chunk, place) for chunk in chunks for place in range(chunk.start, chunk.stop)]
+        if self._replayed is not None and len(tokens) == len(chunks) and all(chunk.draws for chunk in chunks):
+            lengths = [chunk.stop for chunk in chunks]
+            return self._replayed(tokens, places, slots, lengths, [chunk.sequence.pages for chunk in chunks])
+        ends, last = 0, []
+        for chunk in chunks:
+            ends += chunk.stop - chunk.start
+            if chunk.draws:
+                last.append(ends - 1)
+        seen = self._seen(chunks, torch.tensor(slots, device=self._device))
+        hidden = self._forward(torch.tensor([tokens], device=self._device), torch.tensor([places], device=self._device), seen)
+        return self._logits(hidden[0, torch.tensor(last, device=self._device, dtype=torch.int64)])
+
+    def _slot(self, chunk: Chunk, place: int) -> int:
+        return chunk.sequence.pages[place // self.size] * self.size + place % self.size
+
+    def _seen(self, chunks: Items[Chunk], slots: Tensor) -> Seen:
+        device = self._device
+        if self._kernel:
+            return Seen(slots, tables=tables(chunks, device), slopes=self._slopes)
+        single = [chunk for chunk in chunks if chunk.stop - chunk.start == 1]
+        groups = grouped(single, self.size, self._slopes, self.config.key_value_heads, device)
+        pieces, start = [], len(single)
+        for chunk in chunks[len(single) :]:
+            stop = start + chunk.stop - chunk.start
+            held = chunk.sequence.pages[: -(-chunk.stop // self.size)]
+            pieces.append(Piece(start, stop, chunk.start, torch.tensor(held, device=device)))
+            start = stop
+        return Seen(slots, groups, tuple(pieces), slopes=self._slopes)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, seen: Seen) -> Tensor:
+        """[1, tokens] -> [1, tokens, width]"""
+        decoder = self.decoder
+        x = decoder.embed(tokens, positions)
+        rotation = decoder.rotation(positions, self.context, x.dtype) if self.config.position == "rope" else None
+        for number, block in enumerate(decoder.blocks.values()):
+            x = block(x, rotation, Visible(cached=self.pages.layer(number, seen)), Spread(), Thrift())
+        return x
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[sequences, width] -> [sequences, vocabulary]"""
+        decoder = self.decoder
+        if decoder.norm is not None:
+            hidden = decoder.norm(hidden)
+        weight = decoder.embedding.weight if decoder.head is None else decoder.head.weight
+        return F.linear(hidden, weight).float()
+
+    def _by_tables(self, tokens: Tensor, places: Tensor, slots: Tensor, tables: Tables) -> Tensor:
+        """A token of each sequence: all [sequences]; logits [sequences, vocabulary]."""
+        return self._logits(self._forward(tokens[None], places[None], Seen(slots, tables=tables, slopes=self._slopes))[0])
