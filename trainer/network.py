@@ -51,7 +51,7 @@ class Network:
         self._schedules: dict[tuple[int, int, int], Schedule1F1B | ScheduleInterleaved1F1B] = {}
         self._loss: Callable[[int, Tensor], Tensor] = lambda number, found: found
         with torch.device("meta"):
-            self.parts = [Decoder(config, vocabulary, part) for part in _parts(config, world)]
+            self.parts = [Decoder(config, vocabulary, part) for part in _parts(config, world, world.pipeline.place)]
         for part in self.parts:
             _quicken(part, config, world.device)
             _shard(part, config, world)
@@ -113,6 +113,24 @@ class Network:
         for mine, theirs in zip(self.parameters().values(), other.parameters().values(), strict=True):
             local(mine).copy_(local(theirs))
 
+    @torch.no_grad()
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter of the whole decoder under its name, one after another; by all ranks, to all of them."""
+        self.reshard()
+        pipeline, mine = self._world.pipeline, self.parameters()
+        if pipeline.size == 1:
+            yield from ((name, _whole(parameter, self._world.device)) for name, parameter in mine.items())
+            return
+        assert pipeline.ranks is not None
+        for place in range(pipeline.size):
+            with torch.device("meta"):
+                theirs = [Decoder(self.config, self.vocabulary, part) for part in _parts(self.config, self._world, place)]
+            for name, like in ((name, like) for part in theirs for name, like in part.named_parameters()):
+                here = place == pipeline.place
+                found = _whole(mine[name], self._world.device) if here else torch.empty(like.shape, device=self._world.device)
+                dist.broadcast(found, dist.get_global_rank(pipeline.ranks, place), group=pipeline.ranks)
+                yield name, found
+
     def freeze(self) -> Network:
         for part in self.parts:
             part.requires_grad_(False)
@@ -135,12 +153,7 @@ class Network:
     @torch.no_grad()
     def log_probs(self, rows: Rows, entropy: bool = False) -> Tensor:
         """Of the targets, [rows, time]; beside each the entropy where asked for, [rows, time, 2]. On all ranks of a replica."""
-        return self._relayed(rows.tokens, rows.positions, rows.segments, rows.targets, entropy)
-
-    @torch.no_grad()
-    def next_logits(self, tokens: Tensor, positions: Tensor, at: Tensor) -> Tensor:
-        """Logits of what follows the token `at` of each row: tokens [rows, time], at [rows] -> [rows, vocabulary]."""
-        return self._relayed(tokens, positions, torch.zeros_like(tokens), None, at=at)
+        return self._through(rows, entropy)
 
     def backward(self, rows: Sequence[Rows], loss: Callable[[int, Tensor], Tensor]) -> None:
         """Gradients of the sum of the micro-batches' losses; loss: (number, log-probabilities [rows, time]) to a scalar.
@@ -183,38 +196,21 @@ class Network:
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
-    def _relayed(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        segments: Tensor,
-        targets: Tensor | None,
-        entropy: bool = False,
-        at: Tensor | None = None,
-    ) -> Tensor:
+    def _through(self, rows: Rows, entropy: bool = False) -> Tensor:
         """A forward without a backward, from rank to rank of the pipeline; its result goes back to all of them."""
         pipeline, count = self._world.pipeline, len(self.parts) * self._world.pipeline.size
         found: Tensor | None = None
         for number, part in enumerate(self.parts):
             index = number * pipeline.size + pipeline.place
-            x = tokens if index == 0 else self._receive(tokens, pipeline)
-            found = part(x, positions, segments, targets, entropy)
+            x = rows.tokens if index == 0 else self._receive(rows.tokens, pipeline)
+            found = part(x, rows.positions, rows.segments, rows.targets, entropy)
             if index + 1 < count:
                 self._send(found, pipeline)
         assert found is not None
-        if at is not None and self.ends_here:
-            found = found[torch.arange(len(at), device=at.device), at]
         if pipeline.size == 1:
             return found
-        return self._told(found, tokens, targets, entropy, at)
-
-    def _told(self, found: Tensor, tokens: Tensor, targets: Tensor | None, entropy: bool, at: Tensor | None) -> Tensor:
-        """The last rank's, to all of the pipeline."""
-        shape: tuple[int, ...] = (*tokens.shape, 2) if entropy else tuple(tokens.shape)
-        if targets is None:
-            shape = (*shape, self.vocabulary) if at is None else (len(tokens), self.vocabulary)
-        pipeline = self._world.pipeline
         assert pipeline.ranks is not None
+        shape = (*rows.tokens.shape, 2) if entropy else rows.tokens.shape
         result = found.contiguous() if self.ends_here else torch.empty(shape, device=self._world.device)
         dist.broadcast(result, dist.get_global_rank(pipeline.ranks, pipeline.size - 1), group=pipeline.ranks)
         return result
@@ -282,9 +278,15 @@ class Network:
         dist.all_reduce(local(parameter.grad), group=group)
 
 
-def _parts(config: Model, world: World) -> Iterator[Part]:
-    """Of the layers, as evenly as they divide, this rank's parts: part k is on pipeline rank k modulo their number."""
-    parallel, place = world.parallel, world.pipeline.place
+def _whole(parameter: Tensor, device: torch.device) -> Tensor:
+    """The whole of a parameter that is sharded over ranks, on the device."""
+    parameter = parameter.detach().to(device)
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _parts(config: Model, world: World, place: int) -> Iterator[Part]:
+    """Of the layers, as evenly as they divide, a pipeline rank's parts: part k is on pipeline rank k modulo their number."""
+    parallel = world.parallel
     count = parallel.pipeline * parallel.parts
     for index in range(place, count, parallel.pipeline):
         each, more = divmod(config.layers, count)

@@ -249,6 +249,16 @@ def share(body: bytes, group: dist.ProcessGroup, source: int = 0) -> bytes:
     return bytes(buffer.numpy())
 
 
+def gather(body: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    """Every rank's bytes, to all of them, in the order of ranks."""
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(body)]), group=group)
+    longest = max(int(length) for length in lengths)
+    buffers = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+    dist.all_gather(buffers, torch.frombuffer(bytearray(body.ljust(longest, b"\0")), dtype=torch.uint8), group=group)
+    return [bytes(buffer[: int(length)].numpy()) for buffer, length in zip(buffers, lengths, strict=True)]
+
+
 def first_problem(problem: str | None, world: World) -> str | None:
     """The problem of the lowest rank that has one, on all ranks: so that all of them go the same way."""
     lowest = reduce([world.rank if problem else world.size], world.control, dist.ReduceOp.MIN)[0]

@@ -1,7 +1,6 @@
 """Text from the model itself: continuations to look at, and fresh responses on which a policy's distance is measured.
 
-Plain decoding without a cache: every token costs a whole forward. Under FSDP every forward is a joint one, so all ranks take
-the same number of them.
+The ranks' engines write it, with the policy's weights of the moment.
 """
 
 from __future__ import annotations
@@ -9,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from launcher.protocol import Sampled
 from shards.errors import ShardError
 from shards.feed import open_held_out
 from trainer.batch import Rows, share
+from trainer.generate import Request
 from trainer.optimizer import total
-from trainer.parallel import reduce, together
+from trainer.parallel import together
 from trainer.training import Training
 
 TEMPERATURE = 0.8
@@ -38,7 +37,7 @@ def show_samples(training: Training) -> bool:
         prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in stage.prompts]
     else:
         prompts = [tokenizer.chat([("user", prompt)])[0] for prompt in stage.prompts]
-    responses = generate(training, prompts, TEMPERATURE, seed=_seed(training, 0))
+    responses = generate(training, prompts, TEMPERATURE, stream=0)
     if responses is None:
         return True
     for prompt, response in zip(stage.prompts, responses, strict=True):
@@ -47,44 +46,25 @@ def show_samples(training: Training) -> bool:
     return False
 
 
-@torch.no_grad()
-def generate(training: Training, prompts: Sequence[Sequence[int]], temperature: float, seed: int) -> list[list[int]] | None:
-    """Continuations of at most `sample_tokens` ids, up to EOS; None if broken off. Prompts keep their ends.
+def generate(training: Training, prompts: Sequence[Sequence[int]], temperature: float, stream: int) -> list[list[int]] | None:
+    """Continuations of at most `sample_tokens` ids, up to EOS, on every rank; None if broken off. Prompts keep their ends.
 
-    Every rank gives the same number of prompts.
+    Every rank gives the same prompts. stream: tells apart what is drawn at the same step.
     """
-    stage, tokenizer, world = training.stage.stage, training.tokenizer, training.world
+    stage, stops = training.stage.stage, frozenset([training.tokenizer.eos])
     longest = min(stage.sample_tokens, stage.context - 1)
-    rows = [list(prompt[-(stage.context - longest) :]) for prompt in prompts]
-    starts = [len(row) for row in rows]
-    generator = torch.Generator().manual_seed(seed)
-    finished = [False] * len(rows)
-    network = training.network
-    masked, network.documents_masked = network.documents_masked, False
-    try:
-        for _ in range(longest):
-            if training.boundary.peek():
-                return None
-            if not reduce([int(not all(finished))], world.control, dist.ReduceOp.MAX)[0]:
-                break
-            logits = _next_logits(training, rows)
-            drawn = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator).flatten().tolist()
-            for at, token in enumerate(drawn):
-                if not finished[at]:
-                    rows[at].append(token)
-                    finished[at] = token == tokenizer.eos
-    finally:
-        network.documents_masked = masked
-        network.reshard()
-    return [row[start:] for row, start in zip(rows, starts, strict=True)]
-
-
-def _next_logits(training: Training, rows: list[list[int]]) -> Tensor:
-    """Logits of what follows each row: [rows, vocabulary]. Rows are filled up behind their ends, where nobody looks."""
-    device, width = training.world.device, max(len(row) for row in rows)
-    tokens = torch.tensor([row + [training.tokenizer.pad] * (width - len(row)) for row in rows], device=device)
-    positions = torch.arange(width, device=device).expand_as(tokens)
-    return training.network.next_logits(tokens, positions, torch.tensor([len(row) - 1 for row in rows], device=device))
+    if longest < 1:
+        return [[] for _ in prompts]
+    requests = [
+        Request(
+            tuple(prompt[-(stage.context - longest) :]), longest, temperature, seed=_seed(training, stream, number), stops=stops
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    responder = training.responder()
+    responder.refresh(training.progress.step)
+    found = responder.respond(requests, training.boundary.peek)
+    return None if found is None else [response.tokens for response in found]
 
 
 @torch.no_grad()
@@ -112,13 +92,13 @@ def policy_metrics(training: Training) -> dict[str, float] | None:
         training.evaluated = None
         return None
     network = training.network
-    start, stop = share(0, RESPONSES, network.replica, network.replicas)
-    prompts = [known[at % len(known)] for at in range(start, max(stop, start + 1))]
+    prompts = [known[at % len(known)] for at in range(max(RESPONSES, network.replicas))]
     training.phase("sampling")
-    responses = generate(training, prompts, 1.0, seed=_seed(training, 1 + network.replica))
+    responses = generate(training, prompts, 1.0, stream=1)
     if responses is None:
         return None
-    sums = total(_distance(training, prompts, responses) * network.speaks).tolist()
+    mine = slice(*share(0, len(prompts), network.replica, network.replicas))
+    sums = total(_distance(training, prompts[mine], responses[mine]) * network.speaks).tolist()
     k1, k3, entropy, tokens, count = sums
     if not tokens:
         return {}
@@ -157,6 +137,6 @@ def _distance(training: Training, prompts: list[list[int]], responses: list[list
     return torch.cat([by_token.sum((1, 2)), counts])
 
 
-def _seed(training: Training, stream: int) -> int:
-    """Of the run's seed, the step, and who draws."""
-    return (training.recipe.run.seed * 1_000_003 + training.progress.step) * 1_009 + stream
+def _seed(training: Training, stream: int, number: int) -> int:
+    """Of the run's seed, the step, what it is for, and the response's number."""
+    return ((training.recipe.run.seed * 1_000_003 + training.progress.step) * 1_009 + stream) * 1_000_003 + number

@@ -25,6 +25,7 @@ from trainer.optimizer import Optimizer
 from trainer.pace import Pace
 from trainer.parallel import World, first_problem, together
 from trainer.reporting import Link, Reporter
+from trainer.responder import Responder
 from trainer.stages import StageRun, open_stage
 from trainer.state import Progress, from_manifest, opening_settings, plain
 
@@ -46,6 +47,7 @@ class Training:
         self.progress = Progress(lineage=start.lineage.id)
         self.reference: Network | None = None
         self._reference_key = ""
+        self._responder: Responder | None = None
         self.checkpointer = Checkpointer(root / "checkpoints", world, link, start.generation, recipe.checkpoint.asynchronous)
         self.reporter = Reporter(link, self.checkpointer.judge)
         self.heartbeat = Heartbeat.from_environment()
@@ -90,6 +92,12 @@ class Training:
         elif seed is not None:
             hf.load(network, config, self.world, seed)
         return network
+
+    def responder(self) -> Responder:
+        """What writes with the policy's weights; made when it is first wanted in a stage."""
+        if self._responder is None:
+            self._responder = Responder(self.recipe, self.stage.stage, self.network, self.world, self.tokenizer)
+        return self._responder
 
     def phase(self, name: PhaseName) -> None:
         at = self.progress
@@ -287,6 +295,7 @@ class Training:
 
     def _switch(self, opened: StageRun) -> None:
         old, self.stage = getattr(self, "stage", None), opened
+        self._responder = None
         if old is not None:
             old.close()
         for network in self.networks:

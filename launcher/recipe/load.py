@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from launcher.recipe.cluster import Cluster
+from launcher.recipe.generate import Generate
 from launcher.recipe.lines import Path as KeyPath
 from launcher.recipe.lines import key_lines, line_of
 from launcher.recipe.model import Model
@@ -40,6 +41,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer: Tokenizer = Tokenizer()
     cluster: Cluster = Cluster()
     parallel: Parallel = Parallel()
+    generate: Generate = Generate()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
     watch: tuple[Watch, ...] = ()
@@ -140,7 +142,7 @@ def _with_table(recipe: Recipe) -> Recipe:
 def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """Every problem that shows without touching the data: (path of the key, what is wrong and the way out)."""
     found: list[tuple[KeyPath, str]] = []
-    for section in ("run", "model", "cluster", "checkpoint", "report"):
+    for section in ("run", "model", "cluster", "checkpoint", "report", "generate"):
         found += [((section, key), f"[{section}] {key}: {message}") for key, message in getattr(recipe, section).problems()]
     if not recipe.model.problems():
         found += [(("parallel", key), f"[parallel] {key}: {message}") for key, message in recipe.parallel.problems(recipe.model)]

@@ -40,7 +40,7 @@ def decoder(config: Model = CONFIG, seed: int = 0) -> Decoder:
 
 def engine(config: Model = CONFIG, weights: Decoder | None = None, **options: Any) -> Engine:
     made = Engine(config, VOCABULARY, CPU, CONTEXT, **options)
-    made.refresh(dict((weights or decoder(config)).named_parameters()), version=1)
+    made.refresh((weights or decoder(config)).named_parameters(), version=1)
     return made
 
 
@@ -120,7 +120,7 @@ def test_new_weights_take_over_in_the_middle_and_old_prefixes_are_forgotten() ->
     for number in range(400):
         if number == 12:
             before = {id: len(tokens) for id, tokens in drawn.items()}
-            made.refresh(dict(second.named_parameters()), version=2)
+            made.refresh(second.named_parameters(), version=2)
         for event in made.step():
             drawn[event.id].append(event.token)
     assert not made.busy
@@ -135,7 +135,7 @@ def test_a_response_says_which_weights_drew_it() -> None:
     made = engine()
     made.add(Request((5, 6), limit=4, temperature=0))
     made.step()
-    made.refresh(dict(decoder(seed=1).named_parameters()), version=7)
+    made.refresh(decoder(seed=1).named_parameters(), version=7)
     (response,) = answered(made, [Request((5, 6), limit=2, temperature=0)])
     assert (response.first_version, response.version) == (7, 7)
 

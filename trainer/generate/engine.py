@@ -1,13 +1,13 @@
 """The engine: requests in, tokens out, step by step; many at once, each joining and leaving when it will.
 
 engine = Engine(config, vocabulary, device, context=1024)
-engine.refresh(weights, version=1)
+engine.refresh(model.named_parameters(), version=1)
 responses = engine.generate([Request(prompt=(1, 17, 4), limit=64, stops=frozenset([2]))])
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -21,12 +21,15 @@ from trainer.generate.runner import Runner
 from trainer.generate.sampling import draw
 from trainer.generate.scheduler import Scheduler
 
-PAGE = 16
-"""Tokens of a page; 256 where a kernel follows the pages, which takes no smaller ones."""
 RUNNING = 64
 STEP_TOKENS = 2048
 _BEHIND = 8
 """Tokens before a new one that are decoded with it, to look for stop strings: of a piece cut off there comes no text."""
+
+
+def page_tokens(device: torch.device) -> int:
+    """Tokens of a page: kernels that follow pages on a GPU take no smaller ones."""
+    return 256 if device.type == "cuda" else 16
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Engine:
         running: sequences at a time. step_tokens: that pass through the model in a step. decode: ids to text, for stop strings.
         kernel, replays: as Runner has them. Raises ValueError where the cache has no room for one whole sequence.
         """
-        page = page or (256 if device.type == "cuda" else PAGE)
+        page = page or page_tokens(device)
         most = -(-context // page)
         pages = most * running if pages is None else pages
         if pages < most:
@@ -88,8 +91,8 @@ class Engine:
         self.runner.follow(rope, original_context, factor)
         self._scheduler.restart()
 
-    def refresh(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Other weights, by the names of the trainer's parameters; what is running goes on with them, from its tokens so far."""
+    def refresh(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Other weights, under the names of the trainer's parameters; what is running goes on with them, from its tokens so far."""
         self.runner.load(weights)
         self.version = version
         self._scheduler.restart()
@@ -136,6 +139,11 @@ class Engine:
             preemptions=scheduler.preemptions,
         )
 
+    def step_responses(self) -> dict[int, Response]:
+        """A step; the responses that it finished, by their requests' numbers."""
+        known = dict(self._sequences)
+        return {event.id: self._response(known[event.id]) for event in self.step() if event.finish is not None}
+
     def step(self) -> list[Event]:
         """One pass through the model: a token for each sequence whose tokens have all passed."""
         chunks = self._scheduler.plan()
@@ -173,13 +181,14 @@ class Engine:
 
     def generate(self, requests: Items[Request], interrupted: Callable[[], bool] = lambda: False) -> list[Response] | None:
         """Serves them all, in this order; None, and nothing is left, once `interrupted`, asked before each step, says so."""
-        sequences = [self._sequences[self.add(request)] for request in requests]
+        ids = [self.add(request) for request in requests]
+        found: dict[int, Response] = {}
         while self.busy:
             if interrupted():
                 self.clear()
                 return None
-            self.step()
-        return [self._response(sequence) for sequence in sequences]
+            found |= self.step_responses()
+        return [found[id] for id in ids]
 
     def _response(self, sequence: Sequence) -> Response:
         return Response(sequence.response, sequence.log_probs, sequence.finish or "aborted", self.version, sequence.first_version)

@@ -6,7 +6,7 @@ is refreshed in place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
 import torch
@@ -60,10 +60,10 @@ class Runner:
             self._replayed.forget()
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor]) -> None:
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over the weights that are named, in place."""
         own = dict(self.decoder.named_parameters())
-        for name, values in weights.items():
+        for name, values in weights:
             own[name].copy_(values)
 
     @torch.no_grad()
