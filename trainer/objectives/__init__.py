@@ -15,9 +15,7 @@ from torch import Tensor
 
 from trainer.batch import Rows
 from trainer.objectives import dpo, pretrain, sft
-
-Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
-"""Summed loss, summed weight, and summed metrics by their names; all scalars on the device."""
+from trainer.objectives.loss import Loss
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,72 @@
-"""Direct preference optimization: prefer the chosen response to the rejected one by more than the reference does.
+"""Direct preference optimisation: prefer the chosen response to the rejected one by more than the reference does.
 
-Rafailov et al. 2023, equation 7, with the label smoothing of cDPO (Mitchell 2023). Implicit rewards are
-beta (log pi - log pi_ref), equation 5 without the term that both responses share.
+Rafailov et al. 2023, equation 7, with the label smoothing of cDPO (Mitchell 2023); IPO: Azar et al. 2023, equation 17. Implicit
+rewards are beta (log pi - log pi_ref), equation 5 without the term that both responses share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.batch import Rows
+from trainer.objectives.loss import Loss, real, summed
 
 METRICS = ("preference/accuracy", "preference/margin", "preference/chosen_reward", "preference/rejected_reward")
+Kind = Literal["sigmoid", "ipo"]
 
 
 def loss(
-    policy: Tensor, rows: Rows, settings: Mapping[str, float], reference: Tensor | None
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Rows [2 pairs, time]: the chosen responses, then the rejected ones in the same order. Weighed by pairs."""
-    assert reference is not None, "DPO holds against a reference"
-    pairs = len(rows.tokens) // 2
-    real = rows.mask[:pairs].any(-1).float()
-    values, sums = preferences(responses(policy, rows), responses(reference, rows), settings["beta"], settings["label_smoothing"])
-    return (values * real).sum(), real.sum(), {name: (value * real).sum() for name, value in sums.items()}
+    policy: Tensor,
+    rows: Rows,
+    settings: Mapping[str, float],
+    reference: Tensor | None,
+    kind: Kind = "sigmoid",
+    length_normalised: bool = False,
+    reference_free: bool = False,
+) -> Loss:
+    """Rows [2 pairs, time]: the chosen responses, then the rejected ones in the same order. Weighed by pairs.
+
+    `settings`: beta, and for "sigmoid" label_smoothing. reference_free: against a reference that gives all responses the same
+    probability, which the difference of two leaves out; `reference` is then not looked at.
+    """
+    assert reference_free or reference is not None, "DPO holds against a reference"
+    there = rows.mask[: len(rows.tokens) // 2].any(-1).float()
+    ours = responses(policy, rows, length_normalised)
+    fixed = torch.zeros_like(ours) if reference_free or reference is None else responses(reference, rows, length_normalised)
+    smoothing = settings["label_smoothing"] if kind == "sigmoid" else 0.0
+    values, metrics = preferences(ours, fixed, settings["beta"], smoothing, kind)
+    return summed(values, there, metrics)
 
 
-def responses(log_probs: Tensor, rows: Rows) -> Tensor:
-    """Log-probability of each row's response, summed over its tokens: [rows]."""
-    return (log_probs * rows.mask).sum(-1)
+def responses(log_probs: Tensor, rows: Rows, length_normalised: bool = False) -> Tensor:
+    """Log-probability of each row's response, summed over its tokens, or their mean: [rows]; 0 of an empty one."""
+    found = real(log_probs, rows.mask).sum(-1)
+    return found / rows.mask.sum(-1).clamp(min=1) if length_normalised else found
 
 
-def preferences(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float) -> tuple[Tensor, dict[str, Tensor]]:
+def preferences(
+    policy: Tensor, reference: Tensor, beta: float, label_smoothing: float, kind: Kind = "sigmoid"
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each pair, [pairs], and its metrics, from log-probabilities [2 pairs]: the chosen ones, then the rejected.
 
-    With h the difference of the log-ratios: -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h).
+    With h the difference of the log-ratios: -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h); "ipo": (h - 1 / (2 beta))^2.
+    On summed log-probabilities that is OpenRLHF's IPO; TRL's takes means over the response (`responses`, length_normalised).
     """
-    chosen, rejected = (beta * (policy - reference)).chunk(2)
-    margin = chosen - rejected
-    values = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    detached = (margin > 0).float(), margin.detach(), chosen.detach(), rejected.detach()
+    chosen, rejected = (policy - reference).chunk(2)
+    rewards = beta * chosen, beta * rejected
+    margin = rewards[0] - rewards[1]
+    if kind == "ipo":
+        values = (chosen - rejected - 1 / (2 * beta)).square()
+    else:
+        values = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    detached = (margin > 0).float(), margin.detach(), rewards[0].detach(), rewards[1].detach()
     return values, dict(zip(METRICS, detached, strict=True))
 
 

@@ -9,11 +9,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from trainer.batch import Rows
+from trainer.objectives.loss import Loss
 
 
-def loss(
-    policy: Tensor, rows: Rows, settings: Mapping[str, float], reference: Tensor | None
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss(policy: Tensor, rows: Rows, settings: Mapping[str, float], reference: Tensor | None) -> Loss:
     """Radford et al. 2018, equation 1; weighed by real tokens."""
     return -(policy * rows.mask).sum(), rows.mask.sum(), {}
 

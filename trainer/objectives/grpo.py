@@ -1,0 +1,67 @@
+"""Group-relative policy optimisation: PPO without a critic, a response held against others to the same prompt.
+
+Shao et al. 2024 (DeepSeekMath), section 4.1; leave-one-out: Ahmadian et al. 2024 (RLOO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from trainer.batch import Rows
+from trainer.objectives import ppo
+from trainer.objectives.advantages import kl
+from trainer.objectives.loss import Loss, real, summed
+from trainer.objectives.ppo import Experience
+
+METRICS = (*ppo.METRICS, "policy/kl")
+"""`policy/kl`, k3 a token, is there where there is a reference."""
+Normalisation = Literal["token", "sequence"]
+
+
+def advantages(scores: Tensor, group: int, leave_one_out: bool = False) -> Tensor:
+    """Of each response: scores [prompts * group], the responses to a prompt side by side, to the same shape.
+
+    (r - mean) / (std + 1e-6) within the group. The standard deviation is the sample's (divided by group - 1), as TRL, verl and
+    OpenRLHF have it; TRL adds 1e-4 and OpenRLHF 1e-9. leave_one_out: r less the mean of the others, not scaled.
+    """
+    if group < 2:
+        raise ValueError(f"a group of {group} has nothing to be held against (use at least 2)")
+    # In float32 the rounding of a mean of equal scores, divided by 1e-6, would be an advantage.
+    grouped = scores.double().view(-1, group)
+    centred = grouped - grouped.mean(-1, keepdim=True)
+    found = centred * group / (group - 1) if leave_one_out else centred / (grouped.std(-1, keepdim=True) + 1e-6)
+    return found.flatten().to(scores.dtype)
+
+
+def loss(
+    policy: Tensor,
+    rows: Rows,
+    settings: Mapping[str, float],
+    extra: Experience,
+    normalisation: Normalisation = "token",
+) -> Loss:
+    """PPO's clipped loss and beta k3 of each token (equations 3 and 4); `settings`: ratio_clip, and with a reference beta.
+
+    Over a global batch every token weighs the same ("token": DAPO, Yu et al. 2025, equation 12; like Dr. GRPO, Liu et al.
+    2025, but for its constant divisor), or every response does ("sequence": the first GRPO, which favours short right answers
+    and long wrong ones).
+    """
+    values, metrics = ppo.policy_loss(policy, extra.old, extra.advantages, rows.mask, settings["ratio_clip"])
+    if extra.reference is not None:
+        distance = kl(real(policy, rows.mask), real(extra.reference, rows.mask), "k3")
+        values = values + settings["beta"] * distance
+        metrics["policy/kl"] = distance.detach()
+    weights = rows.mask
+    if normalisation == "sequence":
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    return summed(values, weights, metrics)
+
+
+def weight(mask: npt.NDArray[np.float32], normalisation: Normalisation = "token") -> float:
+    """Tokens of responses, or responses that have any."""
+    return ppo.weight(mask) if normalisation == "token" else float(mask.any(-1).sum())
