@@ -53,7 +53,7 @@ class Op(enum.IntEnum):
     REGROUP = 10
 
 
-PHASES = ("loading", "training", "evaluating", "sampling", "saving", "paused", "ending")
+PHASES = ("loading", "training", "evaluating", "sampling", "generating", "scoring", "saving", "paused", "ending")
 """What ranks can be at."""
 
 
@@ -140,7 +140,7 @@ class Metrics(_Lenient, frozen=True):
 class Phase(_Lenient, frozen=True):
     """What the ranks are at, sent when it changes."""
 
-    phase: Literal["loading", "training", "evaluating", "sampling", "saving", "paused", "ending"]
+    phase: Literal["loading", "training", "evaluating", "sampling", "generating", "scoring", "saving", "paused", "ending"]
     step: int
     stage: str
     stage_step: int
@@ -214,6 +214,11 @@ class Sampled(_Lenient, frozen=True):
     lineage: int
     prompt: str
     text: str
+    reward: float | None = None
+    """Its score, where it has one."""
+    kl: float | None = None
+    """Log-ratio to the reference, summed over its tokens, in nats."""
+    tokens: int | None = None
 
 
 class Note(_Lenient, frozen=True):

@@ -42,7 +42,8 @@ def _open(root: Path, name: str, split: str, tokenizer: Tokenizer, cache: Cache)
 class Feed:
     """Batches for one stage. Reading is thread-safe; `reweight` and `restore` are for one thread.
 
-    objective_kind: "text", "sft" or "preference"; or "prompt", the prompts alone of sft and preference sources.
+    objective_kind: "text", "sft" or "preference"; "scored", preferences whose last tokens are inputs too; or "prompt", the prompts
+    alone of sft and preference sources.
     mixture: the share of samples by source (any scale). masked_documents: documents of a row will not see each other, so
     of text nothing is to be learned where one ends. restart_positions: they begin anew with each document of a row (None:
     where documents are masked). long_samples: what happens to conversations longer than the context.

@@ -17,7 +17,7 @@ from shards.corpus import Corpus
 from shards.errors import ShardError
 from shards.packing import LongSamples, plan
 
-ObjectiveKind = Literal["text", "sft", "preference", "prompt"]
+ObjectiveKind = Literal["text", "sft", "preference", "scored", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,15 @@ class Batch:
         self.segments[row, start:stop] = segment
         self.positions[row, start:stop] = np.arange(position, position + stop - start)
         return stop
+
+    def put_whole(self, row: int, sequence: Array, first: int) -> None:
+        """One document alone in a row, its last token an input too, which has no target; targets from number `first` on count."""
+        count = len(sequence)
+        self.tokens[row, :count] = sequence
+        self.targets[row, : count - 1] = sequence[1:]
+        self.mask[row, max(first - 1, 0) : count - 1] = 1
+        self.segments[row, :count] = 0
+        self.positions[row, :count] = np.arange(count)
 
 
 class View(Protocol):
@@ -144,30 +153,33 @@ class PairView:
     """A prompt with its chosen response in one row and its rejected one in another, the same prompt in both.
 
     Where they do not fit the context, the prompt loses its beginning first (never its last token), then the responses
-    their ends.
+    their ends. whole: for a model that scores texts, the last token is an input too.
     """
 
     rows_each = 2
 
-    def __init__(self, corpus: Corpus, context: int) -> None:
+    def __init__(self, corpus: Corpus, context: int, *, whole: bool = False) -> None:
         self._corpus = corpus
-        self._context = context
+        self._fits = context if whole else context + 1
+        self._whole = whole
         self.size = corpus.documents
 
     def _pair(self, sample: int) -> tuple[int, Array, Array]:
-        """The prompt's length, and the two sequences, each of at most context + 1 tokens."""
+        """The prompt's length, and the two sequences, each of at most context + 1 tokens, or context where all are inputs."""
         start, stop = self._corpus.span(sample)
         tokens, parts = self._corpus.read(start, stop), self._corpus.read(start, stop, "mask")
         prompt, chosen, rejected = (tokens[parts == part] for part in range(3))
-        room = max(1, self._context + 1 - max(len(chosen), len(rejected)))
+        room = max(1, self._fits - max(len(chosen), len(rejected)))
         prompt = prompt[-room:]
-        fits = self._context + 1
-        chosen, rejected = (np.concatenate([prompt, response])[:fits] for response in (chosen, rejected))
+        chosen, rejected = (np.concatenate([prompt, response])[: self._fits] for response in (chosen, rejected))
         return len(prompt), chosen, rejected
 
     def fill(self, batch: Batch, row: int, apart: int, sample: int) -> None:
         prompt, chosen, rejected = self._pair(sample)
         for place, sequence in ((row, chosen), (row + apart, rejected)):
+            if self._whole:
+                batch.put_whole(place, sequence, prompt)
+                continue
             batch.put(place, 0, sequence, np.arange(1, len(sequence)) >= prompt, 0)
 
     def sequences(self, sample: int) -> list[Array]:
@@ -214,8 +226,8 @@ def view(
     A packed conversation's last token is never an input, so whether documents are masked does not change such a row.
     """
     have = corpus.manifest.kind
-    if have != kind and not (kind == "prompt" and have != "text"):
-        needed = "sft or preference" if kind == "prompt" else kind
+    needed = {"prompt": "sft or preference", "scored": "preference"}.get(kind, kind)
+    if have not in needed.split(" or "):
         raise ShardError(
             f'{corpus.directory}: a source of kind "{have}", but the stage needs "{needed}" (take it out of the mixture)'
         )
@@ -225,4 +237,6 @@ def view(
         )
     if kind == "sft":
         return PackedView(corpus, context, long_samples, restart_positions=restart_positions)
-    return PairView(corpus, context) if kind == "preference" else PromptView(corpus, context)
+    if kind in ("preference", "scored"):
+        return PairView(corpus, context, whole=kind == "scored")
+    return PromptView(corpus, context)

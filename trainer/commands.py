@@ -77,6 +77,8 @@ def _advance(training: Training, order: Order) -> None:
     elif index <= here:
         later = ", ".join(names[here + 1 :]) or "none"
         reason = f'"{wanted}" is not a stage after "{names[here]}" (there are: {later})'
+    elif index < len(names):
+        reason = training.passed_over(index)
     product = None
     if reason is None:
         product, reason = end_stage(training, index)

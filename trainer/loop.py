@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from launcher.protocol import Ended
-from shards.errors import ShardError
-from shards.feed import Batch
 from trainer import boundaries
-from trainer.batch import Rows, filled, micro_batches, samples_a_replica, share
 from trainer.boundary import StopNow
+from trainer.cast import Learner
 from trainer.commands import apply
 from trainer.evaluate import evaluate
+from trainer.lesson import Lesson, next_lesson
+from trainer.objectives import CRITIC, Objective
+from trainer.objectives.ppo import critic_metrics
 from trainer.optimizer import learning_rate, total
-from trainer.parallel import first_problem, reduce
 from trainer.peak import flops_per_second
 from trainer.pipeline import end_stage
 from trainer.reporting import StepReport
-from trainer.stages import rows_of_a_sample
 from trainer.training import Training
 
 
@@ -68,90 +68,96 @@ def _due(training: Training, setting: str, step: int) -> bool:
 
 
 def step(training: Training) -> bool:
-    """One optimizer update over the global batch; whether it was taken, or the run paused because a rank cannot read its share."""
+    """One optimizer update over the global batch; whether it was taken, or there was nothing to learn from yet."""
     began = time.monotonic()
     world, at, run, network = training.world, training.progress, training.stage, training.network
-    stage, objective = run.stage, run.objective
+    stage = run.stage
 
     training.pace.begin()
-    batch, problem = _read(training)
-    waited = time.monotonic() - began
-    unread, weight, tokens, *counts = reduce(_counted(training, batch), world.control)
-    if unread or batch is None:
-        training.hold_for_data(first_problem(problem, world) or "")
+    lesson = next_lesson(training)
+    if lesson is None:
         return False
 
-    samples, size = filled(samples_a_replica(stage.global_batch, network.replicas), stage.micro_batch, world.pipeline.size)
-    parts = list(micro_batches(batch, rows_of_a_sample(stage), samples, size, world.device))
-    values = total(torch.cat([_gradients(training, parts, weight), training.optimizer.squared_norm()[None]]))
-    norm = values[-1].sqrt()
-    rate = learning_rate(stage, at.settings, at.stage_step)
-    training.optimizer.update(at.settings, rate, stage.eps, norm)
-    training.heartbeat.own = training.pace.end(waited)
+    students = [Student(training.cast.policy, run.objective, "lr")]
+    if training.cast.critic is not None:
+        students.append(Student(training.cast.critic, CRITIC, "value_lr"))
+    for_each = [torch.cat([_gradients(training, each, lesson), each.learner.optimizer.squared_norm()[None]]) for each in students]
+    values = total(torch.cat(for_each))
+    parts = torch.split(values, [len(each) for each in for_each])
+    for each, found in zip(students, parts, strict=True):
+        norm, optimizer = found[-1:].sqrt_(), each.learner.optimizer
+        optimizer.update(at.settings, learning_rate(stage, at.settings, at.stage_step, each.rate), stage.eps, norm[0])
+    training.heartbeat.own = training.pace.end(lesson.waited)
 
     at.step += 1
     at.stage_step += 1
-    at.position += stage.global_batch
-    at.tokens += tokens
+    if stage.draws:
+        at.drawn.updates += 1
+        at.drawn.left -= 1
+    else:
+        at.position += stage.global_batch
+    at.tokens += lesson.tokens
     training.revision = 0
     seconds = time.monotonic() - began
-    known = {"train/lr": rate, "train/tokens": float(at.tokens)}
-    known |= {"perf/step_seconds": seconds, "perf/tokens_per_second": tokens / seconds, "perf/data_wait_seconds": waited}
-    known |= {f"data/{name}/fraction": count / stage.global_batch for name, count in zip(stage.mixture, counts, strict=True)}
+    known = {"train/lr": learning_rate(stage, at.settings, at.stage_step - 1), "train/tokens": float(at.tokens)}
+    known |= {"perf/step_seconds": seconds, "perf/tokens_per_second": lesson.tokens / seconds} | lesson.known
+    if stage.draws:
+        known["perf/update_seconds"] = seconds - lesson.waited
     if training.stall:
         known["perf/checkpoint_stall_seconds"], training.stall = training.stall, 0.0
     if world.pipeline.size > 1:
-        known["perf/pipeline_bubble"] = network.bubble(len(parts))
-    if peak := flops_per_second(world.device, training.recipe.model.dtype):
-        known["perf/mfu"] = network.flops_per_token(stage.context) * tokens / seconds / (peak * world.size)
+        known["perf/pipeline_bubble"] = network.bubble(len(lesson.parts))
+    if (peak := flops_per_second(world.device, training.recipe.model.dtype)) and not stage.draws:
+        known["perf/mfu"] = network.flops_per_token(stage.context) * lesson.tokens / seconds / (peak * world.size)
 
     def read(found: list[float]) -> dict[str, float]:
-        *added, norm, skipped = found
-        names = ("train/loss", *objective.metrics)
-        means = {name: value / max(weight, 1) for name, value in zip(names, added, strict=False)}
-        return means | boundaries.means(added[len(names) :]) | {"train/grad_norm": norm, "train/skipped_updates": skipped}
+        means = {"train/skipped_updates": found.pop()}
+        for each, count in zip(students, map(len, for_each), strict=True):
+            means |= each.metrics(found[:count], max(lesson.weight, 1))
+            del found[:count]
+        return means
 
-    values = torch.cat([values[:-1], norm[None], training.optimizer.skipped[None]])
-    training.reporter.put(StepReport(lineage=at.lineage, step=at.step, tokens=at.tokens, known=known, values=values, read=read))
+    report = torch.cat([values, training.optimizer.skipped[None]])
+    training.reporter.put(StepReport(lineage=at.lineage, step=at.step, tokens=at.tokens, known=known, values=report, read=read))
     return True
 
 
-def _counted(training: Training, batch: Batch | None) -> tuple[int, ...]:
-    """Whether this rank could not read its share; from one rank of a replica its weight, tokens and samples by source."""
-    stage, objective = training.stage.stage, training.stage.objective
-    if batch is None or not training.network.speaks:
-        return (int(batch is None), 0, 0, *(0 for _ in stage.mixture))
-    sources = [sum(source == name for source, _, _ in batch.samples) for name in stage.mixture]
-    return (0, int(objective.weight(batch.mask)), int(batch.mask.sum()), *sources)
+@dataclass(frozen=True)
+class Student:
+    """A learner and what it is taught."""
+
+    learner: Learner
+    objective: Objective
+    rate: str
+    """The setting that is its peak learning rate."""
+
+    def metrics(self, found: list[float], weight: float) -> dict[str, float]:
+        """From sums over the global batch, and the gradient's norm after them."""
+        *added, norm = found
+        names = self.objective.metrics
+        means = {name: value / weight for name, value in zip(names, added[1:], strict=False)}
+        if self.objective is CRITIC:
+            return critic_metrics(means) | {"value/grad_norm": norm}
+        means |= {"train/loss": added[0] / weight, "train/grad_norm": norm}
+        return means | boundaries.means(added[1 + len(names) :])
 
 
-def _gradients(training: Training, parts: list[Rows], weight: int) -> Tensor:
+def _gradients(training: Training, student: Student, lesson: Lesson) -> Tensor:
     """Forward and backward of all micro-batches: summed loss, metrics, and what `boundaries` sums; of this rank, on the device.
 
-    The loss is the mean over the real tokens of the whole batch, which weigh `weight` together.
+    The loss is the mean over what the whole batch weighs together.
     """
-    objective, network, settings = training.stage.objective, training.network, training.progress.settings
-    fixed = [training.reference.log_probs(part) if training.reference else None for part in parts]
+    objective, network, settings = student.objective, student.learner.network, training.progress.settings
     sums = torch.zeros(1 + len(objective.metrics), device=training.world.device)
     placed = torch.zeros(boundaries.COUNT, device=training.world.device)
 
     def loss_of(number: int, policy: Tensor) -> Tensor:
-        loss, _, metrics = objective.loss(policy, parts[number], settings, fixed[number])
+        loss, _, metrics = objective.loss(policy, lesson.parts[number], settings, lesson.held[number])
         if network.speaks:
             sums.add_(torch.stack([loss.detach(), *(metrics[name] for name in objective.metrics)]))
             if objective.by_token:
-                placed.add_(boundaries.sums(policy, parts[number]))
-        return loss / max(weight, 1)
+                placed.add_(boundaries.sums(policy, lesson.parts[number]))
+        return loss / max(lesson.weight, 1)
 
-    network.backward(parts, loss_of)
+    network.backward(lesson.parts, loss_of)
     return torch.cat([sums, placed])
-
-
-def _read(training: Training) -> tuple[Batch | None, str | None]:
-    """This rank's share of the step, or why there is none."""
-    network, stage = training.network, training.stage.stage
-    try:
-        mine = share(training.progress.position, stage.global_batch, network.replica, network.replicas)
-        return training.stage.reader.read(*mine), None
-    except ShardError as error:
-        return None, str(error)

@@ -204,16 +204,17 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Tokens to log-probabilities or logits, or a part of the way there.
 
-    `set_positions`, `documents_masked`, `spread` and `thrift` follow the stage; parameters do not depend on it.
+    `set_positions`, `documents_masked`, `temperature`, `spread` and `thrift` follow the stage; parameters do not depend on it.
     """
 
-    def __init__(self, config: Model, vocabulary: int, part: Part | None = None) -> None:
+    def __init__(self, config: Model, vocabulary: int, part: Part | None = None, scalar: bool = False) -> None:
+        """scalar: a number for each token comes out, not what follows it: the head of reward and value models."""
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.part = part = Part(0, config.layers) if part is None else part
-        self.documents_masked = False
+        self.documents_masked, self.temperature = False, 1.0
         self.spread, self.thrift = Spread(), Thrift()
-        if part.first or (part.last and config.tied):
+        if part.first or (part.last and config.tied and not scalar):
             self.embedding = nn.Embedding(vocabulary, config.width)
         learns = part.first and config.position == "learned"
         self.positions = nn.Embedding(config.position_rows, config.width) if learns else None
@@ -221,7 +222,8 @@ class Decoder(nn.Module):
         # A dictionary, so that a block has the same name in whatever part it is.
         self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(part.start, part.stop)})
         self.norm = make_norm(config) if part.last and config.norm_place == "before" else None
-        self.head = None if config.tied or not part.last else nn.Linear(config.width, vocabulary, bias=False)
+        self.head = None if config.tied or scalar or not part.last else nn.Linear(config.width, vocabulary, bias=False)
+        self.score = nn.Linear(config.width, 1, bias=False) if scalar and part.last else None
         self.set_positions(config.rope, 1)
 
     def set_positions(self, rope: Rope, original_context: int, factor: float = 1.0) -> None:
@@ -241,7 +243,7 @@ class Decoder(nn.Module):
         entropy of what was to choose from: [batch, time, 2].
 
         Ranks that share rows are each given whole ones, and each gives whole ones. A part that is not the last gives what the
-        next one takes as x, [batch, this rank's tokens, width].
+        next one takes as x, [batch, this rank's tokens, width]. With a scalar head what it gives each token, [batch, time].
         """
         time, spread = positions.shape[1], self.spread
         places = spread.places(time, positions.device)
@@ -256,7 +258,10 @@ class Decoder(nn.Module):
             return x
         if self.norm is not None:
             x = self.norm(x)
+        if self.score is not None:
+            return spread.whole(self.score(x)[..., 0].float().clone(), time)
         weight = self.embedding.weight if self.head is None else self.head.weight
+        x = x if self.temperature == 1.0 else x / self.temperature  # the same as of logits
         if targets is None:
             return spread.whole(F.linear(x, weight).float(), time)
         return spread.whole(likelihood(x, weight, spread.take(targets, mine), self.thrift.loss_tile, entropy), time)
@@ -293,18 +298,23 @@ class Decoder(nn.Module):
         cos, sin = angles(positions, frequency, scale)
         return cos.to(dtype), sin.to(dtype)
 
-    def drawn(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter and what it begins with, whole.
+    def drawn(self, seed: int, only: str = "") -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter, or the one of that name, and what it begins with, whole.
 
         Normal, 0.02 wide, and 0.02 / sqrt(2 layers) for what is added to the residual stream: GPT-2 (Radford et al. 2019, section
-        2.3). Drawn on the CPU from the seed and the parameter's name, so that neither devices nor ranks matter.
+        2.3). A scalar head's 1 / sqrt(width + 1) wide: Stiennon et al. 2020, appendix B.1. Drawn on the CPU from the seed and the
+        parameter's name, so that neither devices nor ranks matter.
         """
         for name, parameter in self.named_parameters():
+            if only and name != only:
+                continue
             if parameter.ndim == 1:
                 yield parameter, torch.full(parameter.shape, 0.0 if name.endswith(".bias") else 1.0)
                 continue
             residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
             std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
+            if name == "score.weight":
+                std = 1 / math.sqrt(self.config.width + 1)
             generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(name.encode(), seed=seed % 2**64) % 2**63)
             yield parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
 

@@ -44,14 +44,14 @@ _DIVIDED: dict[str, Placement] = {
 class Network:
     """This rank's parts of the decoder, and the ways through all of them."""
 
-    def __init__(self, config: Model, vocabulary: int, world: World) -> None:
-        """The parameters are unset."""
-        self.config, self.vocabulary, self._world = config, vocabulary, world
+    def __init__(self, config: Model, vocabulary: int, world: World, scalar: bool = False) -> None:
+        """The parameters are unset. scalar: it gives each token a number, as reward and value models do."""
+        self.config, self.vocabulary, self.scalar, self._world = config, vocabulary, scalar, world
         self._spread, self._thrift = Spread(), Thrift()
         self._schedules: dict[tuple[int, int, int], Schedule1F1B | ScheduleInterleaved1F1B] = {}
         self._loss: Callable[[int, Tensor], Tensor] = lambda number, found: found
         with torch.device("meta"):
-            self.parts = [Decoder(config, vocabulary, part) for part in _parts(config, world, world.pipeline.place)]
+            self.parts = [Decoder(config, vocabulary, part, scalar) for part in _parts(config, world, world.pipeline.place)]
         for part in self.parts:
             _quicken(part, config, world.device)
             _shard(part, config, world)
@@ -65,6 +65,16 @@ class Network:
     def documents_masked(self, wanted: bool) -> None:
         for part in self.parts:
             part.documents_masked = wanted
+
+    @property
+    def temperature(self) -> float:
+        """By which logits are divided."""
+        return self.parts[0].temperature
+
+    @temperature.setter
+    def temperature(self, wanted: float) -> None:
+        for part in self.parts:
+            part.temperature = wanted
 
     def flops_per_token(self, context: int) -> float:
         """Of the whole decoder, forward and backward."""
@@ -103,15 +113,18 @@ class Network:
         return names if self._twin() is None or self._world.pipeline.place == 0 else names - {"embedding.weight"}
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        """Draws the parameters; each rank keeps its part of each."""
+    def initialise(self, seed: int, only: str = "") -> None:
+        """Draws the parameters, or the one of that name; each rank keeps its part of each."""
         for part in self.parts:
-            for parameter, values in part.drawn(seed):
+            for parameter, values in part.drawn(seed, only):
                 local(parameter).copy_(values[box(parameter)])
 
     def copy_from(self, other: Network) -> None:
-        for mine, theirs in zip(self.parameters().values(), other.parameters().values(), strict=True):
-            local(mine).copy_(local(theirs))
+        """All parameters that both have; two with other heads do not share these."""
+        theirs = other.parameters()
+        for name, mine in self.parameters().items():
+            if name in theirs:
+                local(mine).copy_(local(theirs[name]))
 
     @torch.no_grad()
     def whole(self) -> Iterator[tuple[str, Tensor]]:
@@ -123,8 +136,9 @@ class Network:
             return
         assert pipeline.ranks is not None
         for place in range(pipeline.size):
+            parts = list(_parts(self.config, self._world, place))
             with torch.device("meta"):
-                theirs = [Decoder(self.config, self.vocabulary, part) for part in _parts(self.config, self._world, place)]
+                theirs = [Decoder(self.config, self.vocabulary, part, self.scalar) for part in parts]
             for name, like in ((name, like) for part in theirs for name, like in part.named_parameters()):
                 here = place == pipeline.place
                 found = _whole(mine[name], self._world.device) if here else torch.empty(like.shape, device=self._world.device)
@@ -145,10 +159,15 @@ class Network:
         self._schedules = {}  # what goes from part to part has another size
         for part in self.parts:
             part.set_positions(stage.rope or config.rope, original_context, stage.position_factor)
-            part.documents_masked = stage.documents_masked
+            part.documents_masked, part.temperature = stage.documents_masked, stage.temperature
             part.spread, part.thrift = self._spread, self._thrift
 
     # Ways through
+
+    @torch.no_grad()
+    def scores(self, rows: Rows) -> Tensor:
+        """With a scalar head: what it gives each token, [rows, time]. On all ranks of a replica."""
+        return self._through(rows)
 
     @torch.no_grad()
     def log_probs(self, rows: Rows, entropy: bool = False) -> Tensor:
@@ -156,7 +175,7 @@ class Network:
         return self._through(rows, entropy)
 
     def backward(self, rows: Sequence[Rows], loss: Callable[[int, Tensor], Tensor]) -> None:
-        """Gradients of the sum of the micro-batches' losses; loss: (number, log-probabilities [rows, time]) to a scalar.
+        """Gradients of the sum of the micro-batches' losses; loss: (number, log-probabilities or scores [rows, time]) to a scalar.
 
         Ranks of a replica are given the same rows, and must compute the same loss; under a pipeline it is called where the
         layers end. All micro-batches are of one shape. Gradients are summed over the ranks.
@@ -265,7 +284,7 @@ class Network:
 
     def _twin(self) -> dist.ProcessGroup | None:
         """The ranks that have the embedding as well, where a pipeline's two ends share it."""
-        return self._world.ends if self.config.tied else None
+        return self._world.ends if self.config.tied and not self.scalar else None
 
     def _join_twins(self) -> None:
         """The embedding's gradient, of what was read and of what was written."""

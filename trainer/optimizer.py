@@ -21,12 +21,12 @@ STREAMED = 8
 """Parameters whose moments are fetched at a time from the host's memory."""
 
 
-def learning_rate(stage: Stage, settings: dict[str, float], step: int) -> float:
+def learning_rate(stage: Stage, settings: dict[str, float], step: int, peak_of: str = "lr") -> float:
     """For the update after `step` updates of the stage: linear warm-up, cosine to `min_lr_ratio` of the peak, then constant.
 
-    Loshchilov and Hutter 2017, equation 5, without restarts.
+    Loshchilov and Hutter 2017, equation 5, without restarts. peak_of: the setting that is the peak.
     """
-    peak, floor, warm = settings["lr"], settings["min_lr_ratio"], stage.warmup_steps
+    peak, floor, warm = settings[peak_of], settings["min_lr_ratio"], stage.warmup_steps
     if step < warm:
         part = (step + 1) / warm
     else:

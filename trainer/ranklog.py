@@ -132,8 +132,8 @@ class Logged:
         if phase.phase == "paused":
             log.info("step %d: paused", phase.step)
             self._paused = True
-        elif self._paused and phase.phase in ("training", "evaluating", "sampling"):
+        elif self._paused and phase.phase in ("training", "evaluating", "sampling", "generating", "scoring"):
             log.info("step %d: resumed", phase.step)
             self._paused = False
-        elif phase.phase in ("loading", "evaluating", "sampling"):
+        elif phase.phase in ("loading", "evaluating", "sampling", "generating", "scoring"):
             log.info("step %d: %s", phase.step, phase.phase)

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from launcher.recipe import Recipe, Stage
 from shards.feed import Feed, HeldOut, ObjectiveKind, open_held_out
 from shards.prefetch import Prefetcher
-from trainer.objectives import OBJECTIVE_OF_KIND, OBJECTIVES, Objective
+from trainer.objectives import OBJECTIVES, Objective
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Exam:
     samples: HeldOut
     objective: Objective
     stage: Stage
+    pairs: bool
+    """Whether a sample is two rows."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ class StageRun:
 
 
 def rows_of_a_sample(stage: Stage) -> int:
-    return 2 if stage.data_kind == "preference" else 1
+    return 2 if stage.pairs else 1
 
 
 def open_stage(recipe: Recipe, data: Path, index: int, feed_state: dict[str, Any] | None) -> StageRun:
@@ -50,12 +52,25 @@ def open_stage(recipe: Recipe, data: Path, index: int, feed_state: dict[str, Any
     feed = Feed(data, "train", _kind(stage), stage.context, stage.mixture, recipe.run.seed + index, **_packing(stage))
     if feed_state:
         feed.restore(feed_state)
+    kinds = {source.name: source.kind for source in recipe.data.source}
     exams = []
     for name, reading in _readers(recipe, index).items():
-        samples = open_held_out(data, name, _kind(reading), reading.context, limit=reading.eval_samples, **_packing(reading))
+        kind, objective = _exam(kinds[name], stage)
+        if objective is None:
+            continue
+        samples = open_held_out(data, name, kind, reading.context, limit=reading.eval_samples, **_packing(reading))
         if len(samples):
-            exams.append(Exam(name, samples, OBJECTIVE_OF_KIND[reading.data_kind], reading))
+            exams.append(Exam(name, samples, objective, reading, pairs=kinds[name] == "preference"))
     return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), OBJECTIVES[stage.objective], exams)
+
+
+def _exam(kind: str, stage: Stage) -> tuple[ObjectiveKind, Objective | None]:
+    """How a source of that kind is examined while a stage is trained: what of it, and by which objective; None: not at all."""
+    if stage.scalar:
+        return "scored", OBJECTIVES["reward"] if kind == "preference" else None
+    kinds: dict[str, tuple[ObjectiveKind, str]] = {"text": ("text", "pretrain"), "sft": ("sft", "sft")}
+    read, objective = kinds.get(kind, ("preference", "dpo"))
+    return read, OBJECTIVES[objective]
 
 
 def _readers(recipe: Recipe, index: int) -> dict[str, Stage]:
@@ -77,5 +92,5 @@ def _packing(stage: Stage) -> _Packing:
 
 
 def _kind(stage: Stage) -> ObjectiveKind:
-    kinds: dict[str, ObjectiveKind] = {"text": "text", "sft": "sft", "preference": "preference"}
-    return kinds[stage.data_kind]
+    kinds: dict[str, ObjectiveKind] = {"pretrain": "text", "sft": "sft", "reward": "scored", "dpo": "preference"}
+    return kinds.get(stage.objective, "prompt")

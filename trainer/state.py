@@ -27,6 +27,23 @@ class Origin(msgspec.Struct, kw_only=True):
     """Stage to the checkpoint that ended it."""
 
 
+class Rollout(msgspec.Struct, kw_only=True):
+    """Where a policy stands that learns from its own responses."""
+
+    count: int = 0
+    """Rollouts of the stage."""
+    updates: int = 0
+    """Taken with the newest one."""
+    left: int = 0
+    """Still to be taken with it."""
+    version: int = 0
+    """Step whose weights drew it."""
+    scores: int = 0
+    """That the running deviation is of; with their mean, and the sum of squares about it."""
+    mean: float = 0.0
+    squares: float = 0.0
+
+
 class Progress(msgspec.Struct, kw_only=True):
     """Counted at a boundary: updates done, samples read."""
 
@@ -51,6 +68,9 @@ class Progress(msgspec.Struct, kw_only=True):
     reference: str | None = None
     """Checkpoint whose weights the newest stage with a reference holds against; None: none, or the initial weights."""
     has_reference: bool = False
+    judge: str | None = None
+    """Checkpoint of the reward model that scores this stage's responses."""
+    drawn: Rollout = msgspec.field(default_factory=Rollout)
     feed: dict[str, Any] = {}
     """The order of samples, as the feed keeps it."""
     origin: Origin = msgspec.field(default_factory=Origin)

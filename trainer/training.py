@@ -10,14 +10,16 @@ import msgspec
 from torch import Tensor
 
 from launcher.protocol import Ended, Note, Phase, Replay, StageBorder, Start
-from launcher.recipe import Recipe
+from launcher.recipe import Recipe, descent
 from launcher.recipe.live import check_setting
 from shards.errors import ShardError
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenizer import Tokenizer
-from trainer import hf, manifest, storage
+from trainer import manifest, storage
 from trainer.boundary import Boundary
+from trainer.cast import Cast, Studio
 from trainer.checkpoint import Checkpointer
+from trainer.experience import Experience, experience_of
 from trainer.heartbeat import Heartbeat
 from trainer.manifest import CheckpointError
 from trainer.network import Network
@@ -27,9 +29,9 @@ from trainer.parallel import World, first_problem, together
 from trainer.reporting import Link, Reporter
 from trainer.responder import Responder
 from trainer.stages import StageRun, open_stage
-from trainer.state import Progress, from_manifest, opening_settings, plain
+from trainer.state import Progress, Rollout, from_manifest, opening_settings, plain
 
-PhaseName = Literal["loading", "training", "evaluating", "sampling", "saving", "paused", "ending"]
+PhaseName = Literal["loading", "training", "evaluating", "sampling", "generating", "scoring", "saving", "paused", "ending"]
 
 
 class Training:
@@ -40,13 +42,12 @@ class Training:
     def __init__(self, recipe: Recipe, root: Path, data: Path, world: World, link: Link, start: Start) -> None:
         self.recipe, self.root, self.data, self.world, self.link = recipe, root, data, world, link
         self.tokenizer = Tokenizer.load(data / TOKENIZER_FILE)
-        self.network = self._built(None if start.checkpoint else recipe.run.seed)
-        self.optimizer = Optimizer(
-            self.network.parameters(), world.device, self.network.owned(), offload=recipe.parallel.offload == "optimizer"
-        )
+        vocabulary = max(self.tokenizer.vocab, recipe.model.vocabulary or 0)
+        self._studio = Studio(recipe, vocabulary, world, root / "checkpoints")
+        self.cast = self._studio.first(initial=start.checkpoint is None)
         self.progress = Progress(lineage=start.lineage.id)
-        self.reference: Network | None = None
-        self._reference_key = ""
+        self.experience: Experience | None = None
+        """What the policy learns from at the moment, where it learns from its own responses."""
         self._responder: Responder | None = None
         self.checkpointer = Checkpointer(root / "checkpoints", world, link, start.generation, recipe.checkpoint.asynchronous)
         self.reporter = Reporter(link, self.checkpointer.judge)
@@ -79,19 +80,21 @@ class Training:
         return self.progress.stage_step >= self.stage.stage.steps
 
     @property
-    def networks(self) -> list[Network]:
-        """The policy, and the reference where there is one."""
-        return [self.network] if self.reference is None else [self.network, self.reference]
+    def network(self) -> Network:
+        """The one that learns: the policy, or the reward model."""
+        return self.cast.policy.network
 
-    def _built(self, seed: int | None) -> Network:
-        """With the weights that the run begins with; `seed` None leaves them unset."""
-        config = self.recipe.model
-        network = Network(config, max(self.tokenizer.vocab, config.vocabulary or 0), self.world)
-        if seed is not None and config.source is None:
-            network.initialise(seed)
-        elif seed is not None:
-            hf.load(network, config, self.world, seed)
-        return network
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.cast.policy.optimizer
+
+    @property
+    def reference(self) -> Network | None:
+        return self.cast.reference
+
+    @property
+    def networks(self) -> list[Network]:
+        return self.cast.networks
 
     def responder(self) -> Responder:
         """What writes with the policy's weights; made when it is first wanted in a stage."""
@@ -144,7 +147,7 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by name, live."""
-        return model_tensors(self.network) | self.optimizer.tensors()
+        return self.cast.tensors() | (self.experience.tensors() if self.experience is not None else {})
 
     def save(self, *, ended: bool = False, following: int | None = None, numbers: tuple[int, ...] = ()) -> tuple[str, bool]:
         """Begins a checkpoint of this boundary: its id, and whether it is committed already."""
@@ -183,16 +186,18 @@ class Training:
         try:
             if problem:
                 raise CheckpointError(problem)
-            reference = self._load_reference(progress)
-            self.network.reshard()
-            storage.load(directory, known, self.tensors(), self._agree, self.world.control)
+            cast = self._studio.for_checkpoint(opened[0].stage, self.cast, progress)
+            experience = experience_of(opened[0].stage, self.world.device)
+            for learner in cast.learners:
+                learner.network.reshard()
+            targets = cast.tensors() | (experience.tensors() if experience is not None else {})
+            storage.load(directory, known, targets, self._agree, self.world.control)
         except CheckpointError:
             for stage in opened:
                 stage.close()
             raise
         self.progress = progress
-        self._take_reference(progress, reference)
-        self._switch(opened[0])
+        self._switch(opened[0], cast, experience)
         self.checkpointer.forget(progress.step)
         self.just_loaded = True
 
@@ -217,31 +222,13 @@ class Training:
     def _agree(self, problem: str | None) -> str | None:
         return first_problem(problem, self.world)
 
-    def _load_reference(self, progress: Progress) -> Network | None:
-        """The reference that the progress names; the one at hand where it is the same."""
-        if not progress.has_reference or self._reference_key == (progress.reference or "initial"):
-            return self.reference if progress.has_reference else None
-        if progress.reference is None:
-            return self._built(self.recipe.run.seed).freeze()
-        directory = self.root / "checkpoints" / progress.reference
-        known, _ = self._read(directory)
-        reference = self._built(None)
-        storage.load(directory, known, model_tensors(reference), self._agree, self.world.control)
-        return reference.freeze()
-
-    def _take_reference(self, progress: Progress, reference: Network | None) -> None:
-        self.reference = reference
-        self._reference_key = (progress.reference or "initial") if progress.has_reference else ""
-
-    def _copied_reference(self) -> Network:
-        reference = self._built(None)
-        reference.copy_from(self.network)
-        return reference.freeze()
-
     def begin_stage(self, opened: StageRun) -> None:
         """The next stage: its own order, settings and optimizer state; the weights as they are."""
         before, index, stage = self.progress, opened.index, opened.stage
-        product = before.origin.products.get(before.stage_name) if before.stage_name else None
+        taken = before.origin.products
+        base = self._product(descent.base(self.recipe.stage, index, taken))
+        judge = self._product(descent.judge(self.recipe.stage, index, taken))
+        at_hand = not before.stage_name or (base is not None and base == before.origin.products.get(before.stage_name))
         at = msgspec.structs.replace(
             before,
             stage=index,
@@ -252,6 +239,8 @@ class Training:
             position=0,
             settings=opening_settings(self.recipe, stage, before.settings),
             feed={},
+            judge=judge,
+            drawn=Rollout(),
         )
         at.origin = msgspec.structs.replace(
             before.origin,
@@ -260,21 +249,30 @@ class Training:
             tokenizer=self.tokenizer.hash,
             shards=before.origin.shards | {stage.name: opened.feed.digests},
         )
-        reference = self.reference
-        if opened.objective.needs_reference:
-            at.has_reference, at.reference = True, product
-            reference = self._copied_reference()
-        self.optimizer.reset()
+        if stage.has_reference:
+            at.has_reference, at.reference = True, base
+        cast = self._studio.for_stage(stage, self.cast, base, judge, at_hand=at_hand)
         self.progress = at
-        self._take_reference(at, reference)
-        self._switch(opened)
+        self._switch(opened, cast, experience_of(stage, self.world.device))
         self.link.send(StageBorder(stage=stage.name, event="begin", step=at.step, stage_step=0, lineage=at.lineage))
+
+    def _product(self, index: int | None) -> str | None:
+        """The checkpoint that a stage ended with."""
+        return None if index is None else self.progress.origin.products.get(self.recipe.stage[index].name)
+
+    def passed_over(self, index: int) -> str | None:
+        """Why the stage of that index cannot begin after this one: another that it rests on was passed over."""
+        at = self.progress
+        return descent.passed_over(self.recipe.stage, index, (at.stage_name, *at.origin.products))
 
     def open_next(self, index: int | None) -> StageRun | None:
         """The data of the stage of that index, or of the next one; None after the last. Raises ShardError, on all ranks alike."""
         index = self.progress.stage + 1 if index is None else index
         if index >= len(self.recipe.stage):
             return None
+        reason = self.passed_over(index)
+        if reason is not None:
+            raise ShardError(reason)
         opened: list[StageRun] = []
         problem = together(lambda: opened.append(open_stage(self.recipe, self.data, index, None)), self.world, ShardError)
         if problem:
@@ -293,8 +291,11 @@ class Training:
             at.ended = True
             self.ending = Ended(cause="finished", step=at.step, checkpoint=product)
 
-    def _switch(self, opened: StageRun) -> None:
+    def _switch(self, opened: StageRun, cast: Cast, experience: Experience | None) -> None:
         old, self.stage = getattr(self, "stage", None), opened
+        if cast.policy.network is not self.network:
+            self.pace = Pace(cast.policy.network.blocks, self.world.device)
+        self.cast, self.experience = cast, experience
         self._responder = None
         if old is not None:
             old.close()
@@ -320,9 +321,19 @@ class Training:
         if at.ended:
             self.begin_next(id, self.open_next(at.following))
             at = self.progress
-        at.position += skip * self.stage.stage.global_batch
+        self._pass_over(skip)
         if "lr_scale" in at.settings:
             at.settings["lr_scale"] *= lr_scale
+
+    def _pass_over(self, steps: int) -> None:
+        """So many steps' data are not trained on. Of a policy's own responses that is whole rollouts, the one at hand first."""
+        at, stage = self.progress, self.stage.stage
+        if not stage.draws:
+            at.position += steps * stage.global_batch
+        elif steps:
+            rollouts = -(-steps // stage.updates_drawn)
+            at.position += (rollouts - bool(at.drawn.left)) * stage.prompts_drawn
+            at.drawn.left = 0
 
     def replay(self) -> None:
         """Applies again, without an outcome, what an earlier generation was told at this step."""
@@ -357,7 +368,3 @@ class Training:
         if hasattr(self, "stage"):
             self.stage.close()
         self.heartbeat.close()
-
-
-def model_tensors(network: Network) -> dict[str, Tensor]:
-    return {f"model.{name}": parameter.detach() for name, parameter in network.parameters().items()}

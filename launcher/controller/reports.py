@@ -148,7 +148,7 @@ class Reports:
             if office.state != "paused":
                 office.change_state("paused", "" if office.ledger.held else self._newest_alarm())
             self._generations.training()
-        elif phase.phase in ("training", "evaluating", "sampling"):
+        elif phase.phase in ("training", "evaluating", "sampling", "generating", "scoring"):
             if office.state != "paused" or phase.phase == "training":
                 office.change_state("training")
             self._generations.training()

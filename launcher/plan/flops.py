@@ -49,7 +49,7 @@ def passes(stage: Stage) -> float:
 
 def rows_of_a_sample(stage: Stage) -> int:
     """A preference pair is two rows: the chosen response and the rejected one."""
-    return 2 if stage.data_kind == "preference" else 1
+    return 2 if stage.pairs else 1
 
 
 def kv_cache_bytes_per_token(model: Model) -> int:

@@ -15,6 +15,12 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "beta2": (0.0, 0.999999, "AdamW's second beta"),
     "beta": (0.0, 100.0, "DPO's tie to the reference"),
     "label_smoothing": (0.0, 0.499, "DPO's part of wrong labels"),
+    "kl": (0.0, 1000.0, "coefficient of the distance from the reference"),
+    "ratio_clip": (1e-6, 10.0, "how far the policy's ratio may go"),
+    "margin": (-1000.0, 1000.0, "by which the chosen response is to score higher"),
+    "centre": (0.0, 1000.0, "weight of the scores' distance from 0"),
+    "value_clip": (1e-6, 1e9, "how far a value may go"),
+    "value_lr": (0.0, 100.0, "peak learning rate of the value model"),
     "eval_every": (1, 1e9, "steps between evaluations"),
     "checkpoint_every": (1, 1e9, "steps between checkpoints"),
 }
@@ -38,6 +44,13 @@ def stage_settings(recipe: Recipe, stage: Stage) -> dict[str, float]:
     }
     if stage.objective == "dpo":
         settings |= {"beta": stage.beta, "label_smoothing": stage.label_smoothing}
+    if stage.objective == "reward":
+        settings |= {"margin": stage.margin, "centre": stage.centre}
+    if stage.draws:
+        settings |= {"kl": stage.rollout.kl, "ratio_clip": stage.rollout.ratio_clip}
+    if stage.objective == "ppo":
+        value_lr = stage.lr if stage.rollout.value_lr is None else stage.rollout.value_lr
+        settings |= {"value_clip": stage.rollout.value_clip, "value_lr": value_lr}
     settings |= {f"mixture.{name}": weight for name, weight in stage.mixture.items()}
     return settings
 

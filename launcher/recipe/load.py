@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from launcher.recipe import descent
 from launcher.recipe.cluster import Cluster
 from launcher.recipe.generate import Generate
 from launcher.recipe.lines import Path as KeyPath
@@ -156,7 +157,8 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         problems = stage.problems()
         if not recipe.model.problems():
             problems += stage.position_problems(recipe.model)
-        found += [(("stage", i, key), f'stage "{stage.name}": {key}: {message}') for key, message in problems]
+        problems += descent.problems(recipe.stage, i)
+        found += [(("stage", i, *key.split(".")), f'stage "{stage.name}": {key}: {message}') for key, message in problems]
         if stage.name in names:
             found.append((("stage", i, "name"), f'two stages are named "{stage.name}"; give each its own name'))
         names.add(stage.name)
@@ -166,12 +168,10 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
                 close = difflib.get_close_matches(source, kinds, 1)
                 hint = f' (did you mean "{close[0]}"?)' if close else f" (there are: {', '.join(kinds) or 'none'})"
                 found.append((place, f'stage "{stage.name}": mixture names a source "{source}" that [[data.source]] lacks{hint}'))
-            elif kinds[source] != stage.data_kind:
+            elif kinds[source] not in stage.data_kinds:
+                reads = " and ".join(stage.data_kinds)
                 found.append(
-                    (
-                        place,
-                        f'stage "{stage.name}": {stage.objective} reads {stage.data_kind} sources, "{source}" is {kinds[source]}',
-                    )
+                    (place, f'stage "{stage.name}": {stage.objective} reads {reads} sources, "{source}" is {kinds[source]}')
                 )
     seen: set[str] = set()
     for i, each in enumerate(recipe.data.source):
@@ -253,7 +253,14 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
     sources = tuple(msgspec.structs.replace(s, path=place(s.path)) for s in recipe.data.source)
     data = msgspec.structs.replace(recipe.data, source=sources, dir=place(recipe.data.dir))
     tokenizer = msgspec.structs.replace(recipe.tokenizer, path=place(recipe.tokenizer.path))
-    return msgspec.structs.replace(recipe, data=data, tokenizer=tokenizer)
+
+    def moved(stage: Stage) -> Stage:
+        if stage.policy is None:
+            return stage
+        return msgspec.structs.replace(stage, policy=msgspec.structs.replace(stage.policy, function=place(stage.policy.function)))
+
+    stages = tuple(map(moved, recipe.stage))
+    return msgspec.structs.replace(recipe, data=data, tokenizer=tokenizer, stage=stages)
 
 
 def _explain(message: str, raw: dict[str, Any]) -> tuple[KeyPath, str]:

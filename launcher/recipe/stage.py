@@ -9,9 +9,17 @@ from typing import Literal
 import msgspec
 
 from launcher.recipe.model import Model, Rope
+from launcher.recipe.policy import Policy
 
-OBJECTIVE_DATA = {"pretrain": "text", "sft": "sft", "dpo": "preference"}
-"""The kind of source each objective reads."""
+OBJECTIVE_DATA = {
+    "pretrain": ("text",),
+    "sft": ("sft",),
+    "reward": ("preference",),
+    "dpo": ("preference",),
+    "ppo": ("sft", "preference"),
+    "grpo": ("sft", "preference"),
+}
+"""The kinds of source each objective reads."""
 
 _WAY_OUT = {
     "learned": "use position_factor",
@@ -25,13 +33,18 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stage of the pipeline. Lengths are in optimizer steps, contexts in tokens, batches in samples."""
 
     name: str
-    objective: Literal["pretrain", "sft", "dpo"]
+    objective: Literal["pretrain", "sft", "reward", "dpo", "ppo", "grpo"]
     steps: int
     context: int
     global_batch: int
-    """Samples of one optimizer step over all ranks; the same at any number of ranks."""
+    """Samples of one optimizer step over all ranks; the same at any number of ranks. Where a policy learns from its own
+    responses, these."""
     mixture: dict[str, float]
     """Weight of each source by its name; need not sum to 1."""
+    base: str | None = msgspec.field(default=None, name="from")
+    """Earlier stage whose product this one begins with; the one before it, past reward models, where it is left out."""
+    policy: Policy | None = None
+    """PPO and GRPO: how responses are drawn and learned from."""
     micro_batch: int = 8
     """Samples of one forward pass on one rank; the rest is accumulated."""
     lr: float = 3e-4
@@ -70,6 +83,10 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """DPO: strength of the tie to the reference."""
     label_smoothing: float = 0.0
     """DPO: part of the preference pairs assumed to be labelled wrongly."""
+    margin: float = 0.0
+    """Reward model: by how much the chosen response is to score higher than the rejected one."""
+    centre: float = 0.0
+    """Reward model: weight of the squared sum of a pair's scores, which keeps them about 0."""
     prompts: tuple[str, ...] = ()
     """Prompts whose continuations are shown at the end of the stage."""
     sample_tokens: int = 64
@@ -90,9 +107,49 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.documents_masked if self.restart_positions is None else self.restart_positions
 
     @property
-    def data_kind(self) -> str:
-        """The kind of source that this stage's objective reads."""
+    def data_kinds(self) -> tuple[str, ...]:
+        """The kinds of source that this stage's objective reads."""
         return OBJECTIVE_DATA[self.objective]
+
+    @property
+    def scalar(self) -> bool:
+        """Whether its product gives texts numbers, and is no language model."""
+        return self.objective == "reward"
+
+    @property
+    def draws(self) -> bool:
+        """Whether it learns from responses that the model draws."""
+        return self.objective in ("ppo", "grpo")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a sample is two rows: the chosen response and the rejected one."""
+        return self.objective in ("reward", "dpo")
+
+    @property
+    def rollout(self) -> Policy:
+        """How it draws its responses."""
+        return self.policy or Policy()
+
+    @property
+    def temperature(self) -> float:
+        """At which its log-probabilities are taken."""
+        return self.rollout.temperature if self.draws else 1.0
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether it is held against the weights that it began with."""
+        return self.objective in ("dpo", "ppo", "grpo")
+
+    @property
+    def prompts_drawn(self) -> int:
+        """Prompts of one rollout."""
+        return self.rollout.prompts or max(1, self.global_batch // self.rollout.responses)
+
+    @property
+    def updates_drawn(self) -> int:
+        """Updates that one rollout is good for."""
+        return self.prompts_drawn * self.rollout.responses // self.global_batch * self.rollout.epochs
 
     def problems(self) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out) for each impossible setting."""
@@ -106,7 +163,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for key in ("lr", "clip", "eps"):
             if not 0 < getattr(self, key) < math.inf:
                 found.append((key, "must be greater than 0 and finite"))
-        for key in ("weight_decay", "beta"):
+        for key in ("weight_decay", "beta", "centre"):
             if not 0 <= getattr(self, key) < math.inf:
                 found.append((key, "must not be negative, and finite"))
         for key in ("eval_samples", "sample_tokens"):
@@ -121,8 +178,24 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             found.append(("mixture", "needs at least one source with a weight above 0, and none below"))
         if not 0 < self.position_factor < math.inf:
             found.append(("position_factor", "must be greater than 0 and finite"))
+        if self.draws:
+            found += [(f"policy.{key}", message) for key, message in self.rollout.problems()]
+            found += [("policy", message) for message in self._rollout_problems()]
+        elif self.policy is not None:
+            found.append(("policy", f"is for ppo and grpo, and the objective is {self.objective} (drop it)"))
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
             found.append(("warmup", f"{self.warmup} steps do not fit into a stage of {self.steps} (use 0 to {self.steps})"))
+        return found
+
+    def _rollout_problems(self) -> list[str]:
+        drawn, found = self.prompts_drawn * self.rollout.responses, []
+        if self.global_batch > 0 and drawn % self.global_batch:
+            ways = f"{-(-drawn // self.global_batch) * self.global_batch // self.rollout.responses} prompts"
+            found.append(f"a rollout of {drawn} responses is not a multiple of global_batch {self.global_batch} (use {ways})")
+        if self.rollout.tokens >= self.context:
+            found.append(f"{self.rollout.tokens} tokens of a response leave no room for a prompt in a context of {self.context}")
+        if self.objective == "grpo" and self.rollout.responses < 2:
+            found.append("GRPO holds responses to one prompt against each other (set responses to 2 or more)")
         return found
 
     def position_problems(self, model: Model) -> list[tuple[str, str]]:

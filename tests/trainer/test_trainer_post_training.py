@@ -137,7 +137,7 @@ def test_grpos_loss_with_its_kl(given: dict[str, Any], said: dict[str, Any]) -> 
     policy = given["log_probs"].requires_grad_()
     spread = given["advantages"][:, None] * given["mask"]
     extra = Experience(given["old"], spread, reference=given["reference"])
-    settings = {"ratio_clip": given["clip"], "beta": given["beta"]}
+    settings = {"ratio_clip": given["clip"], "kl": given["beta"]}
     found, _ = mean(grpo.loss(policy, rows_of(given["mask"]), settings, extra, given["normalisation"]))
     near(found, said["loss"])
     near(gradient(found, policy), said["gradient_log_probs"])
@@ -219,7 +219,7 @@ def everything(layout: str) -> dict[str, Tensor]:
     """Every function of tokens on the same responses, laid out so, with NaN at all tokens that do not count."""
     (new, mask), (old, _), (rewards, _), (values, _) = (laid(ragged(seed, 0.5), layout) for seed in range(4))
     scores = torch.tensor([1.0, -0.5, 100.0, 2.0], dtype=torch.float64)
-    settings = {"ratio_clip": 0.2, "value_clip": 0.3, "beta": 0.1, "label_smoothing": 0.0}
+    settings = {"ratio_clip": 0.2, "value_clip": 0.3, "beta": 0.1, "kl": 0.1, "label_smoothing": 0.0}
     found, returns = gae(rewards, values, mask, 0.9, 0.8)
     extra = Experience(old, found, returns, rewards, values)
     plain = ppo.policy_loss(new, old, rewards, mask, 0.2)[0]
@@ -252,7 +252,7 @@ def test_empty_responses_weigh_nothing() -> None:
     mask = torch.zeros(2, 5)
     policy = torch.randn(2, 5).requires_grad_()
     extra = Experience(*(torch.randn(2, 5) for _ in range(5)))
-    settings = {"ratio_clip": 0.2, "value_clip": 0.2, "beta": 0.1, "label_smoothing": 0.0, "margin": 1.0, "centre": 1.0}
+    settings = {"ratio_clip": 0.2, "value_clip": 0.2, "beta": 0.1, "kl": 0.1, "label_smoothing": 0.0, "margin": 1.0, "centre": 1.0}
     losses = [
         ppo.loss(policy, rows_of(mask), settings, extra),
         ppo.critic_loss(policy, rows_of(mask), settings, extra),
@@ -282,7 +282,7 @@ LOSSES: dict[str, Callable[[Tensor, list[Tensor], Tensor], Tensor]] = {
     "policy": lambda x, by, mask: ppo.policy_loss(x, by[0], by[1], mask, 0.2)[0],
     "value": lambda x, by, mask: ppo.value_loss(x, by[0], by[1], mask, 0.2)[0],
     "grpo": lambda x, by, mask: grpo.loss(
-        x, rows_of(mask), {"ratio_clip": 0.2, "beta": 0.3}, Experience(by[0], by[1], reference=by[2])
+        x, rows_of(mask), {"ratio_clip": 0.2, "kl": 0.3}, Experience(by[0], by[1], reference=by[2])
     )[0],
     "kl": lambda x, by, mask: kl(x, by[0], "k3"),
     "reward": lambda x, by, mask: reward.preferences(x.flatten(), 0.3, 0.1)[0],

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from trainer.batch import Rows
-from trainer.objectives import dpo, pretrain, sft
+from trainer.objectives import dpo, grpo, ppo, pretrain, reward, sft
 from trainer.objectives.loss import Loss
 
 
 @dataclass(frozen=True)
 class Objective:
-    loss: Callable[[Tensor, Rows, Mapping[str, float], Tensor | None], Loss]
-    """(log-probabilities of the rows' targets, [rows, time]; rows; live settings; the reference's log-probabilities)."""
+    loss: Callable[[Tensor, Rows, Mapping[str, float], Any], Loss]
+    """(log-probabilities of the rows' targets, or scores, [rows, time]; rows; live settings; what it is held against).
+
+    That is the reference's log-probabilities, [rows, time], or an `Experience`, or nothing.
+    """
     weight: Callable[[npt.NDArray[np.float32]], float]
     """What a mask [rows, time] weighs, as `loss` sums it."""
     metrics: tuple[str, ...] = ()
@@ -34,7 +38,10 @@ class Objective:
 OBJECTIVES = {
     "pretrain": Objective(pretrain.loss, pretrain.weight, by_token=True),
     "sft": Objective(sft.loss, sft.weight, by_token=True),
+    "reward": Objective(reward.loss, reward.weight, reward.METRICS),
     "dpo": Objective(dpo.loss, dpo.weight, dpo.METRICS, needs_reference=True),
+    "ppo": Objective(ppo.loss, ppo.weight, ppo.METRICS),
+    "grpo": Objective(grpo.loss, ppo.weight, grpo.METRICS),
 }
-OBJECTIVE_OF_KIND = {"text": OBJECTIVES["pretrain"], "sft": OBJECTIVES["sft"], "preference": OBJECTIVES["dpo"]}
-"""By which each kind of source is evaluated."""
+CRITIC = Objective(ppo.critic_loss, ppo.weight, ppo.CRITIC_METRICS)
+"""The value model's, beside PPO's."""

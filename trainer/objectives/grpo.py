@@ -45,7 +45,7 @@ def loss(
     extra: Experience,
     normalisation: Normalisation = "token",
 ) -> Loss:
-    """PPO's clipped loss and beta k3 of each token (equations 3 and 4); `settings`: ratio_clip, and with a reference beta.
+    """PPO's clipped loss and beta k3 of each token (equations 3 and 4); `settings`: ratio_clip, and kl, which is beta.
 
     Over a global batch every token weighs the same ("token": DAPO, Yu et al. 2025, equation 12; like Dr. GRPO, Liu et al.
     2025, but for its constant divisor), or every response does ("sequence": the first GRPO, which favours short right answers
@@ -54,7 +54,7 @@ def loss(
     values, metrics = ppo.policy_loss(policy, extra.old, extra.advantages, rows.mask, settings["ratio_clip"])
     if extra.reference is not None:
         distance = kl(real(policy, rows.mask), real(extra.reference, rows.mask), "k3")
-        values = values + settings["beta"] * distance
+        values = values + settings["kl"] * distance
         metrics["policy/kl"] = distance.detach()
     weights = rows.mask
     if normalisation == "sequence":

@@ -90,6 +90,12 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     return found, dict(zip(CRITIC_METRICS, detached, strict=True))
 
 
+def critic_metrics(means: Mapping[str, float]) -> dict[str, float]:
+    """What is told of the means of `value_loss`'s metrics."""
+    told = {name: means[name] for name in ("value/loss", "value/clip_fraction", "value/return")}
+    return told | {"value/explained_variance": explained_variance(means)}
+
+
 def explained_variance(means: Mapping[str, float]) -> float:
     """1 - var(R - V) / var(R) from the means of `value_loss`'s metrics over all tokens: 1 is a perfect critic, 0 one that
     says the same of every token, below 0 a worse one. NaN where returns do not differ."""

@@ -1,0 +1,72 @@
+"""A stage's `policy`: how responses are drawn, what they are worth, and how far an update may go."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of a stage whose model learns from its own responses. Coefficients are of the papers that docs/post-training.md names."""
+
+    prompts: int | None = None
+    """Of one rollout; as many as make one update's responses, where it is left out."""
+    responses: int = 1
+    """To each prompt; GRPO holds those to one prompt against each other and needs at least 2."""
+    tokens: int = 128
+    """Of a response at the most."""
+    temperature: float = 1.0
+    """At which responses are drawn, and their log-probabilities taken."""
+    epochs: int = 1
+    """Times that an update sees each response of a rollout."""
+    reward: str | None = None
+    """Stage whose product scores the responses; the newest reward stage before this one, where it is left out."""
+    function: str | None = None
+    """`FILE.py:NAME` instead: of lists of prompts and responses, a list of numbers."""
+    missing_eos: float = 0.0
+    """Taken from the score of a response that did not come to its end."""
+    normalise: bool = False
+    """Scores are divided by their running standard deviation."""
+    kl: float = 0.1
+    """Coefficient of the distance from the reference: on the KL of each token, which sums over the response."""
+    kl_target: float | None = None
+    """Summed KL of a response that the coefficient is steered to; left out, the coefficient stays."""
+    kl_horizon: float = 10_000.0
+    """Responses over which it is steered."""
+    ratio_clip: float = 0.2
+    value_clip: float = 0.2
+    value_lr: float | None = None
+    """Peak learning rate of the value model; the stage's, where it is left out."""
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True
+    """Advantages are brought to mean 0 and variance 1 over a rollout."""
+    advantage: Literal["group", "leave-one-out"] = "group"
+    """GRPO: against the mean and deviation of the prompt's responses, or against the mean of the others (RLOO)."""
+    mismatch: float = 0.05
+    """Mean difference in nats, between what the engine and the trainer think of a drawn token, above which there is an alarm."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(key, what is wrong and the way out)."""
+        found = []
+        for key in ("prompts", "responses", "tokens", "epochs"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                found.append((key, "must be at least 1"))
+        for key in ("temperature", "kl_target", "kl_horizon", "ratio_clip", "value_clip", "value_lr", "mismatch"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                found.append((key, "must be greater than 0 and finite"))
+        for key in ("kl", "missing_eos"):
+            if not 0 <= getattr(self, key) < math.inf:
+                found.append((key, "must not be negative, and finite"))
+        for key in ("gamma", "lam"):
+            if not 0 <= getattr(self, key) <= 1:
+                found.append((key, "must lie between 0 and 1"))
+        if self.function is not None and self.reward is not None:
+            found.append(("function", "scores instead of a reward stage; leave one of them out"))
+        if self.function is not None and not self.function.partition(".py:")[2].isidentifier():
+            found.append(("function", f'{self.function!r} is not of the form "FILE.py:NAME"'))
+        return found

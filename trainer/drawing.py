@@ -1,0 +1,110 @@
+"""Responses of the policy, drawn by all ranks, and what is thought of them: by the policy itself, the reference, the judge.
+
+Whatever comes out is whole on every rank: rows [responses, context], of which each replica has computed a share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shards.container import Array
+from trainer.batch import Rows, samples_a_replica, share
+from trainer.generate import Request, Response
+from trainer.network import Network
+from trainer.training import Training
+
+Ids = Sequence[int] | Array
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Prompts and the policy's responses; a prompt that is too long has an empty one, which weighs nothing."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    ended: list[bool]
+    """Whether the response came to its end by itself."""
+    rows: Rows
+    """[responses, context], on the device: all tokens of each; `mask` where the target is of the response."""
+    engine: Tensor
+    """[responses, context]: the engine's log-probabilities of the response's tokens, where these are targets."""
+    version: int
+    """Of the weights that drew them."""
+
+    @property
+    def skipped(self) -> int:
+        return sum(not response for response in self.responses)
+
+
+def draw(training: Training, prompts: Sequence[Ids], tokens: int, temperature: float, seeds: Sequence[int]) -> Drawn | None:
+    """A response of at most `tokens` ids to each prompt; None if it was broken off. By all ranks, with the same prompts."""
+    context, stops = training.stage.stage.context, frozenset([training.tokenizer.eos])
+    asked = [number for number, prompt in enumerate(prompts) if 0 < len(prompt) <= context - min(tokens, context - 1)]
+    requests = [Request(tuple(map(int, prompts[number])), tokens, temperature, seed=seeds[number], stops=stops) for number in asked]
+    responder = training.responder()
+    responder.refresh(training.progress.step)
+    answers = responder.respond(requests, training.boundary.peek)
+    if answers is None:
+        return None
+    found: dict[int, Response] = dict(zip(asked, answers, strict=True))
+    responses = [found[number].tokens if number in found else [] for number in range(len(prompts))]
+    log_probs = [found[number].log_probs if number in found else [] for number in range(len(prompts))]
+    ended = [number in found and found[number].finish == "stop" for number in range(len(prompts))]
+    kept = [[int(id) for id in prompt] if number in found else [] for number, prompt in enumerate(prompts)]
+    rows, engine = _rows(kept, responses, log_probs, context, training.tokenizer.pad)
+    device = training.world.device
+    rows = Rows(*(part.to(device) for part in rows))
+    return Drawn(kept, responses, ended, rows, engine.to(device), training.progress.step)
+
+
+def _rows(
+    prompts: list[list[int]], responses: list[list[int]], log_probs: list[list[float]], context: int, pad: int
+) -> tuple[Rows, Tensor]:
+    shape = (len(prompts), context)
+    tokens, targets, segments = torch.full(shape, pad), torch.full(shape, pad), torch.full(shape, -1)
+    mask, engine = torch.zeros(shape), torch.zeros(shape)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        if response:
+            ids, drawn = torch.tensor([*prompt, *response]), slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+            tokens[row, : len(ids)], targets[row, : len(ids) - 1] = ids, ids[1:]
+            segments[row, : len(ids)], mask[row, drawn] = 0, 1
+            engine[row, drawn] = torch.tensor(log_probs[row])
+    return Rows(tokens, targets, mask, segments, torch.arange(context).repeat(len(prompts), 1)), engine
+
+
+@torch.no_grad()
+def over_rows(training: Training, network: Network, rows: Rows, through: Callable[[Network, Rows], Tensor]) -> Tensor:
+    """What a forward gives for all the rows, in micro-batches, each replica a share: whole on every rank."""
+    policy, stage, device = training.network, training.stage.stage, training.world.device
+    count = len(rows.tokens)
+    start, stop = share(0, count, policy.replica, policy.replicas)
+    each = samples_a_replica(count, policy.replicas)
+    found: list[Tensor] = []
+    for first in range(0, each, stage.micro_batch):
+        # Replicas with a row less take the last one again, so that all have as many forwards.
+        places = [min(start + at, count - 1) for at in range(first, min(first + stage.micro_batch, each))]
+        found.append(through(network, Rows(*(part[torch.tensor(places, device=device)] for part in rows))))
+    network.reshard()
+    mine = torch.cat(found)[: stop - start]
+    every = torch.zeros(count, *mine.shape[1:], device=device)
+    if policy.speaks:
+        every[start:stop] = mine
+    dist.all_reduce(every)
+    return every
+
+
+def log_probs(network: Network, rows: Rows) -> Tensor:
+    return network.log_probs(rows)
+
+
+def log_probs_and_entropy(network: Network, rows: Rows) -> Tensor:
+    return network.log_probs(rows, entropy=True)
+
+
+def scores(network: Network, rows: Rows) -> Tensor:
+    return network.scores(rows)

@@ -1,0 +1,76 @@
+"""Rewards by a Python function of the user's: `reward(prompts, responses) -> numbers`, lists of texts in, a list of floats out."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+
+from trainer.batch import share
+from trainer.drawing import Drawn
+from trainer.parallel import gather
+from trainer.training import Training
+
+Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+class RewardError(Exception):
+    """The function cannot be had, or failed; the message says which, where, and the way out."""
+
+
+def by_function(training: Training, drawn: Drawn) -> list[float]:
+    """The scores of all responses, on every rank; each calls the function for its share. Raises RewardError on all."""
+    world, place, tokenizer = training.world, training.stage.stage.rollout.function, training.tokenizer
+    assert place is not None
+    start, stop = share(0, len(drawn.responses), world.rank, world.size)
+    scores: list[float] = []
+    problem = ""
+    try:
+        prompts = [tokenizer.decode(ids) for ids in drawn.prompts[start:stop]]
+        responses = [tokenizer.decode(ids) for ids in drawn.responses[start:stop]]
+        scores = _called(load(place), place, prompts, responses) if responses else []
+    except RewardError as error:
+        problem = str(error)
+    told = gather(msgspec.msgpack.encode((problem, scores)), world.control)
+    answers = [msgspec.msgpack.decode(body) for body in told]
+    for said, _ in answers:
+        if said:
+            raise RewardError(said)
+    return [float(score) for _, part in answers for score in part]
+
+
+def load(place: str) -> Function:
+    """The function at FILE.py:NAME. Raises RewardError."""
+    file, _, name = place.rpartition(":")
+    spec = importlib.util.spec_from_file_location("midwatch_reward", file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise RewardError(f"{file}: there is no such file (correct policy.function)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's code raises
+        raise RewardError(f"{file}: cannot be imported: {type(error).__name__}: {error}") from None
+    function: Any = getattr(module, name, None)
+    if not callable(function):
+        raise RewardError(f"{file}: has no function {name!r} (correct policy.function)")
+    found: Function = function
+    return found
+
+
+def digest(place: str) -> str:
+    """Of the function's file."""
+    return xxhash.xxh3_128_hexdigest(Path(place.rpartition(":")[0]).read_bytes())
+
+
+def _called(function: Function, place: str, prompts: list[str], responses: list[str]) -> list[float]:
+    try:
+        found = [float(score) for score in function(prompts, responses)]
+    except Exception as error:  # whatever the user's code raises
+        raise RewardError(f"{place}: failed: {type(error).__name__}: {error} (mend it and resume)") from None
+    if len(found) != len(responses):
+        raise RewardError(f"{place}: gave {len(found)} numbers for {len(responses)} responses (give one for each)")
+    return found
