@@ -131,7 +131,9 @@ def _gradients(training: Training, parts: list[Rows], weight: int) -> Tensor:
     The loss is the mean over the real tokens of the whole batch, which weigh `weight` together.
     """
     objective, network, settings = training.stage.objective, training.network, training.progress.settings
-    fixed = [training.reference.log_probs(part) if training.reference else None for part in parts]
+    # The reference of an earlier stage stays, for that stage's examinations.
+    reference = training.reference if objective.needs_reference else None
+    fixed = [reference.log_probs(part) if reference else None for part in parts]
     sums = torch.zeros(1 + len(objective.metrics), device=training.world.device)
     placed = torch.zeros(boundaries.COUNT, device=training.world.device)
 

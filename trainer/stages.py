@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from launcher.recipe import Recipe, Stage
 from shards.feed import Feed, HeldOut, ObjectiveKind, open_held_out
 from shards.prefetch import Prefetcher
-from trainer.objectives import OBJECTIVE_OF_KIND, OBJECTIVES, Objective
+from trainer.objectives import Objective, objective_of
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def open_stage(recipe: Recipe, data: Path, index: int, feed_state: dict[str, Any
     for name, reading in _readers(recipe, index).items():
         samples = open_held_out(data, name, _kind(reading), reading.context, limit=reading.eval_samples, **_packing(reading))
         if len(samples):
-            exams.append(Exam(name, samples, OBJECTIVE_OF_KIND[reading.data_kind], reading))
-    return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), OBJECTIVES[stage.objective], exams)
+            exams.append(Exam(name, samples, objective_of(reading), reading))
+    return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), objective_of(stage), exams)
 
 
 def _readers(recipe: Recipe, index: int) -> dict[str, Stage]:

@@ -7,12 +7,14 @@ ranks. It knows nothing of ranks, files or screens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from launcher.recipe import Stage
 from trainer.batch import Rows
 from trainer.objectives import dpo, pretrain, sft
 from trainer.objectives.loss import Loss
@@ -36,5 +38,12 @@ OBJECTIVES = {
     "sft": Objective(sft.loss, sft.weight, by_token=True),
     "dpo": Objective(dpo.loss, dpo.weight, dpo.METRICS, needs_reference=True),
 }
-OBJECTIVE_OF_KIND = {"text": OBJECTIVES["pretrain"], "sft": OBJECTIVES["sft"], "preference": OBJECTIVES["dpo"]}
-"""By which each kind of source is evaluated."""
+
+
+def objective_of(stage: Stage) -> Objective:
+    """The stage's objective, as its settings make it."""
+    objective = OBJECTIVES[stage.objective]
+    if stage.objective != "dpo":
+        return objective
+    loss = partial(dpo.loss, kind=stage.dpo_loss, length_normalised=stage.length_normalised, reference_free=stage.reference_free)
+    return replace(objective, loss=loss, needs_reference=stage.needs_reference)
