@@ -96,7 +96,7 @@ class Studio:
             policy.network.initialise(self._recipe.run.seed, only="score.weight")
         policy.optimizer.reset()
         found = replace(cast, policy=policy, critic=None, judge=None, judge_key="")
-        if stage.has_reference:
+        if stage.needs_reference:
             reference = self._unset()
             reference.copy_from(policy.network)
             found = replace(found, reference=reference.freeze(), reference_key=base or INITIAL)

@@ -39,7 +39,7 @@ def evaluate(training: Training) -> bool:
                 training.note("info", f"evaluation at step {training.progress.step} was broken off")
                 return True
             values |= found
-        if training.stage.stage.has_reference:
+        if training.stage.stage.needs_reference:
             sampled = policy_metrics(training)
             if sampled is None:
                 return True

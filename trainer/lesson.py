@@ -61,7 +61,7 @@ def _read(training: Training) -> Lesson | None:
         return None
     samples, size = filled(samples_a_replica(stage.global_batch, network.replicas), stage.micro_batch, world.pipeline.size)
     parts = list(micro_batches(batch, rows_of_a_sample(stage), samples, size, world.device))
-    fixed = training.reference if stage.has_reference else None
+    fixed = training.reference if stage.needs_reference else None
     held = [fixed.log_probs(part) if fixed is not None else None for part in parts]
     known = {f"data/{name}/fraction": count / stage.global_batch for name, count in zip(stage.mixture, counts, strict=True)}
     return Lesson(parts, held, weight, tokens, known | {"perf/data_wait_seconds": waited}, waited)

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from launcher.recipe import Recipe, Stage
 from shards.feed import Feed, HeldOut, ObjectiveKind, open_held_out
 from shards.prefetch import Prefetcher
-from trainer.objectives import OBJECTIVES, Objective
+from trainer.objectives import OBJECTIVES, Objective, objective_of
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,25 @@ def open_stage(recipe: Recipe, data: Path, index: int, feed_state: dict[str, Any
     kinds = {source.name: source.kind for source in recipe.data.source}
     exams = []
     for name, reading in _readers(recipe, index).items():
-        kind, objective = _exam(kinds[name], stage)
+        kind, objective = _exam(kinds[name], stage, reading)
         if objective is None:
             continue
         samples = open_held_out(data, name, kind, reading.context, limit=reading.eval_samples, **_packing(reading))
         if len(samples):
             exams.append(Exam(name, samples, objective, reading, pairs=kinds[name] == "preference"))
-    return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), OBJECTIVES[stage.objective], exams)
+    return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), objective_of(stage), exams)
 
 
-def _exam(kind: str, stage: Stage) -> tuple[ObjectiveKind, Objective | None]:
-    """How a source of that kind is examined while a stage is trained: what of it, and by which objective; None: not at all."""
+def _exam(kind: str, stage: Stage, reading: Stage) -> tuple[ObjectiveKind, Objective | None]:
+    """How a source of that kind is examined while `stage` is trained: what of it, and by which objective; None: not at all.
+
+    reading: the newest stage that reads it.
+    """
     if stage.scalar:
         return "scored", OBJECTIVES["reward"] if kind == "preference" else None
-    kinds: dict[str, tuple[ObjectiveKind, str]] = {"text": ("text", "pretrain"), "sft": ("sft", "sft")}
-    read, objective = kinds.get(kind, ("preference", "dpo"))
-    return read, OBJECTIVES[objective]
+    if kind == "preference":
+        return "preference", objective_of(reading) if reading.objective == "dpo" else OBJECTIVES["dpo"]
+    return ("text", OBJECTIVES["pretrain"]) if kind == "text" else ("sft", OBJECTIVES["sft"])
 
 
 def _readers(recipe: Recipe, index: int) -> dict[str, Stage]:

@@ -249,7 +249,7 @@ class Training:
             tokenizer=self.tokenizer.hash,
             shards=before.origin.shards | {stage.name: opened.feed.digests},
         )
-        if stage.has_reference:
+        if stage.needs_reference:
             at.has_reference, at.reference = True, base
         cast = self._studio.for_stage(stage, self.cast, base, judge, at_hand=at_hand)
         self.progress = at

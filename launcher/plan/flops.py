@@ -43,8 +43,8 @@ def flops_per_token(model: Model, vocabulary: int, context: int) -> float:
 
 
 def passes(stage: Stage) -> float:
-    """Forwards and backwards over a token, as a multiple of one of each: DPO has a forward of the reference besides."""
-    return 1.0 + 1.0 / FORWARD_AND_BACKWARD if stage.objective == "dpo" else 1.0
+    """Forwards and backwards over a token, as a multiple of one of each: a reference has a forward besides."""
+    return 1.0 + 1.0 / FORWARD_AND_BACKWARD if stage.needs_reference else 1.0
 
 
 def rows_of_a_sample(stage: Stage) -> int:

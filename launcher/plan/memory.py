@@ -126,7 +126,7 @@ def rank_memory(setting: Setting, rank: int) -> Memory:
     held, layers = rank_parameters(setting, share), sum(share.layers)
     weights = -(-FLOAT32 * (layers * held.block * mesh.tensor + held.root) // (mesh.shard * mesh.tensor))
     optimizer, staging = MOMENTS * weights, (1 + MOMENTS) * weights
-    reference = weights if setting.stage.objective == "dpo" else 0
+    reference = weights if setting.stage.needs_reference else 0
     parts = [part_bytes(setting, share, part) for part in range(mesh.parts)]
     waiting = [part_of_forward(mesh, number) for number in range(waiting_forwards(mesh, rank, count))]
     shapes = [_shape(setting, share, held, part, waiting) for part in sorted(set(waiting))]
@@ -197,7 +197,7 @@ def _shape(setting: Setting, share: Share, held: Parameters, part: int, waiting:
         root=held.root,
         table=held.output if last else 0,
         table_gradients=held.table_gradients,
-        models=2 if stage.objective == "dpo" else 1,
+        models=2 if stage.needs_reference else 1,
         accumulates=setting.batches.count > 1,
         saved_bytes=kept[part],
         saved_bytes_per_block=block.device_bytes,

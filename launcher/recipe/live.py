@@ -43,7 +43,9 @@ def stage_settings(recipe: Recipe, stage: Stage) -> dict[str, float]:
         "checkpoint_every": recipe.checkpoint.every,
     }
     if stage.objective == "dpo":
-        settings |= {"beta": stage.beta, "label_smoothing": stage.label_smoothing}
+        settings["beta"] = stage.beta
+        if stage.dpo_loss == "sigmoid":
+            settings["label_smoothing"] = stage.label_smoothing
     if stage.objective == "reward":
         settings |= {"margin": stage.margin, "centre": stage.centre}
     if stage.draws:
@@ -65,6 +67,8 @@ def check_setting(recipe: Recipe, stage: Stage, key: str, value: float) -> float
     low, high, meaning = _BOUNDS.get(key, (0.0, 1e9, "weight in the mixture"))
     if not low <= value <= high:
         raise ValueError(f"{key} ({meaning}): {value:g} is not between {low:g} and {high:g}")
+    if key == "beta" and value == 0 and stage.dpo_loss == "ipo":
+        raise ValueError(f"{key} ({meaning}): IPO aims at 1 / (2 beta), so it must be greater than 0")
     if key in _WHOLE and value != int(value):
         raise ValueError(f"{key} ({meaning}): {value:g} is not a whole number")
     return value

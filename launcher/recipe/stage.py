@@ -83,6 +83,12 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """DPO: strength of the tie to the reference."""
     label_smoothing: float = 0.0
     """DPO: part of the preference pairs assumed to be labelled wrongly."""
+    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """DPO's own loss, or IPO's: the squared distance of the log-ratios' difference from 1 / (2 beta)."""
+    length_normalised: bool = False
+    """DPO: a response's log-probability is its tokens' mean, not their sum."""
+    reference_free: bool = False
+    """DPO: without a reference, as if one gave all responses the same probability."""
     margin: float = 0.0
     """Reward model: by how much the chosen response is to score higher than the rejected one."""
     centre: float = 0.0
@@ -137,9 +143,9 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.rollout.temperature if self.draws else 1.0
 
     @property
-    def has_reference(self) -> bool:
-        """Whether it is held against the weights that it began with."""
-        return self.objective in ("dpo", "ppo", "grpo")
+    def needs_reference(self) -> bool:
+        """Whether the stage holds what it trains against a frozen copy of what it began with."""
+        return self.draws or (self.objective == "dpo" and not self.reference_free)
 
     @property
     def prompts_drawn(self) -> int:
@@ -172,6 +178,15 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for key in ("min_lr_ratio", "label_smoothing"):
             if not 0 <= getattr(self, key) <= 1:
                 found.append((key, "must lie between 0 and 1"))
+        if self.objective != "dpo":
+            keys = ("dpo_loss", "length_normalised", "reference_free")
+            given = [key for key in keys if getattr(self, key) not in (False, "sigmoid")]
+            found += [(key, f'is for objective "dpo", this stage\'s is "{self.objective}" (drop it)') for key in given]
+        elif self.dpo_loss == "ipo":
+            if self.beta == 0:
+                found.append(("beta", 'must be greater than 0 for dpo_loss "ipo", which aims at 1 / (2 beta)'))
+            if self.label_smoothing != 0:
+                found.append(("label_smoothing", 'is for dpo_loss "sigmoid" (drop it, or use that loss)'))
         if not all(0 <= b < 1 for b in self.betas):
             found.append(("betas", "must each lie between 0 and 1"))
         if not all(0 <= w < math.inf for w in self.mixture.values()) or not sum(self.mixture.values()) > 0:

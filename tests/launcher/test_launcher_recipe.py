@@ -284,6 +284,43 @@ def test_live_settings_stay_within_their_bounds() -> None:
             check_setting(recipe, stage, key, value)
 
 
+PREFERS = GOOD.replace('kind = "sft"\norigin = "stdlib-sft"', 'kind = "preference"\norigin = "stdlib-preference"').replace(
+    'objective = "sft"', 'objective = "dpo"'
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "place", "says"),
+    [
+        (GOOD, 'dpo_loss = "ipo"', "dpo_loss", 'dpo_loss: is for objective "dpo", this stage\'s is "sft" .drop it'),
+        (GOOD, "length_normalised = true", "length_normalised", 'objective "dpo"'),
+        (GOOD, "reference_free = true", "reference_free", 'objective "dpo"'),
+        (PREFERS, 'dpo_loss = "ipo"\nbeta = 0', "beta = 0", "greater than 0 for dpo_loss .ipo"),
+        (PREFERS, 'dpo_loss = "ipo"\nlabel_smoothing = 0.1', "label_smoothing", 'dpo_loss "sigmoid" .drop it, or use'),
+        (PREFERS, 'dpo_loss = "hinge"', "hinge", "'sigmoid'"),
+    ],
+)
+def test_losses_of_preferences_are_for_stages_of_preferences(text: str, keys: str, place: str, says: str) -> None:
+    changed = text.replace("lr = 1e-5", f"lr = 1e-5\n{keys}")
+    with pytest.raises(RecipeError, match=rf":{line_with(changed, place)}: .*{says}"):
+        parse_recipe(changed)
+
+
+def test_ipo_has_no_label_smoothing_to_set_and_a_beta_above_0() -> None:
+    recipe = parse_recipe(
+        PREFERS.replace("lr = 1e-5", 'lr = 1e-5\ndpo_loss = "ipo"\nreference_free = true\nlength_normalised = true')
+    )
+    stage = recipe.stage[1]
+    assert not stage.needs_reference and msgspec.structs.replace(stage, reference_free=False).needs_reference
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+    assert check_setting(recipe, stage, "beta", 0.5) == 0.5
+    for key, value, says in (("beta", 0.0, "greater than 0"), ("label_smoothing", 0.1, "no setting")):
+        with pytest.raises(ValueError, match=says):
+            check_setting(recipe, stage, key, value)
+    plain = msgspec.structs.replace(stage, dpo_loss="sigmoid")
+    assert check_setting(recipe, plain, "beta", 0.0) == 0.0 and check_setting(recipe, plain, "label_smoothing", 0.1) == 0.1
+
+
 def test_a_high_rate_of_fine_tuning_is_warned_of() -> None:
     hot: dict[str, Any] = {"lr": 3e-4}
     recipe = parse_recipe(GOOD)

@@ -7,13 +7,15 @@ ranks. It knows nothing of ranks, files or screens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from launcher.recipe import Stage
 from trainer.batch import Rows
 from trainer.objectives import dpo, grpo, ppo, pretrain, reward, sft
 from trainer.objectives.loss import Loss
@@ -45,3 +47,12 @@ OBJECTIVES = {
 }
 CRITIC = Objective(ppo.critic_loss, ppo.weight, ppo.CRITIC_METRICS)
 """The value model's, beside PPO's."""
+
+
+def objective_of(stage: Stage) -> Objective:
+    """The stage's objective, as its settings make it."""
+    objective = OBJECTIVES[stage.objective]
+    if stage.objective != "dpo":
+        return objective
+    loss = partial(dpo.loss, kind=stage.dpo_loss, length_normalised=stage.length_normalised, reference_free=stage.reference_free)
+    return replace(objective, loss=loss, needs_reference=stage.needs_reference)

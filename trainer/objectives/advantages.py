@@ -32,9 +32,8 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tens
 
     scores [rows]; kl [rows, time], of which k1 makes the sum the log-ratio of the whole response. An empty response has none.
     """
-    rewards = real(-beta * kl, mask)
-    place = last_place(mask > 0)[:, None]
-    return rewards.scatter_add(1, place, real(scores[:, None].to(rewards.dtype), mask.gather(1, place)))
+    last = torch.arange(mask.shape[1], device=mask.device) == last_place(mask > 0)[:, None]
+    return real(torch.where(last, scores[:, None] - beta * kl, -beta * kl), mask)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -22,4 +23,4 @@ def real(x: Tensor, mask: Tensor) -> Tensor:
 
 def last_place(there: Tensor) -> Tensor:
     """The last place of each row that is there: bool [rows, time] -> int64 [rows]; 0 in a row that has none."""
-    return (there * there.new_ones(there.shape).cumsum(-1).sub(1)).amax(-1).long()
+    return (there * torch.arange(there.shape[-1], device=there.device)).amax(-1)
