@@ -49,7 +49,7 @@ def show_samples(training: Training) -> bool:
 
 @torch.no_grad()
 def generate(training: Training, prompts: Sequence[Sequence[int]], temperature: float, seed: int) -> list[list[int]] | None:
-    """Continuations of at most `sample_tokens` ids, up to EOS; None if broken off. Prompts keep their ends.
+    """Continuations of at most `sample_tokens` ids, up to what ends a response; None if broken off. Prompts keep their ends.
 
     Every rank gives the same number of prompts.
     """
@@ -72,7 +72,7 @@ def generate(training: Training, prompts: Sequence[Sequence[int]], temperature: 
             for at, token in enumerate(drawn):
                 if not finished[at]:
                     rows[at].append(token)
-                    finished[at] = token == tokenizer.eos
+                    finished[at] = token in tokenizer.stops
     finally:
         network.documents_masked = masked
         network.reshard()
