@@ -75,20 +75,20 @@ def _environment() -> Any:
             begins, ends = (nodes.Output([nodes.Name(f"generation_{what}", "load")]) for what in ("begins", "ends"))
             return [begins.set_lineno(line), *body, ends.set_lineno(line)]
 
+    def checked(names: dict[str, Any]) -> dict[str, Any]:
+        if any(name.startswith("_") for name in names):
+            raise jinja2.exceptions.SecurityError("a namespace's names do not begin with _")
+        return names
+
     class Namespace(jinja2.utils.Namespace):
         """Without names that begin with `_`, which lead to what the sandbox hides."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(self._checked(dict(*args, **kwargs)))
+            super().__init__(checked(dict(*args, **kwargs)))
 
         def __setitem__(self, name: str, value: Any) -> None:
-            super().__setitem__(*next(iter(self._checked({name: value}).items())))
-
-        @staticmethod
-        def _checked(names: dict[str, Any]) -> dict[str, Any]:
-            if any(name.startswith("_") for name in names):
-                raise jinja2.exceptions.SecurityError("a namespace's names do not begin with _")
-            return names
+            checked({name: value})
+            super().__setitem__(name, value)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

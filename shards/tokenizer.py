@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +84,9 @@ def _training_failed(message: str, vocab: int) -> str:
     if "too high" in message:
         most = message.rsplit("<=", 1)[-1].strip(" .\n")
         return f"tokenizer: the sample is too small for a vocabulary of {vocab} (set vocab to {most} or less, or give more text)"
+    least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if least:
+        return f"tokenizer: a vocabulary of {vocab} has no room for the sample's characters (set vocab to {least[1]} or more)"
     return f"tokenizer: training failed: {message}"
 
 
@@ -221,9 +225,12 @@ class Tokenizer:
         """The ids of a text that does not begin a document, but follows a special token or the ids of other text."""
         if self._splits or (after_special and getattr(self._model, "spaces_each", True)):
             return self.encode(text)
-        # What would put a space before it is put behind a line end, which is then taken away again.
-        before, both = self.encode("\n"), self.encode("\n" + text)
-        return both[len(before) :] if both[: len(before)] == before else self.encode(text)
+        # What would put a space before it is put behind something that it does not merge with, which is then taken away again.
+        for something in "\n", "0", "|":
+            before, both = self.encode(something), self.encode(something + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self.encode(text)
 
 
 def _loaded(model: bytes, where: str) -> Any:
