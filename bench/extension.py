@@ -23,7 +23,8 @@ from rich.table import Table
 from torch import Tensor
 
 from launcher.recipe.model import Model, Rope
-from shards.sources import Document, Reading
+from shards.records import Document
+from shards.sources import Reading
 from shards.spec import Source
 from shards.splitting import split
 from trainer.likelihood import log_probs

@@ -16,7 +16,7 @@ import fcntl
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,15 +25,18 @@ import xxhash
 
 from shards import manifest as manifests
 from shards.container import TEMPORARY, write_atomically
-from shards.encode import Encoded, Parts, Workers
+from shards.encode import Encoded, Workers, refusal
 from shards.errors import BusyError, ShardError, SpecError
 from shards.manifest import SPLITS, Manifest
 from shards.progress import Meter, Report
-from shards.sources import Document, Reading, Rejected, describe, fingerprint
-from shards.spec import STDLIB_KINDS, Build, Source, check
+from shards.records import Document
+from shards.sources import KEPT_ASIDE, Reading, Rejected, describe, fingerprint
+from shards.spec import STDLIB_KINDS, TEMPLATES, Build, Source, check
 from shards.splitting import split
+from shards.templates import DEFAULT, kept, read
+from shards.templates import FILE_NAME as TEMPLATE_FILE
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
-from shards.tokenizer import Tokenizer, read_model
+from shards.tokenizer import Tokenizer, check_template, read_model
 from shards.writing import PROGRESS, Progress, SplitWriter
 
 BATCH_CHARACTERS = 1 << 19  # of documents sent to a worker at once; decides where a limited source stops reading
@@ -53,8 +56,17 @@ class Marker(msgspec.Struct, frozen=True):
 
 def build_key(build: Build) -> str:
     """Names what a spec builds: equal for equal shards. Where it builds does not count; the Python version does where
-    its library is read, and so does the format."""
-    plain = msgspec.structs.replace(build, out="", data=msgspec.structs.replace(build.data, dir=None))
+    its library is read, and so do the format, and what a template's file says."""
+    plain = msgspec.to_builtins(msgspec.structs.replace(build, out="", data=msgspec.structs.replace(build.data, dir=None)))
+    # Keys that came later do not count as long as they are not used, so that shards built before them stay what they are.
+    for table, key, default in [(plain["tokenizer"], "template", DEFAULT.name)] + [
+        (source, "messages_field", "messages") for source in plain["data"]["source"]
+    ]:
+        if table[key] == default:
+            del table[key]
+    if build.tokenizer.template not in TEMPLATES:
+        with suppress(SpecError):  # which building tells better
+            plain["tokenizer"]["template"] = read(build.tokenizer).jinja
     reads_library = any(source.origin in STDLIB_KINDS for source in build.data.source)
     decides = [manifests.FORMAT, platform.python_version() if reads_library else "", plain]
     return xxhash.xxh3_128_hexdigest(msgspec.json.encode(decides, order="sorted"))
@@ -82,6 +94,7 @@ def build(spec: Build, report: Report = lambda progress: None, workers: int | No
         return out
     for source in spec.data.source:
         fingerprint(source)  # a missing path is said before an hour's work, not after
+    check_template(spec.tokenizer)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out):
@@ -160,7 +173,8 @@ def _difference(marker: Marker, spec: Build) -> str:
         old.pop(name, None), new.pop(name, None)
     changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     if not changed:
-        return f"by Python {marker.python} or another format"
+        template = "" if spec.tokenizer.template in TEMPLATES else f" when {spec.tokenizer.template} said something else,"
+        return f"{template} by Python {marker.python} or another format".strip()
     shown = [f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed[:3]]
     return "; ".join(shown) + ("; ..." if len(changed) > 3 else "")
 
@@ -178,16 +192,19 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _make_tokenizer(spec: Build, out: Path, pool: Workers, meter: Meter) -> Tokenizer:
     path = out / TOKENIZER_FILE
     if not path.exists():
+        template = read(spec.tokenizer)
         if spec.tokenizer.path is not None:
             model = read_model(Path(spec.tokenizer.path))
-            Tokenizer(model, spec.tokenizer.path)
+            Tokenizer(model, spec.tokenizer.path, template)
         else:
             texts = _sample(spec, meter)
             meter.begin("tokenizer", f"training on {sum(map(len, texts)) / 1e6:.1f} MB of text")
-            model = pool.train(texts, spec.tokenizer.vocab, spec.tokenizer.kind)
+            model = pool.train(texts, spec.tokenizer.vocab, spec.tokenizer.kind, template)
+        if not template.is_default:
+            write_atomically(path.with_name(TEMPLATE_FILE), template.encoded())
         write_atomically(path, model)
     tokenizer = Tokenizer.load(path)
-    pool.use(path.read_bytes())
+    pool.use(path.read_bytes(), kept(path))
     meter.begin("tokenizer", f"{tokenizer.vocab} ids", "ids", tokenizer.vocab, tokenizer.vocab)
     return tokenizer
 
@@ -226,7 +243,7 @@ def _build_source(spec: Build, source: Source, out: Path, tokenizer: Tokenizer, 
         SplitWriter(directory / "held_out", source, spec.data, tokenizer, progress, held_out=True) as held,
         _kept_aside(directory / "rejected.jsonl") as kept,
     ):
-        batches = _batches(spec, source, reading, (train, held))
+        batches = _batches(spec, source, reading, (train, held), tokenizer)
         for encoded, (places, broken) in pool.encode(source.kind, batches):
             for record in broken:
                 rejected[record.reason] = rejected.get(record.reason, 0) + 1
@@ -273,14 +290,14 @@ Place = tuple[int, bool]  # a document's number within its source, and whether i
 
 
 def _batches(
-    spec: Build, source: Source, reading: Reading, writers: tuple[SplitWriter, SplitWriter]
-) -> Iterator[tuple[list[Parts], tuple[list[Place], list[Rejected]]]]:
+    spec: Build, source: Source, reading: Reading, writers: tuple[SplitWriter, SplitWriter], tokenizer: Tokenizer
+) -> Iterator[tuple[list[Document], tuple[list[Place], list[Rejected]]]]:
     """Documents in batches, with their places, and the broken records met on the way.
 
     Documents that are already in a shard, or for which there is no room, are not sent to be encoded; but they count for
     where a batch ends, so that batches are the same whenever a build was interrupted and however it runs ahead.
     """
-    parts: list[Parts] = []
+    found: list[Document] = []
     places: list[Place] = []
     broken: list[Rejected] = []
     size = count = 0
@@ -291,15 +308,19 @@ def _batches(
         elif held_out is not None:
             size += sum(map(len, record.parts))
             writer = writers[held_out]
-            if number >= writer.next_document and not writer.full:
-                parts.append(record.parts)
+            # Told here and not where it is encoded: a build that goes on must count those that it does not encode again.
+            refused = refusal(tokenizer, source.kind, record)
+            if refused:
+                broken.append(Rejected(record.where or source.name, refused, "\n".join(record.parts)[:KEPT_ASIDE]))
+            elif number >= writer.next_document and not writer.full:
+                found.append(record)
                 places.append((number, held_out))
         count += 1
         if size >= BATCH_CHARACTERS or count >= BATCH_DOCUMENTS:
-            yield parts, (places, broken)
-            parts, places, broken = [], [], []
+            yield found, (places, broken)
+            found, places, broken = [], [], []
             size = count = 0
-    yield parts, (places, broken)
+    yield found, (places, broken)
 
 
 def _write(encoded: Encoded, places: list[Place], train: SplitWriter, held: SplitWriter) -> None:

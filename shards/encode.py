@@ -17,12 +17,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from shards.chat import Message
 from shards.container import Array
 from shards.errors import ShardError, SpecError
+from shards.records import Document
 from shards.spec import Kind
+from shards.templates import DEFAULT, Template
 from shards.tokenizer import Tokenizer, train
-
-Parts = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,21 @@ class Encoded:
     text_bytes: list[int]  # bytes of UTF-8 of each
 
 
-def encode(tokenizer: Tokenizer, kind: Kind, batch: list[Parts]) -> Encoded:
-    """Text: `[BOS] text [EOS]`. Sft: a chat. Preference: a chat's prompt, one response with EOS, the other with EOS."""
+def encode(tokenizer: Tokenizer, kind: Kind, batch: list[Document]) -> Encoded:
+    """Text: `[BOS] text [EOS]`. Sft: a chat. Preference: a chat's prompt, one response with its end, the other with its end."""
     ids: list[int] = []
     mask: list[int] = []
     lengths: list[int] = []
-    for parts in batch:
+    for document in batch:
         before = len(ids)
         if kind == "text":
-            ids += [tokenizer.bos, *tokenizer.encode(parts[0]), tokenizer.eos]
+            ids += [tokenizer.bos, *tokenizer.encode(document.parts[0]), tokenizer.eos]
         elif kind == "sft":
-            found, said = tokenizer.chat([("user", parts[0]), ("assistant", parts[1])])
+            found, said = tokenizer.chat(chats(document, kind)[0])
             ids += found
             mask += said
         else:
-            prompt, _ = tokenizer.chat([("user", parts[0])])
-            chosen, rejected = ([*tokenizer.encode(part), tokenizer.eos] for part in parts[1:])
+            (prompt, chosen), (_, rejected) = (_answered(*tokenizer.chat(chat)) for chat in chats(document, kind))
             ids += prompt + chosen + rejected
             mask += [0] * len(prompt) + [1] * len(chosen) + [2] * len(rejected)
         lengths.append(len(ids) - before)
@@ -58,8 +58,32 @@ def encode(tokenizer: Tokenizer, kind: Kind, batch: list[Parts]) -> Encoded:
         tokens=np.array(ids, dtype=token_dtype(tokenizer.vocab)),
         mask=None if kind == "text" else np.array(mask, dtype=np.uint8),
         lengths=lengths,
-        text_bytes=[sum(len(part.encode()) for part in parts) for parts in batch],
+        text_bytes=[sum(len(part.encode()) for part in document.parts) for document in batch],
     )
+
+
+def chats(document: Document, kind: Kind) -> list[list[Message]]:
+    """The conversations that a document holds: of sft one, of preference two, with one answer and with the other."""
+    if kind == "text":
+        return []
+    if kind == "sft":
+        return [list(zip(document.roles or ("user", "assistant"), document.parts, strict=True))]
+    prompt: list[Message] = list(zip(document.roles or ("user",), document.parts[:-2], strict=True))
+    return [[*prompt, ("assistant", response)] for response in document.parts[-2:]]
+
+
+def refusal(tokenizer: Tokenizer, kind: Kind, document: Document) -> str:
+    """Why the tokenizer's template does not take a document; empty where it does."""
+    return next(filter(None, (tokenizer.refusal(chat) for chat in chats(document, kind))), "")
+
+
+def _answered(ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
+    """The prompt and the last answer of a conversation; what the template writes behind that is left out."""
+    stop = len(mask) - mask[::-1].index(1)
+    start = stop
+    while start and mask[start - 1]:
+        start -= 1
+    return ids[:start], ids[start:stop]
 
 
 def token_dtype(vocab: int) -> str:
@@ -85,23 +109,23 @@ class Workers:
             theirs.close()
             self._workers.append((process, ours))
 
-    def train(self, texts: list[str], vocab: int, kind: Literal["bpe", "unigram"]) -> bytes:
+    def train(self, texts: list[str], vocab: int, kind: Literal["bpe", "unigram"], template: Template = DEFAULT) -> bytes:
         """A tokenizer model; see shards.tokenizer.train."""
         if not self._workers:
-            return train(texts, vocab=vocab, kind=kind)
+            return train(texts, vocab=vocab, kind=kind, template=template)
         worker = self._workers[0]
-        self._send(worker, ("train", texts, vocab, kind))
+        self._send(worker, ("train", texts, vocab, kind, template))
         model: bytes = self._receive(worker)
         return model
 
-    def use(self, model: bytes) -> None:
+    def use(self, model: bytes, template: Template = DEFAULT) -> None:
         """Encode with this tokenizer from now on."""
-        self._tokenizer = Tokenizer(model)
+        self._tokenizer = Tokenizer(model, template=template)
         for worker in self._workers:
-            self._send(worker, ("use", model))
+            self._send(worker, ("use", model, template))
             self._receive(worker)
 
-    def encode(self, kind: Kind, batches: Iterable[tuple[list[Parts], Any]]) -> Iterator[tuple[Encoded, Any]]:
+    def encode(self, kind: Kind, batches: Iterable[tuple[list[Document], Any]]) -> Iterator[tuple[Encoded, Any]]:
         """Each batch encoded, in order, with whatever came along with it. Reads ahead by the number of workers."""
         assert self._tokenizer is not None
         if not self._workers:
@@ -182,9 +206,9 @@ def _work(pipe: Connection) -> None:
         answer: tuple[str, Any]
         try:
             if message[0] == "train":
-                answer = "done", train(message[1], vocab=message[2], kind=message[3])
+                answer = "done", train(message[1], vocab=message[2], kind=message[3], template=message[4])
             elif message[0] == "use":
-                tokenizer = Tokenizer(message[1])
+                tokenizer = Tokenizer(message[1], template=message[2])
                 answer = "done", None
             else:
                 assert tokenizer is not None

@@ -77,9 +77,16 @@ class JsonModel:
             raise SpecError(f"{where}: not a tokenizer.json that `tokenizers` can read: {error} (fetch it again)") from None
         self._model.no_truncation()
         self._model.no_padding()
+        added = tokenizer.get("added_tokens") or []
+        self._control = {int(token["id"]) for token in added if token.get("special")}
+        self.added = {str(token["content"]): int(token["id"]) for token in added}
+        self.swallows = {str(token["content"]): (bool(token.get("lstrip")), bool(token.get("rstrip"))) for token in added}
+        control = next((token["content"] for token in added if token.get("special") and not token.get("rstrip")), "")
+        alone, behind = self.encode("a"), self.encode(control + "a")
+        self.spaces_each = behind[-len(alone) :] == alone
+        """Whether a text behind a special token gets a space put before it like one that begins a document, if that does."""
         # Else text could forge a turn, or an end.
         self._model.encode_special_tokens = True
-        self._control = {int(token["id"]) for token in tokenizer.get("added_tokens") or [] if token.get("special")}
 
     def _id(self, name: str) -> int:
         return self.piece_to_id(self.special[name]) if name in self.special else -1

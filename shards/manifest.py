@@ -38,7 +38,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     split: str  # train or held_out
     kind: Kind
     origin: str  # where the text came from
-    tokenizer: str  # xxh3_128 of the tokenizer's model file, hex
+    tokenizer: str  # xxh3_128 of the tokenizer's model file, and of its chat template if that is not the default one, hex
     vocab: int  # ids of the tokenizer
     dtype: str  # of the tokens: uint16 up to 65,536 ids, else uint32
     frame_items: int  # items in a zstd frame

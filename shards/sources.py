@@ -20,20 +20,13 @@ import zstandard
 
 from shards import stdlib
 from shards.errors import SpecError
+from shards.records import Document, in_record
 from shards.spec import Source
 
 SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "text": (".txt", ".text", ".md", ".markdown", ".rst")}
 COMPRESSED = (".gz", ".zst")
 LONGEST_RECORD = 64 << 20  # bytes of one line, and of one text file's document
 KEPT_ASIDE = 4096  # characters of a broken record that are kept
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One document. `parts`: (text,), or (prompt, response), or (prompt, chosen, rejected)."""
-
-    key: str  # decides whether it is held out: documents of one key are always of one split
-    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,24 +161,18 @@ def _lines(path: Path, raw: IO[bytes]) -> Iterator[bytes | Rejected]:
 
 def _json_lines(path: Path, raw: IO[bytes], source: Source) -> Iterator[Document | Rejected]:
     decoder = msgspec.json.Decoder()
-    fields = {
-        "text": (source.text_field,),
-        "sft": (source.prompt_field, source.response_field),
-        "preference": (source.prompt_field, source.chosen_field, source.rejected_field),
-    }[source.kind]
     for number, line in enumerate(_lines(path, raw), 1):
         if isinstance(line, Rejected):
             yield line
         elif line.strip():
-            found = _record(decoder, line, fields)
-            if isinstance(found, str):
-                yield Rejected(f"{path}:{number}", found, _shown(line))
-            else:
-                yield Document(found[0], found)
+            where = f"{path}:{number}"
+            record = _object(decoder, line)
+            found = record if isinstance(record, str) else in_record(record, source, where)
+            yield found if isinstance(found, Document) else Rejected(where, found, _shown(line))
 
 
-def _record(decoder: msgspec.json.Decoder[Any], line: bytes, fields: tuple[str, ...]) -> tuple[str, ...] | str:
-    """The fields of one JSON line, or why it is rejected."""
+def _object(decoder: msgspec.json.Decoder[Any], line: bytes) -> dict[str, Any] | str:
+    """One JSON line, or why it is rejected."""
     try:
         record = decoder.decode(line)
     except UnicodeDecodeError:
@@ -194,16 +181,7 @@ def _record(decoder: msgspec.json.Decoder[Any], line: bytes, fields: tuple[str, 
         return "not UTF-8" if "utf-8" in str(error).lower() else "not JSON"
     except RecursionError:
         return "not JSON"
-    if not isinstance(record, dict):
-        return "not an object"
-    for name in fields:
-        if name not in record:
-            return f'no field "{name}"'
-        if not isinstance(record[name], str):
-            return f'field "{name}" is not a string'
-        if not record[name].strip():
-            return "empty"
-    return tuple(record[name] for name in fields)
+    return record if isinstance(record, dict) else "not an object"
 
 
 def _texts(path: Path, raw: IO[bytes]) -> Iterator[Document | Rejected]:

@@ -20,6 +20,8 @@ STDLIB_KINDS: dict[str, Kind] = {
     "stdlib-sft": "sft",
     "stdlib-preference": "preference",
 }
+TEMPLATES = ("midwatch", "llama2", "llama3", "chatml", "zephyr", "own")
+"""Chat templates that have a name; any other is a Jinja file's path."""
 SMALLEST_VOCAB = 320  # 8 reserved ids, 256 bytes, the newline, and room for an alphabet
 
 
@@ -27,7 +29,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """One source of documents. `origin` says where they come from: this Python's standard library, or a path."""
 
     name: str  # letters, digits, `_`, `-`, `.`; names the directory of its shards and the source in mixtures
-    kind: Kind  # text: documents; sft: prompt and response; preference: prompt, chosen and rejected response
+    kind: Kind  # text: documents; sft: conversations; preference: prompt, chosen and rejected response
     origin: Origin
     path: str | None = None  # jsonl, text: a file, a directory or a glob; .jsonl, .txt, .md, each also .gz or .zst
     text_field: str = "text"  # jsonl: the field that holds a document
@@ -35,6 +37,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     response_field: str = "response"
     chosen_field: str = "chosen"
     rejected_field: str = "rejected"
+    messages_field: str = "messages"  # sft: a conversation, where there is no response_field
     max_documents: int | None = None  # documents, held-out ones included
     max_tokens: int | None = None  # tokens, held-out ones included
 
@@ -46,6 +49,7 @@ class Tokenizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     kind: Literal["bpe", "unigram"] = "bpe"
     path: str | None = None  # a trained .model to use instead; `vocab` and `kind` are then not looked at
     sample_bytes: int = 20_000_000  # bytes of text to train on, in equal parts from all sources
+    template: str = "midwatch"  # of TEMPLATES, or a Jinja file; "own": the one that comes with `path`
 
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -99,6 +103,8 @@ def check(build: Build, where: str = "data") -> None:
         raise SpecError(f"{where}: shard_tokens is less than frame_tokens (use at least {data.frame_tokens})")
     if tokenizer.path is None and tokenizer.vocab < SMALLEST_VOCAB:
         raise SpecError(f"{where}: tokenizer vocab is {tokenizer.vocab} (use at least {SMALLEST_VOCAB})")
+    if tokenizer.template == "own" and tokenizer.path is None:
+        raise SpecError(f'{where}: tokenizer template is "own", but no tokenizer is brought along (give path, or another template)')
     if tokenizer.sample_bytes < 1:
         raise SpecError(f"{where}: tokenizer sample_bytes is {tokenizer.sample_bytes} (use at least 1)")
     if not 0 <= build.seed < 1 << 63:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import xxhash
 
-from shards.sources import Document, Reading, Rejected, documents, is_held_out
+from shards.records import Document
+from shards.sources import Reading, Rejected, documents, is_held_out
 from shards.spec import Source
 
 SMALL = 100_000  # documents up to which a source that would hold out nothing holds out its last one

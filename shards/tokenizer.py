@@ -4,38 +4,48 @@ A tokenizer trained here gives the reserved ids fixed numbers (`RESERVED`), fall
 changes nothing: `decode(encode(text)) == text` for every text, spaces, tabs and line ends included. A model brought along
 keeps its own ids for what it has as control pieces, and gets new ids past its end for the rest.
 
-The chat template, one line: `<|system|>S<|user|>U<|assistant|>A[EOS]<|user|>U...`, with nothing between the parts.
+Conversations are told by a chat template. The default one, one line: `<|system|>S<|user|>U<|assistant|>A[EOS]<|user|>U...`, with
+nothing between the parts. Others bring special tokens of their own, which are reserved ids too.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import sentencepiece
 import xxhash
 
+from shards.chat import Chat, Markers, Message, trained
 from shards.errors import ShardError, SpecError
 from shards.hf_tokenizer import JsonModel, bundle, ids_in
+from shards.rendering import Renderer
+from shards.spec import Tokenizer as TokenizerSpec
+from shards.templates import DEFAULT, Template, kept, read
 
 PAD, BOS, EOS, UNK, MASK = "[PAD]", "[BOS]", "[EOS]", "[UNK]", "[MASK]"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 RESERVED = (PAD, BOS, EOS, UNK, MASK, SYSTEM, USER, ASSISTANT)  # in the order of their ids, from 0
-ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 FILE_NAME = "tokenizer.model"
 
 META_SPACE = "\u2581"  # how SentencePiece writes a space inside pieces
 LONG = 1 << 16  # characters encoded at once: its memory grows with the text, and no piece crosses a line end
 THREADS = 4  # fixed, because unigram training sums in an order that depends on it
+OURS = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
+"""What a template calls the reserved ids, and what they are called in a tokenizer trained here."""
 
-Message = tuple[str, str] | Mapping[str, str]
 
+def train(texts: Iterable[str], *, vocab: int, kind: Literal["bpe", "unigram"] = "bpe", template: Template = DEFAULT) -> bytes:
+    """A SentencePiece model of exactly `vocab` ids trained on `texts`; the same texts give the same bytes.
 
-def train(texts: Iterable[str], *, vocab: int, kind: Literal["bpe", "unigram"] = "bpe") -> bytes:
-    """A SentencePiece model of exactly `vocab` ids trained on `texts`; the same texts give the same bytes."""
+    The template's special pieces are reserved ids, behind the others. Raises SpecError.
+    """
+    symbols = [] if template.is_default else trained(template, OURS, RESERVED)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -58,7 +68,7 @@ def train(texts: Iterable[str], *, vocab: int, kind: Literal["bpe", "unigram"] =
             eos_piece=EOS,
             unk_piece=UNK,
             # Control symbols, unlike user-defined ones, are never found in text: a document cannot forge a turn.
-            control_symbols=[MASK, SYSTEM, USER, ASSISTANT],
+            control_symbols=[MASK, SYSTEM, USER, ASSISTANT, *symbols],
             user_defined_symbols=["\n"],
             num_threads=THREADS,
             minloglevel=3,
@@ -74,6 +84,9 @@ def _training_failed(message: str, vocab: int) -> str:
     if "too high" in message:
         most = message.rsplit("<=", 1)[-1].strip(" .\n")
         return f"tokenizer: the sample is too small for a vocabulary of {vocab} (set vocab to {most} or less, or give more text)"
+    least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if least:
+        return f"tokenizer: a vocabulary of {vocab} has no room for the sample's characters (set vocab to {least[1]} or more)"
     return f"tokenizer: training failed: {message}"
 
 
@@ -87,37 +100,71 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 class Tokenizer:
     """A loaded tokenizer. Thread-safe.
 
-    vocab: the number of ids, reserved ones included; hash: xxh3_128 of the model file, hex; reserved: id by name; model: the
-    bytes of that file.
+    vocab: the number of ids, reserved ones included; hash: xxh3_128 of the model file, and of the template where it is not the
+    default one, hex; reserved: id by name, the template's markers included; model: the bytes of that file.
     """
 
-    def __init__(self, model: bytes, where: str = "tokenizer") -> None:
+    def __init__(self, model: bytes, where: str = "tokenizer", template: Template = DEFAULT) -> None:
+        """Raises SpecError for what is no model, or a template that cannot be used with it."""
         self.model = model
+        self.template = template
         self._model: Any = _loaded(model, where)
-        self.hash = xxhash.xxh3_128_hexdigest(model)
+        self.hash = xxhash.xxh3_128_hexdigest(model if template.is_default else model + template.encoded())
         own = {BOS: self._model.bos_id(), EOS: self._model.eos_id(), PAD: self._model.pad_id(), UNK: self._model.unk_id()}
         self.vocab: int = self._model.get_piece_size()
         self.reserved: dict[str, int] = {}
         for name in RESERVED:
             found = own.get(name, -1)
-            if found < 0:
-                found = self._model.piece_to_id(name)
-                if not self._model.is_control(found):
-                    found = self.vocab
-                    self.vocab += 1
-            self.reserved[name] = found
+            self.reserved[name] = found if found >= 0 else self._control(name)
         self.pad, self.bos, self.eos = self.reserved[PAD], self.reserved[BOS], self.reserved[EOS]
-        self._names = {number: name for name, number in self.reserved.items()}
         # A model that puts a space before everything would put one before each part of a long text.
         self._splits = not self._model.normalize("a").startswith(META_SPACE)
         byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
         self._meta_space = [] if own[UNK] in byte_ids else byte_ids
+        called = {name: self.own_name(number) or name for name, number in self.reserved.items()}
+        self.called = {token: called[name] for token, name in OURS.items()}
+        """What the template's `bos_token` and so on are."""
+        self.special = {called[name]: number for name, number in self.reserved.items()}
+        self.swallows: dict[str, tuple[bool, bool]] = {}
+        if isinstance(self._model, JsonModel):
+            self.special = self._model.added | self.special
+            self.swallows = self._model.swallows
+        if not template.is_default:
+            self.special |= getattr(self._model, "added", {})
+            for name in self._markers.special:
+                if name not in self.special:
+                    self.special[name] = self.reserved[name] = self._control(name)
+                elif name not in self.called.values():
+                    self.reserved[name] = self.special[name]
+            self.stops = self._chat.ends | {self.eos}
+        else:
+            self.stops = frozenset({self.eos})
+        """What ends a response: EOS, and what ends the assistant's turn."""
+        self._names = {number: name for name, number in self.reserved.items()}
+
+    def _control(self, name: str) -> int:
+        """The id of a control piece, past the model's end where it has none."""
+        found: int = self._model.piece_to_id(name)
+        if not self._model.is_control(found):
+            found = self.vocab
+            self.vocab += 1
+        return found
+
+    @cached_property
+    def _markers(self) -> Markers:
+        size = 0 if isinstance(self._model, JsonModel) else self._model.get_piece_size()
+        control = [self._model.id_to_piece(number) for number in range(size) if self._model.is_control(number)]
+        return Markers(self.template, self.called, {*control, *self.special})
+
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat(self, self._markers)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """From a file that a build has written; ShardError if it cannot be read."""
+        """From a file that a build has written, and the template beside it; ShardError if it cannot be read."""
         try:
-            return cls(path.read_bytes(), str(path))
+            return cls(path.read_bytes(), str(path), kept(path))
         except OSError as error:
             raise ShardError(f"{path}: {error.strerror} (restore the tokenizer, or build the shards again)") from None
 
@@ -163,25 +210,27 @@ class Tokenizer:
         return name
 
     def chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """The ids of a conversation, and the mask: 1 for what an assistant says and the EOS after it, else 0.
+        """The ids of a conversation, and the mask: 1 for what an assistant says and the token after it that ends its turn, else 0.
 
         Messages are (role, content) or {"role": ..., "content": ...}. One that does not end with the assistant is a
-        prompt: it gets `<|assistant|>` at its end, for a response to follow.
+        prompt: the template opens the assistant's turn at its end, for a response to follow. Raises ChatError, a ValueError.
         """
-        ids: list[int] = []
-        mask: list[int] = []
-        role = ""
-        for message in messages:
-            role, content = message if isinstance(message, tuple) else (message["role"], message["content"])
-            if role not in ROLES:
-                raise ValueError(f'role "{role}" is none of {", ".join(ROLES)}')
-            said = self.encode(content) + ([self.eos] if role == "assistant" else [])
-            ids += [self.reserved[ROLES[role]], *said]
-            mask += [0] + [int(role == "assistant")] * len(said)
-        if role != "assistant":
-            ids.append(self.reserved[ASSISTANT])
-            mask.append(0)
-        return ids, mask
+        return self._chat.encode(messages)
+
+    def refusal(self, messages: Sequence[Message]) -> str:
+        """Why a document with these messages must be left out: what it says would forge a turn, or the template cannot tell it."""
+        return self._chat.refusal(messages)
+
+    def follow(self, text: str, after_special: bool) -> list[int]:
+        """The ids of a text that does not begin a document, but follows a special token or the ids of other text."""
+        if self._splits or (after_special and getattr(self._model, "spaces_each", True)):
+            return self.encode(text)
+        # What would put a space before it is put behind something that it does not merge with, which is then taken away again.
+        for something in "\n", "0", "|":
+            before, both = self.encode(something), self.encode(something + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self.encode(text)
 
 
 def _loaded(model: bytes, where: str) -> Any:
@@ -206,6 +255,15 @@ def read_model(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise SpecError(f"tokenizer: {path}: {error.strerror} (correct the path)") from None
+
+
+def check_template(spec: TokenizerSpec) -> None:
+    """Raise SpecError for a template that cannot be used, as far as shows without the tokenizer that it is for."""
+    template = read(spec)
+    if spec.path is None and not template.is_default:
+        trained(template, OURS, RESERVED)
+    elif not template.is_named:
+        Renderer(template, OURS)
 
 
 def piece_count(path: Path) -> int:

@@ -43,7 +43,7 @@ class Drawn:
 
 def draw(training: Training, prompts: Sequence[Ids], tokens: int, temperature: float, seeds: Sequence[int]) -> Drawn | None:
     """A response of at most `tokens` ids to each prompt; None if it was broken off. By all ranks, with the same prompts."""
-    context, stops = training.stage.stage.context, frozenset([training.tokenizer.eos])
+    context, stops = training.stage.stage.context, frozenset(training.tokenizer.stops)
     asked = [number for number, prompt in enumerate(prompts) if 0 < len(prompt) <= context - min(tokens, context - 1)]
     requests = [Request(tuple(map(int, prompts[number])), tokens, temperature, seed=seeds[number], stops=stops) for number in asked]
     responder = training.responder()

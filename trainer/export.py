@@ -91,9 +91,10 @@ def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     known_as = {"run": recipe.run.name, "checkpoint": directory.name, "step": progress.step, "stage": stage.name, "digest": digest}
     origin = known_as | made_from(recipe, _data(recipe, run), directory, progress)
+    stops = {"eos_token_id": sorted(tokenizer.stops)} if len(tokenizer.stops) > 1 else {}
     small = hf_tokenizer.files(tokenizer, context) | {
         "config.json": _dumped(config | ids | {"torch_dtype": dtype}),
-        "generation_config.json": _dumped(ids | {"do_sample": True, "temperature": 0.8}),
+        "generation_config.json": _dumped(ids | stops | {"do_sample": True, "temperature": 0.8}),
         "midwatch.json": _dumped(origin),
     }
     half = to.with_name(f"{to.name}.part-{os.getpid()}")

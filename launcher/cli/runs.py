@@ -17,7 +17,9 @@ from launcher.remote import RemoteError, RemoteRun, parse_remote
 from launcher.roles import group_id
 from launcher.slurm import elsewhere
 from shards.build import build_key, conflict, is_built
+from shards.errors import ShardError
 from shards.spec import Build
+from shards.tokenizer import check_template
 
 
 class NoSuchRun(Exception):
@@ -49,6 +51,11 @@ def check_recipe(recipe_file: Path) -> Recipe:
             raise RecipeError(f'{recipe_file}: source "{source.name}": there is nothing at {source.path}')
     if recipe.tokenizer.path is not None and not Path(recipe.tokenizer.path).is_file():
         raise RecipeError(f"{recipe_file}: [tokenizer] path: there is no file {recipe.tokenizer.path}")
+    if recipe.tokenizer.template != "midwatch":
+        try:
+            check_template(recipe.tokenizer)
+        except ShardError as error:
+            raise RecipeError(f"{recipe_file}: {error}") from None
     if recipe.cluster.operators is not None:
         group_id(recipe.cluster.operators, str(recipe_file))
     if recipe.data.dir is not None and Path(recipe.data.dir).exists() and any(Path(recipe.data.dir).iterdir()):

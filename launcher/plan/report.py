@@ -103,10 +103,12 @@ def _vocabulary(recipe: Recipe) -> tuple[int, list[str]]:
         notes.append(f"{recipe.tokenizer.path} is not here: a tokenizer of {ids:,} ids is assumed")
     elif recipe.tokenizer.path is not None:
         from shards.errors import ShardError
-        from shards.tokenizer import Tokenizer
+        from shards.templates import read
+        from shards.tokenizer import Tokenizer, read_model
 
+        path = Path(recipe.tokenizer.path)
         try:
-            ids = Tokenizer.load(Path(recipe.tokenizer.path)).vocab
+            ids = Tokenizer(read_model(path), str(path), read(recipe.tokenizer)).vocab
         except ShardError as error:
             raise PlanError(f"[tokenizer] path: {error}") from None
     return max(ids, recipe.model.vocabulary or 0), notes

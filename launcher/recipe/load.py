@@ -24,7 +24,7 @@ from launcher.recipe.run import Checkpoint, Report, Run
 from launcher.recipe.stage import Stage
 from launcher.recipe.watch import Watch
 from shards.errors import SpecError
-from shards.spec import Build, Data, Tokenizer
+from shards.spec import TEMPLATES, Build, Data, Tokenizer
 from shards.spec import check as check_build
 
 
@@ -212,7 +212,7 @@ def _data_problem(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         for i, source in enumerate(recipe.data.source):
             if message.startswith(f'[data]: source "{source.name}"'):
                 return [(("data", "source", i), message)]
-        for path in (("tokenizer", "sample_bytes"), ("tokenizer", "vocab"), ("run", "seed")):
+        for path in (("tokenizer", "sample_bytes"), ("tokenizer", "vocab"), ("tokenizer", "template"), ("run", "seed")):
             if f"{path[1]} is" in message:
                 return [(path, message.replace("[data]", f"[{path[0]}]"))]
         key = next((k for k in Data.__struct_fields__ if message.startswith(f"[data]: {k} ")), "")
@@ -253,6 +253,8 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
     sources = tuple(msgspec.structs.replace(s, path=place(s.path)) for s in recipe.data.source)
     data = msgspec.structs.replace(recipe.data, source=sources, dir=place(recipe.data.dir))
     tokenizer = msgspec.structs.replace(recipe.tokenizer, path=place(recipe.tokenizer.path))
+    if tokenizer.template not in TEMPLATES:
+        tokenizer = msgspec.structs.replace(tokenizer, template=place(tokenizer.template))
 
     def moved(stage: Stage) -> Stage:
         if stage.policy is None:

@@ -374,6 +374,19 @@ def test_a_tokenizer_that_is_not_at_hand_is_said_to_be_assumed() -> None:
     assert any("/nowhere/my.model is not here" in note for note in plan.notes)
 
 
+def test_a_tokenizer_json_and_what_its_chat_template_adds_are_counted(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.BPE({chr(n): n for n in range(32, 127)} | {"<0>": 0}, [])).save(str(path))
+    tokenizer = msgspec.structs.replace(recipe().tokenizer, path=str(path))
+    plain = plan_recipe(msgspec.structs.replace(recipe(), tokenizer=tokenizer), Assumptions())
+    chatml = plan_recipe(
+        msgspec.structs.replace(recipe(), tokenizer=msgspec.structs.replace(tokenizer, template="chatml")), Assumptions()
+    )
+    assert plain.vocabulary == 127 + 8 and chatml.vocabulary == plain.vocabulary + 2
+
+
 def test_an_embedding_with_more_rows_than_the_tokenizer_has_ids_is_planned_with_them() -> None:
     padded = msgspec.structs.replace(recipe(), model=msgspec.structs.replace(recipe().model, vocabulary=128_256))
     assert plan_recipe(padded, Assumptions()).parameters.total == LLAMA_8B.parameters(128_256)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.cli.runs import check_recipe
 from launcher.recipe import Recipe, RecipeError, Rope, Source, Stage, dump_recipe, load_recipe, parse_recipe, warnings
 from launcher.recipe.lines import key_lines
 from launcher.recipe.live import check_setting, stage_settings
@@ -186,6 +187,25 @@ def test_paths_are_taken_from_the_recipes_directory(tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
     file.write_text(GOOD.replace('origin = "stdlib-topics"', 'origin = "text"\npath = "corpus/*.txt"'))
     assert load_recipe(file).data.source[0].path == str(tmp_path / "corpus/*.txt")
+    file.write_text('[tokenizer]\ntemplate = "mine.jinja"\n' + GOOD)
+    assert load_recipe(file).tokenizer.template == str(tmp_path / "mine.jinja")
+    file.write_text('[tokenizer]\ntemplate = "llama3"\n' + GOOD)
+    assert load_recipe(file).tokenizer.template == "llama3", "a name is no path"
+
+
+def test_a_chat_template_is_looked_over_before_a_run_is_made(tmp_path: Path) -> None:
+    file, template = tmp_path / "r.toml", tmp_path / "mine.jinja"
+    file.write_text('[tokenizer]\ntemplate = "mine.jinja"\n' + GOOD)
+    with pytest.raises(RecipeError, match=r"r\.toml: tokenizer: template: .*mine\.jinja: No such file or directory \(give a Jinja"):
+        check_recipe(file)
+    template.write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
+    with pytest.raises(RecipeError, match=r"mine\.jinja: has no assistant turn"):
+        check_recipe(file)
+    template.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}")
+    check_recipe(file)
+    file.write_text('[tokenizer]\ntemplate = "own"\n' + GOOD)
+    with pytest.raises(RecipeError, match=r"r\.toml:2: .*no tokenizer is brought along"):
+        load_recipe(file)
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda f: f.name)

@@ -24,6 +24,7 @@ from shards.build import build, build_key, is_built
 from shards.corpus import Corpus
 from shards.encode import Workers
 from shards.errors import ShardError, SpecError
+from shards.records import Document
 from shards.sources import Reading, Rejected, is_held_out
 from shards.spec import Build, Source, Tokenizer, decode_build
 from shards.tokenizer import Tokenizer as Loaded
@@ -383,7 +384,7 @@ def test_a_worker_that_dies_is_an_error_with_the_way_out(built: Path) -> None:
         pool.use((built / "tokenizer.model").read_bytes())
         pool._workers[0][0].kill()
         with pytest.raises(ShardError, match=r"exit status -9.*--workers 1"):
-            list(pool.encode("text", [([("hello",)], None)]))
+            list(pool.encode("text", [([Document("hello", ("hello",))], None)]))
 
 
 def test_progress_is_json_lines_through_the_phases(tmp_path: Path, make_spec: Callable[..., Build]) -> None:

@@ -116,6 +116,13 @@ def test_too_small_a_sample_says_how_many_ids_it_bears() -> None:
         train(["hello world"], vocab=4096)
 
 
+def test_too_small_a_vocabulary_says_how_many_ids_it_needs() -> None:
+    with pytest.raises(SpecError, match=r"no room for the sample's characters \(set vocab to (\d+) or more\)") as raised:
+        train(TEXTS, vocab=320)
+    least = int(str(raised.value).rsplit("vocab to ", 1)[1].split()[0])
+    assert Tokenizer(train(TEXTS, vocab=least)).vocab == least
+
+
 def test_no_text_at_all_is_said() -> None:
     with pytest.raises(SpecError, match="no text to train on"):
         train([], vocab=4096)

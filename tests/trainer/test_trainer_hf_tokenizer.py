@@ -13,7 +13,8 @@ import sentencepiece
 from shards.build import build
 from shards.errors import SpecError
 from shards.hf_tokenizer import bundle
-from shards.sources import Document, Reading
+from shards.records import Document
+from shards.sources import Reading
 from shards.spec import Build, Data, Source
 from shards.spec import Tokenizer as TokenizerSpec
 from shards.splitting import split
