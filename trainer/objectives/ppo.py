@@ -6,6 +6,7 @@ global batch, so that a token of a long response weighs as one of a short one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -93,7 +94,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 def critic_metrics(means: Mapping[str, float]) -> dict[str, float]:
     """What is told of the means of `value_loss`'s metrics."""
     told = {name: means[name] for name in ("value/loss", "value/clip_fraction", "value/return")}
-    return told | {"value/explained_variance": explained_variance(means)}
+    explained = explained_variance(means)
+    return told if math.isnan(explained) else told | {"value/explained_variance": explained}
 
 
 def explained_variance(means: Mapping[str, float]) -> float:
