@@ -46,7 +46,8 @@ class Feed:
     alone of sft and preference sources.
     mixture: the share of samples by source (any scale). masked_documents: documents of a row will not see each other, so
     of text nothing is to be learned where one ends. restart_positions: they begin anew with each document of a row (None:
-    where documents are masked). long_samples: what happens to conversations longer than the context.
+    where documents are masked). long_samples: what happens to conversations longer than the context. roots: where sources lie
+    that are not in `root`.
     Raises ShardError for shards that are missing, damaged, of another tokenizer or of another kind.
     """
 
@@ -63,6 +64,7 @@ class Feed:
         restart_positions: bool | None = None,
         long_samples: LongSamples = "truncate",
         cache_bytes: int = 16 << 20,
+        roots: Mapping[str, Path] | None = None,
     ) -> None:
         if context < 1:
             raise ShardError(f"context is {context} (use at least 1)")
@@ -75,6 +77,7 @@ class Feed:
         self._restart_positions = masked_documents if restart_positions is None else restart_positions
         self._long_samples = long_samples
         self._cache = Cache(cache_bytes)
+        self._roots = roots or {}
         self._corpora: dict[str, Corpus] = {}
         self._views: dict[str, View] = {}
         for name in sorted(mixture):
@@ -82,7 +85,7 @@ class Feed:
         self.order = Order(seed, {name: found.size for name, found in self._views.items()}, mixture)
 
     def _add(self, name: str) -> None:
-        corpus = _open(self.root, name, self.split, self.tokenizer, self._cache)
+        corpus = _open(self._roots.get(name, self.root), name, self.split, self.tokenizer, self._cache)
         self._views[name] = view(
             corpus,
             self.objective_kind,

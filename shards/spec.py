@@ -11,7 +11,7 @@ import msgspec
 from shards.errors import SpecError
 
 Kind = Literal["text", "sft", "preference"]
-Origin = Literal["stdlib-code", "stdlib-docs", "stdlib-topics", "stdlib-sft", "stdlib-preference", "jsonl", "text"]
+Origin = Literal["stdlib-code", "stdlib-docs", "stdlib-topics", "stdlib-sft", "stdlib-preference", "jsonl", "text", "stage"]
 
 STDLIB_KINDS: dict[str, Kind] = {
     "stdlib-code": "text",
@@ -31,6 +31,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     name: str  # letters, digits, `_`, `-`, `.`; names the directory of its shards and the source in mixtures
     kind: Kind  # text: documents; sft: conversations; preference: prompt, chosen and rejected response
     origin: Origin
+    stage: str | None = None  # stage: the run's stage that makes it
+    part: str | None = None  # stage: which of the things that it makes
     path: str | None = None  # jsonl, text: a file, a directory or a glob; .jsonl, .txt, .md, each also .gz or .zst
     text_field: str = "text"  # jsonl: the field that holds a document
     prompt_field: str = "prompt"
@@ -119,10 +121,15 @@ def _check_source(source: Source, where: str) -> None:
             raise SpecError(f'{where}: origin {source.origin} is of kind "{STDLIB_KINDS[source.origin]}"')
         if source.path is not None:
             raise SpecError(f"{where}: origin {source.origin} takes no path (drop it, or use jsonl or text)")
+    elif source.origin == "stage":
+        if source.stage is None or source.part is None or source.path is not None:
+            raise SpecError(f"{where}: origin stage needs the stage's name as stage and what it makes as part, and no path")
     elif source.path is None:
         raise SpecError(f"{where}: origin {source.origin} needs a path (a file, a directory or a glob)")
     if source.origin == "text" and source.kind != "text":
         raise SpecError(f'{where}: origin text is of kind "text" (use jsonl for {source.kind})')
+    if source.origin != "stage" and (source.stage is not None or source.part is not None):
+        raise SpecError(f"{where}: stage and part are for origin stage (drop them)")
     for limit in (source.max_documents, source.max_tokens):
         if limit is not None and limit < 1:
             raise SpecError(f"{where}: max_documents and max_tokens are at least 1 (or left out)")

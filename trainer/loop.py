@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from launcher.protocol import Ended
-from trainer import boundaries
+from trainer import boundaries, makers, making
 from trainer.boundary import StopNow
 from trainer.cast import Learner
 from trainer.commands import apply
@@ -32,6 +32,8 @@ def train(training: Training) -> None:
                 evaluate(training)
             elif training.stage_is_over:
                 end_stage(training)
+            elif training.stage.stage.makes:
+                make(training)
             elif step(training) and not training.stage_is_over and _exam_is_due(training):
                 evaluate(training)
         training.phase("ending")
@@ -65,6 +67,25 @@ def _exam_is_due(training: Training) -> bool:
 
 def _due(training: Training, setting: str, step: int) -> bool:
     return step % int(training.progress.settings[setting]) == 0
+
+
+def make(training: Training) -> bool:
+    """One batch of prompts of a stage that makes data; whether it was taken."""
+    began = time.monotonic()
+    at, stage = training.progress, training.stage.stage
+    found = makers.step(training)
+    if found is None or not making.keep(training, found[0]):
+        return False
+    at.step += 1
+    at.stage_step += 1
+    at.position += stage.global_batch
+    training.revision = 0
+    seconds = time.monotonic() - began
+    training.reporter.flush()
+    training.reporter.send(at.lineage, at.step, at.tokens, found[1] | {"perf/step_seconds": seconds})
+    training.checkpointer.judge(at.step, True, None)
+    training.phase("training")
+    return True
 
 
 def step(training: Training) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launcher.protocol import StageBorder
 from shards.errors import ShardError
+from trainer import making
 from trainer.evaluate import evaluate
 from trainer.samples import show_samples
 from trainer.training import Training
@@ -16,11 +17,13 @@ def end_stage(training: Training, following: int | None = None) -> tuple[str | N
     first. A product that cannot be saved pauses the run: later stages would rest on something that is nowhere. So does a next
     stage whose data cannot be opened.
     """
-    if training.evaluated != training.mark and evaluate(training) and following is None:
+    if training.evaluated != training.mark and not training.stage.stage.makes and evaluate(training) and following is None:
         return None, None
-    if training.sampled != training.mark and show_samples(training) and following is None:
+    if training.sampled != training.mark and not training.stage.stage.makes and show_samples(training) and following is None:
         return None, None
     try:
+        if training.stage.stage.makes:
+            making.finish(training)
         opened = training.open_next(following)
     except ShardError as error:
         training.hold_for_data(str(error))

@@ -61,7 +61,7 @@ def collect(training: Training) -> dict[str, float] | None:
     at.position += stage.prompts_drawn
     at.drawn.count += 1
     at.drawn.version, at.drawn.updates, at.drawn.left = drawn.version, 0, stage.updates_drawn
-    _show(training, drawn, judged[0], noted)
+    show(training, drawn, judged[0], noted)
     training.phase("training")
     usage = training.responder().usage
     if slots := sum(each.slots for each in usage):
@@ -202,16 +202,21 @@ def _seed(training: Training, number: int) -> int:
     return (training.recipe.run.seed * 1_009 + training.progress.stage) * 1_000_000_007 + number
 
 
-def _show(training: Training, drawn: Drawn, given: Tensor, noted: Noted) -> None:
+def show(training: Training, drawn: Drawn, given: Tensor | None, noted: Noted | None) -> None:
     """Reports some of the responses: the best, the worst, the longest, the furthest from the reference, and the first ones."""
-    assert noted.reference is not None
-    apart = ((noted.old - noted.reference) * drawn.rows.mask).sum(-1)
-    lengths = drawn.rows.mask.sum(-1)
     there = [number for number, response in enumerate(drawn.responses) if response]
-    ways: list[Sequence[float]] = [given.tolist(), (-given).tolist(), lengths.tolist(), apart.tolist()]
+    scores = given.tolist() if given is not None else None
+    apart: list[float] | None = None
+    if noted is not None and noted.reference is not None:
+        apart = ((noted.old - noted.reference) * drawn.rows.mask).sum(-1).tolist()
+    ways: list[Sequence[float]] = [[float(len(response)) for response in drawn.responses]]
+    if scores is not None:
+        ways += [scores, [-score for score in scores]]
+    if apart is not None:
+        ways.append(apart)
     chosen = [max(there, key=way.__getitem__) for way in ways if there]
     at, tokenizer = training.progress, training.tokenizer
-    for number in dict.fromkeys([*chosen, *there[:SHOWN]][:SHOWN]):
+    for number in dict.fromkeys([*chosen, *there][:SHOWN]):
         training.link.send(
             Sampled(
                 stage=at.stage_name,
@@ -219,8 +224,8 @@ def _show(training: Training, drawn: Drawn, given: Tensor, noted: Noted) -> None
                 lineage=at.lineage,
                 prompt=tokenizer.decode(drawn.prompts[number]),
                 text=tokenizer.decode(drawn.responses[number]),
-                reward=float(given[number]),
-                kl=float(apart[number]),
+                reward=None if scores is None else scores[number],
+                kl=None if apart is None else apart[number],
                 tokens=len(drawn.responses[number]),
             )
         )

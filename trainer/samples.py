@@ -68,7 +68,7 @@ def _on_held_out(training: Training, source: str, stream: int) -> dict[str, floa
     known: list[Array] = []
 
     def read() -> None:
-        held = open_held_out(training.data, source, "prompt", stage.context, limit=count)
+        held = open_held_out(training.stage.made.get(source, training.data), source, "prompt", stage.context, limit=count)
         known.extend(held.prompts(0, count))
 
     problem = together(read, world, ShardError)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from launcher.recipe import Recipe, Stage
+from shards.errors import ShardError
 from shards.feed import Feed, HeldOut, ObjectiveKind, open_held_out
 from shards.prefetch import Prefetcher
 from trainer.objectives import OBJECTIVES, Objective, objective_of
@@ -34,6 +36,8 @@ class StageRun:
     reader: Prefetcher
     objective: Objective
     exams: list[Exam]
+    made: Mapping[str, Path]
+    """Where sources lie that stages have made."""
 
     def close(self) -> None:
         self.reader.close()
@@ -43,25 +47,33 @@ def rows_of_a_sample(stage: Stage) -> int:
     return 2 if stage.pairs else 1
 
 
-def open_stage(recipe: Recipe, data: Path, index: int, feed_state: dict[str, Any] | None) -> StageRun:
+def open_stage(
+    recipe: Recipe, data: Path, index: int, feed_state: dict[str, Any] | None, made: Mapping[str, Path] | None = None
+) -> StageRun:
     """Opens a stage's data, in the order of `feed_state` where it is given. Raises ShardError where that cannot be had.
 
-    Each stage has an order of its own: two that read the same sources do not read them alike.
+    made: where sources lie that stages have made. Each stage has an order of its own: two that read the same sources do not read
+    them alike.
     """
-    stage = recipe.stage[index]
-    feed = Feed(data, "train", _kind(stage), stage.context, stage.mixture, recipe.run.seed + index, **_packing(stage))
+    stage, made = recipe.stage[index], made or {}
+    missing = [source.name for source in recipe.data.source if source.origin == "stage" and source.name not in made]
+    if lacking := [name for name in stage.mixture if name in missing]:
+        raise ShardError(
+            f'stage "{stage.name}" reads "{lacking[0]}", and the stage that makes it was passed over (advance to that first)'
+        )
+    feed = Feed(data, "train", _kind(stage), stage.context, stage.mixture, recipe.run.seed + index, roots=made, **_packing(stage))
     if feed_state:
         feed.restore(feed_state)
     kinds = {source.name: source.kind for source in recipe.data.source}
     exams = []
     for name, reading in _readers(recipe, index).items():
         kind, objective = _exam(kinds[name], stage, reading)
-        if objective is None:
+        if objective is None or name in missing:
             continue
-        samples = open_held_out(data, name, kind, reading.context, limit=reading.eval_samples, **_packing(reading))
+        samples = open_held_out(made.get(name, data), name, kind, reading.context, limit=reading.eval_samples, **_packing(reading))
         if len(samples):
             exams.append(Exam(name, samples, objective, reading, pairs=kinds[name] == "preference"))
-    return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), objective_of(stage), exams)
+    return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), objective_of(stage), exams, made)
 
 
 def _exam(kind: str, stage: Stage, reading: Stage) -> tuple[ObjectiveKind, Objective | None]:
@@ -69,6 +81,8 @@ def _exam(kind: str, stage: Stage, reading: Stage) -> tuple[ObjectiveKind, Objec
 
     reading: the newest stage that reads it.
     """
+    if stage.makes:
+        return "text", None
     if stage.scalar:
         return "scored", OBJECTIVES["reward"] if kind == "preference" else None
     if kind == "preference":

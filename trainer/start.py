@@ -20,7 +20,6 @@ from launcher.recipe import Recipe, RecipeError, load_recipe
 from shards.build import build as build_shards
 from shards.build import is_built
 from shards.errors import ShardError
-from shards.spec import Build
 from trainer.loglink import LogLink, committed, newest, sweep
 from trainer.loop import train
 from trainer.manifest import CheckpointError
@@ -181,7 +180,7 @@ def _own_start(root: Path, world: World) -> Start:
 def _data(recipe: Recipe, root: Path, world: World, controlled: bool) -> Path:
     """Where the shards lie; without a controller rank 0 builds them first where they are not there yet."""
     place = Path(recipe.data.dir) if recipe.data.dir is not None else root / "data"
-    spec = Build(data=recipe.data, tokenizer=recipe.tokenizer, out=str(place), seed=recipe.run.seed)
+    spec = recipe.build(str(place))
     if controlled:
         return place
     problem = b""

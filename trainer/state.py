@@ -27,6 +27,14 @@ class Origin(msgspec.Struct, kw_only=True):
     """Stage to the checkpoint that ended it."""
 
 
+class Files(msgspec.Struct, kw_only=True):
+    """Steps of a stage whose files are of one lineage."""
+
+    lineage: int
+    first: int
+    last: int
+
+
 class Rollout(msgspec.Struct, kw_only=True):
     """Where a policy stands that learns from its own responses."""
 
@@ -71,6 +79,10 @@ class Progress(msgspec.Struct, kw_only=True):
     judge: str | None = None
     """Checkpoint of the reward model that scores this stage's responses."""
     drawn: Rollout = msgspec.field(default_factory=Rollout)
+    files: list[Files] = []
+    """What this stage has made, where it makes data."""
+    made: dict[str, str] = {}
+    """Stage to the directory of what it made, below RUN/made."""
     feed: dict[str, Any] = {}
     """The order of samples, as the feed keeps it."""
     origin: Origin = msgspec.field(default_factory=Origin)

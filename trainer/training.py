@@ -215,9 +215,14 @@ class Training:
 
     def _open(self, progress: Progress, directory: Path) -> StageRun:
         try:
-            return open_stage(self.recipe, self.data, progress.stage, progress.feed)
+            return open_stage(self.recipe, self.data, progress.stage, progress.feed, self._made(progress))
         except ShardError as error:
             raise CheckpointError(f"{directory}: {error}") from None
+
+    def _made(self, progress: Progress) -> dict[str, Path]:
+        """Where sources lie that stages have made."""
+        sources = (source for source in self.recipe.data.source if source.origin == "stage")
+        return {each.name: self.root / "made" / progress.made[each.stage] for each in sources if each.stage in progress.made}
 
     def _agree(self, problem: str | None) -> str | None:
         return first_problem(problem, self.world)
@@ -241,6 +246,7 @@ class Training:
             feed={},
             judge=judge,
             drawn=Rollout(),
+            files=[],
         )
         at.origin = msgspec.structs.replace(
             before.origin,
@@ -273,8 +279,10 @@ class Training:
         reason = self.passed_over(index)
         if reason is not None:
             raise ShardError(reason)
+        made = self._made(self.progress)
         opened: list[StageRun] = []
-        problem = together(lambda: opened.append(open_stage(self.recipe, self.data, index, None)), self.world, ShardError)
+        problem = together(lambda: opened.append(open_stage(self.recipe, self.data, index, None, made)), self.world, ShardError)
+
         if problem:
             for stage in opened:
                 stage.close()

@@ -18,7 +18,6 @@ from launcher.roles import group_id
 from launcher.slurm import elsewhere
 from shards.build import build_key, conflict, is_built
 from shards.errors import ShardError
-from shards.spec import Build
 from shards.tokenizer import check_template
 
 
@@ -59,7 +58,7 @@ def check_recipe(recipe_file: Path) -> Recipe:
     if recipe.cluster.operators is not None:
         group_id(recipe.cluster.operators, str(recipe_file))
     if recipe.data.dir is not None and Path(recipe.data.dir).exists() and any(Path(recipe.data.dir).iterdir()):
-        build = Build(data=recipe.data, tokenizer=recipe.tokenizer, out=recipe.data.dir, seed=recipe.run.seed)
+        build = recipe.build(recipe.data.dir)
         problem = "" if is_built(build) else conflict(build)
         if problem:
             raise RecipeError(f"{recipe_file}: [data] dir: {problem}")
@@ -70,7 +69,7 @@ def with_data_directory(recipe: Recipe, run: Path) -> Recipe:
     """The recipe with the place of its shards filled in: beside the runs, named after what they are, for all runs to share."""
     if recipe.data.dir is not None:
         return recipe
-    build = Build(data=recipe.data, tokenizer=recipe.tokenizer, out="", seed=recipe.run.seed)
+    build = recipe.build("")
     place = run.parent / ".data" / build_key(build)[:16]
     return msgspec.structs.replace(recipe, data=msgspec.structs.replace(recipe.data, dir=str(place)))
 

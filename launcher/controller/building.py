@@ -27,7 +27,7 @@ class BuildError(Exception):
 def build_of(recipe: Recipe) -> Build:
     """What `shards` is to build for a recipe whose data directory is known."""
     assert recipe.data.dir is not None
-    return Build(data=recipe.data, tokenizer=recipe.tokenizer, out=recipe.data.dir, seed=recipe.run.seed)
+    return recipe.build(recipe.data.dir)
 
 
 class Building:

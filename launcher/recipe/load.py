@@ -20,11 +20,12 @@ from launcher.recipe.lines import key_lines, line_of
 from launcher.recipe.model import Model
 from launcher.recipe.origin import OriginError, fill_in
 from launcher.recipe.parallel import Parallel, multiple_of
+from launcher.recipe.repeat import RepeatError, expanded
 from launcher.recipe.run import Checkpoint, Report, Run
-from launcher.recipe.stage import Stage
+from launcher.recipe.stage import PARTS, Stage
 from launcher.recipe.watch import Watch
 from shards.errors import SpecError
-from shards.spec import TEMPLATES, Build, Data, Tokenizer
+from shards.spec import TEMPLATES, Build, Data, Source, Tokenizer
 from shards.spec import check as check_build
 
 
@@ -50,6 +51,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stage)
+
+    def build(self, out: str) -> Build:
+        """All shards but those that stages make."""
+        kept = tuple(source for source in self.data.source if source.origin != "stage")
+        return Build(data=msgspec.structs.replace(self.data, source=kept), tokenizer=self.tokenizer, out=out, seed=self.run.seed)
 
     @property
     def ranks_multiple(self) -> int:
@@ -125,8 +131,15 @@ def parse_recipe(text: str, name: str = "recipe.toml", base: Path | None = None)
         raise RecipeError(f"{at(path)}: {message}") from None
     if base is not None:
         recipe = _absolute(recipe, base)
-    recipe = _with_table(recipe)
-    problems = [f"{at(path)}: {message}" for path, message in check(recipe)]
+    try:
+        recipe, originals = expanded(_with_table(recipe))
+    except RepeatError as error:
+        raise RecipeError(f"{at(('stage', error.index, 'repeat'))}: {error}") from None
+
+    def at_original(path: KeyPath) -> str:
+        return at(("stage", originals[path[1]], *path[2:])) if path[:1] == ("stage",) and isinstance(path[1], int) else at(path)
+
+    problems = [f"{at_original(path)}: {message}" for path, message in check(recipe)]
     if problems:
         raise RecipeError("\n".join(problems))
     return recipe
@@ -178,9 +191,26 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         if each.name in seen:
             found.append((("data", "source", i, "name"), f'two sources have the same name, "{each.name}"; give each its own'))
         seen.add(each.name)
+        if each.origin == "stage" and each.part is not None:
+            found += [(("data", "source", i, "part"), message) for message in _made_problems(recipe, each)]
     if len(seen) == len(recipe.data.source):
         found += _data_problem(recipe)
     return found or _world_problem(recipe)
+
+
+def _made_problems(recipe: Recipe, source: Source) -> list[str]:
+    """Whether the stage that is to make a source does, and before it is read."""
+    where = f'source "{source.name}"'
+    makers = {stage.name: index for index, stage in enumerate(recipe.stage) if stage.makes}
+    if source.stage not in makers:
+        return [f'{where}: stage "{source.stage}" makes no data (those that do: {", ".join(makers) or "none"})']
+    maker = makers[source.stage]
+    parts = PARTS[recipe.stage[maker].objective]
+    if parts.get(source.part or "") != source.kind:
+        made = ", ".join(f'"{part}" of kind "{kind}"' for part, kind in parts.items())
+        return [f'{where}: {recipe.stage[maker].objective} makes {made}, not "{source.part}" of kind "{source.kind}"']
+    early = [stage.name for stage in recipe.stage[: maker + 1] if source.name in stage.mixture]
+    return [f'{where}: stage "{name}" reads it before stage "{source.stage}" makes it' for name in early]
 
 
 def _world_problem(recipe: Recipe) -> list[tuple[KeyPath, str]]:

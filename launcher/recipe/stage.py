@@ -18,8 +18,15 @@ OBJECTIVE_DATA = {
     "dpo": ("preference",),
     "ppo": ("sft", "preference"),
     "grpo": ("sft", "preference"),
+    "rejection": ("sft", "preference"),
+    "constitution": ("sft", "preference"),
 }
 """The kinds of source each objective reads."""
+PARTS = {
+    "rejection": {"best": "sft", "pairs": "preference"},
+    "constitution": {"revisions": "sft", "pairs": "preference", "judged": "preference"},
+}
+"""What the objectives make that make data, and of which kind each is."""
 
 _WAY_OUT = {
     "learned": "use position_factor",
@@ -29,11 +36,19 @@ _WAY_OUT = {
 }
 
 
+class Repeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Stages in a round."""
+
+    times: int
+    since: str
+    """The first of them."""
+
+
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stage of the pipeline. Lengths are in optimizer steps, contexts in tokens, batches in samples."""
 
     name: str
-    objective: Literal["pretrain", "sft", "reward", "dpo", "ppo", "grpo"]
+    objective: Literal["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "rejection", "constitution"]
     steps: int
     context: int
     global_batch: int
@@ -44,7 +59,11 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base: str | None = msgspec.field(default=None, name="from")
     """Earlier stage whose product this one begins with; the one before it, past reward models, where it is left out."""
     policy: Policy | None = None
-    """PPO and GRPO: how responses are drawn and learned from."""
+    """PPO and GRPO: how responses are drawn and learned from. Rejection sampling and constitution: how they are drawn."""
+    principles: tuple[str, ...] = ()
+    """Constitution: what a response is held against, one principle at a time."""
+    repeat: Repeat | None = None
+    """The stages since an earlier one, and this one, are taken several times."""
     micro_batch: int = 8
     """Samples of one forward pass on one rank; the rest is accumulated."""
     lr: float = 3e-4
@@ -128,6 +147,11 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.objective in ("ppo", "grpo")
 
     @property
+    def makes(self) -> bool:
+        """Whether it makes data for later stages, and trains nothing: its steps are batches of prompts."""
+        return self.objective in PARTS
+
+    @property
     def pairs(self) -> bool:
         """Whether a sample is two rows: the chosen response and the rejected one."""
         return self.objective in ("reward", "dpo")
@@ -140,7 +164,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def temperature(self) -> float:
         """At which its log-probabilities are taken."""
-        return self.rollout.temperature if self.draws else 1.0
+        return self.rollout.temperature if self.draws or self.makes else 1.0
 
     @property
     def needs_reference(self) -> bool:
@@ -193,24 +217,28 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             found.append(("mixture", "needs at least one source with a weight above 0, and none below"))
         if not 0 < self.position_factor < math.inf:
             found.append(("position_factor", "must be greater than 0 and finite"))
-        if self.draws:
+        if self.draws or self.makes:
             found += [(f"policy.{key}", message) for key, message in self.rollout.problems()]
             found += [("policy", message) for message in self._rollout_problems()]
         elif self.policy is not None:
-            found.append(("policy", f"is for ppo and grpo, and the objective is {self.objective} (drop it)"))
+            message = f"is for objectives that draw responses, and the objective is {self.objective} (drop it)"
+            found.append(("policy", message))
+        if (self.objective == "constitution") != bool(self.principles):
+            way = "give some" if self.objective == "constitution" else "drop them"
+            found.append(("principles", f"are what constitution holds responses against ({way})"))
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
             found.append(("warmup", f"{self.warmup} steps do not fit into a stage of {self.steps} (use 0 to {self.steps})"))
         return found
 
     def _rollout_problems(self) -> list[str]:
         drawn, found = self.prompts_drawn * self.rollout.responses, []
-        if self.global_batch > 0 and drawn % self.global_batch:
+        if self.draws and self.global_batch > 0 and drawn % self.global_batch:
             ways = f"{-(-drawn // self.global_batch) * self.global_batch // self.rollout.responses} prompts"
             found.append(f"a rollout of {drawn} responses is not a multiple of global_batch {self.global_batch} (use {ways})")
         if self.rollout.tokens >= self.context:
             found.append(f"{self.rollout.tokens} tokens of a response leave no room for a prompt in a context of {self.context}")
-        if self.objective == "grpo" and self.rollout.responses < 2:
-            found.append("GRPO holds responses to one prompt against each other (set responses to 2 or more)")
+        if self.objective in ("grpo", "rejection") and self.rollout.responses < 2:
+            found.append("responses to one prompt are held against each other (set responses to 2 or more)")
         return found
 
     def position_problems(self, model: Model) -> list[tuple[str, str]]:

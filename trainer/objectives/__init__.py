@@ -51,6 +51,8 @@ CRITIC = Objective(ppo.critic_loss, ppo.weight, ppo.CRITIC_METRICS)
 
 def objective_of(stage: Stage) -> Objective:
     """The stage's objective, as its settings make it."""
+    if stage.makes:
+        return OBJECTIVES["sft"]  # what it makes is examined by later stages; it trains nothing
     objective = OBJECTIVES[stage.objective]
     if stage.objective != "dpo":
         return objective

@@ -1,0 +1,249 @@
+"""How each of the objectives that make data makes it, a batch of prompts at a time.
+
+Rejection sampling (Touvron et al. 2023, section 3.2.3; Dong et al. 2023): several responses to a prompt, of which the reward model
+likes one best. Constitution (Bai et al. 2022b): the model criticises its own response by a principle, and revises it; and, for
+preferences, says which of two it holds better (RLAIF).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shards.errors import ShardError
+from shards.tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
+from trainer.batch import Rows
+from trainer.drawing import Drawn, draw, log_probs, over_rows
+from trainer.making import Made
+from trainer.parallel import together
+from trainer.rollouts import judge, show
+from trainer.training import Training
+
+Turns = list[tuple[str, str]]
+"""(role, content)."""
+
+PROBE = "\u2603"
+"""A character that no template has."""
+CRITIQUE = "Name what in your last answer goes against this principle, and how it could be better: {principle}"
+REVISE = "Write the answer again, so that it follows the principle. Give the new answer alone."
+COMPARE = (
+    "Here are a request and two answers.\n\nRequest: {prompt}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\n"
+    "Which answer follows this principle better: {principle}\nSay A or B."
+)
+
+
+def step(training: Training) -> tuple[Made, dict[str, float]] | None:
+    """What one batch of prompts gives, and its metrics; None where it was broken off or had to be put off. By all ranks alike."""
+    stage = training.stage.stage
+    prompts = _prompts(training)
+    found = None
+    if prompts is not None:
+        found = rejection(training, prompts) if stage.objective == "rejection" else constitution(training, prompts)
+    if found is None or prompts is None:
+        return None
+    made, metrics = found
+    return made, metrics | {"made/skipped": float(stage.global_batch - len(prompts))}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    turns: Turns
+    ids: list[int]
+
+
+def _prompts(training: Training) -> list[Prompt] | None:
+    """The next batch's; those whose turns cannot be told any more, because they lost their beginning, are left out."""
+    at, count = training.progress.position, training.stage.stage.global_batch
+    found: list[Prompt] = []
+
+    def read() -> None:
+        for ids in training.stage.feed.prompts(at, at + count):
+            turns = turns_of(training.tokenizer, ids.tolist())
+            if turns is not None:
+                found.append(Prompt(turns, ids.tolist()))
+
+    problem = together(read, training.world, ShardError)
+    if problem:
+        training.hold_for_data(problem)
+        return None
+    return found
+
+
+def turns_of(tokenizer: Tokenizer, ids: Sequence[int]) -> Turns | None:
+    """The conversation that a prompt's ids are of; None if it is not to be had from them."""
+    for turns in (_single(tokenizer, ids), _by_roles(tokenizer, ids)):
+        if turns and tokenizer.chat(turns)[0] == list(ids):
+            return turns
+    return None
+
+
+def _single(tokenizer: Tokenizer, ids: Sequence[int]) -> Turns | None:
+    """By what the template puts around a message."""
+    around, inner = tokenizer.chat([("user", PROBE)])[0], tokenizer.encode(PROBE)
+    start = next((at for at in range(len(around)) if around[at : at + len(inner)] == inner), None)
+    if start is None:
+        return None
+    return [("user", tokenizer.decode(ids[start : len(ids) - (len(around) - start - len(inner))]))]
+
+
+def _by_roles(tokenizer: Tokenizer, ids: Sequence[int]) -> Turns:
+    """By the ids that begin a turn."""
+    names = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+    roles = {tokenizer.reserved[name]: role for role, name in names.items()}
+    starts = [at for at, id in enumerate(ids) if id in roles]
+    ends = [*starts[1:], len(ids)]
+    turns = [(roles[ids[at]], tokenizer.decode(ids[at + 1 : stop])) for at, stop in zip(starts, ends, strict=True)]
+    return turns[:-1] if turns and turns[-1] == ("assistant", "") else turns
+
+
+def _asked(training: Training, conversations: Sequence[Turns], stream: int) -> Drawn | None:
+    policy, at, stage = training.stage.stage.rollout, training.progress, training.stage.stage
+    seeds = [hash_of(training, at.position * 64 + stream, number) for number in range(len(conversations))]
+    ids = [training.tokenizer.chat(turns)[0] for turns in conversations]
+    training.phase("generating")
+    return draw(training, ids, min(policy.tokens, stage.context - 1), policy.temperature, seeds)
+
+
+def hash_of(training: Training, place: int, number: int) -> int:
+    return ((training.recipe.run.seed * 1_009 + training.progress.stage) * 1_000_000_007 + place) * 1_000_003 + number
+
+
+def _texts(training: Training, drawn: Drawn) -> list[str]:
+    stops = training.tokenizer.stops
+    return [training.tokenizer.decode([id for id in response if id not in stops]).strip() for response in drawn.responses]
+
+
+def rejection(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, dict[str, float]] | None:
+    """Of the responses to each prompt the best, and the best beside the worst."""
+    count = training.stage.stage.rollout.responses
+    drawn = _asked(training, [prompt.turns for prompt in prompts for _ in range(count)], 0)
+    if drawn is None:
+        return None
+    training.phase("scoring")
+    judged = judge(training, drawn)
+    if judged is None:
+        return None
+    scores, texts = judged[0].tolist(), _texts(training, drawn)
+    there = judged[1].any(-1).tolist()
+    made: Made = {"best": [], "pairs": []}
+    gained: list[float] = []
+    for number, prompt in enumerate(prompts):
+        group = [at for at in range(number * count, (number + 1) * count) if there[at] and texts[at]]
+        if not group:
+            continue
+        best, worst = max(group, key=scores.__getitem__), min(group, key=scores.__getitem__)
+        gained.append(scores[best] - sum(scores[at] for at in group) / len(group))
+        asked = _messages(prompt.turns)
+        made["best"].append({"prompt": asked, "response": texts[best], "reward": scores[best], "of": len(group)})
+        if texts[best] != texts[worst] and scores[best] > scores[worst]:
+            rewards = {"chosen_reward": scores[best], "rejected_reward": scores[worst]}
+            made["pairs"].append({"prompt": asked, "chosen": texts[best], "rejected": texts[worst]} | rewards)
+    show(training, drawn, judged[0], None)
+    real = [score for score, seen in zip(scores, there, strict=True) if seen]
+    metrics = {
+        "policy/reward": sum(real) / max(1, len(real)),
+        "made/gain": sum(gained) / max(1, len(gained)),
+        "made/best": float(len(made["best"])),
+        "made/pairs": float(len(made["pairs"])),
+    }
+    return made, metrics
+
+
+def constitution(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, dict[str, float]] | None:
+    """Answers, critiques by a principle, and revisions; and of two answers the one that the model holds better."""
+    principles, place = training.stage.stage.principles, training.progress.position
+    chosen = [random.Random(hash_of(training, place, number)).choice(principles) for number in range(len(prompts))]
+    conversations = [list(prompt.turns) for prompt in prompts]
+    said: list[list[str]] = []
+    for stream, request in enumerate((None, CRITIQUE, REVISE)):
+        if request is not None:
+            for turns, principle in zip(conversations, chosen, strict=True):
+                turns.append(("user", request.format(principle=principle)))
+        drawn = _asked(training, conversations, stream)
+        if drawn is None:
+            return None
+        texts = _texts(training, drawn)
+        for turns, text in zip(conversations, texts, strict=True):
+            turns.append(("assistant", text))
+        said.append(texts)
+        if stream == 0:
+            show(training, drawn, None, None)
+    others = _asked(training, [prompt.turns for prompt in prompts], 3)
+    if others is None:
+        return None
+    answers, critiques, revisions = said
+    made: Made = {"revisions": [], "pairs": [], "judged": []}
+    for prompt, principle, answer, critique, revision in zip(prompts, chosen, answers, critiques, revisions, strict=True):
+        if not answer or not revision:
+            continue
+        asked, how = _messages(prompt.turns), {"principle": principle, "critique": critique}
+        made["revisions"].append({"prompt": asked, "response": revision, "original": answer} | how)
+        if answer != revision:
+            made["pairs"].append({"prompt": asked, "chosen": revision, "rejected": answer} | how)
+    training.phase("scoring")
+    second = _texts(training, others)
+    sure = _preferences(training, prompts, answers, second, chosen)
+    for prompt, principle, one, other, log_odds in zip(prompts, chosen, answers, second, sure, strict=True):
+        if one and other and one != other and log_odds:
+            better, worse = (one, other) if log_odds > 0 else (other, one)
+            told = {"principle": principle, "probability": 1 / (1 + math.exp(-abs(log_odds)))}
+            made["judged"].append({"prompt": _messages(prompt.turns), "chosen": better, "rejected": worse} | told)
+    changed = sum(a != b for a, b in zip(answers, revisions, strict=True))
+    return made, {
+        "made/revisions": float(len(made["revisions"])),
+        "made/changed": changed / max(1, len(answers)),
+        "made/judged": float(len(made["judged"])),
+        "made/certainty": sum(abs(each) for each in sure) / max(1, len(sure)),
+    }
+
+
+def _preferences(
+    training: Training, prompts: Sequence[Prompt], ones: Sequence[str], others: Sequence[str], principles: Sequence[str]
+) -> list[float]:
+    """Log-odds that the model holds the first answer better; asked both ways round, as it may like a letter best.
+
+    0 where the question does not fit the context.
+    """
+    tokenizer, context = training.tokenizer, training.stage.stage.context
+    sequences: list[tuple[list[int], int]] = []
+    for prompt, one, other, principle in zip(prompts, ones, others, principles, strict=True):
+        request = "\n".join(content for _, content in prompt.turns)
+        for first, second in ((one, other), (other, one)):
+            question = COMPARE.format(prompt=request, first=first, second=second, principle=principle)
+            asked = tokenizer.chat([("user", question)])[0]
+            for letter in ("A", "B"):
+                told, _ = tokenizer.chat([("user", question), ("assistant", letter)])
+                fits = told[: len(asked)] == asked and len(told) <= context
+                sequences.append((told, len(asked)) if fits else ([], 0))
+    found = _log_probs_of(training, sequences)
+    odds = []
+    for at in range(0, len(found), 4):
+        first_a, first_b, second_a, second_b = found[at : at + 4]
+        complete = all(ids for ids, _ in sequences[at : at + 4])
+        odds.append(((first_a - first_b) + (second_b - second_a)) / 2 if complete else 0.0)
+    return odds
+
+
+def _log_probs_of(training: Training, sequences: Sequence[tuple[list[int], int]]) -> list[float]:
+    """Of what follows the first so many ids of each."""
+    if not sequences:
+        return []
+    context, pad = training.stage.stage.context, training.tokenizer.pad
+    shape = (len(sequences), context)
+    tokens, targets, mask, segments = torch.full(shape, pad), torch.full(shape, pad), torch.zeros(shape), torch.full(shape, -1)
+    for row, (ids, start) in enumerate(sequences):
+        if ids:
+            tokens[row, : len(ids)], targets[row, : len(ids) - 1] = torch.tensor(ids), torch.tensor(ids[1:])
+            segments[row, : len(ids)], mask[row, start - 1 : len(ids) - 1] = 0, 1
+    columns = (tokens, targets, mask, segments, torch.arange(context).repeat(len(sequences), 1))
+    rows = Rows(*(column.to(training.world.device) for column in columns))
+    found: list[float] = (over_rows(training, training.network, rows, log_probs) * rows.mask).sum(-1).tolist()
+    return found
+
+
+def _messages(turns: Turns) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
