@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.documents import Documents, undivided
 from trainer.ring import Blocks, ring_attention
 from trainer.spread import Spread
 
 try:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-except ImportError:  # an extra, for GPUs only
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]  # an extra, for GPUs only
+except ImportError:
     flash_attn_varlen_func = None
+
+WIDEST = 256
+"""Of a head, that the varlen kernels take."""
 
 
 class Visible(NamedTuple):
@@ -23,9 +28,9 @@ class Visible(NamedTuple):
     mask: Tensor | None = None
     """[batch or 1, heads or 1, time, time]: true where row position i sees j; with ALiBi what is added to the score."""
     bounds: Tensor | None = None
-    """[documents + 1], int32: where documents begin in the batch laid end to end, for the varlen kernel."""
+    """[documents + 1], int32: where documents begin in the batch laid end to end, for the varlen kernel; some may be empty."""
     longest: int = 0
-    """Tokens of the longest document."""
+    """Tokens of the longest document, or more."""
     slopes: Tensor | None = None
     """[heads], float32: ALiBi's, for the varlen kernel."""
     blocks: Blocks | None = None
@@ -33,34 +38,52 @@ class Visible(NamedTuple):
 
 
 def visible(
-    segments: Tensor | None, batch: int, time: int, device: torch.device, dtype: torch.dtype, slopes: Tensor | None = None
+    segments: Tensor | None,
+    documents: Documents | None,
+    rows: tuple[int, int],
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: int,
+    slopes: Tensor | None = None,
 ) -> Visible:
-    """For rows with the document of each token, [batch, time]; segments None: rows are one document each.
+    """For rows of (batch, time), filled up to `length`, in each of which documents are kept apart; waits for no device.
 
-    dtype: of the attention's computing. slopes: ALiBi's, [heads].
+    segments: the document of each token, [batch, length]; None: rows are one document each. documents: the same, where the host
+    knows it; else kernels that want it are not used. dtype, head: of the attention's computing, and how wide a head is. slopes:
+    ALiBi's, [heads].
     """
     if segments is None and slopes is None:
         return Visible()
-    if flash_attn_varlen_func is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return _bounds(torch.zeros(batch, time, device=device, dtype=torch.int32) if segments is None else segments, slopes)
-    mask = torch.ones(time, time, dtype=torch.bool, device=device).tril()[None, None]
+    batch, time = rows
+    if segments is None:
+        documents = undivided(batch, time, device)
+    if documents is not None and _takes_bounds(device, dtype, head, slopes is not None):
+        bounds, longest = documents.bounds(time, length)
+        return Visible(bounds=bounds, longest=longest, slopes=slopes)
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
     if segments is not None:
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     if slopes is None:
         return Visible(mask=mask)
-    place = torch.arange(time, device=device)
+    place = torch.arange(length, device=device)
     # Places in the row: within a document they are as far apart as its positions are, and across documents further.
     distance = (place[:, None] - place[None, :]).float()
     bias = -slopes[:, None, None] * distance
     return Visible(mask=bias[None].masked_fill(~mask, float("-inf")).to(dtype))
 
 
-def _bounds(segments: Tensor, slopes: Tensor | None) -> Visible:
-    begins = torch.ones_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    starts = begins.flatten().nonzero().flatten()
-    bounds = F.pad(starts, (0, 1), value=segments.numel()).to(torch.int32)
-    return Visible(bounds=bounds, longest=int(bounds.diff().max()), slopes=slopes)
+def _takes_bounds(device: torch.device, dtype: torch.dtype, head: int, slopes: bool) -> bool:
+    """Whether there is a varlen kernel for this: flash-attn's, else torch's own."""
+    if dtype not in (torch.bfloat16, torch.float16) or head > WIDEST or not _runs_varlen(device):
+        return False
+    return flash_attn_varlen_func is not None
+
+
+@functools.cache
+def _runs_varlen(device: torch.device) -> bool:
+    """Both were written for Ampere and what came after."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, spread: Spread) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from launcher.recipe.model import Model, Rope
 from trainer.attention import Visible, attend, visible
+from trainer.documents import Documents
 from trainer.likelihood import likelihood
 from trainer.positions import alibi_slopes, learned, sinusoids
 from trainer.recompute import Mode, again, passing, recomputed
@@ -232,13 +233,19 @@ class Decoder(nn.Module):
         self._rope, self._original_context, self._factor = rope, rope.original_context or original_context, factor
 
     def forward(
-        self, x: Tensor, positions: Tensor, segments: Tensor, targets: Tensor | None = None, entropy: bool = False
+        self,
+        x: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        targets: Tensor | None = None,
+        entropy: bool = False,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Log-probabilities of the targets, [batch, time]; without targets logits, [batch, time, vocabulary]; both in float32.
 
         x: tokens, [batch, time]. positions: [batch, time], each token's place in its document. segments: [batch, time], its
-        document's number in the row; looked at where documents are masked. entropy: beside each log-probability, in nats, the
-        entropy of what was to choose from: [batch, time, 2].
+        document's number in the row; looked at where documents are masked. documents: the same, as the host knew it. entropy:
+        beside each log-probability, in nats, the entropy of what was to choose from: [batch, time, 2].
 
         Ranks that share rows are each given whole ones, and each gives whole ones. A part that is not the last gives what the
         next one takes as x, [batch, this rank's tokens, width].
@@ -248,7 +255,7 @@ class Decoder(nn.Module):
         mine = spread.between(places)
         if self.part.first:
             x = self._embed(spread.take(x, mine), spread.take(positions, mine))
-        seen = self._visible(segments, x.dtype)
+        seen = self._visible(segments, documents, x.dtype)
         rotation = self._rotation(spread.take(positions, places), time, x.dtype) if self.config.position == "rope" else None
         for block in self.blocks.values():
             x = block(x, rotation, seen, spread, self.thrift)
@@ -270,7 +277,7 @@ class Decoder(nn.Module):
             x = x * math.sqrt(self.config.width) + sinusoids(positions / self._factor, self.config.width).to(x.dtype)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
-    def _visible(self, segments: Tensor, dtype: torch.dtype) -> Visible:
+    def _visible(self, segments: Tensor, documents: Documents | None, dtype: torch.dtype) -> Visible:
         """Of the heads and tokens that this rank has inside attention."""
         spread, (batch, time), device = self.spread, segments.shape, segments.device
         slopes = None
@@ -281,7 +288,7 @@ class Decoder(nn.Module):
         length = spread.length(time)
         masked = F.pad(segments, (0, length - time), value=-1) if self.documents_masked else None
         if not spread.ring:
-            return visible(masked, batch, length, device, dtype, slopes)
+            return visible(masked, documents, (batch, time), length, device, dtype, self.config.head, slopes)
         places = tuple(spread.places(time, device, place) for place in range(spread.context.size))
         return Visible(blocks=Blocks(places, masked, slopes))
 

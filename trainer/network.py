@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from launcher.recipe.model import Model
 from launcher.recipe.stage import Stage
 from trainer.batch import Rows
+from trainer.documents import Documents, joined, undivided
 from trainer.float8 import float8_product
 from trainer.model import Block, Decoder, Joining, Linear, Part, Thrift
 from trainer.parallel import World, box, local
@@ -135,12 +136,13 @@ class Network:
     @torch.no_grad()
     def log_probs(self, rows: Rows, entropy: bool = False) -> Tensor:
         """Of the targets, [rows, time]; beside each the entropy where asked for, [rows, time, 2]. On all ranks of a replica."""
-        return self._relayed(rows.tokens, rows.positions, rows.segments, rows.targets, entropy)
+        return self._relayed(rows.tokens, rows.positions, rows.segments, rows.targets, entropy, documents=rows.documents)
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, positions: Tensor, at: Tensor) -> Tensor:
         """Logits of what follows the token `at` of each row: tokens [rows, time], at [rows] -> [rows, vocabulary]."""
-        return self._relayed(tokens, positions, torch.zeros_like(tokens), None, at=at)
+        whole = undivided(len(tokens), tokens.shape[1], tokens.device)
+        return self._relayed(tokens, positions, torch.zeros_like(tokens), None, at=at, documents=whole)
 
     def backward(self, rows: Sequence[Rows], loss: Callable[[int, Tensor], Tensor]) -> None:
         """Gradients of the sum of the micro-batches' losses; loss: (number, log-probabilities [rows, time]) to a scalar.
@@ -153,20 +155,19 @@ class Network:
             for number, each in enumerate(rows):
                 if isinstance(part, FSDPModule):
                     part.set_requires_gradient_sync(number == len(rows) - 1)
-                found = part(each.tokens, each.positions, each.segments, each.targets)
+                found = part(each.tokens, each.positions, each.segments, each.targets, documents=each.documents)
                 loss(number, found).backward()  # type: ignore[no-untyped-call]
             return
         self._loss = loss
         schedule = self._schedule(rows)
-        whole = [torch.cat(column) for column in zip(*rows, strict=True)]
-        named = dict(zip(Rows._fields, whole, strict=True))
-        first = [named["tokens"]] if self._world.pipeline.place == 0 else []
+        first = [torch.cat([each.tokens for each in rows])] if self._world.pipeline.place == 0 else []
         schedule.step(
             *first,
             target=torch.arange(len(rows)),
-            positions=named["positions"],
-            segments=named["segments"],
-            targets=named["targets"],
+            positions=torch.cat([each.positions for each in rows]),
+            segments=torch.cat([each.segments for each in rows]),
+            targets=torch.cat([each.targets for each in rows]),
+            documents=joined([each.documents for each in rows]),
             return_outputs=False,
         )
         self._join_twins()
@@ -191,6 +192,7 @@ class Network:
         targets: Tensor | None,
         entropy: bool = False,
         at: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """A forward without a backward, from rank to rank of the pipeline; its result goes back to all of them."""
         pipeline, count = self._world.pipeline, len(self.parts) * self._world.pipeline.size
@@ -198,7 +200,7 @@ class Network:
         for number, part in enumerate(self.parts):
             index = number * pipeline.size + pipeline.place
             x = tokens if index == 0 else self._receive(tokens, pipeline)
-            found = part(x, positions, segments, targets, entropy)
+            found = part(x, positions, segments, targets, entropy, documents)
             if index + 1 < count:
                 self._send(found, pipeline)
         assert found is not None

@@ -16,6 +16,7 @@ from launcher.protocol import Sampled
 from shards.errors import ShardError
 from shards.feed import open_held_out
 from trainer.batch import Rows, share
+from trainer.documents import undivided
 from trainer.optimizer import total
 from trainer.parallel import reduce, together
 from trainer.training import Training
@@ -146,7 +147,8 @@ def _distance(training: Training, prompts: list[list[int]], responses: list[list
         targets[at, : len(ids) - 1] = torch.tensor(ids[1:])
         mask[at, len(ids) - 1 - len(response) : len(ids) - 1] = 1
     positions = torch.arange(width).expand(shape)
-    rows = Rows(*(part.to(device) for part in (tokens, targets, mask, torch.zeros_like(tokens), positions)))
+    tokens, targets, mask, positions = (part.to(device) for part in (tokens, targets, mask, positions))
+    rows = Rows(tokens, targets, mask, torch.zeros_like(tokens), positions, undivided(len(prompts), width, device))
     assert training.reference is not None
     policy, entropy = training.network.log_probs(rows, entropy=True).unbind(-1)
     d = policy - training.reference.log_probs(rows)
