@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,9 @@ except ImportError:
 WIDEST = 256
 """Of a head, that the varlen kernels take."""
 
+Varlen = Callable[[Tensor, Tensor, Tensor, "Visible"], Tensor]
+"""Of queries [tokens, heads, head], keys and values [tokens, kv_heads, head], and what they see: [tokens, heads, head]."""
+
 
 class Visible(NamedTuple):
     """What each position may look at, and what distance costs. All None: itself and everything before it in its row."""
@@ -33,6 +38,8 @@ class Visible(NamedTuple):
     """Tokens of the longest document, or more."""
     slopes: Tensor | None = None
     """[heads], float32: ALiBi's, for the varlen kernel."""
+    kernel: Varlen | None = None
+    """The varlen kernel, where there are bounds."""
     blocks: Blocks | None = None
     """The same for keys and values that go round."""
 
@@ -58,9 +65,9 @@ def visible(
     batch, time = rows
     if segments is None:
         documents = undivided(batch, time, device)
-    if documents is not None and _takes_bounds(device, dtype, head, slopes is not None):
+    if documents is not None and (kernel := _varlen_kernel(device, dtype, head, slopes is not None)) is not None:
         bounds, longest = documents.bounds(time, length)
-        return Visible(bounds=bounds, longest=longest, slopes=slopes)
+        return Visible(bounds=bounds, longest=longest, slopes=slopes, kernel=kernel)
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
     if segments is not None:
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
@@ -73,11 +80,13 @@ def visible(
     return Visible(mask=bias[None].masked_fill(~mask, float("-inf")).to(dtype))
 
 
-def _takes_bounds(device: torch.device, dtype: torch.dtype, head: int, slopes: bool) -> bool:
-    """Whether there is a varlen kernel for this: flash-attn's, else torch's own."""
+def _varlen_kernel(device: torch.device, dtype: torch.dtype, head: int, slopes: bool) -> Varlen | None:
+    """flash-attn's where it is installed, else torch's own, which knows no slopes; None where neither takes this."""
     if dtype not in (torch.bfloat16, torch.float16) or head > WIDEST or not _runs_varlen(device):
-        return False
-    return flash_attn_varlen_func is not None
+        return None
+    if flash_attn_varlen_func is not None:
+        return _flash_attn
+    return None if slopes or head % 8 else _torchs()
 
 
 @functools.cache
@@ -109,10 +118,45 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
+    assert seen.kernel is not None
     batch, _, time, _ = q.shape
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    out = seen.kernel(q, k, v, seen)
+    return out.view(batch, time, *out.shape[1:]).transpose(1, 2)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
     # The kernel wants float32; FSDP's mixed precision has cast the slopes along with a block's other arguments.
     slopes = None if seen.slopes is None else seen.slopes.float()
-    kernel: Any = flash_attn_varlen_func
-    out: Tensor = kernel(*flat, seen.bounds, seen.bounds, seen.longest, seen.longest, causal=True, alibi_slopes=slopes)
-    return out.view(batch, time, *out.shape[1:]).transpose(1, 2)
+    out: Tensor = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        seen.bounds,
+        seen.bounds,
+        seen.longest,
+        seen.longest,
+        causal=True,
+        alibi_slopes=slopes,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # unlike torch's, it does not look for itself
+    )
+    return out
+
+
+@functools.cache
+def _torchs() -> Varlen | None:
+    """Imported where it is wanted, as it brings the compiler along; None where it is not yet as it is called here."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        return None
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
+        assert seen.bounds is not None
+        ends, longest, grouped = seen.bounds, seen.longest, q.shape[1] != k.shape[1]
+        # A window without an end to the left, and with nothing to the right: causal.
+        return cast(Tensor, varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped))
+
+    return kernel

@@ -64,7 +64,7 @@ def piece_of(mesh: Mesh, stage: Stage, micro_batch: int) -> Piece:
 
 
 def attention_kernel(model: Model, stage: Stage, on_cpu: bool) -> Kernel:
-    """The one that torch's scaled_dot_product_attention takes, or flash-attention's (the extra `gpu`) for bfloat16 on a GPU.
+    """The one that torch's scaled_dot_product_attention takes, or for bfloat16 on a GPU one that knows where documents begin.
 
     For float32 on a GPU torch has no fused kernel in which groups of heads share keys, and computes the scores whole.
     """
@@ -76,8 +76,11 @@ def attention_kernel(model: Model, stage: Stage, on_cpu: bool) -> Kernel:
 
 
 def needs_flash_attention(model: Model, stage: Stage) -> bool:
-    """Whether, on a GPU, it is only flash-attention that computes this without a matrix of the context's square."""
-    return model.dtype == "bfloat16" and (stage.documents_masked or model.position == "alibi")
+    """Whether, on a GPU, it is only flash-attn (the extra `gpu`) that computes this without a matrix of the context's square.
+
+    torch has a kernel of its own for documents, but not for ALiBi, nor for heads whose width is no multiple of 8.
+    """
+    return model.dtype == "bfloat16" and (model.position == "alibi" or (stage.documents_masked and model.head % 8 > 0))
 
 
 def exchanges_heads(model: Model, tensor: int, context_parallel: int) -> bool:

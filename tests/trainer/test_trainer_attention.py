@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainer_kernels import FlashAttn, use_flash_attn
+from trainer_kernels import FlashAttn, TorchsVarlen, by_documents, use_kernels
 from trainer_meter import VOCABULARY, MakeWorld, fake_worlds, stage
 
 from launcher.recipe import Model
 from shards.feed import Batch
+from trainer import attention
 from trainer.batch import micro_batches
 from trainer.documents import Documents, found, joined
 from trainer.model import Decoder
 from trainer.network import Network
+from trainer.spread import Spread
 
 KINDS: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope"},
@@ -74,9 +79,24 @@ def test_micro_batches_know_their_documents_and_fill_up_with_rows_that_are_one()
     assert joined([parts[0].documents, None]) is None
 
 
+@pytest.fixture(params=["flash-attn's", "torch's"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[FlashAttn | TorchsVarlen]:
+    yield FlashAttn() if request.param == "flash-attn's" else TorchsVarlen()
+    attention._torchs.cache_clear()
+
+
+def install(kernel: FlashAttn | TorchsVarlen, patch: pytest.MonkeyPatch) -> None:
+    if isinstance(kernel, FlashAttn):
+        use_kernels(patch, kernel)
+    else:
+        use_kernels(patch, None, kernel)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_varlen_kernel_gives_what_a_mask_gives(kind: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_varlen_kernel_gives_what_a_mask_gives(
+    kind: str, masked: bool, kernel: FlashAttn | TorchsVarlen, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Decoder(Model(layers=2, width=32, heads=4, **KINDS[kind]), VOCABULARY)
     model.initialise(3)
     model.to(torch.bfloat16)
@@ -90,13 +110,13 @@ def test_the_varlen_kernel_gives_what_a_mask_gives(kind: str, masked: bool, monk
         return [found, *(p.grad for p in model.parameters() if p.grad is not None)]
 
     plain = run(rows.documents)
-    kernel = FlashAttn()
-    use_flash_attn(monkeypatch, kernel)
+    install(kernel, monkeypatch)
     for before, after in zip(plain, run(rows.documents), strict=True):
         assert float((before - after).detach().float().norm()) <= 0.02 * float(before.detach().float().norm())
-    if masked or kind == "alibi":
+    used = isinstance(kernel, FlashAttn) if kind == "alibi" else masked
+    assert bool(kernel.bounds) == used
+    if used:
         kernel.check()
-    assert bool(kernel.bounds) == (masked or kind == "alibi")
     if masked:
         kernel.bounds.clear()
         assert torch.equal(run(None)[0], plain[0]) and not kernel.bounds, "documents that the host does not know are masked"
@@ -118,10 +138,12 @@ class Asked(TorchDispatchMode):
 @pytest.mark.parametrize("way", [{}, {"activation_checkpointing": "selective"}, {"mlp_tile": 16, "loss_tile": 16}])
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_backward_never_ask_what_the_device_computed(
-    kind: str, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, way: dict[str, Any], kernel: FlashAttn | TorchsVarlen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel, asked = FlashAttn(), Asked()
-    use_flash_attn(monkeypatch, kernel)
+    if kind == "alibi" and isinstance(kernel, TorchsVarlen):
+        pytest.skip("torch's knows no slopes")
+    asked = Asked()
+    install(kernel, monkeypatch)
     make: MakeWorld
     with fake_worlds() as make:
         network = Network(Model(layers=2, width=32, heads=4, dtype="bfloat16", **KINDS[kind]), VOCABULARY, make(1))
@@ -134,3 +156,57 @@ def test_forward_and_backward_never_ask_what_the_device_computed(
             network.next_logits(parts[0].tokens, parts[0].positions, torch.tensor([3, 5, 7]))
     kernel.check()
     assert asked.names == []
+
+
+def test_flash_attn_comes_before_torchs_own_and_both_before_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(dtype: torch.dtype = torch.bfloat16, head: int = 64, slopes: bool = False) -> str:
+        found = attention._varlen_kernel(CPU, dtype, head, slopes)
+        return "mask" if found is None else "flash-attn" if found is attention._flash_attn else "torch"
+
+    assert kernel() == "mask", "a CPU has none"
+    use_kernels(monkeypatch, FlashAttn())
+    assert kernel() == kernel(slopes=True) == kernel(head=36) == kernel(torch.float16) == "flash-attn"
+    assert kernel(torch.float32) == kernel(head=264) == "mask"
+    use_kernels(monkeypatch, None)
+    assert kernel() == kernel(torch.float16) == kernel(head=256) == "torch"
+    assert kernel(torch.float32) == kernel(slopes=True) == kernel(head=36) == kernel(head=264) == "mask"
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal: query)
+    attention._torchs.cache_clear()
+    assert kernel() == "mask", "an older torch's is called otherwise"
+    attention._torchs.cache_clear()
+
+
+def test_torchs_kernel_takes_what_it_is_called_with() -> None:
+    """Its own checks and shapes, forward and backward; nothing is computed."""
+    attention._torchs.cache_clear()
+    kernel = attention._torchs()
+    assert kernel is not None
+    q, k, v = (torch.empty(2, heads, 24, 16, device="meta", dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+    bounds = torch.empty(9, device="meta", dtype=torch.int32)
+    out = attention.attend(q, k, v, attention.Visible(bounds=bounds, longest=24, kernel=kernel), Spread())
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert k.grad is not None and k.grad.shape == k.shape
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_attention_is_one_graph_that_is_not_compiled_again_for_each_number_of_documents(
+    flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: Any, window_size: Any = 0, enable_gqa: Any = 0, **__: Any
+    ) -> Tensor:
+        return by_documents(q, k, v, bounds)
+
+    use_kernels(monkeypatch, kernel if flash else None, kernel)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(attention.attend, backend=counter, fullgraph=True)
+    found = attention._varlen_kernel(CPU, torch.bfloat16, 16, False)
+    for count in (3, 5, 7, 8):
+        bounds = torch.linspace(0, 48, count).int()
+        q, k, v = (torch.randn(2, heads, 24, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
+        seen = attention.Visible(bounds=bounds, longest=int(bounds.diff().max()), kernel=found)
+        compiled(q, k, v, seen, Spread())
+    assert counter.frame_count <= 2
+    attention._torchs.cache_clear()

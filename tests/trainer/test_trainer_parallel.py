@@ -107,8 +107,7 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
     ring.TILE = 8  # more than one, for rows as short as these
     world = join(open_store(), "test", Cluster(device="cpu"), Parallel())
     said: list[tuple[str, float, float]] = []
-    kernel = FlashAttn()
-    attention._takes_bounds = lambda *_: attention.flash_attn_varlen_func is not None  # in float32 too
+    attention.flash_attn_varlen_func = kernel = FlashAttn()
     for case in cases:
         here = lay_out(world.device, case.parallel)
         network = Network(MODELS[case.model], VOCABULARY, here)
@@ -116,10 +115,10 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
         where = stage(context_parallel=case.context, masked_documents=case.masked, **case.more)
         network.follow(where, 37)
         batch = rows(8)
-        attention.flash_attn_varlen_func = None
+        attention._varlen_kernel = lambda *_: None
         expected, gradients = alone(case, batch)
         if case.kernel:
-            attention.flash_attn_varlen_func = kernel
+            attention._varlen_kernel = lambda *_: attention._flash_attn  # in float32 too
         first, last = share(0, 8, network.replica, network.replicas)
         mine = known(Rows(*(column[first:last] for column in batch[:-1])))
         size = min(2, last - first)

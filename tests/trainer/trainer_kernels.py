@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from trainer import attention
 
 
-class FlashAttn:
-    """`flash_attn.flash_attn_varlen_func`, version 2.7, as far as it is used; keeps what it was called with."""
+class _Kernel:
+    """Keeps what it was called with."""
 
     def __init__(self) -> None:
         self.bounds: list[tuple[Tensor, int]] = []
+
+    def check(self) -> None:
+        """What the kernel would have read past, had it been called so."""
+        assert self.bounds
+        for bounds, longest in self.bounds:
+            assert bounds.dtype == torch.int32 and bounds[0] == 0 and int(bounds.diff().min()) >= 0
+            assert isinstance(longest, int) and int(bounds.diff().max()) <= longest
+
+
+class FlashAttn(_Kernel):
+    """`flash_attn.flash_attn_varlen_func`, version 2.7, as far as it is used."""
 
     def __call__(
         self,
@@ -29,18 +42,34 @@ class FlashAttn:
         *,
         causal: bool,
         alibi_slopes: Tensor | None,
+        deterministic: bool,
     ) -> Tensor:
         assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
         assert alibi_slopes is None or alibi_slopes.dtype == torch.float32
         self.bounds.append((cu_seqlens_q, max_seqlen_q))
         return by_documents(q, k, v, cu_seqlens_q, alibi_slopes)
 
-    def check(self) -> None:
-        """What the kernel would have read past, had it been called so."""
-        assert self.bounds
-        for bounds, longest in self.bounds:
-            assert bounds.dtype == torch.int32 and bounds[0] == 0 and int(bounds.diff().min()) >= 0
-            assert isinstance(longest, int) and int(bounds.diff().max()) <= longest
+
+class TorchsVarlen(_Kernel):
+    """`torch.nn.attention.varlen.varlen_attn`, as far as it is used."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        assert cu_seq_q is cu_seq_k and max_q == max_k and window_size == (-1, 0)
+        assert query.shape[-1] % 8 == 0 and (enable_gqa or query.shape[1] == key.shape[1])
+        self.bounds.append((cu_seq_q, max_q))
+        return by_documents(query, key, value, cu_seq_q)
 
 
 def by_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, slopes: Tensor | None = None) -> Tensor:
@@ -57,7 +86,10 @@ def by_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, slopes: Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], enable_gqa=True)[0].transpose(0, 1)
 
 
-def use_flash_attn(patch: Any, kernel: FlashAttn) -> None:
-    """patch: pytest's, or something like it."""
-    patch.setattr(attention, "flash_attn_varlen_func", kernel)
+def use_kernels(patch: Any, flash: Callable[..., Tensor] | None, torchs: Callable[..., Tensor] | None = None) -> None:
+    """As on a GPU with these installed. patch: pytest's, or something like it."""
+    patch.setattr(attention, "flash_attn_varlen_func", flash)
     patch.setattr(attention, "_runs_varlen", lambda device: True)
+    if torchs is not None:
+        patch.setattr(varlen, "varlen_attn", torchs)
+    attention._torchs.cache_clear()
