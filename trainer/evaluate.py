@@ -1,8 +1,10 @@
-"""The exam: held-out loss of this stage's sources and of all earlier ones', so that forgetting shows."""
+"""The exam: held-out loss of this stage's sources and of all earlier ones', so that forgetting shows.
+
+Each stage is examined before its first step. The stage before ended at that very step, and its rows stand there: what a later
+stage finds has `_before` behind its name, and its own name as well where no earlier stage read the source.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def evaluate(training: Training) -> bool:
             if found is None:
                 training.note("info", f"evaluation at step {training.progress.step} was broken off")
                 return True
-            values |= found
+            values |= _as_reported(training, exam, found)
         if training.stage.objective.needs_reference:
             sampled = policy_metrics(training)
             if sampled is None:
@@ -49,7 +51,7 @@ def evaluate(training: Training) -> bool:
     return False
 
 
-def _sit(training: Training, exam: Exam) -> Mapping[str, float] | None:
+def _sit(training: Training, exam: Exam) -> dict[str, float] | None:
     """Mean loss and metrics over one source's held-out samples; None if broken off."""
     world, network, stage = training.world, training.network, exam.stage
     if exam.objective.needs_reference and training.reference is None:
@@ -77,6 +79,15 @@ def _sit(training: Training, exam: Exam) -> Mapping[str, float] | None:
             if network.speaks:
                 sums += torch.stack([loss, weight, *(metrics[name] for name in exam.objective.metrics)])
     return _means(exam, total(sums))
+
+
+def _as_reported(training: Training, exam: Exam, found: dict[str, float]) -> dict[str, float]:
+    at = training.progress
+    if at.stage_step or not at.stage:
+        return found
+    before = {f"{name}_before": value for name, value in found.items()}
+    known = any(exam.name in stage.mixture for stage in training.recipe.stage[: at.stage])
+    return before if known else before | found
 
 
 def _means(exam: Exam, sums: Tensor) -> dict[str, float]:

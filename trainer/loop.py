@@ -28,11 +28,11 @@ def train(training: Training) -> None:
     """Trains until the run is finished or told to end, and says which."""
     try:
         while not boundary(training):
-            if training.progress.step == 0 and training.evaluated != training.mark:
+            if training.progress.stage_step == 0 and training.evaluated != training.mark:
                 evaluate(training)
             elif training.stage_is_over:
                 end_stage(training)
-            elif step(training) and not training.stage_is_over and _exam_is_due(training):
+            elif step(training) and not training.stage_is_over and _due(training, "eval_every", training.progress.stage_step):
                 evaluate(training)
         training.phase("ending")
         training.reporter.flush()
@@ -55,12 +55,6 @@ def boundary(training: Training) -> bool:
     while training.ending is None and (order := training.boundary.next()) is not None:
         apply(training, order)
     return training.ending is not None
-
-
-def _exam_is_due(training: Training) -> bool:
-    """Every so many steps; and after a later stage's first one, when its context and data are in force and a row is free for it."""
-    at = training.progress
-    return (at.stage_step == 1 and at.stage > 0) or _due(training, "eval_every", at.stage_step)
 
 
 def _due(training: Training, setting: str, step: int) -> bool:
