@@ -19,6 +19,7 @@ from launcher.recipe.model import Model, Rope
 from trainer.attention import Visible, attend, visible
 from trainer.documents import Documents
 from trainer.likelihood import likelihood
+from trainer.norms import make_norm
 from trainer.positions import alibi_slopes, learned, sinusoids
 from trainer.recompute import Mode, again, passing, recomputed
 from trainer.ring import Blocks
@@ -50,33 +51,6 @@ class Part:
     stop: int
     first: bool = True
     last: bool = True
-
-
-class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019, equation 4; computed in float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * held(self.weight, partial=True)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Ba et al. 2016, equation 4."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else held(self.bias, partial=True)
-        return F.layer_norm(x, self.normalized_shape, held(self.weight, partial=True), bias, self.eps)
-
-
-def make_norm(config: Model) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.width, config.norm_eps)
-    return LayerNorm(config.width, config.norm_eps, bias=config.bias)
 
 
 class Linear(nn.Linear):
