@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+import functools
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.documents import Documents, undivided
 from trainer.ring import Blocks, ring_attention
 from trainer.spread import Spread
 
 try:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-except ImportError:  # an extra, for GPUs only
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]  # an extra, for GPUs only
+except ImportError:
     flash_attn_varlen_func = None
+
+WIDEST = 256
+"""Of a head, that the varlen kernels take."""
+
+Varlen = Callable[[Tensor, Tensor, Tensor, "Visible"], Tensor]
+"""Of queries [tokens, heads, head], keys and values [tokens, kv_heads, head], and what they see: [tokens, heads, head]."""
 
 
 class Cached(Protocol):
@@ -30,11 +40,13 @@ class Visible(NamedTuple):
     mask: Tensor | None = None
     """[batch or 1, heads or 1, time, time]: true where row position i sees j; with ALiBi what is added to the score."""
     bounds: Tensor | None = None
-    """[documents + 1], int32: where documents begin in the batch laid end to end, for the varlen kernel."""
+    """[documents + 1], int32: where documents begin in the batch laid end to end, for the varlen kernel; some may be empty."""
     longest: int = 0
-    """Tokens of the longest document."""
+    """Tokens of the longest document, or more."""
     slopes: Tensor | None = None
     """[heads], float32: ALiBi's, for the varlen kernel."""
+    kernel: Varlen | None = None
+    """The varlen kernel, where there are bounds."""
     blocks: Blocks | None = None
     """The same for keys and values that go round."""
     cached: Cached | None = None
@@ -42,34 +54,54 @@ class Visible(NamedTuple):
 
 
 def visible(
-    segments: Tensor | None, batch: int, time: int, device: torch.device, dtype: torch.dtype, slopes: Tensor | None = None
+    segments: Tensor | None,
+    documents: Documents | None,
+    rows: tuple[int, int],
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    head: int,
+    slopes: Tensor | None = None,
 ) -> Visible:
-    """For rows with the document of each token, [batch, time]; segments None: rows are one document each.
+    """For rows of (batch, time), filled up to `length`, in each of which documents are kept apart; waits for no device.
 
-    dtype: of the attention's computing. slopes: ALiBi's, [heads].
+    segments: the document of each token, [batch, length]; None: rows are one document each. documents: the same, where the host
+    knows it; else kernels that want it are not used. dtype, head: of the attention's computing, and how wide a head is. slopes:
+    ALiBi's, [heads].
     """
     if segments is None and slopes is None:
         return Visible()
-    if flash_attn_varlen_func is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return _bounds(torch.zeros(batch, time, device=device, dtype=torch.int32) if segments is None else segments, slopes)
-    mask = torch.ones(time, time, dtype=torch.bool, device=device).tril()[None, None]
+    batch, time = rows
+    if segments is None:
+        documents = undivided(batch, time, device)
+    if documents is not None and (kernel := _varlen_kernel(device, dtype, head, slopes is not None)) is not None:
+        bounds, longest = documents.bounds(time, length)
+        return Visible(bounds=bounds, longest=longest, slopes=slopes, kernel=kernel)
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
     if segments is not None:
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     if slopes is None:
         return Visible(mask=mask)
-    place = torch.arange(time, device=device)
+    place = torch.arange(length, device=device)
     # Places in the row: within a document they are as far apart as its positions are, and across documents further.
     distance = (place[:, None] - place[None, :]).float()
     bias = -slopes[:, None, None] * distance
     return Visible(mask=bias[None].masked_fill(~mask, float("-inf")).to(dtype))
 
 
-def _bounds(segments: Tensor, slopes: Tensor | None) -> Visible:
-    begins = torch.ones_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    starts = begins.flatten().nonzero().flatten()
-    bounds = F.pad(starts, (0, 1), value=segments.numel()).to(torch.int32)
-    return Visible(bounds=bounds, longest=int(bounds.diff().max()), slopes=slopes)
+def _varlen_kernel(device: torch.device, dtype: torch.dtype, head: int, slopes: bool) -> Varlen | None:
+    """flash-attn's where it is installed, else torch's own, which knows no slopes; None where neither takes this."""
+    if dtype not in (torch.bfloat16, torch.float16) or head > WIDEST or not _runs_varlen(device):
+        return None
+    if flash_attn_varlen_func is not None:
+        return _flash_attn
+    return None if slopes or head % 8 else _torchs()
+
+
+@functools.cache
+def _runs_varlen(device: torch.device) -> bool:
+    """Both were written for Ampere and what came after."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, spread: Spread) -> Tensor:
@@ -97,10 +129,45 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
+    assert seen.kernel is not None
     batch, _, time, _ = q.shape
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    out = seen.kernel(q, k, v, seen)
+    return out.view(batch, time, *out.shape[1:]).transpose(1, 2)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
     # The kernel wants float32; FSDP's mixed precision has cast the slopes along with a block's other arguments.
     slopes = None if seen.slopes is None else seen.slopes.float()
-    kernel: Any = flash_attn_varlen_func
-    out: Tensor = kernel(*flat, seen.bounds, seen.bounds, seen.longest, seen.longest, causal=True, alibi_slopes=slopes)
-    return out.view(batch, time, *out.shape[1:]).transpose(1, 2)
+    out: Tensor = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        seen.bounds,
+        seen.bounds,
+        seen.longest,
+        seen.longest,
+        causal=True,
+        alibi_slopes=slopes,
+        deterministic=torch.are_deterministic_algorithms_enabled(),  # unlike torch's, it does not look for itself
+    )
+    return out
+
+
+@functools.cache
+def _torchs() -> Varlen | None:
+    """Imported where it is wanted, as it brings the compiler along; None where it is not yet as it is called here."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        return None
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:
+        assert seen.bounds is not None
+        ends, longest, grouped = seen.bounds, seen.longest, q.shape[1] != k.shape[1]
+        # A window without an end to the left, and with nothing to the right: causal.
+        return cast(Tensor, varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped))
+
+    return kernel

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.container import Array
-from trainer.batch import Rows, samples_a_replica, share
+from trainer.batch import Rows, of_one, samples_a_replica, share
 from trainer.generate import Request, Response
 from trainer.network import Network
 from trainer.training import Training
@@ -56,15 +56,15 @@ def draw(training: Training, prompts: Sequence[Ids], tokens: int, temperature: f
     log_probs = [found[number].log_probs if number in found else [] for number in range(len(prompts))]
     ended = [number in found and found[number].finish == "stop" for number in range(len(prompts))]
     kept = [[int(id) for id in prompt] if number in found else [] for number, prompt in enumerate(prompts)]
-    rows, engine = _rows(kept, responses, log_probs, context, training.tokenizer.pad)
     device = training.world.device
-    rows = Rows(*(part.to(device) for part in rows))
+    columns, engine = _rows(kept, responses, log_probs, context, training.tokenizer.pad)
+    rows = of_one(*(column.to(device) for column in columns))
     return Drawn(kept, responses, ended, rows, engine.to(device), training.progress.step)
 
 
 def _rows(
     prompts: list[list[int]], responses: list[list[int]], log_probs: list[list[float]], context: int, pad: int
-) -> tuple[Rows, Tensor]:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     shape = (len(prompts), context)
     tokens, targets, segments = torch.full(shape, pad), torch.full(shape, pad), torch.full(shape, -1)
     mask, engine = torch.zeros(shape), torch.zeros(shape)
@@ -74,7 +74,7 @@ def _rows(
             tokens[row, : len(ids)], targets[row, : len(ids) - 1] = ids, ids[1:]
             segments[row, : len(ids)], mask[row, drawn] = 0, 1
             engine[row, drawn] = torch.tensor(log_probs[row])
-    return Rows(tokens, targets, mask, segments, torch.arange(context).repeat(len(prompts), 1)), engine
+    return (tokens, targets, mask, segments), engine
 
 
 @torch.no_grad()
@@ -88,7 +88,9 @@ def over_rows(training: Training, network: Network, rows: Rows, through: Callabl
     for first in range(0, each, stage.micro_batch):
         # Replicas with a row less take the last one again, so that all have as many forwards.
         places = [min(start + at, count - 1) for at in range(first, min(first + stage.micro_batch, each))]
-        found.append(through(network, Rows(*(part[torch.tensor(places, device=device)] for part in rows))))
+        chosen = torch.tensor(places, device=device)
+        columns = (rows.tokens, rows.targets, rows.mask, rows.segments)
+        found.append(through(network, of_one(*(column[chosen] for column in columns))))
     network.reshard()
     mine = torch.cat(found)[: stop - start]
     every = torch.zeros(count, *mine.shape[1:], device=device)

@@ -1,9 +1,12 @@
-"""The exam: held-out loss of this stage's sources and of all earlier ones', so that forgetting shows."""
+"""The exam: held-out loss of this stage's sources and of all earlier ones', so that forgetting shows.
+
+Each stage is examined before its first step. The stage before ended at that very step, and its rows stand there: what a later
+stage finds has `_before` behind its name, and its own name as well where no earlier stage read the source.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -38,7 +41,7 @@ def evaluate(training: Training) -> bool:
             if found is None:
                 training.note("info", f"evaluation at step {training.progress.step} was broken off")
                 return True
-            values |= found
+            values |= _as_reported(training, exam, found)
         if training.stage.stage.needs_reference:
             sampled = policy_metrics(training)
             if sampled is None:
@@ -54,7 +57,7 @@ def evaluate(training: Training) -> bool:
     return False
 
 
-def _sit(training: Training, exam: Exam) -> Mapping[str, float] | None:
+def _sit(training: Training, exam: Exam) -> dict[str, float] | None:
     """Mean loss and metrics over one source's held-out samples; None if broken off."""
     world, network, stage = training.world, training.network, exam.stage
     reference = training.reference if exam.objective.needs_reference else None
@@ -97,6 +100,15 @@ def _gaps(scores: Tensor, rows: Rows) -> Tensor:
 def exam_settings(stage: Stage) -> dict[str, float]:
     """What objectives need of a stage whose live settings are another's by now."""
     return {"beta": stage.beta, "label_smoothing": stage.label_smoothing, "margin": stage.margin, "centre": stage.centre}
+
+
+def _as_reported(training: Training, exam: Exam, found: dict[str, float]) -> dict[str, float]:
+    at = training.progress
+    if at.stage_step or not at.stage:
+        return found
+    before = {f"{name}_before": value for name, value in found.items()}
+    known = any(exam.name in stage.mixture for stage in training.recipe.stage[: at.stage])
+    return before if known else before | found
 
 
 def _means(exam: Exam, sums: Tensor) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from launcher.recipe import Stage
-from trainer.batch import Rows
+from trainer.batch import Rows, of_one
 from trainer.objectives.ppo import Experience as Noted
 
 _IDS = ("tokens", "targets", "segments")
@@ -53,8 +53,7 @@ class Experience:
             mine = chosen[start:stop]
             missing = stop - start - len(mine)
             found = {name: torch.cat([held[mine], held.new_zeros(missing, held.shape[1])]) for name, held in self._held.items()}
-            positions = torch.arange(found["tokens"].shape[1], device=found["tokens"].device).expand_as(found["tokens"])
-            rows = Rows(found["tokens"], found["targets"], found["mask"], found["segments"], positions)
+            rows = of_one(found["tokens"], found["targets"], found["mask"], found["segments"])
             yield rows, Noted(*(found.get(name) for name in _NOTED))  # type: ignore[arg-type]  # the first two are always there
 
 

@@ -28,13 +28,13 @@ def train(training: Training) -> None:
     """Trains until the run is finished or told to end, and says which."""
     try:
         while not boundary(training):
-            if training.progress.step == 0 and training.evaluated != training.mark:
+            if _begins_unseen(training):
                 evaluate(training)
             elif training.stage_is_over:
                 end_stage(training)
             elif training.stage.stage.makes:
                 make(training)
-            elif step(training) and not training.stage_is_over and _exam_is_due(training):
+            elif step(training) and not training.stage_is_over and _due(training, "eval_every", training.progress.stage_step):
                 evaluate(training)
         training.phase("ending")
         training.reporter.flush()
@@ -59,10 +59,10 @@ def boundary(training: Training) -> bool:
     return training.ending is not None
 
 
-def _exam_is_due(training: Training) -> bool:
-    """Every so many steps; and after a later stage's first one, when its context and data are in force and a row is free for it."""
+def _begins_unseen(training: Training) -> bool:
+    """Whether the stage has not been examined before its first step."""
     at = training.progress
-    return (at.stage_step == 1 and at.stage > 0) or _due(training, "eval_every", at.stage_step)
+    return at.stage_step == 0 and training.evaluated != training.mark and not training.stage.stage.makes
 
 
 def _due(training: Training, setting: str, step: int) -> bool:

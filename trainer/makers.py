@@ -16,7 +16,7 @@ import torch
 
 from shards.errors import ShardError
 from shards.tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
-from trainer.batch import Rows
+from trainer.batch import of_one
 from trainer.drawing import Drawn, draw, log_probs, over_rows
 from trainer.making import Made
 from trainer.parallel import together
@@ -239,8 +239,7 @@ def _log_probs_of(training: Training, sequences: Sequence[tuple[list[int], int]]
         if ids:
             tokens[row, : len(ids)], targets[row, : len(ids) - 1] = torch.tensor(ids), torch.tensor(ids[1:])
             segments[row, : len(ids)], mask[row, start - 1 : len(ids) - 1] = 0, 1
-    columns = (tokens, targets, mask, segments, torch.arange(context).repeat(len(sequences), 1))
-    rows = Rows(*(column.to(training.world.device) for column in columns))
+    rows = of_one(*(column.to(training.world.device) for column in (tokens, targets, mask, segments)))
     found: list[float] = (over_rows(training, training.network, rows, log_probs) * rows.mask).sum(-1).tolist()
     return found
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from launcher.recipe.model import Model, Rope
 from trainer.attention import Visible, attend, visible
+from trainer.documents import Documents
 from trainer.likelihood import likelihood
+from trainer.norms import make_norm
 from trainer.positions import alibi_slopes, learned, sinusoids
 from trainer.recompute import Mode, again, passing, recomputed
 from trainer.ring import Blocks
@@ -49,33 +51,6 @@ class Part:
     stop: int
     first: bool = True
     last: bool = True
-
-
-class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019, equation 4; computed in float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * held(self.weight, partial=True)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Ba et al. 2016, equation 4."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else held(self.bias, partial=True)
-        return F.layer_norm(x, self.normalized_shape, held(self.weight, partial=True), bias, self.eps)
-
-
-def make_norm(config: Model) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.width, config.norm_eps)
-    return LayerNorm(config.width, config.norm_eps, bias=config.bias)
 
 
 class Linear(nn.Linear):
@@ -234,13 +209,19 @@ class Decoder(nn.Module):
         self._rope, self._original_context, self._factor = rope, rope.original_context or original_context, factor
 
     def forward(
-        self, x: Tensor, positions: Tensor, segments: Tensor, targets: Tensor | None = None, entropy: bool = False
+        self,
+        x: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        targets: Tensor | None = None,
+        entropy: bool = False,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Log-probabilities of the targets, [batch, time]; without targets logits, [batch, time, vocabulary]; both in float32.
 
         x: tokens, [batch, time]. positions: [batch, time], each token's place in its document. segments: [batch, time], its
-        document's number in the row; looked at where documents are masked. entropy: beside each log-probability, in nats, the
-        entropy of what was to choose from: [batch, time, 2].
+        document's number in the row; looked at where documents are masked. documents: the same, as the host knew it. entropy:
+        beside each log-probability, in nats, the entropy of what was to choose from: [batch, time, 2].
 
         Ranks that share rows are each given whole ones, and each gives whole ones. A part that is not the last gives what the
         next one takes as x, [batch, this rank's tokens, width]. With a scalar head what it gives each token, [batch, time].
@@ -250,7 +231,7 @@ class Decoder(nn.Module):
         mine = spread.between(places)
         if self.part.first:
             x = self.embed(spread.take(x, mine), spread.take(positions, mine))
-        seen = self._visible(segments, x.dtype)
+        seen = self._visible(segments, documents, x.dtype)
         rotation = self.rotation(spread.take(positions, places), time, x.dtype) if self.config.position == "rope" else None
         for block in self.blocks.values():
             x = block(x, rotation, seen, spread, self.thrift)
@@ -276,7 +257,7 @@ class Decoder(nn.Module):
             x = x * math.sqrt(self.config.width) + sinusoids(positions / self._factor, self.config.width).to(x.dtype)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
-    def _visible(self, segments: Tensor, dtype: torch.dtype) -> Visible:
+    def _visible(self, segments: Tensor, documents: Documents | None, dtype: torch.dtype) -> Visible:
         """Of the heads and tokens that this rank has inside attention."""
         spread, (batch, time), device = self.spread, segments.shape, segments.device
         slopes = None
@@ -287,7 +268,7 @@ class Decoder(nn.Module):
         length = spread.length(time)
         masked = F.pad(segments, (0, length - time), value=-1) if self.documents_masked else None
         if not spread.ring:
-            return visible(masked, batch, length, device, dtype, slopes)
+            return visible(masked, documents, (batch, time), length, device, dtype, self.config.head, slopes)
         places = tuple(spread.places(time, device, place) for place in range(spread.context.size))
         return Visible(blocks=Blocks(places, masked, slopes))
 

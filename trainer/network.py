@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from launcher.recipe.model import Model
 from launcher.recipe.stage import Stage
 from trainer.batch import Rows
+from trainer.documents import joined
 from trainer.float8 import float8_product
 from trainer.model import Block, Decoder, Joining, Linear, Part, Thrift
 from trainer.parallel import World, box, local
@@ -185,20 +186,19 @@ class Network:
             for number, each in enumerate(rows):
                 if isinstance(part, FSDPModule):
                     part.set_requires_gradient_sync(number == len(rows) - 1)
-                found = part(each.tokens, each.positions, each.segments, each.targets)
+                found = part(each.tokens, each.positions, each.segments, each.targets, documents=each.documents)
                 loss(number, found).backward()  # type: ignore[no-untyped-call]
             return
         self._loss = loss
         schedule = self._schedule(rows)
-        whole = [torch.cat(column) for column in zip(*rows, strict=True)]
-        named = dict(zip(Rows._fields, whole, strict=True))
-        first = [named["tokens"]] if self._world.pipeline.place == 0 else []
+        first = [torch.cat([each.tokens for each in rows])] if self._world.pipeline.place == 0 else []
         schedule.step(
             *first,
             target=torch.arange(len(rows)),
-            positions=named["positions"],
-            segments=named["segments"],
-            targets=named["targets"],
+            positions=torch.cat([each.positions for each in rows]),
+            segments=torch.cat([each.segments for each in rows]),
+            targets=torch.cat([each.targets for each in rows]),
+            documents=joined([each.documents for each in rows]),
             return_outputs=False,
         )
         self._join_twins()
@@ -222,7 +222,7 @@ class Network:
         for number, part in enumerate(self.parts):
             index = number * pipeline.size + pipeline.place
             x = rows.tokens if index == 0 else self._receive(rows.tokens, pipeline)
-            found = part(x, rows.positions, rows.segments, rows.targets, entropy)
+            found = part(x, rows.positions, rows.segments, rows.targets, entropy, rows.documents)
             if index + 1 < count:
                 self._send(found, pipeline)
         assert found is not None

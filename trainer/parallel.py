@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import os
+import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,6 +30,9 @@ FOREVER = timedelta(days=3650)
 ALONE = Parallel()
 """Nothing but data parallelism."""
 CONNECTING = timedelta(minutes=30)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt: <malloc.h>
+_REUSED = 128 * 2**20
+"""Bytes of the largest tensor in a processor's memory whose room is kept for the next."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +115,23 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def settle(cluster: Cluster) -> None:
-    """Threads and kernels; before anything is computed."""
+    """Threads, kernels and memory; before anything is computed."""
     torch.set_num_threads(cluster.threads)
+    if choose_device(cluster.device).type == "cpu":
+        _keep_room()
     if cluster.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # As use_deterministic_algorithms(True), which would import the compiler for 0.7 s; and new tensors need no filling.
         torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _keep_room() -> None:
+    """Has glibc keep what is freed: by itself it maps each large tensor anew, and the kernel clears its pages at every step."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, _REUSED) or libc.mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the most that older ones take
+        libc.mallopt(_TRIM_THRESHOLD, 8 * _REUSED)
 
 
 def open_store() -> TCPStore:

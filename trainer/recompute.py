@@ -59,5 +59,5 @@ def passing(wanted: bool = True) -> Iterator[None]:
 
 
 def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = not _passing and (operation in _KEPT or operation.namespace == "flash_attn")
+    kept = not _passing and (operation in _KEPT or operation.namespace in ("flash_attn", "torch_attn"))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

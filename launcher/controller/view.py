@@ -188,10 +188,13 @@ class View:
         path = office.ledger.path()
         stop = (record.last_step if record.last_step is not None and state != "running" else office.live.step) + 1
         for source in stage.mixture:
-            # The row at a later stage's border is the end of the stage before it.
-            rows = office.metrics.rows(f"eval/{source}/loss", path, record.first_step + (record.first_step > 0), stop, 10_000)
-            if len(rows):
-                losses[source] = (float(rows[0]["value"]), float(rows[-1]["value"]))
+            # The row at a later stage's border is the end of the stage before it; what this one found there has its own name.
+            first = record.first_step
+            rows = office.metrics.rows(f"eval/{source}/loss", path, first + (first > 0), stop, 10_000)
+            before = office.metrics.rows(f"eval/{source}/loss_before", path, first, first + 1, 1)
+            found = [float(row["value"]) for row in (*before, *rows)]
+            if found:
+                losses[source] = (found[0], found[-1])
         if state in ("done", "cut short"):
             self._losses[key] = losses
         return losses

@@ -64,7 +64,7 @@ def piece_of(mesh: Mesh, stage: Stage, micro_batch: int) -> Piece:
 
 
 def attention_kernel(model: Model, stage: Stage, on_cpu: bool) -> Kernel:
-    """The one that torch's scaled_dot_product_attention takes, or flash-attention's (the extra `gpu`) for bfloat16 on a GPU.
+    """The one that torch's scaled_dot_product_attention takes, or for bfloat16 on a GPU one that knows where documents begin.
 
     For float32 on a GPU torch has no fused kernel in which groups of heads share keys, and computes the scores whole.
     """
@@ -76,8 +76,11 @@ def attention_kernel(model: Model, stage: Stage, on_cpu: bool) -> Kernel:
 
 
 def needs_flash_attention(model: Model, stage: Stage) -> bool:
-    """Whether, on a GPU, it is only flash-attention that computes this without a matrix of the context's square."""
-    return model.dtype == "bfloat16" and (stage.documents_masked or model.position == "alibi")
+    """Whether, on a GPU, it is only flash-attn (the extra `gpu`) that computes this without a matrix of the context's square.
+
+    torch has a kernel of its own for documents, but not for ALiBi, nor for heads whose width is no multiple of 8.
+    """
+    return model.dtype == "bfloat16" and (model.position == "alibi" or (stage.documents_masked and model.head % 8 > 0))
 
 
 def exchanges_heads(model: Model, tensor: int, context_parallel: int) -> bool:
@@ -86,11 +89,11 @@ def exchanges_heads(model: Model, tensor: int, context_parallel: int) -> bool:
 
 
 def norm(model: Model) -> int:
-    """A token's input and output; RMSNorm computes in float32 and keeps the normalized input besides. A number or two a token."""
+    """A token's input and output, and a number or two; RMSNorm in bfloat16 computes in float32 and keeps that input besides."""
     each, width = compute_bytes(model), model.width
     if model.norm == "layernorm":
         return 2 * each * width + 8
-    return (4 + 2 * each) * width + 4
+    return (2 * each + (4 if model.dtype == "bfloat16" else 0)) * width + 4
 
 
 def attention(model: Model, piece: Piece, kernel: Kernel) -> int:

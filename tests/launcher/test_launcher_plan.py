@@ -244,8 +244,20 @@ def test_what_does_not_fit_is_said_with_what_would_help() -> None:
         'pretrain, dpo: it does not fit (use activation_checkpointing = "block")',
         'extend: it does not fit (use activation_checkpointing = "block", context_parallel = 4)',
     ]
-    assert any(note.startswith("dpo: masked documents") and "extra `gpu`" in note for note in plan.notes)
     assert all(stage.fits is False for stage in plan.stages)
+
+
+def test_what_only_flash_attn_computes_is_told() -> None:
+    """torch masks documents itself, but for heads that are no multiple of 8 wide; ALiBi it does not."""
+
+    def told(**changes: Any) -> list[str]:
+        model = msgspec.structs.replace(recipe().model, **changes)
+        plan = plan_recipe(msgspec.structs.replace(recipe(), model=model), Assumptions(gpus=512))
+        return [note.partition(" (")[0] for note in plan.notes if "extra `gpu`" in note]
+
+    assert told() == []
+    assert told(position="alibi") == ["pretrain, extend, dpo: ALiBi is reckoned with flash-attn"]
+    assert told(head_width=68) == ["dpo: masked documents are reckoned with flash-attn"]
 
 
 def test_a_recipe_for_processors_is_planned_on_them_with_its_threads() -> None:

@@ -11,6 +11,7 @@ import pytest
 from launcher_desk import Desk, desk_at, write_checkpoint
 
 from launcher import protocol as p
+from launcher.controller.view import View
 
 
 @pytest.fixture
@@ -53,3 +54,17 @@ async def test_one_at_the_fork_of_its_line_needs_no_row_of_it(desk: Desk) -> Non
     began = time.monotonic()
     await desk.reports.rows_stored(ready(desk, "d", 10))
     assert time.monotonic() - began < 0.5
+
+
+async def test_a_later_stages_losses_go_from_what_it_found_before_its_first_step(desk: Desk) -> None:
+    """The row of the same step and source is the end of the stage before it."""
+    key = "eval/text/loss"
+    desk.row(26, **{key: 3.0})
+    desk.says(p.StageBorder(stage="first", event="end", step=26, stage_step=26, lineage=1, product="e"))
+    desk.says(p.StageBorder(stage="second", event="begin", step=26, stage_step=0, lineage=1))
+    desk.row(26, **{f"{key}_before": 5.0})
+    desk.row(27)
+    assert View(desk.office).snapshot().stages[-1].losses == {"text": (5.0, 5.0)}
+    desk.row(30, **{key: 4.0})
+    desk.row(36, **{key: 2.0})
+    assert View(desk.office).snapshot().stages[-1].losses == {"text": (5.0, 2.0)}

@@ -204,6 +204,11 @@ def test_rollback_to_a_stages_end_begins_the_next_and_to_an_earlier_stage_rebuil
         "dpo",
     ]
     assert state(steered / "checkpoints" / "30-3-dpo")["reference"] == "24-3-sft"
+    before = [(body["lineage"], body["step"], body["values"].get("eval/topics/loss_before")) for body in told.all("Metrics")]
+    before = [row for row in before if row[2] is not None]
+    at_12 = before[0][2]
+    assert [row for row in before if row[1] == 12] == [(1, 12, at_12), (2, 12, at_12), (3, 12, at_12)], "once each time"
+    assert [row[:2] for row in before if row[1] > 12] == [(2, 18), (2, 24), (3, 18), (3, 24)]
     assert same_bits(finished / "checkpoints" / "30-1-dpo", steered / "checkpoints" / "30-3-dpo")
 
 

@@ -137,4 +137,6 @@ def test_a_pipeline_trains_evaluates_and_samples_past_its_first_context_with_eve
     told = steer(write_recipe(tmp_path / "run", msgspec.structs.replace(recipe, model=model, stage=stages)))
     assert [(body["stage"], body["step"]) for body in told.all("Sampled")] == [("pretrain", 2), ("sft", 6)]
     evaluated = [body["step"] for body in told.all("Metrics") if "eval/topics/loss" in body["values"]]
-    assert evaluated == [0, 2, 3, 4, 5, 6], "at the beginning, after a later stage's first step, and at the end of each"
+    assert evaluated == [0, 2, 4, 6], "at the beginning, and at the end of each"
+    before = {body["step"]: body["values"] for body in told.all("Metrics") if "eval/topics/loss_before" in body["values"]}
+    assert set(before) == {2, 4} and "eval/ask/loss" in before[4], "before a later stage's first step; a new source by its own name"

@@ -14,6 +14,7 @@ from launcher.recipe.hf_config import model_keys
 from launcher.recipe.hf_layout import Part, layout, misfits
 from launcher.recipe.model import Model, Rope
 from trainer.model import Decoder
+from trainer.norms import RMSNorm
 from trainer.positions import alibi_slopes, sinusoids
 
 transformers = pytest.importorskip("transformers")
@@ -226,3 +227,23 @@ def test_a_theta_of_the_stage_takes_the_place_of_the_models() -> None:
     with torch.no_grad():
         found, wanted = model(tokens, tokens, torch.zeros_like(tokens)), other.eval()(input_ids=tokens).logits
     assert torch.allclose(found, wanted, atol=TOLERANCE)
+
+
+def test_rmsnorms_gradients_are_those_of_hugging_face() -> None:
+    """Whose operations are one after the other; ours are by hand."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    generator = torch.Generator().manual_seed(1)
+    for shape, eps in (((2, 9, 64), 1e-5), ((1, 1, 8), 1e-6), ((3, 300), 1e-2)):
+        x, back = (3 * torch.randn(shape, generator=generator) + 1 for _ in range(2))
+        weight = 1 + 0.3 * torch.randn(shape[-1], generator=generator)
+        found = []
+        for norm in (RMSNorm(shape[-1], eps), LlamaRMSNorm(shape[-1], eps)):
+            norm.weight.data.copy_(weight)
+            taken = x.clone().requires_grad_()
+            out = norm(taken)
+            out.backward(back)
+            assert taken.grad is not None and norm.weight.grad is not None
+            found.append((out.detach(), taken.grad, norm.weight.grad))
+        for mine, theirs in zip(*found, strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5)

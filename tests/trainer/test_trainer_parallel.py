@@ -10,8 +10,10 @@ import msgspec
 import torch
 from torch import Tensor
 from trainer_harness import logs, start_ranks
+from trainer_kernels import FlashAttn
 
 from launcher.recipe import Cluster, Model, Parallel, Stage
+from trainer import documents
 from trainer.batch import Rows
 from trainer.model import Decoder
 
@@ -50,11 +52,13 @@ class Case(msgspec.Struct):
     parallel: Parallel = Parallel()
     context: int = 1
     masked: bool = False
+    kernel: bool = False
+    """Attention by documents' bounds."""
     more: dict[str, Any] = {}
 
     def __str__(self) -> str:
         sizes = {name: getattr(self.parallel, name) for name in ("tensor", "pipeline", "schedule", "shard", "offload")}
-        return f"{self.model} {sizes} context {self.context} masked {self.masked} {self.more}"
+        return f"{self.model} {sizes} context {self.context} masked {self.masked} kernel {self.kernel} {self.more}"
 
 
 def rows(count: int, time: int = 37) -> Rows:
@@ -64,6 +68,19 @@ def rows(count: int, time: int = 37) -> Rows:
     segments = (torch.arange(time)[None] >= torch.randint(1, time, (count, 2), generator=generator)[..., None]).sum(1)
     starts = torch.stack([torch.searchsorted(row, row) for row in segments])
     return Rows(tokens[:, :-1], tokens[:, 1:], mask, segments.to(torch.int32), torch.arange(time) - starts)
+
+
+def known(rows: Rows) -> Rows:
+    """With their documents."""
+    starts, longest = documents.found(rows.segments.numpy())
+    return rows._replace(documents=documents.Documents(torch.from_numpy(starts), longest))
+
+
+def cut(rows: Rows, start: int, count: int) -> Rows:
+    assert rows.documents is not None
+    columns = (column[start : start + count] for column in rows[:-1])
+    begun = rows.documents._replace(starts=rows.documents.starts[start : start + count])
+    return Rows(*columns, documents=begun)
 
 
 def alone(case: Case, batch: Rows) -> tuple[Tensor, dict[str, Tensor]]:
@@ -80,7 +97,7 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
     """What each rank does: each layout in turn; the largest differences from one rank."""
     from torch.distributed.tensor import DTensor
 
-    from trainer import ring
+    from trainer import attention, ring
     from trainer.batch import filled, share
     from trainer.network import Network
     from trainer.optimizer import Optimizer, total
@@ -90,6 +107,7 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
     ring.TILE = 8  # more than one, for rows as short as these
     world = join(open_store(), "test", Cluster(device="cpu"), Parallel())
     said: list[tuple[str, float, float]] = []
+    attention.flash_attn_varlen_func = kernel = FlashAttn()
     for case in cases:
         here = lay_out(world.device, case.parallel)
         network = Network(MODELS[case.model], VOCABULARY, here)
@@ -97,12 +115,16 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
         where = stage(context_parallel=case.context, masked_documents=case.masked, **case.more)
         network.follow(where, 37)
         batch = rows(8)
+        attention._varlen_kernel = lambda *_: None
         expected, gradients = alone(case, batch)
+        if case.kernel:
+            attention._varlen_kernel = lambda *_: attention._flash_attn  # in float32 too
         first, last = share(0, 8, network.replica, network.replicas)
-        mine = Rows(*(column[first:last] for column in batch))
+        mine = known(Rows(*(column[first:last] for column in batch[:-1])))
         size = min(2, last - first)
         samples, size = filled(last - first, size, here.pipeline.size)
-        parts = [Rows(*(_padded(column, n, size) for column in mine)) for n in range(0, samples, size)]
+        whole = known(Rows(*(_padded(column, 0, samples) for column in mine[:-1])))
+        parts = [cut(whole, n, size) for n in range(0, samples, size)]
 
         def loss(number: int, found: Tensor, parts: list[Rows] = parts, batch: Rows = batch) -> Tensor:
             return (found * parts[number].mask).square().sum() / batch.mask.numel()
@@ -125,6 +147,9 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
         off = max(off, float((total(optimizer.squared_norm()) / whole - 1).abs()))
         probable = network.log_probs(mine)
         network.reshard()
+        if case.kernel:
+            kernel.check()
+            kernel.bounds.clear()
         said.append((str(case), off, float((probable - expected[first:last]).abs().max())))
     (root / f"said-{world.rank}.json").write_text(json.dumps(said))
 
@@ -174,6 +199,13 @@ def test_every_model_is_the_same_however_it_is_laid_out(tmp_path: Path) -> None:
     cases += [Case("one key head", Parallel(), size, masked) for size in (2, 4) for masked in (False, True)]
     cases += [Case("bloom", Parallel(), 4, True), Case("bloom", Parallel(pipeline=2), 2, False)]
     hold(tmp_path, 4, cases)
+
+
+def test_a_kernel_that_wants_documents_bounds_is_given_them_in_every_layout(tmp_path: Path) -> None:
+    """A ring has none."""
+    names = ("tensor", "interleaved", "context, data", "tensor, pipeline", "pipeline, context")
+    cases = [Case("llama", *LAYOUTS[name], masked=True, kernel=True) for name in names]
+    hold(tmp_path, 4, [*cases, Case("bloom", Parallel(tensor=2), 2, True, kernel=True)])
 
 
 def test_what_needs_less_memory_gives_the_same(tmp_path: Path) -> None:

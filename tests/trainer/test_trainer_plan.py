@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -231,6 +232,25 @@ train(Model(layers=6, width=256, heads=4, kv_heads=2), 4000, 4, 256)
 print(resident("VmHWM") - before)
 """
 
+SETTLE = """
+from launcher.recipe import Cluster
+from trainer.parallel import settle
+
+settle(Cluster(device="cpu"))
+"""
+AGAIN = """
+import resource
+
+def cleared():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+torch.zeros(2**24)
+before = cleared()
+for _ in range(20):
+    torch.zeros(2**24)  # 64 MiB, as logits are
+print(cleared() - before)
+"""
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_is_what_a_process_takes_of_the_machine() -> None:
@@ -242,3 +262,17 @@ def test_the_peak_is_what_a_process_takes_of_the_machine() -> None:
     config = Model(layers=6, width=256, heads=4, kv_heads=2)
     planned = memory(config, 4000, stage(256, 4, 4), 1, True)
     assert planned.peak_bytes - planned.staging_bytes == pytest.approx(int(done.stdout), rel=0.1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's malloc")
+def test_a_rank_that_has_settled_keeps_its_room_and_takes_little_more() -> None:
+    """Freed tensors are not given back and their pages cleared again at every step; the heap's gaps cost some memory."""
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parents[1]}:{here}"}
+    program = [sys.executable, "-c", SETTLE + STEPS + AGAIN]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    took, cleared = map(int, done.stdout.split())
+    planned = memory(Model(layers=6, width=256, heads=4, kv_heads=2), 4000, stage(256, 4, 4), 1, True)
+    assert took < 1.2 * (planned.peak_bytes - planned.staging_bytes)
+    assert cleared < 2**24 * 4 / 4096, "fewer than one such tensor's pages"

@@ -22,7 +22,7 @@ def test_torchrun_trains_the_whole_pipeline(finished: Path) -> None:
 
 
 def test_held_out_loss_falls_in_each_stage(finished: Path) -> None:
-    steps = {"topics": (0, 12, 0.5), "ask": (19, 24, 0.05)}
+    steps = {"topics": (0, 12, 0.5), "ask": (18, 24, 0.05)}
     found = {
         (name, body["step"]): body["values"][f"eval/{name}/loss"]
         for body in logged(finished)

@@ -12,7 +12,7 @@ from tui import keys
 from tui.chart.widget import Chart
 from tui.panel import text
 from tui.views.checkpoints import tree
-from tui.views.metrics import MetricsView, Span
+from tui.views.metrics import MetricsView, Span, _order
 from tui.views.watch import slots
 
 
@@ -85,6 +85,22 @@ def test_kl_and_reward_are_charted_where_there_are_any() -> None:
     assert [slot.title for slot in slots({"train/loss": 1.0})] == ["loss"]
     found = [slot.title for slot in slots({"train/loss": 1.0, "policy/kl": 0.1, "policy/reward": 1.0, "preference/margin": 2.0})]
     assert found[:3] == ["loss", "KL per token", "reward"]
+
+
+def test_held_out_losses_come_right_after_the_loss_and_its_parts_among_what_else_is_trained_on() -> None:
+    wanted = (
+        "train/loss",
+        "policy/kl",
+        "eval/a/loss",
+        "eval/b/loss",
+        "eval/a/loss_before",
+        "train/grad_norm",
+        "train/loss_near_boundaries",
+        "train/loss_within_documents",
+        "perf/mfu",
+        "data/a/fraction",
+    )
+    assert tuple(sorted(sorted(wanted), key=_order)) == wanted
 
 
 async def test_metrics_filter_zoom_smooth_and_maximise(stage: Stage) -> None:

@@ -314,7 +314,8 @@ class MetricsView(View):
         self.midwatch.draw_foot()
 
 
-def _order(name: str) -> tuple[int, str]:
-    """Losses first, then what tells most."""
+def _order(name: str) -> tuple[int, bool, str]:
+    """The loss first, then what tells most; single points, of stages' beginnings, behind courses."""
     heads = ("train/loss", "policy/", "preference/", "eval/", "train/", "perf/")
-    return next((number for number, head in enumerate(heads) if name.startswith(head)), len(heads)), name
+    fits = (name == head or (head.endswith("/") and name.startswith(head)) for head in heads)
+    return next((place for place, fit in enumerate(fits) if fit), len(heads)), name.endswith("_before"), name

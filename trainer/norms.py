@@ -1,0 +1,65 @@
+"""RMSNorm and LayerNorm over the width, their weights held by tensor-parallel ranks alike."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launcher.recipe.model import Model
+from trainer.spread import held
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich 2019, equation 4; computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = held(self.weight, partial=True)
+        if x.dtype == torch.float32 and not torch.compiler.is_compiling():  # a compiler joins the operations by itself
+            return cast(Tensor, _RMSNorm.apply(x, weight, self.eps))  # type: ignore[no-untyped-call]  # torch's is untyped
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * weight
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input and a number a token, and goes back by LayerNorm's kernel, to which a mean of zero is given.
+
+    That takes the mean of the normalized input's gradient off the result, which is then added again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        out: Tensor = (x * scale).mul_(weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        width, gradient = x.shape[-1], gradient.contiguous()
+        of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, [width], torch.zeros_like(scale), scale, weight, None, [True, True, False]
+        )
+        return of_x.add_((gradient @ weight)[..., None].mul_(scale).div_(width)), of_weight, None
+
+
+class LayerNorm(nn.LayerNorm):
+    """Ba et al. 2016, equation 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else held(self.bias, partial=True)
+        return F.layer_norm(x, self.normalized_shape, held(self.weight, partial=True), bias, self.eps)
+
+
+def make_norm(config: Model) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.width, config.norm_eps)
+    return LayerNorm(config.width, config.norm_eps, bias=config.bias)
