@@ -18,6 +18,7 @@ from launcher.recipe.lines import key_lines, line_of
 from launcher.recipe.model import Model
 from launcher.recipe.origin import OriginError, fill_in
 from launcher.recipe.parallel import Parallel, multiple_of
+from launcher.recipe.probe import Probe
 from launcher.recipe.run import Checkpoint, Report, Run
 from launcher.recipe.stage import Stage
 from launcher.recipe.watch import Watch
@@ -42,6 +43,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
+    probe: Probe = Probe()
     watch: tuple[Watch, ...] = ()
 
     @property
@@ -140,7 +142,7 @@ def _with_table(recipe: Recipe) -> Recipe:
 def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """Every problem that shows without touching the data: (path of the key, what is wrong and the way out)."""
     found: list[tuple[KeyPath, str]] = []
-    for section in ("run", "model", "cluster", "checkpoint", "report"):
+    for section in ("run", "model", "cluster", "checkpoint", "report", "probe"):
         found += [((section, key), f"[{section}] {key}: {message}") for key, message in getattr(recipe, section).problems()]
     if not recipe.model.problems():
         found += [(("parallel", key), f"[parallel] {key}: {message}") for key, message in recipe.parallel.problems(recipe.model)]
