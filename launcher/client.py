@@ -13,7 +13,7 @@ import itertools
 import subprocess
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -150,7 +150,7 @@ class Client:
         finally:
             self._commands.pop(command.id, None)
 
-    async def probe(self, ask: protocol.ProbeAsk) -> AsyncIterator[protocol.ProbeAnswer]:
+    async def probe(self, ask: protocol.ProbeAsk) -> AsyncGenerator[protocol.ProbeAnswer]:
         """Sends an ask, whose number is set here, and gives what is answered until every checkpoint's answer has ended.
 
         Left before that, it is stopped. Where the connection breaks the answers end with that as their problem. Raises

@@ -12,7 +12,7 @@ import contextlib
 import queue
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -27,7 +27,7 @@ from launcher.prober import Prober
 from launcher.recipe import load_recipe
 from launcher.remote import RemoteRun
 
-Answers = Callable[[p.ProbeAsk], AsyncIterator[p.ProbeAnswer]]
+Answers = Callable[[p.ProbeAsk], AsyncGenerator[p.ProbeAnswer]]
 CONNECT_SECONDS = 90.0
 """ssh's login included."""
 
@@ -156,7 +156,7 @@ class Way:
 
         async def follow() -> None:
             try:
-                async with contextlib.aclosing(self._ask(ask)) as answers:  # type: ignore[type-var]
+                async with contextlib.aclosing(self._ask(ask)) as answers:
                     async for answer in answers:
                         told.put(answer)
             except Exception as error:
@@ -191,7 +191,7 @@ class Way:
         prober = Prober(paths, load_recipe(paths.recipe))
         self._stack.push_async_callback(prober.close)
 
-        async def ask_process(ask: p.ProbeAsk) -> AsyncIterator[p.ProbeAnswer]:
+        async def ask_process(ask: p.ProbeAsk) -> AsyncGenerator[p.ProbeAnswer]:
             if ledger.checkpoints:  # else the run never had a controller, and what there is lies in its directory
                 found = [ledger.find("latest" if name == "newest" else name) for name in ask.checkpoints]
                 for each in found:
