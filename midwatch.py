@@ -54,6 +54,10 @@ def _hand_over(arguments: argparse.Namespace) -> int:
             from launcher.cli.export import export
 
             return export(arguments)
+        if arguments.command == "probe":
+            from launcher.cli.probe import probe
+
+            return probe(arguments)
         if arguments.command == "plan":
             from launcher.cli.plan import plan
 

@@ -13,7 +13,7 @@ import itertools
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,8 @@ RESTART_SECONDS = 5.0
 
 REMOTE_RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
 """Between two logins where the connection has broken."""
+
+BROKE = "the connection to the controller broke"
 
 Reply = TypeVar("Reply", bound=protocol.Message)
 
@@ -68,6 +70,8 @@ class Client:
         self._numbers = itertools.count(1)
         self._questions: dict[int, asyncio.Future[protocol.Message]] = {}
         self._commands: dict[str, asyncio.Future[protocol.CommandView]] = {}
+        self._probes: dict[int, tuple[asyncio.Queue[protocol.ProbeAnswer], dict[int, str]]] = {}
+        """Of each ask what has been answered, and the checkpoints whose answers have not ended."""
         self._keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Client:
@@ -146,6 +150,29 @@ class Client:
         finally:
             self._commands.pop(command.id, None)
 
+    async def probe(self, ask: protocol.ProbeAsk) -> AsyncGenerator[protocol.ProbeAnswer]:
+        """Sends an ask, whose number is set here, and gives what is answered until every checkpoint's answer has ended.
+
+        Left before that, it is stopped. Where the connection breaks the answers end with that as their problem. Raises
+        ClientError where the controller is out of reach.
+        """
+        number = next(self._numbers)
+        answers: asyncio.Queue[protocol.ProbeAnswer] = asyncio.Queue()
+        left = dict(enumerate(ask.checkpoints))
+        self._probes[number] = answers, left
+        try:
+            await self._send(msgspec.structs.replace(ask, ask=number))
+            while left:
+                answer = await answers.get()
+                if isinstance(answer, protocol.ProbeEnd):
+                    left.pop(answer.which, None)
+                yield answer
+        finally:
+            del self._probes[number]
+            if left and self._connection is not None:
+                with contextlib.suppress(WebSocketException, OSError):
+                    await self._connection.send(protocol.encode(protocol.ProbeStop(ask=number)))
+
     async def _lost(self, losses: int) -> None:
         """Returns when the connection has broken once more, even if it is back already."""
         while self._losses == losses:
@@ -214,7 +241,11 @@ class Client:
                 self._on_link(False)
             for question in self._questions.values():
                 if not question.done():
-                    question.set_result(protocol.Refused(reason="the connection to the controller broke"))
+                    question.set_result(protocol.Refused(reason=BROKE))
+            for number, (answers, left) in self._probes.items():
+                for which, name in left.items():
+                    end = protocol.ProbeEnd(ask=number, which=which, checkpoint=name, finish="failed", problem=BROKE)
+                    answers.put_nowait(end)
             self._connection = await self._connect_again()
             self._connected.set()
 
@@ -250,6 +281,9 @@ class Client:
             self.snapshot = message
             if self._on_snapshot is not None:
                 self._on_snapshot(message)
+        elif isinstance(message, protocol.ProbeBegan | protocol.ProbeToken | protocol.ProbeEnd):
+            if message.ask in self._probes:
+                self._probes[message.ask][0].put_nowait(message)
         elif isinstance(message, protocol.CommandReply):
             waiting = self._commands.get(message.command.id)
             if waiting is not None and not waiting.done():

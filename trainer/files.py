@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from trainer.manifest import FILE_NAME, PIECE, CheckpointError, Chunk, Entry, File, Manifest
+from trainer.manifest import FILE_NAME, PIECE, CheckpointError, Chunk, Entry, File, Manifest, read_chunk
 from trainer.sink import BLOCK, Sink, blocks
 
 
@@ -199,24 +199,8 @@ class Reader(StorageReader):
                 yield item, part if part.numel() == tensor.numel() else part.clone()
 
     def _read_chunk(self, chunk: Chunk) -> Tensor:
-        file = self._directory / chunk.file
         buffer = torch.empty(chunk.bytes, dtype=torch.uint8)
-        view = buffer.numpy().data
-        digest = xxhash.xxh3_128()
-        try:
-            with file.open("rb", buffering=0) as source:
-                source.seek(chunk.start)
-                at = 0
-                while at < chunk.bytes:
-                    count = source.readinto(view[at : at + PIECE])
-                    if not count:
-                        raise CheckpointError(f"{file}: ends early, it was cut short (use another checkpoint)")
-                    digest.update(view[at : at + count])
-                    at += count
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror} (use another checkpoint)") from None
-        if digest.hexdigest() != chunk.xxh3:
-            raise CheckpointError(f"{file}: its content is not what was written (use another checkpoint)")
+        read_chunk(self._directory, chunk, buffer.numpy().data)
         return buffer
 
 

@@ -129,6 +129,26 @@ def hash_file(file: Path, stop: Callable[[], bool] = lambda: False) -> tuple[int
     return size, digest.hexdigest()
 
 
+def read_chunk(directory: Path, chunk: Chunk, into: memoryview) -> None:
+    """Fills `into`, bytes as many as the chunk's, with what was written. Raises CheckpointError where that is no longer there."""
+    file = directory / chunk.file
+    digest = xxhash.xxh3_128()
+    try:
+        with file.open("rb", buffering=0) as source:
+            source.seek(chunk.start)
+            at = 0
+            while at < chunk.bytes:
+                count = source.readinto(into[at : at + PIECE])
+                if not count:
+                    raise CheckpointError(f"{file}: ends early, it was cut short (use another checkpoint)")
+                digest.update(into[at : at + count])
+                at += count
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror} (use another checkpoint)") from None
+    if digest.hexdigest() != chunk.xxh3:
+        raise CheckpointError(f"{file}: its content is not what was written (use another checkpoint)")
+
+
 def verify(directory: Path) -> list[str]:
     """Reads everything and names each file that is not as it was written, and why. Empty: all is well."""
     try:

@@ -1,7 +1,9 @@
 """What views ask of the controller, with the answers that cannot change kept."""
 
 import asyncio
+import contextlib
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from launcher import protocol
@@ -53,6 +55,20 @@ class Feed:
         except ClientError as error:
             self.refusal = str(error)
             return None
+
+    async def probe(self, ask: protocol.ProbeAsk, take: Callable[[protocol.ProbeAnswer], None]) -> str:
+        """Has checkpoints answer, each message handed to `take` as it comes; why that could not be asked, or nothing."""
+        from launcher.client import ClientError
+
+        if self.client is None:
+            return "the controller is out of reach; nothing was asked"
+        try:
+            async with contextlib.aclosing(self.client.probe(ask)) as answers:
+                async for answer in answers:
+                    take(answer)
+        except ClientError as error:
+            return str(error)
+        return ""
 
     async def all_columns(
         self, metrics: list[str], start: int, stop: int, width: int, lineage: int | None = None

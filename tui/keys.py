@@ -29,14 +29,12 @@ VIEWS = (
     ViewName("n", "nodes", "every GPU as a heat map, faults, stragglers; down to one GPU and its rank"),
     ViewName("k", "checkpoints", "lineages as a tree, goldens marked; mark, compare, roll back"),
     ViewName("t", "stages", "objective, mixture, cost, held-out losses, samples; advance"),
+    ViewName("b", "probe", "talk to a checkpoint, next-token probabilities, two side by side"),
     ViewName("l", "logs", "every rank, node and the controller, searchable"),
     ViewName("j", "journal", "who did what, when, and what came of it"),
 )
 
-PLANNED = (
-    ViewName("d", "data", "what was read: mixture against target, any past batch as text"),
-    ViewName("b", "probe", "talk to a checkpoint, next-token probabilities, two side by side"),
-)
+PLANNED = (ViewName("d", "data", "what was read: mixture against target, any past batch as text"),)
 
 COMMANDS = (
     Key(("p",), "p", "pause, or resume: they undo each other", "pause", "pause", changes=True),
@@ -105,6 +103,21 @@ OF_VIEW: dict[str, tuple[Key, ...]] = {
         *_MOVE,
     ),
     "stages": _MOVE,
+    "probe": (
+        Key(("enter",), "Enter", "type a prompt; in the list: ask this checkpoint", "enter", "prompt"),
+        Key(("1",), "1", "choose the checkpoint that answers", "choose:0", "whom"),
+        Key(("2",), "2", "choose a second one beside it, or none", "choose:1", "beside"),
+        Key(("a",), "a", "the prompt again, with another seed", "again", "again"),
+        Key(("x",), "x", "stop the answer", "halt", "stop it"),
+        Key(("e",), "e", "erase the conversation", "clear", "erase"),
+        Key(("f",), "f", "form of the prompt: by the checkpoint's stage, chat, or text to be continued", "form", "form"),
+        Key(("plus", "equals_sign"), "+", "higher temperature", "warm:0.1"),
+        Key(("minus",), "-", "lower temperature; at 0 always the likeliest token", "warm:-0.1"),
+        Key(("left",), "←", "the token before", "token:-1", "token"),
+        Key(("right",), "→", "the next token", "token:1"),
+        Key(("tab",), "Tab", "the other checkpoint's answer", "column"),
+        *_MOVE,
+    ),
     "logs": (
         _FILTER,
         Key(("left",), "←", "the file before", "file:-1", "file"),

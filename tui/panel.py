@@ -17,7 +17,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from tui.chart.ink import STYLES, Ink
-from tui.chart.text import plain
+from tui.chart.text import SECOND, plain
 from tui.words import UNICODE
 
 Run = tuple[str, Ink]
@@ -194,7 +194,7 @@ class Panel(Widget):
         return strip.apply_offsets(0, number)
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
-        return selection.extract("\n".join(text(line) for line in self.lines)), "\n"
+        return selection.extract("\n".join(text(line) for line in self.lines)).replace(SECOND, ""), "\n"
 
     def selection_updated(self, selection: Selection | None) -> None:
         self.refresh()

@@ -1,4 +1,4 @@
-"""The line to type on: `:` for commands with history and completion, `/` for a view's filter."""
+"""The line to type on: `:` for commands with history and completion, `/` for a view's filter, `>` for what a view asks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Prompt(Input):
 
     def open(self, sign: str) -> None:
         self._sign = sign
-        self._place = len(self.midwatch.typed)
+        self._place = len(self._history)
         self.value = sign + (self._patterns.get(self.midwatch.view_name, "") if sign == "/" else "")
         self.cursor_position = len(self.value)
         self.display = True
@@ -53,7 +53,7 @@ class Prompt(Input):
             event.prevent_default()
             event.stop()
             self._complete()
-        elif event.key in ("up", "down") and self._sign == ":":
+        elif event.key in ("up", "down") and self._sign != "/":
             event.prevent_default()
             event.stop()
             self._recall(-1 if event.key == "up" else 1)
@@ -72,8 +72,14 @@ class Prompt(Input):
         if len(choices) > 1:
             self.midwatch.say("  ".join(choices[:24]), Ink.FAINT)
 
+    @property
+    def _history(self) -> list[str]:
+        """What was typed before, after this sign."""
+        view = self.midwatch.view
+        return view.asked if self._sign == ">" and view is not None else self.midwatch.typed
+
     def _recall(self, by: int) -> None:
-        typed = self.midwatch.typed
+        typed = self._history
         self._place = min(max(0, self._place + by), len(typed))
         self.value = self._sign + (typed[self._place] if self._place < len(typed) else "")
         self.cursor_position = len(self.value)
@@ -81,7 +87,7 @@ class Prompt(Input):
     def on_input_changed(self, event: Input.Changed) -> None:
         event.stop()
         if not self.value.startswith(self._sign):
-            self.value = self._sign + self.value.lstrip(":/")
+            self.value = self._sign + self.value.lstrip(":/")  # its sign was deleted
         elif self._sign == "/" and self.midwatch.view is not None and self.is_open:
             self._filter()
 
@@ -95,8 +101,13 @@ class Prompt(Input):
 
     async def on_input_submitted(self, event: Input.Submitted) -> None:
         event.stop()
-        line = self.value[1:].strip()
+        text = self.value[1:]
+        line = text.strip()
         self.close()
+        if self._sign == ">":
+            if self.midwatch.view is not None:
+                self.midwatch.view.take_prompt(text)
+            return
         if self._sign == "/" or not line:
             return
         if not self.midwatch.typed or self.midwatch.typed[-1] != line:

@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_running(commands)
     _add_planning(commands)
     _add_looking(commands)
+    _add_probe(commands)
     _add_export(commands)
     _add_steering(commands)
     shards = commands.add_parser("shards", help="build and look at token shards")
@@ -93,6 +94,29 @@ def _count(text: str) -> float:
         return parse_count(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _add_probe(commands: Any) -> None:
+    probe = commands.add_parser("probe", help="talk to a checkpoint, or to two side by side")
+    probe.add_argument("run", metavar="RUN")
+    probe.add_argument("--checkpoint", metavar="ID", default="newest", help="its id, a step, golden or newest (default: newest)")
+    probe.add_argument("--against", metavar="ID", help="a second one that answers the same")
+    probe.add_argument("--prompt", metavar="TEXT", help="answer this and leave (default: standard input, or a conversation)")
+    forms = probe.add_mutually_exclusive_group()
+    forms.add_argument("--text", action="store_true", help="continue the prompt as it is (default for pretraining checkpoints)")
+    forms.add_argument("--chat", action="store_true", help="put it through the chat template (default for all others)")
+    probe.add_argument("--limit", type=int, default=256, metavar="N", help="tokens of an answer at the most (default: 256)")
+    probe.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token (default: 0.8)")
+    probe.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that make up this much")
+    probe.add_argument("--top-k", type=int, default=0, metavar="K", help="only so many of the likeliest tokens")
+    probe.add_argument("--seed", type=int, default=0, help="the same one draws the same answer (default: 0)")
+    probe.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer once it contains this; repeatable"
+    )
+    probe.add_argument(
+        "--alternatives", type=int, default=10, metavar="N", help="with --json: likeliest tokens beside each (default: 10)"
+    )
+    probe.add_argument("--json", action="store_true", help="one JSON object a token, and one at the end")
 
 
 def _add_export(commands: Any) -> None:

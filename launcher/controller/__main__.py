@@ -24,6 +24,7 @@ from launcher.controller.generations import Generations
 from launcher.controller.listener import Listener, ListenError
 from launcher.controller.office import Office
 from launcher.controller.pool import Pool
+from launcher.controller.probing import Probing
 from launcher.controller.queries import Queries
 from launcher.controller.reports import Reports
 from launcher.controller.server import Doorkeeper
@@ -152,7 +153,9 @@ class Term:
         self.dispatch.on_rollback = self.watching.forget
         view = View(office)
         reports = Reports(office, commits, self.dispatch, self.generations, self.watching)
-        self.door = Doorkeeper(office, self.dispatch, self.generations, reports, view, Queries(office, commits, view))
+        self.probing = Probing(office, commits)
+        queries = Queries(office, commits, view)
+        self.door = Doorkeeper(office, self.dispatch, self.generations, reports, view, queries, self.probing)
         self._commits = commits
         self.stragglers = Stragglers(office)
         self._batch = Batch.of(office, self.dispatch, self.generations)
@@ -190,6 +193,7 @@ class Term:
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+        await self.probing.close()
         for task in done:
             task.result()
 

@@ -1,4 +1,4 @@
-"""The controller's clients: screens, the command line and reporters, which watch, ask and command.
+"""The controller's clients: screens, the command line and reporters, which watch, ask, command and talk to checkpoints.
 
 Each screen has one slot for the newest snapshot, so one that does not read costs neither memory nor anybody's time.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 
 from websockets.asyncio.server import ServerConnection
@@ -16,6 +17,7 @@ from launcher import journal as j
 from launcher import protocol as p
 from launcher.controller.dispatch import Dispatch
 from launcher.controller.office import Office
+from launcher.controller.probing import Probing
 from launcher.controller.queries import Queries
 from launcher.controller.view import View
 
@@ -26,12 +28,16 @@ SNAPSHOT_SECONDS = 0.2
 SNAPSHOT_RATE = 4e6
 """Bytes a second that a screen is sent; a thousand nodes of eight GPUs are 3.5 MB, and speak once a second."""
 
+MOST_UNREAD = 4096
+"""Messages of the probe that wait for a client; one that is further behind gets no more of that answer."""
+
 
 class Clients:
     """Serves every client there is."""
 
-    def __init__(self, office: Office, dispatch: Dispatch, view: View, queries: Queries) -> None:
+    def __init__(self, office: Office, dispatch: Dispatch, view: View, queries: Queries, probing: Probing) -> None:
         self._office, self._dispatch, self._view, self._queries = office, dispatch, view, queries
+        self._probing = probing
         self._screens: dict[ServerConnection, asyncio.Event] = {}
         self._frame = b""
         self.count = 0
@@ -62,6 +68,8 @@ class Clients:
         welcome = p.ClientWelcome(term=office.term, run=office.recipe.run.name, directory=str(office.paths.root), author=author)
         await connection.send(p.encode(welcome))
         pusher = asyncio.create_task(self._push(connection)) if hello.subscribe else None
+        answers: asyncio.Queue[p.ProbeAnswer] = asyncio.Queue()
+        answerer = asyncio.create_task(_hand_on(answers, connection))
         commands: set[asyncio.Task[None]] = set()
         self.count += 1
         try:
@@ -75,11 +83,16 @@ class Clients:
                     task = asyncio.create_task(self._command(connection, message, author))
                     commands.add(task)
                     task.add_done_callback(commands.discard)
+                elif isinstance(message, p.ProbeAsk):
+                    await self._probing.ask(connection, message, functools.partial(_put, answers))
+                elif isinstance(message, p.ProbeStop):
+                    self._probing.stop(connection, message.ask)
                 else:
                     await connection.send(p.encode(await self._queries.answer(message)))
         finally:
             self.count -= 1
-            for task in [*commands, *([pusher] if pusher else [])]:
+            self._probing.left(connection)
+            for task in [*commands, answerer, *([pusher] if pusher else [])]:
                 task.cancel()
             self._screens.pop(connection, None)
 
@@ -113,6 +126,20 @@ class Clients:
         for future in self._waiting.pop(entry.number, []):
             if not future.done():
                 future.set_result(None)
+
+
+def _put(answers: asyncio.Queue[p.ProbeAnswer], answer: p.ProbeAnswer) -> bool:
+    """An end is always kept; of the rest what there is room for."""
+    room = answers.qsize() < MOST_UNREAD
+    if room or isinstance(answer, p.ProbeEnd):
+        answers.put_nowait(answer)
+    return room
+
+
+async def _hand_on(answers: asyncio.Queue[p.ProbeAnswer], connection: ServerConnection) -> None:
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            await connection.send(p.encode(await answers.get()))
 
 
 def _refused(command: p.Command, author: str, now: float, reason: str) -> p.CommandView:

@@ -103,6 +103,7 @@ class Commits:
         keep = {c.id for c in ledger.checkpoints.values() if c.golden or c.ended}
         keep |= {line.fork for line in ledger.lineages.values() if line.fork is not None}
         keep |= self._office.live.verifying
+        keep |= set(self._office.live.probed.values())
         for command in ledger.open_commands():
             if command.verb == "rollback":
                 target = self.find(str(command.arguments.get("checkpoint")))

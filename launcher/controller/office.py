@@ -55,6 +55,8 @@ class Live:
     dropped: int = 0
     verifying: set[str] = field(default_factory=set)
     """Checkpoints that are being read and must not be deleted."""
+    probed: dict[tuple[object, int, int], str] = field(default_factory=dict)
+    """Checkpoints that answer somebody and must not be deleted: by client, ask and place."""
     refused_peers: int = 0
     stragglers: tuple[Straggler, ...] = ()
     """Ranks that are slower than the others, and have been for some time."""

@@ -24,6 +24,7 @@ from launcher.controller.dispatch import Dispatch
 from launcher.controller.generations import Generations
 from launcher.controller.office import Office
 from launcher.controller.peers import Peer, Refusals, Roles, quiet
+from launcher.controller.probing import Probing
 from launcher.controller.queries import Queries
 from launcher.controller.reports import Reports
 from launcher.controller.view import View
@@ -49,11 +50,18 @@ class Doorkeeper:
     """Serves every kind of peer."""
 
     def __init__(
-        self, office: Office, dispatch: Dispatch, generations: Generations, reports: Reports, view: View, queries: Queries
+        self,
+        office: Office,
+        dispatch: Dispatch,
+        generations: Generations,
+        reports: Reports,
+        view: View,
+        queries: Queries,
+        probing: Probing,
     ) -> None:
         self._office, self._dispatch, self._generations = office, dispatch, generations
         self._reports = reports
-        self._clients = Clients(office, dispatch, view, queries)
+        self._clients = Clients(office, dispatch, view, queries, probing)
         group = office.recipe.cluster.operators
         self._operators = group_id(group, str(office.paths.recipe)) if group is not None else None
         self._roles = Roles(os.getuid(), self._operators)

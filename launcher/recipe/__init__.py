@@ -4,6 +4,7 @@ from launcher.recipe.cluster import Cluster
 from launcher.recipe.load import Recipe, RecipeError, check, dump_recipe, load_recipe, parse_recipe, warnings
 from launcher.recipe.model import Model, Rope
 from launcher.recipe.parallel import Parallel
+from launcher.recipe.probe import Probe
 from launcher.recipe.run import Checkpoint, Report, Run
 from launcher.recipe.stage import Stage
 from launcher.recipe.watch import Watch
@@ -15,6 +16,7 @@ __all__ = [
     "Data",
     "Model",
     "Parallel",
+    "Probe",
     "Recipe",
     "RecipeError",
     "Report",

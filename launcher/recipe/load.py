@@ -20,6 +20,7 @@ from launcher.recipe.lines import key_lines, line_of
 from launcher.recipe.model import Model
 from launcher.recipe.origin import OriginError, fill_in
 from launcher.recipe.parallel import Parallel, multiple_of
+from launcher.recipe.probe import Probe
 from launcher.recipe.repeat import RepeatError, expanded
 from launcher.recipe.run import Checkpoint, Report, Run
 from launcher.recipe.stage import PARTS, Stage
@@ -46,6 +47,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     generate: Generate = Generate()
     checkpoint: Checkpoint = Checkpoint()
     report: Report = Report()
+    probe: Probe = Probe()
     watch: tuple[Watch, ...] = ()
 
     @property
@@ -156,7 +158,7 @@ def _with_table(recipe: Recipe) -> Recipe:
 def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """Every problem that shows without touching the data: (path of the key, what is wrong and the way out)."""
     found: list[tuple[KeyPath, str]] = []
-    for section in ("run", "model", "cluster", "checkpoint", "report", "generate"):
+    for section in ("run", "model", "cluster", "checkpoint", "report", "generate", "probe"):
         found += [((section, key), f"[{section}] {key}: {message}") for key, message in getattr(recipe, section).problems()]
     if not recipe.model.problems():
         found += [(("parallel", key), f"[parallel] {key}: {message}") for key, message in recipe.parallel.problems(recipe.model)]

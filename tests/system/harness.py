@@ -245,7 +245,7 @@ class Run:
     def clear(self) -> None:
         with contextlib.suppress(AssertionError, psutil.Error):
             self.kill(self.controller())
-        for module in ("launcher.controller", "launcher.agent", "trainer", "shards"):
+        for module in ("launcher.controller", "launcher.agent", "trainer", "trainer.probe", "shards"):
             self.kill(*self._processes(module))
 
 

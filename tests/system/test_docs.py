@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from launcher.recipe import Checkpoint, Cluster, Data, Model, Report, Rope, Run, Source, Stage, Tokenizer, Watch
+from launcher.recipe import Checkpoint, Cluster, Data, Model, Probe, Report, Rope, Run, Source, Stage, Tokenizer, Watch
 from launcher.recipe.generate import Generate
 from launcher.recipe.live import stage_settings
 from launcher.recipe.load import load_recipe
@@ -17,9 +17,10 @@ from launcher.recipe.policy import Policy
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    "struct", [Run, Model, Tokenizer, Data, Source, Stage, Rope, Cluster, Checkpoint, Report, Watch, Policy, Generate]
-)
+STRUCTS = [Run, Model, Tokenizer, Data, Source, Stage, Rope, Policy, Generate, Cluster, Checkpoint, Report, Probe, Watch]
+
+
+@pytest.mark.parametrize("struct", STRUCTS)
 def test_the_recipe_reference_names_every_key(struct: type[msgspec.Struct]) -> None:
     page = (ROOT / "docs/recipe.md").read_text()
     missing = [key for key in struct.__struct_encode_fields__ if not re.search(rf"\b{key}\b", page)]

@@ -12,13 +12,18 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from trainer_harness import Step, Told, fresh, logs, same_bits, start_ranks, state, steer, tensors, write_recipe
 
-from launcher.protocol import Op
-from launcher.recipe import Recipe, Stage
+from launcher.protocol import Op, ProbeAsk, ProbeEnd, ProbeToken
+from launcher.recipe import Recipe, Stage, load_recipe
 from launcher.recipe.policy import Policy
 from shards.feed import open_held_out
 from shards.tokenizer import Tokenizer
+from trainer.model import Decoder
+from trainer.probe.judging import Judges
+from trainer.probe.loading import load
+from trainer.probe.service import Service
 
 FUNCTIONS = """
 import json, math, pathlib
@@ -224,6 +229,37 @@ def test_responses_are_reported_with_what_they_are_worth(whole: tuple[Path, Told
     assert all(body["tokens"] == 8 or body["tokens"] > 0 for body in found)
     assert len({body["reward"] for body in found}) > 3
     assert {phase["phase"] for phase in whole[1].all("Phase")} >= {"generating", "scoring", "training"}
+
+
+def test_the_probe_scores_answers_by_the_reward_model_and_refuses_to_let_it_write(whole: tuple[Path, Told]) -> None:
+    root, cpu = whole[0], torch.device("cpu")
+    recipe = load_recipe(root / "recipe.toml")
+    told: list[Any] = []
+    service = Service(lambda name: name, lambda id: load(recipe, root, id, cpu), 2, told.append, Judges(recipe, root, cpu))
+    asked = {"prompt": "What?", "form": "chat", "limit": 6, "temperature": 0.0, "alternatives": 0}
+    service.take(ProbeAsk(ask=1, checkpoints=("26-1-policy", "12-1-pretrain"), **asked))
+    service.take(ProbeAsk(ask=2, checkpoints=("16-1-reward",), **asked))
+    while service.busy:
+        service.work()
+    ends = {(end.ask, end.which): end for end in told if isinstance(end, ProbeEnd)}
+    assert "holds a reward model" in ends[2, 0].problem
+    held = {
+        name.removeprefix("model."): torch.from_numpy(values)
+        for name, values in tensors(root / "checkpoints" / "16-1-reward").items()
+    }
+    model = Decoder(recipe.model, len(held["embedding.weight"]), scalar=True)
+    model.load_state_dict({name: held[name] for name, _ in model.named_parameters()})
+    for which in (0, 1):
+        pieces = [token.piece for token in told if isinstance(token, ProbeToken) and token.which == which]
+        assert len(pieces) == ends[1, which].tokens
+        score = ends[1, which].score
+        assert score is not None
+        tokenizer = Tokenizer.load(Path(recipe.data.dir or "") / "tokenizer.model")
+        names = {tokenizer.piece(id): id for id in reversed(range(tokenizer.vocab))}
+        ids = torch.tensor([[*tokenizer.chat([("user", "What?")])[0], *(names[piece] for piece in pieces)]])
+        with torch.no_grad():
+            found = model(ids, torch.arange(ids.shape[1])[None], torch.zeros_like(ids))
+        assert score == pytest.approx(float(found[0, -1]), abs=1e-5)
 
 
 def test_prompts_without_room_for_a_response_are_left_out_and_counted(build: Build) -> None:

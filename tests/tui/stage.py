@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import re
 import tempfile
 import threading
 from collections.abc import Callable
@@ -237,6 +239,12 @@ LOGS = {
     "laptop/0.log": log_lines(600),
     "laptop/1.log": log_lines(40),
 }
+ANSWERS = (
+    "Join one or more path components, and return the concatenation of path and any members of paths with exactly one "
+    "separator following each non-empty part except the last.\n\nIf a component is an absolute path, all previous components "
+    "are thrown away and joining continues from the absolute path component.",
+    "Join path components.\n\n    os.path.join('a', 'b')\n\nreturns 'a/b' on POSIX: naïve, 日本.",
+)
 SAMPLES = (
     p.Sampled(stage="pretrain", step=600, lineage=2, prompt="def read(self, size=-1):",
               text='\n    """Read up to size bytes from the object and return them.\n\n    If it is negative, all is read."""'),
@@ -257,6 +265,12 @@ class Stage:
         self.logs = dict(LOGS)
         self.series = series()
         self.journal = journal()
+        self.asks: list[p.ProbeAsk] = []
+        self.stopped: list[int] = []
+        self.answers = ANSWERS
+        """Text that each checkpoint of an ask answers with."""
+        self.answered = 10_000
+        """Tokens of an answer after which nothing more comes."""
         self.hold: set[str] = set()
         """Verbs whose outcome does not come."""
         self.outcome: Callable[[p.Command], dict[str, Any]] = lambda command: {"state": "done", "step": self.snapshot.step}
@@ -346,6 +360,12 @@ class Stage:
                     self.commands.append(message)
                     if message.verb not in self.hold:
                         await connection.send(p.encode(self._carry_out(message)))
+                elif isinstance(message, p.ProbeAsk):
+                    self.asks.append(message)
+                    answering = asyncio.create_task(self._probe(connection, message))
+                    task.add_done_callback(lambda _, answering=answering: answering.cancel())  # type: ignore[misc]
+                elif isinstance(message, p.ProbeStop):
+                    self.stopped.append(message.ask)
                 else:
                     self.questions.append(message)
                     await connection.send(p.encode(self._answer(message)))
@@ -401,14 +421,44 @@ class Stage:
                 return p.TextReply(id=question.id, samples=SAMPLES)
         return p.Refused(id=getattr(question, "id", 0), reason="not understood")
 
+    async def _probe(self, connection: ServerConnection, ask: p.ProbeAsk) -> None:
+        """Answers word by word; what else each could have been is made of the other words."""
+        for which, name in enumerate(ask.checkpoints):
+            id = "step-1100" if name == "newest" else name
+            if id == "step-450":
+                problem = "checkpoints/step-450/rank-00000.bin: its content is not what was written (use another checkpoint)"
+                end = p.ProbeEnd(ask=ask.ask, which=which, checkpoint=id, finish="failed", problem=problem)
+                await connection.send(p.encode(end))
+                continue
+            stage = next(c.stage for c in self.snapshot.checkpoints if c.id == id)
+            form: Any = ask.form if ask.form != "auto" else "text" if stage in ("pretrain", "extend") else "chat"
+            began = p.ProbeBegan(ask=ask.ask, which=which, checkpoint=id, stage=stage, form=form, prompt_tokens=12)
+            await connection.send(p.encode(began))
+            words = re.findall(r"\n|\s*[^\s]+", self.answers[which])[: ask.limit]
+            for at, word in enumerate(words[: self.answered]):
+                others = [words[(at + 7 * n) % len(words)] for n in range(1, 10)]
+                chances = [0.42, 0.21, 0.11, 0.07, 0.04, 0.02, 0.01, 0.005, 0.002, 0.001]
+                drawn = at % 3 if ask.temperature else 0
+                pieces = [*others[:drawn], word, *others[drawn:]]
+                told = tuple(zip(pieces, chances, strict=True))[: ask.alternatives]
+                token = p.ProbeToken(
+                    ask=ask.ask, which=which, text=word, piece=word, log_prob=math.log(chances[drawn]), alternatives=told
+                )
+                await connection.send(p.encode(token))
+            if self.answered >= len(words):
+                last = p.ProbeToken(ask=ask.ask, which=which, text="", piece="[EOS]", log_prob=-0.1, alternatives=(("[EOS]", 0.9),))
+                await connection.send(p.encode(last))
+                end = p.ProbeEnd(
+                    ask=ask.ask, which=which, checkpoint=id, finish="stop", tokens=len(words) + 1, seconds=len(words) / 31.25
+                )
+                await connection.send(p.encode(end))
+
     def _log(self, question: p.LogQuery) -> p.LogReply:
         files = tuple(sorted(self.logs))
         if not question.file:
             return p.LogReply(id=question.id, files=files)
         lines = self.logs[question.file]
         if question.pattern:
-            import re
-
             lines = [line for line in lines if re.search(question.pattern, line)]
         start = max(0, len(lines) - question.lines) if question.offset < 0 else question.offset
         part = lines[start : start + question.lines]

@@ -45,11 +45,11 @@ async def test_views_open_by_letter_and_escape_goes_back(stage: Stage) -> None:
 
 
 async def test_the_help_names_what_is_not_there_yet(stage: Stage) -> None:
-    async with attached(stage, (120, 130)) as screen:
+    async with attached(stage, (120, 150)) as screen:
         await screen.press("question_mark")
-        await screen.sees("Not there yet", "mixture against target", "talk to a checkpoint")
-        await screen.press("b")
-        await screen.sees("probe: not there yet")
+        await screen.sees("Not there yet", "mixture against target")
+        await screen.press("d")
+        await screen.sees("data: not there yet")
 
 
 async def test_without_a_gpu_cpus_and_memory_are_shown_and_said(stage: Stage) -> None:

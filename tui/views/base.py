@@ -21,6 +21,8 @@ class View(Vertical):
     rows: Rows | None = None
     """What the arrows move, where there is such a list."""
     filterable = False
+    asked: list[str]
+    """What was typed at its own prompt, where it has one (the sign `>`)."""
 
     @property
     def midwatch(self) -> MidwatchApp:
@@ -48,6 +50,9 @@ class View(Vertical):
     def set_filter(self, pattern: str) -> str:
         """Shows only what matches; returns why the pattern is wrong, or nothing."""
         return ""
+
+    def take_prompt(self, text: str) -> None:
+        """What was typed at its own prompt."""
 
     def status(self) -> Line:
         """What the status line says while there is nothing newer."""

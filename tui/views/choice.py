@@ -1,0 +1,60 @@
+"""The list of checkpoints to choose one from: those that are kept, the newest first, goldens marked."""
+
+from launcher.protocol import CheckpointView
+from tui.chart.ink import Ink
+from tui.panel import Line, Rows, Run
+from tui.scene import Scene
+from tui.words import UNICODE, age, compact
+
+NEWEST: tuple[str, Line] = ("newest", [("newest", Ink.TEXT), (" whichever that is when asked", Ink.FAINT)])
+NOBODY: tuple[str, Line] = ("", [("nobody: one column", Ink.TEXT)])
+
+
+class Choice(Rows):
+    """What stands at the cursor is `chosen`, by its name; the empty one is nobody."""
+
+    DEFAULT_CSS = "Choice { height: 1fr; display: none; }"
+
+    def __init__(self) -> None:
+        super().__init__(choosing=True)
+        self._names: list[str] = []
+        self._optional = False
+
+    @property
+    def chosen(self) -> str:
+        return self._names[self.cursor]
+
+    def open(self, scene: Scene, chosen: str, *, optional: bool) -> None:
+        """optional: there may be nobody."""
+        self._optional = optional
+        self.refill(scene)
+        if chosen in self._names:
+            self.choose(self._names.index(chosen))
+
+    def refill(self, scene: Scene) -> None:
+        """There may be others now; the cursor stays where it is."""
+        before = self.chosen if self.cursor < len(self._names) else None
+        snapshot = scene.snapshot
+        kept = sorted(snapshot.checkpoints, key=lambda c: (c.time, c.step), reverse=True) if snapshot is not None else []
+        entries = [*([NOBODY] if self._optional else []), NEWEST, *((c.id, _row(c, scene)) for c in kept)]
+        self._names = [name for name, _ in entries]
+        self.show([line for _, line in entries])
+        if before in self._names:
+            self.choose(self._names.index(before))
+
+
+def _row(checkpoint: CheckpointView, scene: Scene) -> list[Run]:
+    star = "★" if UNICODE else "*"
+    mark, ink = (star, Ink.GOLD) if checkpoint.golden else ("?", Ink.ALARM) if checkpoint.suspect else (" ", Ink.FAINT)
+    main = Ink.TEXT if checkpoint.on_line else Ink.GHOST
+    flags = [word for word, is_so in (("golden", checkpoint.golden), ("SUSPECT", checkpoint.suspect),
+             ("end of stage", checkpoint.ended), ("rolled back", not checkpoint.on_line)) if is_so]  # fmt: skip
+    loss = f"loss {compact(checkpoint.loss):<7}" if checkpoint.loss is not None else " " * 12
+    return [
+        (f"{checkpoint.id:<12.12} ", main),
+        (f"{mark} ", ink),
+        (f"{checkpoint.stage:.9} {checkpoint.stage_step:,}".ljust(15), Ink.FAINT),
+        (loss, main),
+        (f"{age(scene.now - scene.skew - checkpoint.time):>8} ago  ", Ink.FAINT),
+        (", ".join(flags), ink if checkpoint.golden or checkpoint.suspect else Ink.FAINT),
+    ]
