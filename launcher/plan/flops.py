@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from launcher.recipe import Model, Stage
+from launcher.recipe.descent import judged
 
 FORWARD_AND_BACKWARD = 3
 """Backward computes the gradient by the input and by the weights: twice forward (Kaplan et al. 2020, section 2.1)."""
@@ -43,8 +44,19 @@ def flops_per_token(model: Model, vocabulary: int, context: int) -> float:
 
 
 def passes(stage: Stage) -> float:
-    """Forwards and backwards over a token, as a multiple of one of each: a reference has a forward besides."""
-    return 1.0 + 1.0 / FORWARD_AND_BACKWARD if stage.needs_reference else 1.0
+    """Forwards and backwards over a token, as a multiple of one of each: a reference has a forward besides.
+
+    Of a policy that learns from its responses each is drawn, and gone over by everybody, once for all the epochs in which it is
+    learned from; what makes data only draws and scores.
+    """
+    forward = 1.0 / FORWARD_AND_BACKWARD
+    if stage.makes:
+        return forward * (1 + judged(stage)) * stage.rollout.responses
+    if not stage.draws:
+        return 1.0 + forward if stage.needs_reference else 1.0
+    learners = 2 if stage.objective == "ppo" else 1
+    # Drawn; then the policy, the reference, the value model and the reward model, as far as there are any.
+    return learners + forward * (2 + learners + judged(stage)) / stage.rollout.epochs
 
 
 def rows_of_a_sample(stage: Stage) -> int:

@@ -14,10 +14,12 @@ import msgspec
 
 from launcher.plan import activations
 from launcher.plan.activations import Block, Kernel, Piece
+from launcher.plan.beside import beside
 from launcher.plan.flops import block_matrices, block_parameters, compute_bytes
 from launcher.plan.mesh import Batches, Mesh, Share, batches_of, mesh_of, part_of_forward, share_of, waiting_forwards
 from launcher.plan.peak import FLOAT32, Shape, moments
 from launcher.recipe import Model, Parallel, Stage
+from launcher.recipe.generate import Generate
 
 MOMENTS = 2
 
@@ -32,6 +34,11 @@ class Memory(msgspec.Struct, frozen=True):
     """Micro-batches accumulate: gradients of all that the rank has a part of lie on it until the last one's are reduced."""
     optimizer_bytes: int
     reference_bytes: int
+    """And the reward model's, where one scores responses."""
+    critic_bytes: int
+    """PPO's value model: weights, gradients, moments."""
+    engine_bytes: int
+    """What writes responses: a whole copy of the model, its KV cache, and the responses."""
     """DPO's frozen copy."""
     gathered_bytes: int
     """Parameters that FSDP2 holds whole, in the compute type: all that is outside the blocks, and two blocks."""
@@ -66,6 +73,7 @@ class Setting(NamedTuple):
     batches: Batches
     offload: Literal["none", "optimizer", "parameters"]
     on_cpu: bool
+    generate: Generate = Generate()
 
     @property
     def alone(self) -> bool:
@@ -126,12 +134,15 @@ def rank_memory(setting: Setting, rank: int) -> Memory:
     held, layers = rank_parameters(setting, share), sum(share.layers)
     weights = -(-FLOAT32 * (layers * held.block * mesh.tensor + held.root) // (mesh.shard * mesh.tensor))
     optimizer, staging = MOMENTS * weights, (1 + MOMENTS) * weights
-    reference = weights if setting.stage.needs_reference else 0
+    others = beside(setting.model, setting.vocabulary, setting.stage, setting.generate, weights, optimizer)
+    reference = others.frozen
     parts = [part_bytes(setting, share, part) for part in range(mesh.parts)]
     waiting = [part_of_forward(mesh, number) for number in range(waiting_forwards(mesh, rank, count))]
     shapes = [_shape(setting, share, held, part, waiting) for part in sorted(set(waiting))]
     peak, moment = max((bytes, moment) for shape in shapes for moment, bytes in moments(shape).items())
     state = {"none": weights + optimizer + reference, "optimizer": weights + reference, "parameters": 0}[setting.to_host]
+    state += others.critic + others.engine
+    staging *= 2 if others.critic else 1
     in_host = {"none": 0, "optimizer": optimizer, "parameters": 2 * weights + optimizer + reference}[setting.to_host]
     return Memory(
         pipeline_rank=rank,
@@ -140,6 +151,8 @@ def rank_memory(setting: Setting, rank: int) -> Memory:
         gradients_whole=count > 1,
         optimizer_bytes=optimizer,
         reference_bytes=reference,
+        critic_bytes=others.critic,
+        engine_bytes=others.engine,
         gathered_bytes=0 if setting.alone else shapes[0].each * (shapes[0].models * held.root + min(2, layers) * held.block),
         activations_bytes=sum(parts[part] for part in waiting),
         micro_batch_bytes=sum(parts),

@@ -21,6 +21,7 @@ from launcher.plan.pipeline import bubble
 from launcher.plan.quantities import PlanError
 from launcher.plan.ways import Case, ways_out
 from launcher.recipe import Cluster, Model, Parallel, Recipe, Stage
+from launcher.recipe.generate import Generate
 
 IDLE = 0.2
 """Part of a step for which a pipeline may idle before a note says so."""
@@ -53,7 +54,7 @@ def plan_recipe(recipe: Recipe, assumed: Assumptions) -> Plan:
     stages: list[StagePlan] = []
     reference: float | None = None
     for stage in recipe.stage:
-        planned = _stage(model, vocabulary, stage, machine, parallel, assumed.micro_batches)
+        planned = _stage(model, vocabulary, stage, machine, parallel, assumed.micro_batches, recipe.generate)
         if reference is None and stage.objective == "pretrain":
             reference = planned.gpu_hours
         ratio = None if reference is None else planned.gpu_hours / reference
@@ -120,7 +121,13 @@ def _parameters(model: Model, vocabulary: int) -> Parameters:
 
 
 def _stage(
-    model: Model, vocabulary: int, stage: Stage, machine: _Machine, parallel: Parallel, micro_batches: int | None
+    model: Model,
+    vocabulary: int,
+    stage: Stage,
+    machine: _Machine,
+    parallel: Parallel,
+    micro_batches: int | None,
+    generate: Generate,
 ) -> StagePlan:
     rows = flops.rows_of_a_sample(stage)
     tokens = stage.global_batch * rows * stage.context
@@ -130,7 +137,7 @@ def _stage(
     per_step = per_token * flops.passes(stage) * batches.samples * mesh.replicas * rows * stage.context
     idle = bubble(mesh.pipeline, batches.count, mesh.parts) if mesh.pipeline > 1 else None
     seconds = per_step / machine.flops_per_second / (1 - idle.share_of_step if idle else 1)
-    held = worst_rank(Setting(model, vocabulary, stage, mesh, batches, parallel.offload, machine.is_cpu))
+    held = worst_rank(Setting(model, vocabulary, stage, mesh, batches, parallel.offload, machine.is_cpu, generate))
     hours = seconds * stage.steps / 3600 * machine.ranks
     room = machine.gpu.memory_gb
     return StagePlan(

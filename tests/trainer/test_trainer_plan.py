@@ -24,12 +24,12 @@ from launcher.plan.memory import memory
 from launcher.recipe.model import Model
 from trainer import peak
 from trainer.batch import Rows
+from trainer.cast import model_tensors
 from trainer.likelihood import log_probs
 from trainer.model import Decoder
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
 from trainer.parallel import local
-from trainer.training import model_tensors
 
 LLAMA = Model(layers=2, width=64, heads=4, kv_heads=2, hidden=136)
 GPT = Model(

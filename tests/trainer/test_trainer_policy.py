@@ -15,6 +15,7 @@ import pytest
 import torch
 from trainer_harness import Step, Told, fresh, logs, same_bits, start_ranks, state, steer, tensors, write_recipe
 
+from launcher.plan.memory import Memory, memory
 from launcher.protocol import Op, ProbeAsk, ProbeEnd, ProbeToken
 from launcher.recipe import Recipe, Stage, load_recipe
 from launcher.recipe.policy import Policy
@@ -338,9 +339,21 @@ def test_four_models_hold_their_share_on_each_rank_and_frozen_ones_no_more(recip
     for each in found:
         for role in ("policy", "critic"):
             assert each[role]["moments"] == pytest.approx(2 * each[role]["weights"], rel=0.01)
+        planned = plan(root)
+        assert planned.weights_bytes + planned.optimizer_bytes == pytest.approx(
+            each["policy"]["weights"] + each["policy"]["moments"], rel=0.02
+        )
+        assert planned.reference_bytes == pytest.approx(each["reference"]["weights"] + each["judge"]["weights"], rel=0.02)
+        # The plan has the value model's gradients besides.
+        assert planned.critic_bytes == pytest.approx(2 * each["critic"]["weights"] + each["critic"]["moments"], rel=0.02)
         # All that is alive before anything is drawn: weights of four, moments of two, the rollout, and little else.
         known = sum(each[role]["weights"] + each[role]["moments"] for role in ("policy", "critic", "reference", "judge"))
         assert known <= each["alive"] <= known + each["rollout"] + 0.05 * known
+
+
+def plan(root: Path) -> Memory:
+    recipe = load_recipe(root / "recipe.toml")
+    return memory(recipe.model, 512, recipe.stage[-1], 2, True)
 
 
 def weighing(root: Path, id: str) -> None:
