@@ -8,12 +8,16 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from trainer_harness import MakeRun, Step, steer, torchrun, write_recipe
 
 from launcher.protocol import Op
 from launcher.recipe import Recipe, parse_recipe
 from shards.build import build
 from shards.spec import Build
+
+# Files of tests run side by side; threads that wait for each other's cores take many times as long as one thread does.
+torch.set_num_threads(1)
 
 RECIPE = """
 [run]
