@@ -122,6 +122,11 @@ class Feed:
         samples = self.order.span(start, stop)
         return _fill(samples, self._views, self.context, self.tokenizer.pad)
 
+    def samples(self, name: str, start: int, stop: int) -> Batch:
+        """The samples of a source by their own numbers, in no other order; rows as `read` has them."""
+        chosen = [(name, 0, number) for number in range(start, min(stop, self._views[name].size))]
+        return _fill(chosen, self._views, self.context, self.tokenizer.pad)
+
     def prompts(self, start: int, stop: int) -> list[Array]:
         """The token ids alone, one array a sample: for objective kind "prompt"."""
         return [self._views[name].sequences(sample)[0] for name, _, sample in self.order.span(start, stop)]

@@ -114,13 +114,17 @@ class Studio:
         critic = None
         if stage.objective == "ppo":
             critic = cast.critic or self._learner(self._unset(scalar=True))
-        reference, key = None, (standing.reference or INITIAL) if standing.has_reference else ""
+        reference, key = None, (standing.reference or INITIAL) if standing.has_reference and not stage.reference_cached else ""
         if key:
             reference = cast.reference if cast.reference_key == key else self._frozen(key)
         judge, judge_key = None, standing.judge or ""
         if judge_key:
             judge = cast.judge if cast.judge_key == judge_key else self._frozen(judge_key, scalar=True)
         return Cast(policy, critic, reference, key, judge, judge_key)
+
+    def reference(self, standing: Standing) -> Network:
+        """The frozen network that a stage is held against. Raises CheckpointError."""
+        return self._frozen(standing.reference or INITIAL)
 
     def _value_model(self, cast: Cast) -> Network:
         """Begins as the reward model, or with the policy's weights where a function scores: Ouyang et al. 2022, appendix C.4."""

@@ -19,6 +19,7 @@ from trainer.objectives.dpo import METRICS
 from trainer.objectives.reward import gaps, score_places
 from trainer.optimizer import total
 from trainer.parallel import together
+from trainer.reference import prepare
 from trainer.samples import policy_metrics
 from trainer.stages import Exam
 from trainer.training import Training
@@ -35,6 +36,9 @@ def evaluate(training: Training) -> bool:
     training.evaluated = training.mark
     training.phase("evaluating")
     values: dict[str, float] = {}
+    if training.stage.stage.reference_cached and not prepare(training):
+        training.evaluated = None
+        return True
     try:
         for exam in training.stage.exams:
             found = _sit(training, exam)
@@ -60,8 +64,10 @@ def evaluate(training: Training) -> bool:
 def _sit(training: Training, exam: Exam) -> dict[str, float] | None:
     """Mean loss and metrics over one source's held-out samples; None if broken off."""
     world, network, stage = training.world, training.network, exam.stage
-    reference = training.reference if exam.objective.needs_reference else None
-    if exam.objective.needs_reference and reference is None:
+    reference, cached = training.reference if exam.objective.needs_reference else None, training.sums
+    if cached is not None and not (exam.stage is training.stage.stage and cached.has(exam.name, "held_out")):
+        cached = None
+    if exam.objective.needs_reference and reference is None and cached is None:
         return {}
     for each in training.networks:
         each.documents_masked, each.temperature = stage.documents_masked, 1.0
@@ -82,6 +88,8 @@ def _sit(training: Training, exam: Exam) -> dict[str, float] | None:
         samples = samples_a_replica(count, network.replicas)
         for part in micro_batches(batches[0], 2 if exam.pairs else 1, samples, samples, world.device):
             fixed = reference.log_probs(part) if reference is not None else None
+            if cached is not None and exam.objective.needs_reference:
+                fixed = cached.of(batches[0].samples, part, "held_out")
             found = network.scores(part) if network.scalar else network.log_probs(part)
             loss, weight, metrics = exam.objective.loss(found, part, settings, fixed)
             told = torch.stack([loss, weight, *(metrics[name] for name in exam.objective.metrics)])

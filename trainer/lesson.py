@@ -11,6 +11,7 @@ from shards.feed import Batch
 from trainer import rollouts
 from trainer.batch import Rows, filled, micro_batches, samples_a_replica, share
 from trainer.parallel import first_problem, reduce
+from trainer.reference import prepare
 from trainer.stages import rows_of_a_sample
 from trainer.training import Training
 
@@ -53,6 +54,8 @@ def _read(training: Training) -> Lesson | None:
     """This replica's share of the batch; None where a rank cannot read its own."""
     began = time.monotonic()
     world, stage, network = training.world, training.stage.stage, training.network
+    if stage.reference_cached and not prepare(training):
+        return None
     batch, problem = _batch(training)
     waited = time.monotonic() - began
     unread, weight, tokens, *counts = reduce(_counted(training, batch), world.control)
@@ -61,8 +64,11 @@ def _read(training: Training) -> Lesson | None:
         return None
     samples, size = filled(samples_a_replica(stage.global_batch, network.replicas), stage.micro_batch, world.pipeline.size)
     parts = list(micro_batches(batch, rows_of_a_sample(stage), samples, size, world.device))
-    fixed = training.reference if stage.needs_reference else None
-    held = [fixed.log_probs(part) if fixed is not None else None for part in parts]
+    fixed, sums = training.reference if stage.needs_reference else None, training.sums
+    if sums is not None:
+        held: list[Any] = [sums.of(batch.samples[at * size :], part, "train") for at, part in enumerate(parts)]
+    else:
+        held = [fixed.log_probs(part) if fixed is not None else None for part in parts]
     known = {f"data/{name}/fraction": count / stage.global_batch for name, count in zip(stage.mixture, counts, strict=True)}
     return Lesson(parts, held, weight, tokens, known | {"perf/data_wait_seconds": waited}, waited)
 

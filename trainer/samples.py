@@ -52,6 +52,8 @@ def policy_metrics(training: Training) -> dict[str, float] | None:
     Else what `distances` has, and DPO's implicit reward as `policy/reward`: beta times the summed log-ratio.
     """
     stage = training.stage.stage
+    if training.reference is None:
+        return {}
     sources = [exam.name for exam in training.stage.exams if exam.stage is stage]
     found: dict[str, float] = {}
     for stream, source in enumerate(sources if stage.draws else sources[:1], 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from torch import Tensor
@@ -31,6 +31,9 @@ from trainer.responder import Responder
 from trainer.stages import StageRun, open_stage
 from trainer.state import Progress, Rollout, from_manifest, opening_settings, plain
 
+if TYPE_CHECKING:
+    from trainer.reference import Sums
+
 PhaseName = Literal["loading", "training", "evaluating", "sampling", "generating", "scoring", "saving", "paused", "ending"]
 
 
@@ -48,6 +51,8 @@ class Training:
         self.progress = Progress(lineage=start.lineage.id)
         self.experience: Experience | None = None
         """What the policy learns from at the moment, where it learns from its own responses."""
+        self.sums: Sums | None = None
+        """The reference's log-probabilities of the stage's pairs, where they are cached."""
         self._responder: Responder | None = None
         self.checkpointer = Checkpointer(root / "checkpoints", world, link, start.generation, recipe.checkpoint.asynchronous)
         self.reporter = Reporter(link, self.checkpointer.judge)
@@ -101,6 +106,10 @@ class Training:
         if self._responder is None:
             self._responder = Responder(self.recipe, self.stage.stage, self.network, self.world, self.tokenizer)
         return self._responder
+
+    def load_reference(self) -> Network:
+        """Anew. Raises CheckpointError."""
+        return self._studio.reference(self.progress)
 
     def phase(self, name: PhaseName) -> None:
         at = self.progress
@@ -304,7 +313,7 @@ class Training:
         if cast.policy.network is not self.network:
             self.pace = Pace(cast.policy.network.blocks, self.world.device)
         self.cast, self.experience = cast, experience
-        self._responder = None
+        self._responder, self.sums = None, None
         if old is not None:
             old.close()
         for network in self.networks:

@@ -106,6 +106,9 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """DPO's own loss, or IPO's: the squared distance of the log-ratios' difference from 1 / (2 beta)."""
     length_normalised: bool = False
     """DPO: a response's log-probability is its tokens' mean, not their sum."""
+    reference_cached: bool = False
+    """DPO: the reference's log-probabilities of all pairs are worked out before the first step and kept in files; it then leaves
+    memory, and the policy's distance from it on fresh responses is not reported."""
     reference_free: bool = False
     """DPO: without a reference, as if one gave all responses the same probability."""
     margin: float = 0.0
@@ -217,6 +220,8 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             found.append(("mixture", "needs at least one source with a weight above 0, and none below"))
         if not 0 < self.position_factor < math.inf:
             found.append(("position_factor", "must be greater than 0 and finite"))
+        if self.reference_cached and not (self.objective == "dpo" and self.needs_reference):
+            found.append(("reference_cached", "is for dpo with a reference (drop it)"))
         if self.draws or self.makes:
             found += [(f"policy.{key}", message) for key, message in self.rollout.problems()]
             found += [("policy", message) for message in self._rollout_problems()]
