@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher.recipe import Recipe
+from launcher.recipe import Recipe, descent
 from shards import manifest as shards_manifest
 from shards.errors import ShardError
 from trainer import manifest
@@ -35,12 +35,16 @@ def _trained(recipe: Recipe, progress: Progress) -> list[str]:
 
 
 def _stage(recipe: Recipe, data: Path, checkpoint: Path, progress: Progress, name: str) -> dict[str, Any]:
-    stage = recipe.stage[recipe.stage_index(name)]
+    index = recipe.stage_index(name)
+    stage, taken = recipe.stage[index], _trained(recipe, progress)
+    base, judge = descent.base(recipe.stage, index, taken), descent.judge(recipe.stage, index, taken)
     product = checkpoint.name if name == progress.stage_name else progress.origin.products.get(name)
     return {
         "name": name,
         "objective": stage.objective,
         "context": stage.context,
+        "from": None if base is None else recipe.stage[base].name,
+        "scored_by": progress.origin.functions.get(name) if judge is None else recipe.stage[judge].name,
         "corpora": {source: _corpus(data, source, digest) for source, digest in progress.origin.shards[name].items()},
         "product": product,
         "digest": None if product is None else _digest(checkpoint.with_name(product)),

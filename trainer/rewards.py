@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import xxhash
 
 from trainer.batch import share
 from trainer.drawing import Drawn
@@ -59,11 +58,6 @@ def load(place: str) -> Function:
         raise RewardError(f"{file}: has no function {name!r} (correct policy.function)")
     found: Function = function
     return found
-
-
-def digest(place: str) -> str:
-    """Of the function's file."""
-    return xxhash.xxh3_128_hexdigest(Path(place.rpartition(":")[0]).read_bytes())
 
 
 def _called(function: Function, place: str, prompts: list[str], responses: list[str]) -> list[float]:

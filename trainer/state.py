@@ -23,6 +23,8 @@ class Origin(msgspec.Struct, kw_only=True):
     """Hash of the tokenizer's model."""
     shards: dict[str, dict[str, str]] = {}
     """Stage to source to the digest of its shards."""
+    functions: dict[str, str] = {}
+    """Stage to the digest of the file of the function that scored its responses."""
     products: dict[str, str] = {}
     """Stage to the checkpoint that ended it."""
 

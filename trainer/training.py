@@ -28,6 +28,7 @@ from trainer.pace import Pace
 from trainer.parallel import World, first_problem, together
 from trainer.reporting import Link, Reporter
 from trainer.responder import Responder
+from trainer.rewardfile import scored_by
 from trainer.stages import StageRun, open_stage
 from trainer.state import Progress, Rollout, from_manifest, opening_settings, plain
 
@@ -263,6 +264,7 @@ class Training:
             model=self.recipe.model.source_digest or "",
             tokenizer=self.tokenizer.hash,
             shards=before.origin.shards | {stage.name: opened.feed.digests},
+            functions=before.origin.functions | scored_by(stage),
         )
         if stage.needs_reference:
             at.has_reference, at.reference = True, base
