@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness import Run
+
+from tests.system.harness import Run
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "align.toml"
 
