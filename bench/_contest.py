@@ -114,12 +114,12 @@ def transformers(root: Path, steps: int) -> dict[str, Any]:
             row = torch.from_numpy(tokens[index * stage.context : (index + 1) * stage.context].astype(np.int64))
             return {"input_ids": row, "labels": row}
 
-    class Watching(Trainer):  # type: ignore[misc]
+    class Watching(Trainer):  # type: ignore[misc]  # the class is untyped here
         def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
             self.newest: torch.Tensor = super().training_step(*arguments, **more)
             return self.newest
 
-    class Ends(TrainerCallback):  # type: ignore[misc]
+    class Ends(TrainerCallback):  # type: ignore[misc]  # the class is untyped here
         def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
             watch.note(state.global_step - 1, lambda: float(trainer.newest) * trainer.args.gradient_accumulation_steps)
 

@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     context: int
     samples: int
     micro_batch: int
-    stage: dict[str, Any] = {}  # noqa: RUF012
+    stage: dict[str, Any] = {}  # noqa: RUF012  # never changed
     offload: str = "none"
 
 

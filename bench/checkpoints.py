@@ -160,10 +160,10 @@ def rank(root: Path, task: str) -> None:
     steps(1)
     for _ in range(SAVES):
         taken: list[int] = []
-        results["async"].append(timed(lambda taken=taken: taken.append(asynchronous())))  # type: ignore[misc]
+        results["async"].append(timed(lambda taken=taken: taken.append(asynchronous())))  # type: ignore[misc]  # mypy cannot type a lambda's default
         results["stall"].append(committer.ready.stall_seconds if committer.ready else 0.0)
         results["steps"].append(taken[0])
-        results["plain"].append(timed(lambda taken=taken: steps(taken[0])))  # type: ignore[misc]
+        results["plain"].append(timed(lambda taken=taken: steps(taken[0])))  # type: ignore[misc]  # mypy cannot type a lambda's default
         steps(1)
         results["sync"].append(timed(synchronous))
         results["bytes"] = committer.ready.bytes if committer.ready else 0
@@ -172,7 +172,7 @@ def rank(root: Path, task: str) -> None:
                 shutil.rmtree(directory)
         steps(1)
     for number in range(ROUNDS):
-        results["load"].append(timed(lambda lineage=number + 2: training.resume_from("8-1", lineage, 0, 1.0)))  # type: ignore[misc]
+        results["load"].append(timed(lambda lineage=number + 2: training.resume_from("8-1", lineage, 0, 1.0)))  # type: ignore[misc]  # mypy cannot type a lambda's default
         results["first step"].append(timed(lambda: steps(1)))
     if world.leads:
         (root / "results.json").write_text(json.dumps(results))

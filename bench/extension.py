@@ -114,7 +114,7 @@ def learn(model: Decoder, text: Tensor, context: int, rows: int, steps: int, lr:
         row = torch.stack([text[start : start + context + 1] for start in starts])
         loss = -_scores(model, row).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

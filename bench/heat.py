@@ -55,7 +55,7 @@ def main() -> None:
         total += timed(work) if "3 s" not in name else timed(work) / 3
     for level in ("GPUs", "nodes", "racks"):
         made = arrange(fleet, level, WIDTH, HEIGHT)
-        drawing = timed(lambda level=level: _draw(arrange(fleet, level, WIDTH, HEIGHT)))  # type: ignore[misc]
+        drawing = timed(lambda level=level: _draw(arrange(fleet, level, WIDTH, HEIGHT)))  # type: ignore[misc]  # mypy cannot type a lambda's default
         after = arrange(fleet_of(later, "utilisation"), level, WIDTH, HEIGHT)
         changed = len(_draw(after).changes(_draw(made)))
         table.add_row(f"the map by {level}: arranged and painted", f"{drawing:.1f}")

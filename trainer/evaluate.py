@@ -80,7 +80,7 @@ def _sit(training: Training, exam: Exam) -> dict[str, float] | None:
         count = min(stride, len(exam.samples) - start)
         mine = share(start, count, network.replica, network.replicas)
         batches: list[Batch] = []
-        problem = together(lambda mine=mine, read=batches: read.append(exam.samples.read(*mine)), world, ShardError)  # type: ignore[misc]
+        problem = together(lambda mine=mine, read=batches: read.append(exam.samples.read(*mine)), world, ShardError)  # type: ignore[misc]  # mypy cannot type a lambda's default
         if problem:
             training.hold_for_data(problem)
             training.evaluated = None

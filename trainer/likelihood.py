@@ -23,7 +23,7 @@ def likelihood(hidden: Tensor, weight: Tensor, targets: Tensor, tile: int, entro
         with torch.no_grad():
             found = torch.cat([_with_entropy(_every(flat[at], weight), wanted[at]) for at in _tiles(len(flat), tile)])
         return found.view(*targets.shape, 2).clone()
-    found = cast(Tensor, _Likelihood.apply(flat, weight, wanted, tile))  # type: ignore[no-untyped-call]
+    found = cast(Tensor, _Likelihood.apply(flat, weight, wanted, tile))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     # A copy: what FSDP2 takes for an output must not be a view.
     return found.view_as(targets).clone()
 

@@ -187,7 +187,7 @@ class Network:
                 if isinstance(part, FSDPModule):
                     part.set_requires_gradient_sync(number == len(rows) - 1)
                 found = part(each.tokens, each.positions, each.segments, each.targets, documents=each.documents)
-                loss(number, found).backward()  # type: ignore[no-untyped-call]
+                loss(number, found).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             return
         self._loss = loss
         schedule = self._schedule(rows)

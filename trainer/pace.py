@@ -87,7 +87,7 @@ class Pace:
     def _mark(self) -> Any:
         if not self._cuda:
             return self._clock()
-        event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         event.record()
         return event
 

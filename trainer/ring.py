@@ -52,7 +52,7 @@ class Blocks:
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, group: Group) -> Tensor:
     """q [batch, heads, time, head] over k and v [batch, kv_heads, time, head], each rank of the ring having its own tokens."""
     grouped = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
-    out = cast(Tensor, _Ring.apply(grouped, k, v, blocks, group))  # type: ignore[no-untyped-call]
+    out = cast(Tensor, _Ring.apply(grouped, k, v, blocks, group))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return out.flatten(1, 2)
 
 

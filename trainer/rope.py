@@ -88,7 +88,7 @@ def angles(positions: Tensor, frequency: Tensor, scale: float) -> tuple[Tensor, 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates [batch, heads, time, head], a dimension of the first half with its counterpart in the second."""
-    turned: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    turned: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return turned
 
 

@@ -43,7 +43,7 @@ def blocks(tensor: Tensor) -> memoryview:
     storage = tensor.untyped_storage()
     start = tensor.data_ptr() - storage.data_ptr()
     if tensor.is_contiguous() and tensor.data_ptr() % BLOCK == 0 and start + padded <= storage.nbytes():
-        whole = torch.empty(0, dtype=torch.uint8).set_(storage, start, (padded,))  # type: ignore[call-overload]
+        whole = torch.empty(0, dtype=torch.uint8).set_(storage, start, (padded,))  # type: ignore[call-overload]  # its stub knows no storage
         if not whole[size:].any():
             return memoryview(whole.numpy())
     copy = block_tensor(tensor.shape, tensor.dtype)

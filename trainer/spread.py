@@ -93,7 +93,7 @@ class Spread:
             return x
         for group in (self.tensor, self.context):
             if group.size > 1:
-                x = cast(Tensor, _Whole.apply(x, group))  # type: ignore[no-untyped-call]
+                x = cast(Tensor, _Whole.apply(x, group))  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if self.ring:
             order = torch.cat([self.places(time, x.device, place) for place in range(self.context.size)])
             x = x[:, order.argsort()]

@@ -181,7 +181,7 @@ class Faults:
     def _look_links(self, handle: Any) -> None:
         states: dict[int, bool] = {}
         for link in range(MOST_LINKS):
-            state = maybe(lambda link=link: pynvml.nvmlDeviceGetNvLinkState(handle, link))  # type: ignore[misc]
+            state = maybe(lambda link=link: pynvml.nvmlDeviceGetNvLinkState(handle, link))  # type: ignore[misc]  # mypy cannot type a lambda's default
             if state is None:
                 break
             states[link] = bool(state)
@@ -199,7 +199,7 @@ class Faults:
         now = self._clock()
         grown = self._grown.setdefault(link, Grown())
         for counter, _, _ in COUNTERS:
-            value = maybe(lambda counter=counter: pynvml.nvmlDeviceGetNvLinkErrorCounter(handle, link, counter))  # type: ignore[misc]
+            value = maybe(lambda counter=counter: pynvml.nvmlDeviceGetNvLinkErrorCounter(handle, link, counter))  # type: ignore[misc]  # mypy cannot type a lambda's default
             if value is None:
                 continue
             before = self._seen.get((link, counter), value)

@@ -40,7 +40,7 @@ def probe(arguments: argparse.Namespace) -> int:
         ask=0,
         checkpoints=names,
         prompt="",
-        form=form,  # type: ignore[arg-type]
+        form=form,  # type: ignore[arg-type]  # argparse's choices are the literal's
         limit=arguments.limit,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
