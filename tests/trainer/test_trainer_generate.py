@@ -244,6 +244,15 @@ def test_tokens_are_drawn_as_often_as_the_model_says() -> None:
         assert squares < 2 * int((expected > 5).sum()) + 10  # chi-squared, about one a token
 
 
+def test_the_tokens_of_a_response_are_drawn_apart() -> None:
+    even = decoder()
+    with torch.no_grad():
+        for parameter in even.parameters():
+            parameter.zero_()
+    found = answered(engine(weights=even), [Request((7,), limit=2, seed=seed) for seed in range(400)])
+    assert sum(first == second for first, second in (each.tokens for each in found)) < 0.1 * len(found)
+
+
 def test_top_k_and_top_p_leave_the_tail_out() -> None:
     ordered = chances().argsort(descending=True).tolist()
     assert set(drawn_often(top_k=3)) == set(ordered[:3])
