@@ -15,6 +15,7 @@ from torch import Tensor
 from shards.container import Array
 from trainer.batch import Rows, of_one, samples_a_replica, share
 from trainer.generate import Request, Response
+from trainer.generate.served import ServerError
 from trainer.network import Network
 from trainer.training import Training
 
@@ -42,13 +43,18 @@ class Drawn:
 
 
 def draw(training: Training, prompts: Sequence[Ids], tokens: int, temperature: float, seeds: Sequence[int]) -> Drawn | None:
-    """A response of at most `tokens` ids to each prompt; None if it was broken off. By all ranks, with the same prompts."""
+    """A response of at most `tokens` ids to each prompt; None if it was broken or put off. By all ranks, with the same prompts."""
     context, stops = training.stage.stage.context, frozenset(training.tokenizer.stops)
     asked = [number for number, prompt in enumerate(prompts) if 0 < len(prompt) <= context - min(tokens, context - 1)]
     requests = [Request(tuple(map(int, prompts[number])), tokens, temperature, seed=seeds[number], stops=stops) for number in asked]
     responder = training.responder()
     responder.refresh(training.progress.step)
-    answers = responder.respond(requests, training.boundary.peek)
+    try:
+        answers = responder.respond(requests, training.boundary.peek)
+    except ServerError as error:
+        training.hold_for_data(str(error))
+        training.evaluated = None
+        return None
     if answers is None:
         return None
     found: dict[int, Response] = dict(zip(asked, answers, strict=True))

@@ -74,7 +74,7 @@ def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int
     recipe = load_recipe(run / "recipe.toml")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ExportError(f"{to}: is there already (name a new directory)")
-    family = _family(recipe.model)
+    family = like(recipe.model)
     directory = _checkpoint(run, id)
     known, digest = manifest.read(directory)
     progress = from_manifest(known.state, str(directory), recipe)
@@ -83,26 +83,20 @@ def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int
         raise CheckpointError(f"{problem} (use another checkpoint)")
     stage = recipe.stage[progress.stage]
     context = max(each.context for each in recipe.stage[: progress.stage + 1])
-    parts, tensors = _parts(recipe.model, family, known.tensors, directory, stage, context)
-    vocabulary = parts["embedding.weight"].shape[0]
-    if family == "gpt2":
-        context = parts["positions.weight"].shape[0]
-    config = config_of(recipe.model, family, _rope(recipe, stage), recipe.stage[0].context, context, vocabulary)
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    vocabulary = known.tensors["model.embedding.weight"].shape[0]
+    tensors: Tensors = {
+        name: partial(whole, directory, known.tensors[f"model.{name}"]) for name in layout(recipe.model, family, vocabulary)
+    }
+    parts, tensors = placed(recipe.model, family, vocabulary, tensors, stage, context)
     known_as = {"run": recipe.run.name, "checkpoint": directory.name, "step": progress.step, "stage": stage.name, "digest": digest}
     origin = known_as | made_from(recipe, _data(recipe, run), directory, progress)
-    stops = {"eos_token_id": sorted(tokenizer.stops)} if len(tokenizer.stops) > 1 else {}
-    small = hf_tokenizer.files(tokenizer, context) | {
-        "config.json": _dumped(config | ids | {"torch_dtype": dtype}),
-        "generation_config.json": _dumped(ids | stops | {"do_sample": True, "temperature": 0.8}),
-        "midwatch.json": _dumped(origin),
-    }
+    small = described(recipe, stage, parts, context, tokenizer, dtype) | {"midwatch.json": dumped(origin)}
     half = to.with_name(f"{to.name}.part-{os.getpid()}")
     try:
         half.mkdir(parents=True)
         for name, body in small.items():
             (half / name).write_bytes(body)
-        _write(half, parts, tensors, TYPES[dtype], file_bytes)
+        write(half, parts, tensors, TYPES[dtype], file_bytes)
         if to.exists():
             to.rmdir()
         half.rename(to)
@@ -111,7 +105,8 @@ def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int
     return f"{to}: {ARCHITECTURES[family]} of checkpoint {directory.name}, step {progress.step}, {vocabulary} ids, {dtype}"
 
 
-def _family(model: Model) -> Family:
+def like(model: Model) -> Family:
+    """What the model is in Hugging Face's layout. Raises ExportError."""
     family = family_of(model)
     if family is None:
         raise ExportError(f'no Hugging Face model has these positions: position is "{model.position}"')
@@ -146,22 +141,37 @@ def _rope(recipe: Recipe, stage: Stage) -> Rope:
     return stage.rope or recipe.model.rope
 
 
-def _dumped(value: dict[str, Any]) -> bytes:
+def dumped(value: dict[str, Any]) -> bytes:
+    """As JSON."""
     return json.dumps(value, indent=2).encode() + b"\n"
 
 
-def _parts(
-    model: Model, family: Family, entries: dict[str, Entry], directory: Path, stage: Stage, context: int
+def described(
+    recipe: Recipe, stage: Stage, parts: dict[str, Part], context: int, tokenizer: Tokenizer, dtype: str
+) -> dict[str, bytes]:
+    """What is beside the weights, by file. context: of the longest rows. Raises TokenizerError."""
+    family, vocabulary = like(recipe.model), parts["embedding.weight"].shape[0]
+    if family == "gpt2":
+        context = parts["positions.weight"].shape[0]
+    config = config_of(recipe.model, family, _rope(recipe, stage), recipe.stage[0].context, context, vocabulary)
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    stops = {"eos_token_id": sorted(tokenizer.stops)} if len(tokenizer.stops) > 1 else {}
+    return hf_tokenizer.files(tokenizer, context) | {
+        "config.json": dumped(config | ids | {"torch_dtype": dtype}),
+        "generation_config.json": dumped(ids | stops | {"do_sample": True, "temperature": 0.8}),
+    }
+
+
+def placed(
+    model: Model, family: Family, vocabulary: int, tensors: Tensors, stage: Stage, context: int
 ) -> tuple[dict[str, Part], Tensors]:
     """Where each parameter goes, and the parameters, each to be read when it is its turn."""
-    vocabulary = entries["model.embedding.weight"].shape[0]
     parts = layout(model, family, vocabulary)
-    tensors: Tensors = {name: partial(whole, directory, entries[f"model.{name}"]) for name in parts}
     if stage.position_factor != 1.0 and family == "gpt2":
         # GPT-2 reads its table as it is, so what the stage reads between the rows is written out.
         table = tensors["positions.weight"]()
         rows = max(context, math.ceil(len(table) * stage.position_factor))
-        tensors["positions.weight"] = partial(learned, table, torch.arange(rows), stage.position_factor)
+        tensors = tensors | {"positions.weight": partial(learned, table, torch.arange(rows), stage.position_factor)}
         pieces = (parts["positions.weight"].pieces[0]._replace(length=rows),)
         parts["positions.weight"] = Part((rows, model.width), pieces)
     return parts, tensors
@@ -178,7 +188,7 @@ def whole(directory: Path, entry: Entry) -> Tensor:
     return torch.from_numpy(found)
 
 
-def _write(to: Path, parts: dict[str, Part], tensors: Tensors, dtype: torch.dtype, file_bytes: int) -> None:
+def write(to: Path, parts: dict[str, Part], tensors: Tensors, dtype: torch.dtype, file_bytes: int) -> None:
     """The safetensors, in files of about that size at the most, and their index where there are several."""
     from safetensors.torch import save_file
 
@@ -199,7 +209,7 @@ def _write(to: Path, parts: dict[str, Part], tensors: Tensors, dtype: torch.dtyp
         weight_map |= dict.fromkeys(members, file)
     if len(files) > 1:
         total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
-        (to / INDEX).write_bytes(_dumped({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        (to / INDEX).write_bytes(dumped({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
 def _gathered(

@@ -24,6 +24,7 @@ from trainer.heartbeat import Heartbeat
 from trainer.manifest import CheckpointError
 from trainer.network import Network
 from trainer.optimizer import Optimizer
+from trainer.outside import Outside
 from trainer.pace import Pace
 from trainer.parallel import World, first_problem, together
 from trainer.reporting import Link, Reporter
@@ -54,7 +55,7 @@ class Training:
         """What the policy learns from at the moment, where it learns from its own responses."""
         self.sums: Sums | None = None
         """The reference's log-probabilities of the stage's pairs, where they are cached."""
-        self._responder: Responder | None = None
+        self._responder: Responder | Outside | None = None
         self.checkpointer = Checkpointer(root / "checkpoints", world, link, start.generation, recipe.checkpoint.asynchronous)
         self.reporter = Reporter(link, self.checkpointer.judge)
         self.heartbeat = Heartbeat.from_environment()
@@ -102,10 +103,12 @@ class Training:
     def networks(self) -> list[Network]:
         return self.cast.networks
 
-    def responder(self) -> Responder:
-        """What writes with the policy's weights; made when it is first wanted in a stage."""
+    def responder(self) -> Responder | Outside:
+        """What writes with the policy's weights; made when it is wanted. A server writes only what is learned from."""
         if self._responder is None:
-            self._responder = Responder(self.recipe, self.stage.stage, self.network, self.world, self.tokenizer)
+            outside = self.recipe.generate.engine == "vllm" and (self.stage.stage.draws or self.stage.stage.makes)
+            kind = Outside if outside else Responder
+            self._responder = kind(self.recipe, self.stage.stage, self.network, self.world, self.tokenizer)
         return self._responder
 
     def load_reference(self) -> Network:

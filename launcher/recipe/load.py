@@ -15,6 +15,8 @@ import msgspec
 from launcher.recipe import descent
 from launcher.recipe.cluster import Cluster
 from launcher.recipe.generate import Generate
+from launcher.recipe.hf_config import family_of
+from launcher.recipe.hf_layout import misfits
 from launcher.recipe.lines import Path as KeyPath
 from launcher.recipe.lines import key_lines, line_of
 from launcher.recipe.model import Model
@@ -162,6 +164,7 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         found += [((section, key), f"[{section}] {key}: {message}") for key, message in getattr(recipe, section).problems()]
     if not recipe.model.problems():
         found += [(("parallel", key), f"[parallel] {key}: {message}") for key, message in recipe.parallel.problems(recipe.model)]
+        found += _served_problem(recipe)
     for i, rule in enumerate(recipe.watch):
         found += [(("watch", i, key), f'watch "{rule.name}": {key}: {message}') for key, message in rule.problems()]
     kinds: dict[str, str] = {source.name: source.kind for source in recipe.data.source}
@@ -235,6 +238,18 @@ def _span(fewest: int, most: int) -> str:
     return "1 node" if most == 1 else f"{most} nodes" if fewest == most else f"{fewest} to {most} nodes"
 
 
+def _served_problem(recipe: Recipe) -> list[tuple[KeyPath, str]]:
+    """A server reads the policy in Hugging Face's layout, which not every model has."""
+    if recipe.generate.engine == "own":
+        return []
+    family = family_of(recipe.model)
+    lacking = [f'position is "{recipe.model.position}"'] if family is None else misfits(recipe.model, family)
+    if not lacking:
+        return []
+    problem = f'is "vllm", which has no model like this one: {"; ".join(lacking)} (use the own engine)'
+    return [(("generate", "engine"), f"[generate] engine: {problem}")]
+
+
 def _data_problem(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """What the building of the data would refuse, with the key that it speaks of."""
     try:
@@ -294,7 +309,8 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         return msgspec.structs.replace(stage, policy=msgspec.structs.replace(stage.policy, function=place(stage.policy.function)))
 
     stages = tuple(map(moved, recipe.stage))
-    return msgspec.structs.replace(recipe, data=data, tokenizer=tokenizer, stage=stages)
+    generate = msgspec.structs.replace(recipe.generate, weights=place(recipe.generate.weights))
+    return msgspec.structs.replace(recipe, data=data, tokenizer=tokenizer, stage=stages, generate=generate)
 
 
 def _explain(message: str, raw: dict[str, Any]) -> tuple[KeyPath, str]:
