@@ -1,12 +1,14 @@
 """Pages of the KV cache: who has which, and which hold a prefix that another sequence may share.
 
 A page holds the keys and values of `size` tokens in all layers. A full page is known by a hash of its tokens and of all before
-them. One that nobody holds keeps what it has until it is needed for something else, the longest unused first. Kwon et al. 2023
-("PagedAttention"), section 4; prefixes found by hash as vLLM's automatic prefix caching does.
+them. One that nobody holds keeps what it has until it is needed for something else, the longest unused first; before any of these
+go pages without a prefix, the lowest first, so that what is in use lies together. Kwon et al. 2023 ("PagedAttention"), section 4;
+prefixes found by hash as vLLM's automatic prefix caching does.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Sequence as Items
 
@@ -23,17 +25,20 @@ class Blocks:
         """count: pages, that of nobody not among them. size: tokens of a page."""
         self.count, self.size = count, size
         self._holders = [0] * (count + 1)
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, count + 1))
+        self._blank = list(range(1, count + 1))
+        """A heap: without a prefix, and nobody's."""
+        self._free: OrderedDict[int, None] = OrderedDict()
+        """With a prefix, and nobody's."""
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return len(self._blank) + len(self._free)
 
     @property
     def held(self) -> int:
-        return self.count - len(self._free)
+        return self.count - self.free
 
     def needed(self, tokens: int) -> int:
         return -(-tokens // self.size)
@@ -56,11 +61,10 @@ class Blocks:
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for so many tokens of the sequence in all; whether there were enough. It keeps what it has either way."""
         missing = self.needed(tokens) - len(sequence.pages)
-        if missing > len(self._free):
+        if missing > self.free:
             return False
         for _ in range(missing):
-            page, _ = self._free.popitem(last=False)
-            self._forget(page)
+            page = heapq.heappop(self._blank) if self._blank else self._oldest()
             self._holders[page] = 1
             sequence.pages.append(page)
         return True
@@ -79,24 +83,31 @@ class Blocks:
         """Takes its pages back. The last goes first: a prefix is of more use than what followed it."""
         for page in reversed(sequence.pages):
             self._holders[page] -= 1
-            if not self._holders[page]:
+            if self._holders[page]:
+                continue
+            if page in self._key_of:
                 self._free[page] = None
+            else:
+                heapq.heappush(self._blank, page)
         sequence.pages, sequence.cached, sequence.keyed, sequence.key = [], 0, 0, b""
 
     def forget(self) -> None:
         """No page holds a prefix any more: the weights have changed."""
         self._page_of.clear()
         self._key_of.clear()
+        self._blank += self._free
+        self._free.clear()
+        heapq.heapify(self._blank)
 
     def _hold(self, page: int) -> None:
         if not self._holders[page]:
             del self._free[page]
         self._holders[page] += 1
 
-    def _forget(self, page: int) -> None:
-        key = self._key_of.pop(page, None)
-        if key is not None:
-            del self._page_of[key]
+    def _oldest(self) -> int:
+        page, _ = self._free.popitem(last=False)
+        del self._page_of[self._key_of.pop(page)]
+        return page
 
     @staticmethod
     def _key(before: bytes, tokens: Items[int]) -> bytes:

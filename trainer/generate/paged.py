@@ -1,8 +1,8 @@
 """Attention over keys and values that lie in pages.
 
 On a GPU one kernel takes all of a step's tokens and follows the page tables itself: flash-attn's, or torch's own. Elsewhere, and
-where neither takes the model, tokens that continue a sequence look up their pages and are computed together, and each piece of
-a prompt by itself.
+where neither takes the model, tokens that continue a sequence see each of its pages by itself, where it lies, and then what they
+saw is put together; each piece of a prompt is computed alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,8 +23,9 @@ from torch import Tensor
 from trainer import attention
 from trainer.generate.request import Chunk
 
-_SPREAD = 1.5
-"""Sequences looked up together differ in length by this at the most: the shorter ones are filled up."""
+_GAP, _DENSE, _FEW = 32, 2, 16
+"""Pages are seen where they lie if no more are missing between two of them, if those from the first to the last are so many times
+as many at the most, and if they are not fewer; else they are copied."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,27 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Tokens of a step that continue a sequence each, of about the same length."""
+class Seeing:
+    """Some pages, and who looks at each."""
 
+    pages: slice | Tensor
+    """One after another, as they lie in the cache; or anywhere, [pages], to be laid side by side first."""
     rows: Tensor
-    """[sequences], their places among the step's tokens"""
-    pages: Tensor
-    """[sequences * pages]"""
+    """[pages], the sequence that sees it"""
     bias: Tensor
-    """[kv_heads or 1, sequences, queries a kv_head or 1, tokens]: what is added to the scores."""
+    """[pages, kv_heads or 1, queries a kv_head or 1, size]: what is added to the scores."""
+
+
+@dataclass(frozen=True)
+class Continued:
+    """The step's first tokens, which continue a sequence each: what every page shows them, and how that is put together."""
+
+    count: int
+    seen: tuple[Seeing, ...]
+    table: Tensor
+    """[sequences, most pages]: places of a sequence's pages among all that are seen; its first one's, where it has no more."""
+    lacking: Tensor
+    """[sequences, most pages, 1, 1, 1]: minus infinity where it has no more, else 0."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +85,9 @@ class Tables:
 class Seen:
     """What a step's tokens see; the same for all layers."""
 
-    slots: Tensor
-    """[tokens]: page * size + place, where each one's key and value go."""
-    groups: tuple[Group, ...] = ()
+    rows: Tensor
+    """[tokens * kv_heads]: of the cache seen as rows of one head each, where each one's keys and values go."""
+    continued: Continued | None = None
     pieces: tuple[Piece, ...] = ()
     tables: Tables | None = None
     slopes: Tensor | None = None
@@ -85,14 +99,28 @@ class Pages:
 
     def __init__(self, layers: int, kv_heads: int, head: int, count: int, size: int, like: Tensor) -> None:
         """like: of the type and on the device that keys and values have."""
-        self._all = like.new_zeros(2, layers, kv_heads, count, size, head)
+        self._all = like.new_zeros(2, layers, count, kv_heads, size, head)
+        self._rooms = (Room(), Room())
 
     @property
     def bytes(self) -> int:
         return self._all.numel() * self._all.element_size()
 
     def layer(self, number: int, seen: Seen) -> Layer:
-        return Layer(self._all[0, number], self._all[1, number], seen)
+        return Layer(self._all[0, number], self._all[1, number], seen, self._rooms)
+
+
+class Room:
+    """Where pages are laid side by side, for one layer after another: memory that is new each time costs more than the copying."""
+
+    def __init__(self) -> None:
+        self._all: Tensor | None = None
+
+    def lay(self, held: Tensor, pages: Tensor) -> Tensor:
+        """Those pages of held [all pages, kv_heads, size, head], until it is next called."""
+        if self._all is None or len(self._all) < len(pages):
+            self._all = held.new_empty(len(pages) + len(pages) // 4, *held.shape[1:])
+        return torch.index_select(held, 0, pages, out=self._all[: len(pages)])
 
 
 @dataclass(frozen=True)
@@ -100,38 +128,44 @@ class Layer:
     """One layer's part of the cache in one step; what `trainer.attention` turns to for keys and values that are not there."""
 
     keys: Tensor
-    """[kv_heads, pages, size, head]"""
+    """[pages, kv_heads, size, head]: what is seen together lies together."""
     values: Tensor
     seen: Seen
+    rooms: tuple[Room, Room]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, heads, tokens, head], k and v [1, kv_heads, tokens, head] -> [1, heads, tokens, head]; keeps k and v."""
         seen = self.seen
         for held, new in ((self.keys, k), (self.values, v)):
-            held.flatten(1, 2).index_copy_(1, seen.slots, new[0])
+            held.flatten(0, 2).index_copy_(0, seen.rows, new[0].transpose(0, 1).flatten(0, 1))
         if seen.tables is not None:
             return self._by_kernel(q, seen.tables)
         out = torch.empty_like(q)
-        for group in seen.groups:
-            out[0, :, group.rows] = self._continued(q[0, :, group.rows], group)
+        if seen.continued is not None:
+            out[0, :, : seen.continued.count] = self._continued(q[0, :, : seen.continued.count], seen.continued)
         for piece in seen.pieces:
             out[0, :, piece.start : piece.stop] = self._begun(q, k, v, piece)
         return out
 
-    def _continued(self, q: Tensor, group: Group) -> Tensor:
-        """q [heads, sequences, head] -> the same; each token sees all of its own sequence."""
+    def _continued(self, q: Tensor, continued: Continued) -> Tensor:
+        """q [heads, sequences, head] -> the same; each token sees all of its own sequence.
+
+        Softmax in parts, by the maximum and the sum of each: Milakov and Gimelshein 2018; over pieces of the keys, as Dao et al.
+        2023 ("Flash-Decoding") have it. Keys and values are read once, and only where they do not lie together are they copied.
+        """
         heads, count, head = q.shape
-        kv_heads = len(self.keys)
-        keys, values = (held.index_select(1, group.pages).view(kv_heads, count, -1, head) for held in (self.keys, self.values))
-        grouped = q.view(kv_heads, heads // kv_heads, count, head).transpose(1, 2)
-        if q.dtype == torch.float32:
-            # As products of matrices: with so few queries that is faster than the fused kernel.
-            bias = group.bias.expand(kv_heads, count, group.bias.shape[2], -1).flatten(0, 1)
-            scores = torch.baddbmm(bias, grouped.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=1 / math.sqrt(head))
-            found = torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(kv_heads, count, -1, head)
-        else:
-            found = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.bias.to(q.dtype))
-        return found.transpose(1, 2).reshape(heads, count, head)
+        kv_heads = self.keys.shape[1]
+        queries = (q.float() / math.sqrt(head)).view(kv_heads, heads // kv_heads, count, head).permute(2, 0, 1, 3).contiguous()
+        each = []
+        for seen in continued.seen:
+            both = zip(self.rooms, (self.keys, self.values), strict=True)
+            keys, values = (held[at] if isinstance(at := seen.pages, slice) else room.lay(held, at) for room, held in both)
+            each.append(_glance(queries[seen.rows], keys.float(), values.float(), seen.bias))
+        highest, sums, found = (torch.cat(parts)[continued.table] for parts in zip(*each, strict=True))
+        highest = highest + continued.lacking
+        weights = (highest - highest.amax(1, keepdim=True)).exp_()
+        out = (weights * found).sum(1) / (weights * sums).sum(1)
+        return out.permute(1, 2, 0, 3).reshape(heads, count, head).to(q.dtype)
 
     def _begun(self, q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> Tensor:
         """[heads, tokens of the piece, head]"""
@@ -142,7 +176,8 @@ class Layer:
             own = [each[:, :, mine] for each in (q, k, v)]
             return F.scaled_dot_product_attention(own[0], own[1], own[2], is_causal=True, enable_gqa=grouped)[0]
         length = piece.before + count
-        keys, values = (held.index_select(1, piece.pages).flatten(1, 2)[None, :, :length] for held in (self.keys, self.values))
+        both = (held.index_select(0, piece.pages).transpose(0, 1) for held in (self.keys, self.values))
+        keys, values = (each.flatten(1, 2)[None, :, :length] for each in both)
         places = torch.arange(length, device=q.device)
         distance = places[piece.before :, None] - places[None, :]
         mask = distance >= 0
@@ -152,7 +187,7 @@ class Layer:
 
     def _by_kernel(self, q: Tensor, tables: Tables) -> Tensor:
         flat = q[0].transpose(0, 1).contiguous()
-        keys, values = (held.permute(1, 2, 0, 3) for held in (self.keys, self.values))
+        keys, values = (held.transpose(1, 2) for held in (self.keys, self.values))
         kernel = _flash()
         if kernel is not None:
             out = kernel(
@@ -162,7 +197,7 @@ class Layer:
         else:
             out = _torch_kernel()(
                 flat, keys, values, tables.starts, None, tables.most, tables.longest,
-                window_size=(-1, 0), enable_gqa=q.shape[1] != len(self.keys), seqused_k=tables.lengths, block_table=tables.pages,
+                window_size=(-1, 0), enable_gqa=q.shape[1] != keys.shape[2], seqused_k=tables.lengths, block_table=tables.pages,
             )  # fmt: skip
         found: Tensor = out
         return found.transpose(0, 1)[None]
@@ -189,31 +224,61 @@ def kernel_serves(device: torch.device, dtype: torch.dtype, alibi: bool) -> bool
     return _flash() is not None or (_torch_kernel() is not None and not alibi)
 
 
-def grouped(chunks: Items[Chunk], size: int, slopes: Tensor | None, kv_heads: int, device: torch.device) -> tuple[Group, ...]:
-    """Chunks of one token, the step's first, in groups of about the same length. size: tokens of a page."""
-    order = sorted(range(len(chunks)), key=lambda at: -chunks[at].stop)
-    found, start = [], 0
-    while start < len(order):
-        stop = start
-        while stop < len(order) and chunks[order[stop]].stop * _SPREAD >= chunks[order[start]].stop:
-            stop += 1
-        rows = order[start:stop]
-        found.append(_group(rows, [chunks[at] for at in rows], size, slopes, kv_heads, device))
-        start = stop
-    return tuple(found)
+def rows_of(slots: Tensor, kv_heads: int, size: int) -> Tensor:
+    """slots [tokens]: page * size + place -> [tokens * kv_heads], rows of a cache whose pages hold head after head."""
+    firsts = slots.div(size, rounding_mode="floor") * (kv_heads * size) + slots % size
+    return (firsts[:, None] + torch.arange(kv_heads, device=slots.device) * size).flatten()
 
 
-def _group(rows: list[int], chunks: list[Chunk], size: int, slopes: Tensor | None, kv_heads: int, device: torch.device) -> Group:
-    most = -(-chunks[0].stop // size)
-    table = torch.tensor([filled(chunk.sequence.pages[:most], most) for chunk in chunks], device=device)
-    lengths = torch.tensor([chunk.stop for chunk in chunks], device=device)
-    # How far each token looks back, [1, sequences, 1, tokens]; what is not there yet lies ahead.
-    behind = lengths[None, :, None, None] - 1 - torch.arange(most * size, device=device)
-    bias = torch.zeros(behind.shape, device=device)
-    if slopes is not None:
-        bias = -slopes.view(kv_heads, 1, -1, 1) * behind
-    bias = bias.masked_fill(behind < 0, -math.inf)
-    return Group(torch.tensor(rows, device=device), table.flatten(), bias)
+def continued(chunks: Items[Chunk], size: int, slopes: Tensor | None, kv_heads: int, device: torch.device) -> Continued | None:
+    """Chunks of one token, the step's first. size: tokens of a page."""
+    if not chunks:
+        return None
+    counts = np.array([-(-chunk.stop // size) for chunk in chunks])
+    pages = np.array([page for chunk, held in zip(chunks, counts.tolist(), strict=True) for page in chunk.sequence.pages[:held]])
+    rows, nth = np.repeat(np.arange(len(chunks)), counts), np.concatenate([np.arange(count) for count in counts])
+    # How far each token looks back; what is not there yet lies ahead.
+    behind = np.array([chunk.stop - 1 for chunk in chunks])[rows, None] - nth[:, None] * size - np.arange(size)
+    place = np.arange(len(pages))
+    seen: list[Seeing] = []
+
+    def see(which: slice | Tensor, looking: Any, back: Any) -> None:
+        distance = torch.from_numpy(back).to(device, torch.float32)[:, None, None]
+        bias = torch.zeros_like(distance) if slopes is None else -slopes.view(kv_heads, -1, 1) * distance
+        seen.append(Seeing(which, torch.from_numpy(looking).to(device), bias.masked_fill_(distance < 0, -math.inf)))
+
+    apart = np.ones(len(pages), bool)
+    # Of those that see the same page one does so where it lies.
+    found, chosen = np.unique(pages, return_index=True)
+    for run in np.split(np.arange(len(found)), np.flatnonzero(np.diff(found) > _GAP) + 1):
+        first, last, those = int(found[run[0]]), int(found[run[-1]]) + 1, chosen[run]
+        if len(run) < _FEW or last - first > _DENSE * len(run):
+            continue
+        looking, back = np.zeros(last - first, np.int64), np.zeros((last - first, size), np.int64)
+        looking[found[run] - first], back[found[run] - first] = rows[those], behind[those]
+        place[those], apart[those] = found[run] - first + sum(len(each.rows) for each in seen), False
+        see(slice(first, last), looking, back)
+    if apart.any():
+        place[apart] = np.arange(int(apart.sum())) + sum(len(each.rows) for each in seen)
+        see(torch.from_numpy(pages[apart]).to(device), rows[apart], behind[apart])
+    starts = np.cumsum(counts) - counts
+    table = np.repeat(place[starts][:, None], int(counts.max()), axis=1)
+    table[rows, nth] = place
+    lacking = torch.zeros(table.shape).masked_fill_(torch.from_numpy(np.arange(table.shape[1]) >= counts[:, None]), -math.inf)
+    return Continued(len(chunks), tuple(seen), torch.from_numpy(table).to(device), lacking[:, :, None, None, None].to(device))
+
+
+def _glance(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each page alone: the highest score, the sum of exponentials below it, and the values weighed with these.
+
+    q [pages, kv_heads, queries, head], keys and values [pages, kv_heads, size, head]
+    -> [pages, kv_heads, queries, 1] twice, [pages, kv_heads, queries, head].
+    """
+    scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)).view(*q.shape[:3], -1).add_(bias)
+    highest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(highest).exp_()
+    found = torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).view_as(q)
+    return highest, weights.sum(-1, keepdim=True), found
 
 
 def tables(chunks: Items[Chunk], device: torch.device) -> Tables:

@@ -16,7 +16,7 @@ from torch import Tensor
 from launcher.recipe.model import Model, Rope
 from trainer.attention import Visible
 from trainer.generate.graphs import Replayed
-from trainer.generate.paged import Pages, Piece, Seen, Tables, grouped, kernel_serves, tables
+from trainer.generate.paged import Pages, Piece, Seen, Tables, continued, kernel_serves, rows_of, tables
 from trainer.generate.request import Chunk
 from trainer.model import Decoder, Thrift
 from trainer.positions import alibi_slopes
@@ -89,17 +89,18 @@ class Runner:
 
     def _seen(self, chunks: Items[Chunk], slots: Tensor) -> Seen:
         device = self._device
+        rows = rows_of(slots, self.config.key_value_heads, self.size)
         if self._kernel:
-            return Seen(slots, tables=tables(chunks, device), slopes=self._slopes)
+            return Seen(rows, tables=tables(chunks, device), slopes=self._slopes)
         single = [chunk for chunk in chunks if chunk.stop - chunk.start == 1]
-        groups = grouped(single, self.size, self._slopes, self.config.key_value_heads, device)
+        those = continued(single, self.size, self._slopes, self.config.key_value_heads, device)
         pieces, start = [], len(single)
         for chunk in chunks[len(single) :]:
             stop = start + chunk.stop - chunk.start
             held = chunk.sequence.pages[: -(-chunk.stop // self.size)]
             pieces.append(Piece(start, stop, chunk.start, torch.tensor(held, device=device)))
             start = stop
-        return Seen(slots, groups, tuple(pieces), slopes=self._slopes)
+        return Seen(rows, those, tuple(pieces), slopes=self._slopes)
 
     def _forward(self, tokens: Tensor, positions: Tensor, seen: Seen) -> Tensor:
         """[1, tokens] -> [1, tokens, width]"""
@@ -120,4 +121,5 @@ class Runner:
 
     def _by_tables(self, tokens: Tensor, places: Tensor, slots: Tensor, tables: Tables) -> Tensor:
         """A token of each sequence: all [sequences]; logits [sequences, vocabulary]."""
-        return self._logits(self._forward(tokens[None], places[None], Seen(slots, tables=tables, slopes=self._slopes))[0])
+        rows = rows_of(slots, self.config.key_value_heads, self.size)
+        return self._logits(self._forward(tokens[None], places[None], Seen(rows, tables=tables, slopes=self._slopes))[0])
