@@ -25,6 +25,7 @@ from launcher.recipe.hf_config import config_of
 from launcher.recipe.hf_layout import layout
 from launcher.recipe.model import Model
 from trainer.generate import Engine, Request
+from trainer.generate.engine import STEP_TOKENS
 from trainer.model import Decoder
 
 MODEL, VOCABULARY, CONTEXT = Model(layers=6, width=256, heads=8, kv_heads=8, hidden=688), 2048, 256
@@ -90,11 +91,12 @@ def padded(model: Any, asked: list[Request], size: int) -> list[list[int]]:
 
 @contextmanager
 def continuous(model: Any, asked: list[Request]) -> Iterator[Writer]:
-    """transformers' manager, running."""
-    from transformers import GenerationConfig
+    """transformers' manager, running; with a cache of twice the engine's slots, or it takes most of the machine's memory."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     settings = GenerationConfig(do_sample=False, max_new_tokens=LONGEST, eos_token_id=-1, pad_token_id=0)
-    with model.continuous_batching_context_manager(generation_config=settings) as manager:
+    room = ContinuousBatchingConfig(num_blocks=2 * REQUESTS, page_size=CONTEXT, max_batch_tokens=STEP_TOKENS)
+    with model.continuous_batching_context_manager(generation_config=settings, continuous_batching_config=room) as manager:
         rounds = iter(range(1_000_000))
 
         def write() -> list[list[int]]:
