@@ -112,6 +112,7 @@ async def serve(paths: RunPaths) -> int:
         Path(socket).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             metrics.close()
+        office.samples.close()
         journal.close()
         lock.release()
     return 0
