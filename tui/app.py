@@ -265,6 +265,8 @@ class MidwatchApp(App[int]):
     def _settled(self) -> None:
         """The terminal keeps its size: all is laid out and drawn once more, as what was drawn between two sizes may be gone."""
         self._settling = None
+        if not self.screen_stack:  # it is closing
+            return
         for widget in self.screen.query("*"):
             widget.refresh()
         self.screen.refresh(layout=True)

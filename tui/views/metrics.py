@@ -314,7 +314,20 @@ class MetricsView(View):
         self.midwatch.draw_foot()
 
 
+_HEADS = re.compile(
+    "|".join(
+        f"({head})"
+        for head in (
+            "train/loss", "policy/reward$", "eval/.+/reward$", "policy/kl_sequence", "eval/.+/kl_sequence$", "policy/entropy",
+            "policy/response_length|eval/.+/response_length$", "policy/truncated", "policy/kl", "policy/reward",
+            "policy/(ratio|clip|approximate)", "policy/", "value/", "preference/", "eval/", "train/",
+            "perf/(generate|score|update)_seconds", "perf/",
+        )
+    )
+)  # fmt: skip
+
+
 def _order(name: str) -> tuple[int, str]:
-    """Losses first, then what tells most."""
-    heads = ("train/loss", "policy/", "preference/", "eval/", "train/", "perf/")
-    return next((number for number, head in enumerate(heads) if name.startswith(head)), len(heads)), name
+    """Losses first, then what tells most: of a policy its reward, held-out beside it, its distance, its entropy and lengths."""
+    found = _HEADS.match(name)
+    return (_HEADS.groups if found is None else next(n for n, part in enumerate(found.groups()) if part is not None)), name
