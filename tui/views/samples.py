@@ -58,8 +58,8 @@ class SamplesView(View):
         self._limit = FEWEST
         self._alone = False
         """The chosen one has the whole view."""
-        self._paged = ""
-        """The sample on the page."""
+        self._paged = ("", False)
+        """The sample on the page, and whether it is there whole."""
         self._asking = ""
         """The one that is being asked for whole."""
         self._whole: OrderedDict[str, SampleView] = OrderedDict()
@@ -192,7 +192,7 @@ class SamplesView(View):
         self.midwatch.draw_foot()
 
     def _draw(self) -> None:
-        cells = self._list.size.width - 2
+        cells = (self.size.width // 2 if self.wide else self.size.width) - 2
         self._head.show([[("  ", Ink.BLANK), *heading(self._order, cells)]])
         if self._samples:
             self._list.show(Lazy(self._samples, lambda sample: row(sample, cells)))
@@ -206,14 +206,18 @@ class SamplesView(View):
         if chosen is None:
             self._page.show([])
             return
-        if chosen.name != self._paged:
-            self._paged, self._page.top = chosen.name, 0
+        if chosen.name != self._paged[0]:
+            self._page.top = 0
         if chosen.name not in self._whole and chosen.name != self._asking:
             self._asking = chosen.name
             self.run_worker(self._learn_whole(chosen.name), exclusive=True, group="whole")
         whole = self._whole.get(chosen.name, chosen)
         place = f"{self._list.cursor + 1:,} of {self._total:,}, {WORDS[self._order]}"
-        self._page.show(page(whole, place, self._page.size.width, whole=chosen.name in self._whole))
+        cells = self.size.width if self._alone else self.size.width - self.size.width // 2
+        paged, self._paged = self._paged, (chosen.name, chosen.name in self._whole)
+        self._page.show(page(whole, place, cells, whole=self._paged[1]))
+        if paged != self._paged:
+            self._page.refresh()  # another text: nothing of the one before stays
 
     def _empty(self) -> str:
         if self._shown_for is None or self._shown_for != self._needs():
