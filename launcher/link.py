@@ -136,7 +136,7 @@ class RankLink:
     """Rank 0's way to the controller: reports out, orders in."""
 
     TELEMETRY_ROOM = 20_000
-    """Rows kept while the controller is out of reach: hours of steps, some ten megabytes."""
+    """Rows and samples kept while the controller is out of reach: hours of steps, some ten megabytes (samples: more)."""
 
     def __init__(
         self,
@@ -167,8 +167,9 @@ class RankLink:
         self._telemetry.start()
 
     def send(self, body: protocol.RankBody) -> None:
-        """Reports; never blocks. Metrics may be dropped while the controller is away, nothing else is."""
-        (self._telemetry if isinstance(body, protocol.Metrics) else self._control).put(body)
+        """Reports; never blocks. Metrics and samples of rollouts may be dropped while the controller is away, nothing else is."""
+        many = isinstance(body, protocol.Metrics) or (isinstance(body, protocol.Sampled) and body.reward is not None)
+        (self._telemetry if many else self._control).put(body)
 
     def next_order(self) -> protocol.Order | None:
         with contextlib.suppress(queue.Empty):

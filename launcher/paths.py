@@ -40,6 +40,10 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -62,7 +66,7 @@ class RunPaths:
 
     def create(self) -> None:
         """Makes the directories; harmless when they are there."""
-        for directory in (self.journal, self.metrics, self.checkpoints, self.logs, self.address.parent):
+        for directory in (self.journal, self.metrics, self.checkpoints, self.samples, self.logs, self.address.parent):
             directory.mkdir(parents=True, exist_ok=True)
 
     def is_run(self) -> bool:

@@ -55,6 +55,8 @@ class Op(enum.IntEnum):
 
 PHASES = ("loading", "training", "evaluating", "sampling", "generating", "scoring", "saving", "paused", "ending")
 """What ranks can be at."""
+PHASE_WORDS = {"generating": "writing responses", "scoring": "scoring responses"}
+"""What an operator is told of a phase, where its name does not say it."""
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -207,7 +209,7 @@ class CheckpointFailed(_Lenient, frozen=True):
 
 
 class Sampled(_Lenient, frozen=True):
-    """Text that the model wrote."""
+    """Text that the model wrote. One of a rollout, which has a reward, is droppable when the spool is full."""
 
     stage: str
     step: int
@@ -728,6 +730,52 @@ class ProbeEnd(_Strict, frozen=True):
 ProbeAnswer = ProbeBegan | ProbeToken | ProbeEnd
 
 
+class SampleQuery(_Strict, frozen=True):
+    """What the model wrote: those that match, from the `offset`-th on."""
+
+    id: int
+    order: Literal["step", "reward", "worst", "kl", "longest"] = "step"
+    """Newest, best, worst, furthest from the reference or longest first; of equals the newest."""
+    offset: int = 0
+    limit: int = 100
+    cut: int = 0
+    """Characters of prompt and text that are enough; 0: all."""
+    stage: str = ""
+    lineage: int | None = None
+    start: int = 0
+    stop: int | None = None
+    """Steps of the run, `stop` not among them."""
+    pattern: str = ""
+    """Regular expression that prompt or text must match."""
+    sample: str = ""
+    """Name of the only one that is wanted."""
+
+
+class SampleView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    name: str
+    stage: str
+    step: int
+    lineage: int
+    on_line: bool = True
+    """On the line in force: not undone by a rollback since."""
+    reward: float | None = None
+    kl: float | None = None
+    tokens: int | None = None
+    prompt: str = ""
+    text: str = ""
+
+
+class SampleReply(_Strict, frozen=True):
+    id: int
+    samples: tuple[SampleView, ...] = ()
+    total: int = 0
+    """That match."""
+    stages: tuple[str, ...] = ()
+    """That have any."""
+    taken: int = 0
+    """Samples there have been: another number means that there are new ones."""
+
+
 class Refused(_Strict, frozen=True):
     """The request cannot be met. `id` is the request's, where it had one."""
 
@@ -758,6 +806,10 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     """What is being done, for the data."""
     losses: dict[str, tuple[float, float]] = {}
     """Held-out loss of each source at the stage's beginning and at its latest evaluation."""
+    updates: int = 0
+    """Of each rollout; 0: it draws none."""
+    kl_target: float | None = None
+    """Summed KL of a response that the coefficient is steered to."""
 
 
 class CheckpointView(msgspec.Struct, frozen=True, kw_only=True):
@@ -842,6 +894,10 @@ class Snapshot(_Lenient, frozen=True, kw_only=True):
     refused_peers: int = 0
     """Connections that were turned away in this term: of strangers, or of peers that made no sense."""
     stragglers: tuple[Straggler, ...] = ()
+    samples: int = 0
+    """There have been so many: another number means that there are new ones."""
+    phase_since: float = 0.0
+    """When the ranks went over to their phase."""
 
 
 Message = (
@@ -884,6 +940,8 @@ Message = (
     | ProbeBegan
     | ProbeToken
     | ProbeEnd
+    | SampleQuery
+    | SampleReply
     | Refused
     | Snapshot
 )

@@ -69,6 +69,8 @@ def describe(body: RankBody) -> tuple[int, str] | None:
         product = f", checkpoint {body.product}" if body.product else ""
         return logging.INFO, f"step {body.step}: stage {body.stage} {body.event}s{product}"
     if isinstance(body, Sampled):
+        if body.tokens is not None:
+            return None  # a rollout's: they are many, and lie elsewhere
         return logging.INFO, f"step {body.step}: {body.prompt!r} -> {body.text!r}"
     if isinstance(body, Note):
         return _LEVELS[body.level], f"step {body.step}: {body.text}"

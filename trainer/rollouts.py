@@ -98,7 +98,8 @@ def judge(training: Training, drawn: Drawn) -> tuple[Tensor, Tensor] | None:
 
 def _noted(training: Training, drawn: Drawn, given: Tensor, mask: Tensor) -> tuple[Noted, dict[str, float]]:
     """What updates need to know of each token, and the rollout's metrics; the KL's coefficient is steered on the way."""
-    stage, settings = training.stage.stage, training.progress.settings
+    stage, drawn_at = training.stage.stage, training.progress.drawn
+    coefficient = training.progress.settings["kl"] * (drawn_at.kl_scale if stage.rollout.kl_target is not None else 1.0)
     policy, rows = stage.rollout, drawn.rows._replace(mask=mask)
     both = over_rows(training, training.network, rows, log_probs_and_entropy)
     old, entropy = both[..., 0] * mask, both[..., 1]
@@ -111,7 +112,7 @@ def _noted(training: Training, drawn: Drawn, given: Tensor, mask: Tensor) -> tup
         "policy/reward_deviation": float(given[real].std()) if responses > 1 else 0.0,
         "policy/truncated": 1 - sum(drawn.ended) / max(1, len(drawn.ended) - drawn.skipped),
         "policy/skipped": float(len(drawn.ended) - int(real.sum())),
-        "policy/kl_coefficient": settings["kl"],
+        "policy/kl_coefficient": coefficient,
         "policy/mismatch": float(((old - drawn.engine) * mask).abs().sum()) / tokens,
         "policy/version": float(drawn.version),
     }
@@ -126,12 +127,14 @@ def _noted(training: Training, drawn: Drawn, given: Tensor, mask: Tensor) -> tup
         return Noted(old, advantages, reference=reference), metrics
     assert training.cast.critic is not None
     values = over_rows(training, training.cast.critic.network, rows, scores) * mask
-    rewards = token_rewards(worth, old - reference, mask, settings["kl"])
+    rewards = token_rewards(worth, old - reference, mask, coefficient)
     advantages, returns = gae(rewards, values, mask, policy.gamma, policy.lam)
     if policy.whiten:
         advantages = whiten(advantages, mask)
     if policy.kl_target is not None:
-        settings["kl"] = adaptive(settings["kl"], metrics["policy/kl_sequence"], policy.kl_target, policy.kl_horizon, responses)
+        drawn_at.kl_scale = adaptive(
+            drawn_at.kl_scale, metrics["policy/kl_sequence"], policy.kl_target, policy.kl_horizon, responses
+        )
     return Noted(old, advantages, returns, values, reference), metrics
 
 

@@ -48,6 +48,8 @@ class Rollout(msgspec.Struct, kw_only=True):
     """Still to be taken with it."""
     version: int = 0
     """Step whose weights drew it."""
+    kl_scale: float = 1.0
+    """By which the coefficient of the KL has been steered; on the live setting `kl`."""
     scores: int = 0
     """That the running deviation is of; with their mean, and the sum of squares about it."""
     mean: float = 0.0

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from launcher.protocol import CommandView, JournalLine, Snapshot
+from launcher.protocol import PHASE_WORDS, CommandView, JournalLine, Snapshot
 from tui import keys
 from tui.chart.ink import Ink
 from tui.panel import Line, Run, cut, joined, spread, width
@@ -211,7 +211,7 @@ def state_words(scene: Scene) -> list[Run]:
         if snapshot.state in ("training", "recovering", "starting"):
             parts.append(_left(stage.seconds_left))
     if snapshot.phase not in ("", "training", "paused") and snapshot.state in ("training", "starting", "recovering"):
-        parts.append([(snapshot.phase, Ink.TEXT)])
+        parts.append([(PHASE_WORDS.get(snapshot.phase, snapshot.phase), Ink.TEXT)])
     if snapshot.reason:
         ink = Ink.ALARM if snapshot.state == "failed" else Ink.WARNING if snapshot.state == "recovering" else Ink.TEXT
         parts.append([(snapshot.reason, ink)])

@@ -160,7 +160,7 @@ class Reporter:
             if event.index > self._told_event:
                 self._told_event = event.index
                 self._tell_event(event)
-        mark = (snapshot.step, snapshot.state)
+        mark = (snapshot.step, f"{snapshot.state} {p.PHASE_WORDS.get(snapshot.phase, '')}")
         note = snapshot.stages[0].note if snapshot.state == "building" and snapshot.stages else ""
         if (mark == self._told_step and not note) or (not last and time.monotonic() - self._told_at < self._interval):
             return
@@ -186,6 +186,7 @@ def _row(snapshot: p.Snapshot) -> dict[str, object]:
     return {
         "time": snapshot.time,
         "state": snapshot.state,
+        "phase": snapshot.phase,
         "reason": snapshot.reason,
         "stage": snapshot.stage,
         "step": snapshot.step,
@@ -197,13 +198,23 @@ def _row(snapshot: p.Snapshot) -> dict[str, object]:
 
 
 _SHOWN = (("train/loss", "loss"), ("train/lr", "lr"), ("train/grad_norm", "norm"), ("perf/tokens_per_second", "tok/s"))
+_DRAWN = (
+    ("train/loss", "loss"),
+    ("policy/reward", "reward"),
+    ("policy/kl_sequence", "KL"),
+    ("policy/entropy", "entropy"),
+    ("policy/response_length", "length"),
+)
+"""Of a stage that learns from its own responses."""
 
 
 def _line(snapshot: p.Snapshot) -> str:
     if snapshot.state == "building":
         data = snapshot.stages[0]
         return f"building {data.step:3d} %  {data.note}"
-    figures = "  ".join(f"{short} {snapshot.latest[name]:.4g}" for name, short in _SHOWN if name in snapshot.latest)
+    shown = _DRAWN if any(stage.name == snapshot.stage and stage.updates for stage in snapshot.stages) else _SHOWN
+    figures = "  ".join(f"{short} {snapshot.latest[name]:.4g}" for name, short in shown if name in snapshot.latest)
     left = f"  {snapshot.seconds_left:.0f} s left" if snapshot.seconds_left is not None and snapshot.state == "training" else ""
     stage = snapshot.stage or "-"
-    return f"{snapshot.state} {stage} step {snapshot.step}/{snapshot.total_steps}  {figures}{left}"
+    phase = f"  {p.PHASE_WORDS[snapshot.phase]}" if snapshot.phase in p.PHASE_WORDS and snapshot.state == "training" else ""
+    return f"{snapshot.state} {stage} step {snapshot.step}/{snapshot.total_steps}{phase}  {figures}{left}"

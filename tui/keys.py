@@ -30,6 +30,7 @@ VIEWS = (
     ViewName("k", "checkpoints", "lineages as a tree, goldens marked; mark, compare, roll back"),
     ViewName("t", "stages", "objective, mixture, cost, held-out losses, samples; advance"),
     ViewName("b", "probe", "talk to a checkpoint, next-token probabilities, two side by side"),
+    ViewName("y", "samples", "what the model writes, with reward and KL: newest, best, worst, longest, furthest"),
     ViewName("l", "logs", "every rank, node and the controller, searchable"),
     ViewName("j", "journal", "who did what, when, and what came of it"),
 )
@@ -116,6 +117,20 @@ OF_VIEW: dict[str, tuple[Key, ...]] = {
         Key(("left",), "←", "the token before", "token:-1", "token"),
         Key(("right",), "→", "the next token", "token:1"),
         Key(("tab",), "Tab", "the other checkpoint's answer", "column"),
+        *_MOVE,
+    ),
+    "samples": (
+        _FILTER,
+        Key(("s",), "s", "sort: newest, best, worst, longest, furthest from the reference first", "sort:next", "sort"),
+        Key(("1",), "1", "newest first", "sort:step"),
+        Key(("2",), "2", "best first", "sort:reward"),
+        Key(("3",), "3", "worst first", "sort:worst"),
+        Key(("4",), "4", "longest first", "sort:longest"),
+        Key(("5",), "5", "furthest from the reference first", "sort:kl"),
+        Key(("enter",), "Enter", "one whole: prompt, response, reward, KL; up and down go to others", "enter", "whole"),
+        Key(("f",), "f", "follow the newest", "follow", "follow"),
+        Key(("left",), "←", "the stage before, or all", "stage:-1", "stage"),
+        Key(("right",), "→", "the next stage, or all", "stage:1"),
         *_MOVE,
     ),
     "logs": (

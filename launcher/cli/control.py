@@ -106,8 +106,10 @@ def status(arguments: argparse.Namespace) -> int:
         return 0
     console = Console()
     reason = f" ({snapshot.reason})" if snapshot.reason else ""
+    doing = p.PHASE_WORDS.get(snapshot.phase, snapshot.phase) if snapshot.state == "training" else ""
+    phase = f", {doing}" if doing not in ("", "training") else ""
     console.print(
-        f"{snapshot.run}: [bold]{snapshot.state}[/]{reason}, step {snapshot.step} of {snapshot.total_steps}", highlight=False
+        f"{snapshot.run}: [bold]{snapshot.state}[/]{reason}{phase}, step {snapshot.step} of {snapshot.total_steps}", highlight=False
     )
     table = Table(box=None, pad_edge=False)
     for column in ("STAGE", "OBJECTIVE", "STATE", "STEP", "PRODUCT"):
@@ -184,6 +186,12 @@ def metrics(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def samples(arguments: argparse.Namespace) -> int:
+    from launcher.cli.samples import samples as show_samples
+
+    return show_samples(arguments)
+
+
 def node(arguments: argparse.Namespace) -> int:
     from launcher.cli.nodes import node as on_nodes
 
@@ -247,6 +255,7 @@ COMMANDS = {
     "status": status,
     "journal": journal,
     "metrics": metrics,
+    "samples": samples,
     "completion": completion,
     "check": check,
     "logs": logs,

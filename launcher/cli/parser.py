@@ -143,6 +143,18 @@ def _add_looking(commands: Any) -> None:
     journal = commands.add_parser("journal", help="who did what, when, and what came of it")
     journal.add_argument("run", metavar="RUN", nargs="?")
     journal.add_argument("--json", action="store_true")
+    samples = commands.add_parser("samples", help="what the model writes, with reward and KL")
+    samples.add_argument("run", metavar="RUN")
+    samples.add_argument("--stage", metavar="STAGE", default="", help="of this stage alone")
+    samples.add_argument(
+        "--sort",
+        choices=("step", "reward", "worst", "kl", "longest"),
+        default="step",
+        help="newest first (step, the default), best (reward), worst, furthest from the reference (kl), longest",
+    )
+    samples.add_argument("-n", "--limit", type=int, default=20, metavar="N")
+    samples.add_argument("--grep", metavar="PATTERN", default="", help="only those whose prompt or text matches")
+    samples.add_argument("--json", action="store_true", help="one JSON object a line")
     metrics = commands.add_parser("metrics", help="print a metric's rows")
     metrics.add_argument("run", metavar="RUN")
     metrics.add_argument("names", nargs="*", metavar="METRIC", help="none: list the metrics")

@@ -113,6 +113,7 @@ async def serve(paths: RunPaths) -> int:
         Path(socket).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             metrics.close()
+        office.samples.close()
         journal.close()
         lock.release()
     return 0
@@ -241,9 +242,9 @@ class Term:
         self.generations.dismiss()
         await asyncio.sleep(0.1)
 
-    def _rule_fires(self, rule: Watch, step: int, value: float) -> None:
+    def _rule_fires(self, rule: Watch, step: int, seen: str) -> None:
         office = self._office
-        office.note("alarm", f"watch rule {rule.name}: {rule.metric} is {value:g}", step)
+        office.note("alarm", f"watch rule {rule.name}: {seen}", step)
         command = action(rule)
         if command is None:
             return

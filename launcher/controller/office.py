@@ -18,6 +18,7 @@ from launcher.metrics.store import Metrics
 from launcher.paths import RunPaths
 from launcher.protocol import NodeStats, Phase, State, Straggler
 from launcher.recipe import Recipe
+from launcher.samples import Samples
 
 log = logging.getLogger("launcher.controller")
 
@@ -42,6 +43,7 @@ class Live:
     """What is known of the moment and rebuilt from reports after a takeover."""
 
     phase: Phase | None = None
+    phase_since: float = 0.0
     step: int = 0
     tokens: int = 0
     step_time: float = 0.0
@@ -73,6 +75,7 @@ class Office:
         for term, entry in journal.entries:
             self.ledger.apply(term, entry)
         self.live = Live()
+        self.samples = Samples(paths.samples, journal.term)
         self.changes = 0
         """Counts everything that a screen would show."""
         self.changed = asyncio.Event()
@@ -125,6 +128,14 @@ class Office:
         if (state, reason) != (self.ledger.state, self.ledger.reason):
             log.info("state: %s %s", state, reason)
             self.record(j.StateChanged(time=self.clock(), state=state, reason=reason))
+
+    def sync(self) -> None:
+        """Returns once all telemetry that was taken in would survive a loss of power."""
+        self.metrics.sync()
+        try:
+            self.samples.sync()
+        except OSError as error:  # of these nothing depends on a single one
+            log.warning("samples cannot be made durable: %s", error)
 
     def retry_backlog(self) -> None:
         """Writes what a full disk has kept back, as far as it goes."""

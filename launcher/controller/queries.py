@@ -40,6 +40,8 @@ class Queries:
                     return await asyncio.to_thread(self._log, question)
                 case p.UndoQuery():
                     return self._undo(question)
+                case p.SampleQuery():
+                    return await asyncio.to_thread(self._samples, question)
                 case p.TextQuery():
                     return self._text(question)
         except (ValueError, OSError, re.error) as error:
@@ -80,6 +82,12 @@ class Queries:
             raise ValueError(f"there is no log {query.file!r} (there are: {', '.join(files)})")
         lines, offset = read_log(root / query.file, query.offset, max(1, min(query.lines, 10_000)), query.pattern)
         return p.LogReply(id=query.id, files=files, lines=tuple(lines), offset=offset)
+
+    def _samples(self, query: p.SampleQuery) -> p.SampleReply:
+        if query.offset < 0 or query.limit < 1:
+            raise ValueError(f"{query.limit} samples from the {query.offset}th on are none")
+        ledger = self._office.ledger
+        return self._office.samples.find(query, ledger.path(), tuple(ledger.samples))
 
     def _undo(self, query: p.UndoQuery) -> p.UndoReply:
         office = self._office

@@ -1,4 +1,4 @@
-"""What rank 0 reports, taken in once: each message is stored in journal or metrics before it is acknowledged."""
+"""What rank 0 reports, taken in once: each message is stored in journal, metrics or samples before it is acknowledged."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Reports:
         self._taken = 0
         """Highest number of this generation's control messages that was taken in by this controller."""
         self._of_generation = -1
+        self._lost_samples = False
 
     def acknowledged(self) -> int:
         """Highest number of the control messages of the living generation that is stored."""
@@ -43,8 +44,10 @@ class Reports:
         return max(self._taken, self._office.ledger.reported)
 
     def metrics(self, source: str, message: p.Numbered) -> bool:
-        """One step's row; whether it was new. Raises OSError where it cannot be stored."""
+        """One step's row, or a sample of a rollout; whether it was new. Raises OSError where a row cannot be stored."""
         row = message.body
+        if isinstance(row, p.Sampled):
+            return self._sample(source, message.number, row)
         if isinstance(row, p.Dropped):
             self._office.live.dropped += row.count
             return True
@@ -55,6 +58,21 @@ class Reports:
         new = office.metrics.add(Frame(source, message.number, [stored]))
         if new and row.lineage == office.ledger.lineage:
             self._see(row)
+        return new
+
+    def _sample(self, source: str, number: int, sample: p.Sampled) -> bool:
+        """Where the disk has no room for it, it is lost: training and its metrics matter more."""
+        office = self._office
+        try:
+            new = office.samples.add(source, number, office.clock(), sample)
+        except OSError as error:
+            if not self._lost_samples:
+                office.note("warning", f"{office.paths.samples}: {error.strerror}; what the policy writes is not kept", sample.step)
+            self._lost_samples = True
+            return False
+        self._lost_samples = self._lost_samples and not new
+        if new:
+            office.touch()
         return new
 
     def _see(self, row: p.Metrics) -> None:
@@ -136,6 +154,8 @@ class Reports:
 
     def _phase(self, phase: p.Phase, report: int) -> None:
         office = self._office
+        if office.live.phase is None or office.live.phase.phase != phase.phase:
+            office.live.phase_since = office.clock()
         office.live.phase = phase
         self._reached(phase.step, phase.lineage)
         if phase.settings and phase.settings != office.ledger.settings:

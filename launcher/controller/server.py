@@ -216,7 +216,7 @@ class Doorkeeper:
                 wait = max(0.0, due - time.monotonic()) if last > synced else None
                 message = p.decode(await asyncio.wait_for(connection.recv(), wait))
             except TimeoutError:
-                await asyncio.to_thread(self._office.metrics.sync)
+                await asyncio.to_thread(self._office.sync)
                 synced = last
                 send(p.Ack(number=synced))
                 continue

@@ -70,6 +70,8 @@ class View:
             dropped=live.dropped,
             refused_peers=live.refused_peers,
             stragglers=live.stragglers,
+            samples=office.samples.taken + len(ledger.samples),
+            phase_since=live.phase_since,
         )
 
     def _nodes(self) -> tuple[NodeView, ...]:
@@ -173,6 +175,8 @@ class View:
             product=record.product if record is not None and state in ("done", "cut short") else None,
             origin=origin,
             losses=self._stage_losses(stage, state) if record is not None else {},
+            updates=stage.updates_drawn if stage.draws else 0,
+            kl_target=stage.rollout.kl_target if stage.draws else None,
         )
 
     def _stage_losses(self, stage: Stage, state: str) -> dict[str, tuple[float, float]]:

@@ -4,13 +4,78 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from launcher.protocol import Metrics, Verb
 from launcher.recipe import Watch
+from launcher.recipe.watch import TRENDS, Condition
 
-Fire = Callable[[Watch, int, float], None]
+Fire = Callable[[Watch, int, str], None]
+"""The rule, the step, and what it has seen there."""
+
+
+class Held:
+    """One condition's memory of its metric."""
+
+    def __init__(self, condition: Condition) -> None:
+        self._condition = condition
+        self._past: deque[float] = deque(maxlen=condition.window)
+        """What `sigma` compares with."""
+        self._trend: deque[tuple[int, float]] = deque()
+        """Steps and values of the last `over` steps, where it is a trend that is asked for."""
+        self._trends = any(getattr(condition, key) is not None for key in TRENDS)
+        self.value = math.nan
+        self.holds = False
+        """Of the newest value."""
+
+    def see(self, step: int, value: float) -> None:
+        """Takes a value in."""
+        if self._trends and math.isfinite(value):
+            self._trend.append((step, value))
+            while self._trend[0][0] <= step - self._condition.over:
+                self._trend.popleft()
+        self.value, self.holds = value, self._judge(step, value)
+        if math.isfinite(value) and not self.holds:
+            self._past.append(value)
+
+    def forget(self) -> None:
+        self._past.clear()
+        self._trend.clear()
+        self.value, self.holds = math.nan, False
+
+    def _judge(self, step: int, value: float) -> bool:
+        rule = self._condition
+        if rule.not_finite:
+            return not math.isfinite(value)
+        if rule.above is not None:
+            return value > rule.above
+        if rule.below is not None:
+            return value < rule.below
+        if self._trends:
+            return self._has_changed(step)
+        if rule.sigma is None or len(self._past) < rule.window or not math.isfinite(value):
+            return False
+        mean = math.fsum(self._past) / len(self._past)
+        spread = math.sqrt(math.fsum((v - mean) ** 2 for v in self._past) / len(self._past))
+        return value > mean + rule.sigma * max(spread, 1e-12)
+
+    def _has_changed(self, step: int) -> bool:
+        rule = self._condition
+        quarter = rule.over / 4
+        old = [value for at, value in self._trend if at <= step - rule.over + quarter]
+        new = [value for at, value in self._trend if at > step - quarter]
+        if not old or not new:
+            return False
+        before, now = math.fsum(old) / len(old), math.fsum(new) / len(new)
+        if rule.change_above is not None:
+            return now - before > rule.change_above
+        if rule.change_below is not None:
+            return now - before < rule.change_below
+        if before <= 0:  # a ratio to less than nothing says nothing
+            return False
+        ratio = now / before
+        return ratio > rule.ratio_above if rule.ratio_above is not None else ratio < (rule.ratio_below or 0.0)
 
 
 class Watcher:
@@ -18,15 +83,21 @@ class Watcher:
 
     def __init__(self, rule: Watch) -> None:
         self.rule = rule
-        self._past: deque[float] = deque(maxlen=rule.window)
+        self._own = Held(rule)
+        self._others = [(other.metric, Held(other)) for other in rule.others]
         self._run = 0
         self._quiet_until = -1
 
-    def see(self, step: int, value: float) -> bool:
-        """Takes a value in; whether the rule fires on it."""
-        holds = self._holds(value)
-        if math.isfinite(value) and not holds:
-            self._past.append(value)
+    def see(self, step: int, values: Mapping[str, float]) -> bool:
+        """Takes a row in; whether the rule fires on it. It can where the row has the rule's own metric."""
+        for metric, held in self._others:
+            if metric in values:
+                held.see(step, values[metric])
+        value = values.get(self.rule.metric)
+        if value is None:
+            return False
+        self._own.see(step, value)
+        holds = self._own.holds and all(held.holds for _, held in self._others)
         self._run = self._run + 1 if holds else 0
         if self._run < self.rule.steps or step < self._quiet_until:
             return False
@@ -34,25 +105,17 @@ class Watcher:
         self._quiet_until = step + self.rule.cooldown
         return True
 
+    def told(self) -> str:
+        """What it has seen, in words: `train/loss is 4.1`, and of each other condition likewise."""
+        seen = [(self.rule.metric, self._own.value), *((metric, held.value) for metric, held in self._others)]
+        return ", ".join(f"{metric} is {value:g}" for metric, value in seen)
+
     def forget(self) -> None:
         """After a rollback: what was seen belongs to another line."""
-        self._past.clear()
+        for held in (self._own, *(held for _, held in self._others)):
+            held.forget()
         self._run = 0
         self._quiet_until = -1
-
-    def _holds(self, value: float) -> bool:
-        rule = self.rule
-        if rule.not_finite:
-            return not math.isfinite(value)
-        if rule.above is not None:
-            return value > rule.above
-        if rule.below is not None:
-            return value < rule.below
-        if rule.sigma is None or len(self._past) < rule.window or not math.isfinite(value):
-            return False
-        mean = math.fsum(self._past) / len(self._past)
-        spread = math.sqrt(math.fsum((v - mean) ** 2 for v in self._past) / len(self._past))
-        return value > mean + rule.sigma * max(spread, 1e-12)
 
 
 class Watching:
@@ -64,9 +127,8 @@ class Watching:
 
     def see(self, row: Metrics) -> None:
         for watcher in self._watchers:
-            value = row.values.get(watcher.rule.metric)
-            if value is not None and watcher.see(row.step, value):
-                self._fire(watcher.rule, row.step, value)
+            if watcher.see(row.step, row.values):
+                self._fire(watcher.rule, row.step, watcher.told())
 
     def forget(self) -> None:
         for watcher in self._watchers:

@@ -1,4 +1,4 @@
-"""`[[watch]]`: a condition on a metric, and what is done when it holds."""
+"""`[[watch]]`: a condition on a metric, or several at once, and what is done when they hold."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ from typing import Literal
 
 import msgspec
 
+CONDITIONS = (
+    "above", "below", "sigma", "not_finite", "change_above", "change_below", "ratio_above", "ratio_below",
+)  # fmt: skip
+TRENDS = ("change_above", "change_below", "ratio_above", "ratio_below")
 
-class Watch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One watch rule; exactly one of `above`, `below`, `sigma` and `not_finite` says when it fires."""
 
-    name: str
+class Condition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Something that may hold of a metric; exactly one of `CONDITIONS` says what.
+
+    The last four compare the metric with its own past: its mean over the newest quarter of the last `over` steps with that over the
+    oldest quarter of them. They are silent until both have a value.
+    """
+
     metric: str
     """Slash-path of the metric, as `train/loss`."""
     above: float | None = None
@@ -18,11 +26,39 @@ class Watch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sigma: float | None = None
     """Standard deviations over the mean of the last `window` values."""
     not_finite: bool = False
-    """Fires on NaN and infinity."""
+    """Holds of NaN and infinity."""
+    change_above: float | None = None
+    """It has changed by more than this: newest mean minus oldest."""
+    change_below: float | None = None
+    ratio_above: float | None = None
+    """Newest mean over oldest."""
+    ratio_below: float | None = None
     window: int = 128
     """Values that `sigma` looks back on; it is silent until there are so many."""
+    over: int = 200
+    """Steps that changes and ratios look back on."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(key, what is wrong and the way out)."""
+        found: list[tuple[str, str]] = []
+        given = [key for key in CONDITIONS if getattr(self, key) is not None and getattr(self, key) is not False]
+        if len(given) != 1:
+            found.append(("metric", f"needs exactly one of {', '.join(CONDITIONS)}, but has {', '.join(given) or 'none'}"))
+        if self.window < 1:
+            found.append(("window", "must be at least 1"))
+        if self.over < 4:
+            found.append(("over", "must be at least 4"))
+        return found
+
+
+class Watch(Condition, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One watch rule."""
+
+    name: str
+    others: tuple[Condition, ...] = msgspec.field(default=(), name="and")
+    """What must hold as well, by the newest value of each one's metric."""
     steps: int = 1
-    """Values in a row for which the condition must hold."""
+    """Values in a row for which all of it must hold."""
     action: Literal["alert", "pause", "rollback", "stop"] = "alert"
     skip: int = 0
     """Rollback: steps of data to pass over."""
@@ -32,11 +68,11 @@ class Watch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Steps after firing in which the rule is silent."""
 
     def problems(self) -> list[tuple[str, str]]:
-        conditions = [self.above is not None, self.below is not None, self.sigma is not None, self.not_finite]
-        found: list[tuple[str, str]] = []
-        if sum(conditions) != 1:
-            found.append(("name", f"watch rule {self.name!r} needs exactly one of above, below, sigma and not_finite"))
-        found += [(key, "must be at least 1") for key in ("window", "steps") if getattr(self, key) < 1]
+        found = [("name" if key == "metric" else key, message) for key, message in Condition.problems(self)]
+        for other in self.others:
+            found += [("and", f"{other.metric}: {key}: {message}") for key, message in other.problems()]
+        if self.steps < 1:
+            found.append(("steps", "must be at least 1"))
         if self.lr_scale <= 0:
             found.append(("lr_scale", "must be greater than 0"))
         if self.skip < 0:

@@ -176,6 +176,16 @@ def test_reports_are_numbered_from_one_delivered_in_order_and_acknowledged(
     assert [m.body.step for m in controller.stored["telemetry"]] == list(range(1, 301))
 
 
+def test_samples_of_rollouts_travel_with_the_metrics(room: Path, address: Path, closing: Callable[[Any], Any]) -> None:
+    controller = closing(Controller(room, address))
+    link = closing(RankLink(address, HELLO))
+    for reward in (None, -0.5):
+        link.send(p.Sampled(stage="s", step=1, lineage=1, prompt="why?", text="because", reward=reward))
+    assert link.flush(8)
+    assert [m.body.reward for m in controller.stored["control"]] == [None]
+    assert [m.body.reward for m in controller.stored["telemetry"]] == [-0.5]
+
+
 def test_what_is_sent_before_there_is_a_controller_arrives_when_there_is(
     room: Path, address: Path, closing: Callable[[Any], Any]
 ) -> None:

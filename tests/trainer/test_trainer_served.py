@@ -301,7 +301,7 @@ def test_a_stop_now_does_not_wait_for_the_server(recipe: Recipe, stand_in: Stand
     stand_in.delay = 60.0
     root = policy_run(recipe, tmp_path, "run", stand_in.url, timeout=100.0)
     began = time.monotonic()
-    told = steer(root, Step(Op.STOP_NOW, phase="generating", looks=3), size=1)
+    told = steer(root, Step(Op.STOP_NOW, phase="sampling", looks=3), size=1)
     assert told.all("Ended")[-1]["cause"] == "stopped-now"
     assert time.monotonic() - began < 45
 

@@ -22,9 +22,10 @@ from websockets.asyncio.server import Server, ServerConnection, unix_serve
 from websockets.exceptions import ConnectionClosed
 
 from launcher import protocol as p
-from launcher.metrics.columns import columns_of
+from launcher.metrics.columns import Segment, columns_of
 from launcher.metrics.nodes import ROW
 from launcher.paths import Address, RunPaths, write_address
+from launcher.samples import Samples
 
 NOW = 1_760_000_000.0
 """08:53:20 UTC on 9 October 2025."""
@@ -264,6 +265,8 @@ class Stage:
         self.questions: list[p.Message] = []
         self.logs = dict(LOGS)
         self.series = series()
+        self.samples = Samples(self.directory / "samples", 1)
+        """What rollouts wrote; asked for as of a controller."""
         self.journal = journal()
         self.asks: list[p.ProbeAsk] = []
         self.stopped: list[int] = []
@@ -417,6 +420,8 @@ class Stage:
                 if self.undo.problem:
                     return p.Refused(id=question.id, reason=self.undo.problem)
                 return replace(self.undo, id=question.id, checkpoint=question.checkpoint)
+            case p.SampleQuery():
+                return self.samples.find(question, [Segment(1, -1, 400), Segment(2, 400, None)], SAMPLES)
             case p.TextQuery():
                 return p.TextReply(id=question.id, samples=SAMPLES)
         return p.Refused(id=getattr(question, "id", 0), reason="not understood")

@@ -6,6 +6,7 @@ import pytest
 from textual.pilot import Pilot
 
 from tests.tui.conftest import Screen
+from tests.tui.rollouts import play
 from tests.tui.stage import NOW, Stage
 from tui import keys
 from tui.app import MidwatchApp
@@ -26,6 +27,26 @@ def test_view(stage: Stage, snap_compare: Callable[..., bool], view: keys.ViewNa
         screen = Screen(app, pilot)
         await screen.until(lambda: app.scene.snapshot is not None and app.scene.link.up and app.view is not None)
         await screen.open(view.key, view.name)
+        await screen.until(lambda: app.view is not None and app.view.settled())
+        await pilot.pause(0.1)
+
+    assert snap_compare(_app(stage), terminal_size=size, run_before=open_view)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("view", ["watch", "metrics", "samples", "whole"])
+def test_rollouts(stage: Stage, snap_compare: Callable[..., bool], view: str, size: tuple[int, int]) -> None:
+    play(stage)
+
+    async def open_view(pilot: Pilot[int]) -> None:
+        app = pilot.app
+        assert isinstance(app, MidwatchApp)
+        screen = Screen(app, pilot)
+        await screen.until(lambda: app.scene.snapshot is not None and app.scene.link.up and app.view is not None)
+        name = "samples" if view == "whole" else view
+        await screen.open({"watch": "w", "metrics": "m", "samples": "y"}[name], name)
+        if view == "whole":
+            await screen.press("2", "down", "enter")
         await screen.until(lambda: app.view is not None and app.view.settled())
         await pilot.pause(0.1)
 

@@ -82,9 +82,11 @@ def ghosts(snapshot: Snapshot) -> tuple[int, ...]:
 
 
 def short_name(metric: str) -> str:
-    """`eval/stdlib/loss` is `stdlib`; others keep their name."""
+    """`eval/stdlib/loss` is `stdlib`, what is measured while training is `training`; others keep their name."""
     head, _, rest = metric.partition("/")
-    return rest.removesuffix("/loss") if head == "eval" else metric
+    if head == "eval":
+        return rest.rpartition("/")[0] or rest
+    return "training" if metric in ("policy/reward", "policy/kl_sequence") else metric
 
 
 def window(start: int, stop: int) -> int:

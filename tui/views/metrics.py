@@ -314,8 +314,24 @@ class MetricsView(View):
         self.midwatch.draw_foot()
 
 
+_HEADS = re.compile(
+    "|".join(
+        f"({head})"
+        for head in (
+            "train/loss$", "policy/reward$", "eval/.+/reward$", "policy/kl_sequence", "eval/.+/kl_sequence$", "policy/entropy",
+            "policy/response_length|eval/.+/response_length$", "policy/truncated", "policy/kl", "policy/reward",
+            "policy/(ratio|clip|approximate)", "policy/", "value/", "preference/", "eval/", "train/",
+            "perf/(generate|score|update)_seconds", "perf/",
+        )
+    )
+)  # fmt: skip
+
+
 def _order(name: str) -> tuple[int, bool, str]:
-    """The loss first, then what tells most; single points, of stages' beginnings, behind courses."""
-    heads = ("train/loss", "policy/", "preference/", "eval/", "train/", "perf/")
-    fits = (name == head or (head.endswith("/") and name.startswith(head)) for head in heads)
-    return next((place for place, fit in enumerate(fits) if fit), len(heads)), name.endswith("_before"), name
+    """The loss first, then what tells most: of a policy its reward, held-out beside it, its distance, its entropy and lengths.
+
+    Single points, of stages' beginnings, come behind courses.
+    """
+    found = _HEADS.match(name)
+    place = _HEADS.groups if found is None else next(n for n, part in enumerate(found.groups()) if part is not None)
+    return place, name.endswith("_before"), name

@@ -19,7 +19,7 @@ from tui.scene import Scene, newest_checkpoint, running_span
 from tui.troubles import newest_fault
 from tui.views.base import View
 from tui.views.charting import Fetcher, borders, ghosts, marks, short_name, window
-from tui.words import UNICODE, age, compact, duration, percent, size
+from tui.words import UNICODE, age, compact, duration, percent, setting, size
 
 
 class Slot(NamedTuple):
@@ -36,22 +36,26 @@ class Layout(NamedTuple):
     events: int
     across: int
     down: int
+    rollout: int = 0
 
 
-def layout(width: int, height: int, nodes: int) -> Layout:
+def layout(width: int, height: int, nodes: int, draws: bool = False) -> Layout:
     """What fits; the charts take what the others leave, and go where that is too little."""
     state = 3 if height >= 26 else 1
     pipeline = 0 if height < 6 else 3 if height >= 26 else 2
     machines = 0 if height < 10 else min(nodes, max(1, height // 12))
     events = 0 if height < 12 else min(12, max(3, height // 5))
-    left = height - state - 1 - pipeline - machines - events
+    rollout = 1 if draws and height >= 6 else 0
+    left = height - state - 1 - rollout - pipeline - machines - events
     across = max(1, min(3, width // 38))
     down = max(0, min(2 if across > 1 else 3, left // 8)) if left >= 5 else 0
-    return Layout(state, pipeline, machines, events, across, down or (1 if left >= 5 else 0))
+    return Layout(state, pipeline, machines, events, across, down or (1 if left >= 5 else 0), rollout)
 
 
-def slots(latest: dict[str, float]) -> list[Slot]:
-    """The charts worth watching, by what the run reports, the most telling first."""
+def slots(latest: dict[str, float], draws: bool = False, coefficient: float | None = None) -> list[Slot]:
+    """The charts worth watching, by what the run reports, the most telling first; for a stage that `draws`, its rollouts'."""
+    if draws and "policy/reward" in latest:
+        return _of_rollouts(latest, coefficient)
     found = [Slot("loss", ("train/loss",))]
     if "policy/kl" in latest:
         found.append(Slot("KL per token", ("policy/kl",)))
@@ -75,6 +79,26 @@ def slots(latest: dict[str, float]) -> list[Slot]:
     return found
 
 
+def _of_rollouts(latest: dict[str, float], coefficient: float | None) -> list[Slot]:
+    """Reward and KL, each beside what held-out prompts give, before the loss, which says little here."""
+
+    def beside(name: str) -> tuple[str, ...]:
+        return (f"policy/{name}", *sorted(each for each in latest if re.fullmatch(rf"eval/.+/{name}", each))[:5])
+
+    kl = "KL per response" + (f", kl {setting(coefficient)}" if coefficient is not None else "")
+    wanted = [
+        Slot("reward", beside("reward")),
+        Slot(kl, beside("kl_sequence")),
+        Slot("entropy", ("policy/entropy",)),
+        Slot("loss", ("train/loss",)),
+        Slot("response length", ("policy/response_length",)),
+        Slot("variance explained by the value model", ("value/explained_variance",)),
+        Slot("gradient norm", ("train/grad_norm",)),
+        Slot("responses cut off", ("policy/truncated",)),
+    ]
+    return [slot for slot in wanted if slot.metrics[0] in latest]
+
+
 class WatchView(View):
     """Charts show the stage that trains, or with `z` the whole run."""
 
@@ -93,11 +117,13 @@ class WatchView(View):
         self._fetcher = Fetcher(self, self._fetch)
         self._charts = [Chart(unicode=UNICODE) for _ in range(6)]
         self._state_panel, self._facts_panel, self._pipeline_panel = Panel(), Panel(), Panel()
+        self._rollout_panel = Panel()
         self._machines_panel, self._events_panel = Panel(), Panel()
 
     def compose(self) -> ComposeResult:
         yield self._state_panel
         yield self._facts_panel
+        yield self._rollout_panel
         yield self._pipeline_panel
         with Grating(id="charts"):
             yield from self._charts
@@ -129,12 +155,14 @@ class WatchView(View):
         width, height = self.size
         if not width or not height:
             return
-        plan = layout(width, height, len(snapshot.nodes) if snapshot is not None else 0)
+        drawing = _drawing(snapshot)
+        plan = layout(width, height, len(snapshot.nodes) if snapshot is not None else 0, drawing is not None)
         self._arrange(plan, len(self._slots()))
         self._state_panel.show(_state_band(scene, width, plan.state))
         if snapshot is None:
             return
         self._facts_panel.show([_facts(scene, snapshot)])
+        self._rollout_panel.show([rollout(scene, snapshot, drawing)] if drawing is not None else [])
         self._pipeline_panel.show(pipeline(snapshot.stages, width)[: plan.pipeline])
         self._machines_panel.show(_machines(snapshot.nodes, width, plan.nodes))
         events = list(reversed(snapshot.events))[: plan.events]
@@ -143,7 +171,10 @@ class WatchView(View):
             self._fetcher.want()
 
     def _slots(self) -> list[Slot]:
-        return slots(self._scene.snapshot.latest) if self._scene is not None and self._scene.snapshot is not None else []
+        snapshot = self._scene.snapshot if self._scene is not None else None
+        if snapshot is None:
+            return []
+        return slots(snapshot.latest, _drawing(snapshot) is not None, snapshot.settings.get("kl"))
 
     def _arrange(self, plan: Layout, wanted: int) -> None:
         shown = min(max(1, wanted), plan.across * plan.down, len(self._charts))
@@ -154,6 +185,7 @@ class WatchView(View):
         self._arranged = key
         panels = (
             (self._state_panel, plan.state),
+            (self._rollout_panel, plan.rollout),
             (self._pipeline_panel, plan.pipeline),
             (self._machines_panel, plan.nodes),
             (self._events_panel, plan.events),
@@ -175,7 +207,7 @@ class WatchView(View):
             return None
         golden = tuple(c.id for c in snapshot.checkpoints if c.golden)
         return (snapshot.step, snapshot.lineage, snapshot.stage, snapshot.state, len(snapshot.checkpoints), golden,
-                self._scene.link.up)  # fmt: skip
+                snapshot.settings.get("kl"), self._scene.link.up)  # fmt: skip
 
     async def _fetch(self) -> None:
         scene = self._scene
@@ -234,15 +266,61 @@ def _state_band(scene: Scene, width: int, rows: int) -> list[Line]:
     return [[], cut(line, width), []] if rows >= 3 else [cut(line, width)]
 
 
+def _drawing(snapshot: Snapshot | None) -> StageView | None:
+    """The stage that trains, where it learns from responses that it draws."""
+    running = running_span(snapshot) if snapshot is not None else None
+    return running.stage if running is not None and running.stage.updates else None
+
+
+def rollout(scene: Scene, snapshot: Snapshot, stage: StageView) -> Line:
+    """The phases of a rollout with the seconds of the last one; of the one under way those so far before them; the KL after it."""
+    latest = snapshot.latest
+    update = latest.get("perf/update_seconds")
+    seconds = {
+        "generating": latest.get("perf/generate_seconds"),
+        "scoring": latest.get("perf/score_seconds"),
+        "training": update * stage.updates if update is not None else None,
+    }
+    parts: list[Line] = []
+    for phase, last in seconds.items():
+        words = "updating" if phase == "training" else phase
+        took = f"{last:.1f}" if last is not None else "-"
+        if snapshot.phase == phase and snapshot.state == "training":
+            since = max(0.0, scene.now - scene.skew - snapshot.phase_since) if snapshot.phase_since else 0.0
+            number = f" {stage.step % stage.updates + 1}/{stage.updates}" if phase == "training" and stage.updates > 1 else ""
+            parts.append([("▸" if UNICODE else ">", Ink.ACTIVE), (f"{words}{number} {since:.1f}/{took} s", Ink.ACTIVE)])
+        else:
+            parts.append([(f"{words} ", Ink.FAINT), (took, Ink.TEXT), (" s", Ink.FAINT)])
+    if (kl := latest.get("policy/kl_sequence")) is not None:
+        target = f" (target {setting(stage.kl_target)})" if stage.kl_target is not None else ""
+        parts.append([("KL ", Ink.FAINT), (compact(kl), Ink.TEXT), (target, Ink.FAINT)])
+    if (coefficient := snapshot.settings.get("kl")) is not None:
+        parts.append([("kl ", Ink.FAINT), (compact(coefficient), Ink.TEXT)])
+    return [(" ", Ink.BLANK), *joined(parts)]
+
+
+DRAWN = (
+    ("policy/reward", "reward", ""),
+    ("held-out", "held-out", ""),
+    ("policy/entropy", "entropy", ""),
+    ("policy/response_length", "length", ""),
+    ("policy/truncated", "cut off", "%"),
+)
+"""What rollouts add to the figures."""
+OTHER = (("policy/kl", "KL", ""), ("policy/reward", "reward", ""), ("preference/margin", "margin", ""))
+
+
 def _facts(scene: Scene, snapshot: Snapshot) -> Line:
     """The newest figures in one line."""
-    latest = snapshot.latest
+    latest = dict(snapshot.latest)
+    if drawing := _drawing(snapshot):
+        held_out = [latest[name] for source in drawing.mixture if (name := f"eval/{source}/reward") in latest]
+        latest |= {"held-out": sum(held_out) / len(held_out)} if held_out else {}
+        latest |= {"policy/truncated": 100 * latest["policy/truncated"]} if "policy/truncated" in latest else {}
     parts: list[Line] = []
     for name, label, unit in (
         ("train/loss", "loss", ""),
-        ("policy/kl", "KL", ""),
-        ("policy/reward", "reward", ""),
-        ("preference/margin", "margin", ""),
+        *(DRAWN if drawing else OTHER),
         ("train/lr", "lr", ""),
         ("train/grad_norm", "grad", ""),
         ("perf/tokens_per_second", "", " tokens/s"),
