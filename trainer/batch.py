@@ -10,9 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from launcher.recipe import Recipe, Stage
 from shards.feed import Batch
 from trainer import documents
 from trainer.documents import Documents
+
+LENGTHS = 16
+"""Of which rows that are cut behind their ends have a multiple."""
 
 
 class Rows(NamedTuple):
@@ -56,11 +60,12 @@ def filled(samples: int, size: int, pipeline: int) -> tuple[int, int]:
     return rounds * pipeline * size, size
 
 
-def micro_batches(batch: Batch, halves: int, samples: int, size: int, device: torch.device) -> Iterator[Rows]:
+def micro_batches(batch: Batch, halves: int, samples: int, size: int, device: torch.device, trims: bool = False) -> Iterator[Rows]:
     """The batch filled up to `samples` samples, in parts of `size`, the last one of what is left.
 
     halves: rows of a sample; 2 for pairs, of which each part holds the chosen rows of its samples, then their rejected ones.
-    What is filled up has no targets that count, so it weighs nothing, and keeps ranks in step. Waits for no device.
+    trims: each part is as long as its longest row, about. What is filled up has no targets that count, so it weighs nothing, and
+    keeps ranks in step. Waits for no device.
     """
     time = batch.tokens.shape[1]
     arrays: tuple[NDArray[Any], ...] = (batch.tokens, batch.targets, batch.mask, batch.segments, batch.positions)
@@ -68,11 +73,30 @@ def micro_batches(batch: Batch, halves: int, samples: int, size: int, device: to
     for rows, array in zip(whole, arrays, strict=True):
         there = array.reshape(halves, -1, time)[:, :samples]
         rows[:, : there.shape[1]] = there
-    starts, longest = documents.found(whole[3].reshape(-1, time))
-    whole.append(starts.reshape(halves, samples, -1))
+    real = batch.segments.reshape(halves, -1, time)
     for start in range(0, samples, size):
-        tokens, targets, mask, segments, positions, begun = (_sent(rows[:, start : start + size], device) for rows in whole)
-        yield Rows(tokens, targets, mask, segments, positions, Documents(begun, longest))
+        length = trimmed(real[:, start : start + size]) if trims else time
+        parts = [rows[:, start : start + size, :length] for rows in whole]
+        # Of the whole batch where rows keep their length: a pipeline joins its micro-batches again.
+        starts, longest = documents.found((parts[3] if trims else whole[3]).reshape(-1, length))
+        begun = starts.reshape(halves, -1, starts.shape[-1])
+        begun = begun if trims else begun[:, start : start + size]
+        tokens, targets, mask, segments, positions, documented = (_sent(part, device) for part in (*parts, begun))
+        yield Rows(tokens, targets, mask, segments, positions, Documents(documented, longest))
+
+
+def trimmed(segments: NDArray[np.int32]) -> int:
+    """As long as the longest of these rows [..., time], rounded up: of a few lengths only, and not longer than they are."""
+    time = segments.shape[-1]
+    used = np.flatnonzero((segments >= 0).reshape(-1, time).sum(0))
+    longest = int(used[-1]) + 1 if len(used) else 1
+    return int(min(time, -(-longest // LENGTHS) * LENGTHS))
+
+
+def may_trim(recipe: Recipe, stage: Stage) -> bool:
+    """Whether rows may be shorter than the context: not where a shape costs much the first time, nor where positions go by it."""
+    kind = (stage.rope or recipe.model.rope).kind
+    return recipe.parallel.pipeline == 1 and not recipe.model.compile and kind not in ("dynamic", "longrope")
 
 
 def _sent(rows: NDArray[Any], device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.container import Array
-from trainer.batch import Rows, of_one, samples_a_replica, share
+from trainer.batch import Rows, may_trim, of_one, samples_a_replica, share, trimmed
 from trainer.generate import Request, Response
 from trainer.generate.served import ServerError
 from trainer.network import Network
@@ -87,7 +87,8 @@ def _rows(
 def over_rows(training: Training, network: Network, rows: Rows, through: Callable[[Network, Rows], Tensor]) -> Tensor:
     """What a forward gives for all the rows, in micro-batches, each replica a share: whole on every rank."""
     policy, stage, device = training.network, training.stage.stage, training.world.device
-    count = len(rows.tokens)
+    count, context = rows.tokens.shape
+    length = trimmed(rows.segments.cpu().numpy()) if may_trim(training.recipe, stage) else context
     start, stop = share(0, count, policy.replica, policy.replicas)
     each = samples_a_replica(count, policy.replicas)
     found: list[Tensor] = []
@@ -96,12 +97,12 @@ def over_rows(training: Training, network: Network, rows: Rows, through: Callabl
         places = [min(start + at, count - 1) for at in range(first, min(first + stage.micro_batch, each))]
         chosen = torch.tensor(places, device=device)
         columns = (rows.tokens, rows.targets, rows.mask, rows.segments)
-        found.append(through(network, of_one(*(column[chosen] for column in columns))))
+        found.append(through(network, of_one(*(column[chosen, :length] for column in columns))))
     network.reshard()
     mine = torch.cat(found)[: stop - start]
-    every = torch.zeros(count, *mine.shape[1:], device=device)
+    every = torch.zeros(count, context, *mine.shape[2:], device=device)
     if policy.speaks:
-        every[start:stop] = mine
+        every[start:stop, :length] = mine
     dist.all_reduce(every)
     return every
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from launcher.recipe import Stage
 from shards.errors import ShardError
 from shards.feed import Batch
-from trainer.batch import Rows, micro_batches, samples_a_replica, share
+from trainer.batch import Rows, may_trim, micro_batches, samples_a_replica, share
 from trainer.objectives.dpo import METRICS
 from trainer.objectives.reward import gaps, score_places
 from trainer.optimizer import total
@@ -73,7 +73,7 @@ def _sit(training: Training, exam: Exam) -> dict[str, float] | None:
         each.documents_masked, each.temperature = stage.documents_masked, 1.0
     settings = exam_settings(stage) | training.progress.settings
     sums = torch.zeros(2 + len(exam.objective.metrics) + BINS, device=world.device)
-    stride = stage.micro_batch * network.replicas
+    stride, trims = stage.micro_batch * network.replicas, may_trim(training.recipe, stage)
     for start in range(0, len(exam.samples), stride):
         if training.boundary.peek():
             return None
@@ -86,7 +86,7 @@ def _sit(training: Training, exam: Exam) -> dict[str, float] | None:
             training.evaluated = None
             return None
         samples = samples_a_replica(count, network.replicas)
-        for part in micro_batches(batches[0], 2 if exam.pairs else 1, samples, samples, world.device):
+        for part in micro_batches(batches[0], 2 if exam.pairs else 1, samples, samples, world.device, trims):
             fixed = reference.log_probs(part) if reference is not None else None
             if cached is not None and exam.objective.needs_reference:
                 fixed = cached.of(batches[0].samples, part, "held_out")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from launcher.recipe import Stage
-from trainer.batch import Rows, of_one
+from trainer.batch import Rows, of_one, trimmed
 from trainer.objectives.ppo import Experience as Noted
 
 _IDS = ("tokens", "targets", "segments")
@@ -46,13 +46,20 @@ class Experience:
         """Tokens of these responses; chosen: their numbers."""
         return int(self._held["mask"][chosen].sum())
 
-    def parts(self, chosen: Tensor, samples: int, size: int) -> Iterator[tuple[Rows, Noted]]:
-        """These responses filled up to `samples` with what weighs nothing, in parts of `size`, the last one of what is left."""
+    def length(self) -> int:
+        """About that of the longest response with its prompt."""
+        return trimmed(self._held["segments"].to(torch.int32).cpu().numpy())
+
+    def parts(self, chosen: Tensor, samples: int, size: int, length: int) -> Iterator[tuple[Rows, Noted]]:
+        """These responses, cut behind `length` tokens and filled up to `samples` with what weighs nothing.
+
+        In parts of `size`, the last one of what is left.
+        """
         for start in range(0, samples, size):
             stop = min(start + size, samples)
             mine = chosen[start:stop]
             missing = stop - start - len(mine)
-            found = {name: torch.cat([held[mine], held.new_zeros(missing, held.shape[1])]) for name, held in self._held.items()}
+            found = {name: torch.cat([held[mine, :length], held.new_zeros(missing, length)]) for name, held in self._held.items()}
             rows = of_one(found["tokens"], found["targets"], found["mask"], found["segments"])
             yield rows, Noted(*(found.get(name) for name in _NOTED))  # type: ignore[arg-type]  # the first two are always there
 

@@ -9,7 +9,7 @@ from typing import Any
 from shards.errors import ShardError
 from shards.feed import Batch
 from trainer import rollouts
-from trainer.batch import Rows, filled, micro_batches, samples_a_replica, share
+from trainer.batch import Rows, filled, may_trim, micro_batches, samples_a_replica, share
 from trainer.parallel import first_problem, reduce
 from trainer.reference import prepare
 from trainer.stages import rows_of_a_sample
@@ -63,7 +63,8 @@ def _read(training: Training) -> Lesson | None:
         training.hold_for_data(first_problem(problem, world) or "")
         return None
     samples, size = filled(samples_a_replica(stage.global_batch, network.replicas), stage.micro_batch, world.pipeline.size)
-    parts = list(micro_batches(batch, rows_of_a_sample(stage), samples, size, world.device))
+    trims = may_trim(training.recipe, stage)
+    parts = list(micro_batches(batch, rows_of_a_sample(stage), samples, size, world.device, trims))
     fixed, sums = training.reference if stage.needs_reference else None, training.sums
     if sums is not None:
         held: list[Any] = [sums.of(batch.samples[at * size :], part, "train") for at, part in enumerate(parts)]

@@ -24,7 +24,7 @@ from launcher.recipe import Stage
 from shards.container import ColumnReader, ColumnWriter
 from shards.errors import ShardError
 from shards.feed import Batch
-from trainer.batch import Rows, micro_batches, samples_a_replica, share
+from trainer.batch import Rows, may_trim, micro_batches, samples_a_replica, share
 from trainer.network import Network
 from trainer.objectives.dpo import responses
 from trainer.objectives.loss import last_place
@@ -124,7 +124,7 @@ def _write(training: Training, reference: Network, file: Path, count: int, read:
     world, stage = training.world, training.stage.stage
     if _led(training, file.is_file):
         return True
-    stride = stage.micro_batch * reference.replicas
+    stride, trims = stage.micro_batch * reference.replicas, may_trim(training.recipe, stage)
     with ExitStack() as kept:
         writer = None
         if world.leads:
@@ -142,7 +142,7 @@ def _write(training: Training, reference: Network, file: Path, count: int, read:
                 training.hold_for_data(problem)
                 return False
             samples = samples_a_replica(length, reference.replicas)
-            (rows,) = micro_batches(batches[0], 2, samples, samples, world.device)
+            (rows,) = micro_batches(batches[0], 2, samples, samples, world.device, trims)
             sums = responses(reference.log_probs(rows), rows).view(2, -1)[:, : last - first]
             every = torch.zeros(length, 2, device=world.device)
             if reference.speaks:

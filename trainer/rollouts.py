@@ -20,7 +20,7 @@ from torch import Tensor
 from launcher.protocol import Sampled
 from shards.container import Array
 from shards.errors import ShardError
-from trainer.batch import Rows, filled, samples_a_replica, share
+from trainer.batch import Rows, filled, may_trim, samples_a_replica, share
 from trainer.drawing import Drawn, draw, log_probs_and_entropy, over_rows, scores
 from trainer.drawing import log_probs as log_probs_of
 from trainer.objectives import grpo
@@ -187,7 +187,8 @@ def minibatch(training: Training) -> tuple[list[Rows], list[Noted], int]:
     chosen = order[number * stage.global_batch : (number + 1) * stage.global_batch]
     mine = chosen[slice(*share(0, len(chosen), network.replica, network.replicas))]
     samples, size = filled(samples_a_replica(stage.global_batch, network.replicas), stage.micro_batch, training.world.pipeline.size)
-    parts = list(held.parts(mine, samples, size))
+    length = held.length() if may_trim(training.recipe, stage) else stage.context
+    parts = list(held.parts(mine, samples, size, length))
     return [rows for rows, _ in parts], [noted for _, noted in parts], held.weight(chosen)
 
 

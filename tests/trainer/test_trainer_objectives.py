@@ -117,3 +117,20 @@ def _halves(parts: list[Rows], halves: int) -> tuple[list[int], list[int]]:
 
     split = [part.tokens.chunk(halves) for part in parts]
     return [n for part in split for n in column(part[0])], [n for part in split for n in column(part[-1])]
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_rows_cut_behind_their_ends_hold_all_that_counts(halves: int) -> None:
+    have, time = 3, 64
+    batch = Batch.empty(have * halves, time, 0, [("a", 0, n) for n in range(have)])
+    lengths = [5, 40, 20, 18, 7, 33][: have * halves]
+    for row, length in enumerate(lengths):
+        batch.put(row, 0, np.arange(1, length + 2), np.ones(length, np.float32), 0)
+    cut = list(micro_batches(batch, halves, 4, 2, torch.device("cpu"), trims=True))
+    whole = list(micro_batches(batch, halves, 4, 2, torch.device("cpu")))
+    # The longest of the first two samples' rows, and of the third's, which a sample that is not there comes with.
+    assert [part.tokens.shape[1] for part in cut] == ([48, 32] if halves == 1 else [48, 48])
+    for short, long in zip(cut, whole, strict=True):
+        length = short.tokens.shape[1]
+        assert all(torch.equal(a, b[:, :length]) for a, b in zip(short[:5], long[:5], strict=True))
+        assert float(short.mask.sum()) == float(long.mask.sum())

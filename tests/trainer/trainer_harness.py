@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.process
 import os
 import queue
+import random
 import resource
 import signal
 import socket
@@ -143,10 +144,12 @@ class ScriptedLink:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Not one of those that the system gives to outgoing connections, of which another may take it in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass
