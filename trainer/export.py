@@ -24,7 +24,7 @@ from torch import Tensor
 from launcher.recipe import Recipe, RecipeError, Rope, Stage, load_recipe
 from launcher.recipe.hf_config import config_of, family_of
 from launcher.recipe.hf_files import INDEX, SINGLE
-from launcher.recipe.hf_layout import ARCHITECTURES, Family, Part, file_shapes, layout, misfits
+from launcher.recipe.hf_layout import ARCHITECTURES, SCORING, Family, Part, file_shapes, layout, misfits
 from launcher.recipe.model import Model
 from shards.errors import ShardError
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -85,7 +85,8 @@ def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int
     context = max(each.context for each in recipe.stage[: progress.stage + 1])
     vocabulary = known.tensors["model.embedding.weight"].shape[0]
     tensors: Tensors = {
-        name: partial(whole, directory, known.tensors[f"model.{name}"]) for name in layout(recipe.model, family, vocabulary)
+        name: partial(whole, directory, known.tensors[f"model.{name}"])
+        for name in layout(recipe.model, family, vocabulary, stage.scalar)
     }
     parts, tensors = placed(recipe.model, family, vocabulary, tensors, stage, context)
     known_as = {"run": recipe.run.name, "checkpoint": directory.name, "step": progress.step, "stage": stage.name, "digest": digest}
@@ -102,7 +103,8 @@ def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int
         half.rename(to)
     finally:
         shutil.rmtree(half, ignore_errors=True)
-    return f"{to}: {ARCHITECTURES[family]} of checkpoint {directory.name}, step {progress.step}, {vocabulary} ids, {dtype}"
+    kind = (SCORING if stage.scalar else ARCHITECTURES)[family]
+    return f"{to}: {kind} of checkpoint {directory.name}, step {progress.step}, {vocabulary} ids, {dtype}"
 
 
 def like(model: Model) -> Family:
@@ -155,6 +157,9 @@ def described(
         context = parts["positions.weight"].shape[0]
     config = config_of(recipe.model, family, _rope(recipe, stage), recipe.stage[0].context, context, vocabulary)
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    if stage.scalar:
+        head = {"architectures": [SCORING[family]], "num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+        return hf_tokenizer.files(tokenizer, context) | {"config.json": dumped(config | ids | head | {"torch_dtype": dtype})}
     stops = {"eos_token_id": sorted(tokenizer.stops)} if len(tokenizer.stops) > 1 else {}
     return hf_tokenizer.files(tokenizer, context) | {
         "config.json": dumped(config | ids | {"torch_dtype": dtype}),
@@ -166,7 +171,7 @@ def placed(
     model: Model, family: Family, vocabulary: int, tensors: Tensors, stage: Stage, context: int
 ) -> tuple[dict[str, Part], Tensors]:
     """Where each parameter goes, and the parameters, each to be read when it is its turn."""
-    parts = layout(model, family, vocabulary)
+    parts = layout(model, family, vocabulary, stage.scalar)
     if stage.position_factor != 1.0 and family == "gpt2":
         # GPT-2 reads its table as it is, so what the stage reads between the rows is written out.
         table = tensors["positions.weight"]()

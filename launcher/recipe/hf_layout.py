@@ -13,6 +13,13 @@ Family = Literal["llama", "gpt2", "bloom"]
 
 ARCHITECTURES: dict[Family, str] = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "bloom": "BloomForCausalLM"}
 
+SCORING: dict[Family, str] = {
+    "llama": "LlamaForSequenceClassification",
+    "gpt2": "GPT2ForSequenceClassification",
+    "bloom": "BloomForSequenceClassification",
+}
+"""With a scalar head: reward models."""
+
 
 class Piece(NamedTuple):
     """Rows of a tensor in a file; columns where it is transposed."""
@@ -58,10 +65,17 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def layout(model: Model, family: Family, vocabulary: int) -> dict[str, Part]:
-    """Our parameters by name, each where it is in the family's files, for an embedding of so many rows."""
+def layout(model: Model, family: Family, vocabulary: int, scalar: bool = False) -> dict[str, Part]:
+    """Our parameters by name, each where it is in the family's files, for an embedding of so many rows.
+
+    scalar: of a model with a scalar head in place of the output layer.
+    """
     tables = {"llama": _llama, "gpt2": _gpt2, "bloom": _bloom}
-    return tables[family](model, vocabulary)
+    found = tables[family](model, vocabulary)
+    if scalar:
+        found.pop("head.weight", None)
+        found["score.weight"] = _whole("score.weight", 1, model.width)
+    return found
 
 
 def file_shapes(parts: dict[str, Part]) -> dict[str, tuple[int, ...]]:

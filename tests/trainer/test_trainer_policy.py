@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from trainer_harness import Step, Told, fresh, logs, same_bits, start_ranks, state, steer, tensors, write_recipe
+from transformers import AutoModelForSequenceClassification
 
 from launcher.plan.memory import Memory, memory
 from launcher.protocol import Op, ProbeAsk, ProbeEnd, ProbeToken
@@ -21,6 +22,7 @@ from launcher.recipe import Recipe, Stage, load_recipe
 from launcher.recipe.policy import Policy
 from shards.feed import open_held_out
 from shards.tokenizer import Tokenizer
+from trainer.export import export
 from trainer.model import Decoder
 from trainer.probe.judging import Judges
 from trainer.probe.loading import load
@@ -268,6 +270,21 @@ def test_the_probe_scores_answers_by_the_reward_model_and_refuses_to_let_it_writ
         with torch.no_grad():
             found = model(ids, torch.arange(ids.shape[1])[None], torch.zeros_like(ids))
         assert score == pytest.approx(float(found[0, -1]), abs=1e-5)
+
+
+def test_an_exported_reward_model_scores_in_transformers_as_it_does_here(whole: tuple[Path, Told], tmp_path: Path) -> None:
+    root = whole[0]
+    said = export(root, "16-1-reward", tmp_path / "hf")
+    assert "LlamaForSequenceClassification" in said
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    recipe = load_recipe(root / "recipe.toml")
+    tokenizer = Tokenizer.load(Path(recipe.data.dir or "") / "tokenizer.model")
+    score = Judges(recipe, root, torch.device("cpu"))
+    for answer in ("Yes.", "It reads the file, and returns its lines."):
+        ids, _ = tokenizer.chat([("user", "What does it do?"), ("assistant", answer)])
+        with torch.no_grad():
+            found = model(torch.tensor([[*ids, *[tokenizer.pad] * 5]])).logits
+        assert float(found[0, 0]) == pytest.approx(score(ids), abs=1e-4)
 
 
 def test_prompts_without_room_for_a_response_are_left_out_and_counted(build: Build) -> None:
