@@ -63,6 +63,8 @@ def _preference(record: Mapping[str, Any], source: Source, where: str) -> Docume
     for name, turns in ((source.chosen_field, chosen), (source.rejected_field, rejected)):
         if turns[-1][0] != "assistant" or turns[:-1] not in ([], prompt):
             return f'field "{name}" is not one answer of the assistant\'s'
+    if chosen[-1][1] == rejected[-1][1]:
+        return "both answers are the same"
     parts = (*(content for _, content in prompt), chosen[-1][1], rejected[-1][1])
     return Document(_key(prompt), parts, tuple(role for role, _ in prompt), where)
 

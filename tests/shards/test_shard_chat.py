@@ -219,6 +219,11 @@ def roles_and_parts(record: dict[str, Any], source: Source) -> Any:
     return chats(found, source.kind) if isinstance(found, Document) else found
 
 
+def test_a_pair_of_equal_answers_prefers_nothing_and_is_left_out() -> None:
+    assert roles_and_parts({"prompt": "Why?", "chosen": "A", "rejected": "A"}, PAIRS) == "both answers are the same"
+    assert not isinstance(roles_and_parts({"prompt": "Why?", "chosen": "A", "rejected": "B"}, PAIRS), str)
+
+
 def test_a_prompt_may_be_a_list_of_messages() -> None:
     said = [("user", "Why?"), ("assistant", "Because."), ("user", "Why?")]
     prompt = [USER, ASSISTANT, USER]
