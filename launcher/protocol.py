@@ -731,9 +731,11 @@ ProbeAnswer = ProbeBegan | ProbeToken | ProbeEnd
 # Preferences by hand: a screen asks for pairs, the controller draws them with the probe and keeps what was decided.
 
 Choice = Literal["left", "right", "tie", "both-bad", "skip"]
+BEGIN_FIRST = "you annotate nothing here (begin first)"
+"""Why a decision is refused of a client that the controller does not know as an annotator, as after a takeover."""
 
 
-class Share(msgspec.Struct, frozen=True, array_like=True):
+class Share(msgspec.Struct, frozen=True):
     """So many of so many, and where the share lies 19 times in 20; of none, nothing is known."""
 
     hits: int
@@ -757,6 +759,8 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     """Decisions for a side in which the reward model scores that one higher."""
     left: Share
     """Decisions for a side that were for the left one."""
+    decisions: dict[str, int]
+    """How many stand, by annotator."""
 
 
 class PreferenceBegin(_Strict, frozen=True):

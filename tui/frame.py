@@ -70,7 +70,7 @@ def _progress(snapshot: Snapshot) -> list[Line]:
 
 def tabs(view: str, cells: int) -> list[Run]:
     """The views and their letters; short names where there is no room for long ones."""
-    for length in (None, 5, 0):
+    for length in (None, 5, 4, 3, 0):
         parts: list[Line] = []
         for each in keys.VIEWS:
             name = each.name[:length]

@@ -33,6 +33,7 @@ def measure(decisions: Mapping[str, Sequence[Decision]]) -> Agreement:
         alike=share(sum(len(set(unit)) == 1 for unit in units), len(units)),
         reward=reward_model(every),
         left=share(sides.count("left"), len(sides)),
+        decisions={annotator: len(decisions[annotator]) for annotator in sorted(decisions)},
     )
 
 
