@@ -138,6 +138,7 @@ class Preferring:
         self._others[begin.annotator] = store.decisions
         self._sessions[client] = session
         session.drawing = asyncio.create_task(self._keep_ahead(session), name=f"prefer-{begin.annotator}")
+        await asyncio.sleep(0)  # a pair that is drawn already is told at once: a screen that comes back goes on showing it
         self._export()
 
     def _working(self) -> dict[str, list[Decision]]:
