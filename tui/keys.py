@@ -128,6 +128,7 @@ OF_VIEW: dict[str, tuple[Key, ...]] = {
         Key(("u",), "u", "undo: the last decision is taken back, and its pair comes again", "undo", "undo", changes=True),
         Key(("tab",), "Tab", "what is scrolled: the answers, or the prompt", "part"),
         Key(("enter", "space"), "Enter", "nothing, like Space: a slip decides nothing", "nothing"),
+        Key(("p", "c", "g"), "p", "nothing, like c and g: no slip of an annotator steers the run", "unbound"),
         *(key._replace(keys=tuple(each for each in key.keys if each != "space")) for key in _MOVE),
     ),
     "logs": (

@@ -10,11 +10,12 @@ import time
 from collections import deque
 
 from launcher import protocol as p
+from launcher.controller.annotator import Session
 from launcher.controller.drawing import DrawError, Drawing
 from launcher.controller.office import Office
 from launcher.controller.probing import Probing
 from launcher.preferences import agreement, pairs, prompts
-from launcher.preferences.records import Decision, Pair, Prompt, turns, utc
+from launcher.preferences.records import Decision, Prompt, turns, utc
 from launcher.preferences.store import PreferenceError, Store, all_decisions
 
 log = logging.getLogger("launcher.controller")
@@ -32,28 +33,6 @@ LAST = 50
 Question = p.PreferenceBegin | p.PreferenceNext | p.PreferenceMade | p.PreferenceUndo | p.PreferenceLeave | p.PreferenceQuery
 
 
-class Session:
-    """One annotator at work."""
-
-    def __init__(self, begin: p.PreferenceBegin, author: str, store: Store, queue: list[tuple[Prompt, bool]]) -> None:
-        self.begin, self.author, self.store = begin, author, store
-        self.queue = deque(queue)
-        self.ready: deque[tuple[Pair, bool]] = deque()
-        """Drawn and not decided, and whether shared; the first is what is shown."""
-        self.problem = "; ".join(store.notes)
-        self.news = asyncio.Event()
-        """Set when there is something to tell."""
-        self.room = asyncio.Event()
-        """Set when another pair may be drawn."""
-        self.drawing: asyncio.Task[None] | None = None
-        self.drawn_now = 0
-        """Prompts that are taken out of the queue and not ready yet: one, or none."""
-
-    @property
-    def decided(self) -> set[str]:
-        return {each.pair for each in self.store.decisions}
-
-
 class Preferring:
     """All of them. Lives in the controller's event loop."""
 
@@ -65,6 +44,10 @@ class Preferring:
         """By client."""
         self._others: dict[str, list[Decision]] = {}
         """Of those who annotate now: their own lists; of all others: as their files were when somebody began."""
+        self._by_pair: dict[str, dict[str, p.Choice]] = {}
+        """What each annotator chose of a pair."""
+        self._measured: p.Agreement | None = None
+        """None: something was decided since."""
         self._stale = False
         self._exporting: asyncio.Task[None] | None = None
 
@@ -136,6 +119,10 @@ class Preferring:
         session.problem = "; ".join([*store.notes, *self._drawing.drawn.notes])
         self._drawing.drawn.notes.clear()
         self._others[begin.annotator] = store.decisions
+        self._by_pair, self._measured = {}, None
+        for name, made in self._others.items():
+            for each in made:
+                self._by_pair.setdefault(each.pair, {})[name] = each.choice
         self._sessions[client] = session
         session.drawing = asyncio.create_task(self._keep_ahead(session), name=f"prefer-{begin.annotator}")
         await asyncio.sleep(0)  # a pair that is drawn already is told at once: a screen that comes back goes on showing it
@@ -167,7 +154,7 @@ class Preferring:
         if session.store.knows(made.decision):
             return
         pair = self._drawing.drawn.get(made.pair)
-        if pair is None or made.pair in session.decided:
+        if pair is None or self._has_decided(session, made.pair):
             raise PreferenceError("that pair is decided, or was never drawn")
         swapped = pair.swapped(session.begin.annotator)
         left, right = (pair.second, pair.first) if swapped else (pair.first, pair.second)
@@ -186,6 +173,8 @@ class Preferring:
             shared=any(each.id == pair.id and shared for each, shared in session.ready),
         )
         session.store.add(decision)
+        self._by_pair.setdefault(pair.id, {})[decision.annotator] = decision.choice
+        self._measured = None
         session.ready = deque(each for each in session.ready if each[0].id != pair.id)
         session.room.set()
         self._export()
@@ -197,6 +186,8 @@ class Preferring:
         back = session.store.undo(undo.undo, utc(self._office.clock()))
         if back is None:
             raise PreferenceError("there is nothing to take back")
+        self._by_pair.get(back.pair, {}).pop(back.annotator, None)
+        self._measured = None
         pair = self._drawing.drawn.get(back.pair)
         if pair is not None:
             session.ready.appendleft((pair, back.shared))
@@ -234,7 +225,7 @@ class Preferring:
             finally:
                 session.drawn_now = 0
             failures, session.problem = 0, "" if failures else session.problem
-            if pair.id not in session.decided and all(pair.id != each.id for each, _ in session.ready):
+            if not self._has_decided(session, pair.id) and all(pair.id != each.id for each, _ in session.ready):
                 session.ready.append((pair, shared))
                 session.news.set()
         session.news.set()
@@ -244,13 +235,15 @@ class Preferring:
         begin = session.begin
         names = self._drawing.checkpoints(begin.checkpoints) if begin.checkpoints else ()
         found = {each.id for each in self._drawing.drawn.of(prompt) if not names or each.checkpoints == names}
-        if found & session.decided:
+        if any(self._has_decided(session, id) for id in found):
             return True
         if shared or not found:
             return False
-        decided = {each.pair for made in self._others.values() for each in made if each.choice != "skip"}
         taken = {each.id for other in self._sessions.values() if other is not session for each, _ in other.ready}
-        return bool(found & (decided | taken))
+        return any(id in taken or any(choice != "skip" for choice in self._by_pair.get(id, {}).values()) for id in found)
+
+    def _has_decided(self, session: Session, pair: str) -> bool:
+        return session.begin.annotator in self._by_pair.get(pair, {})
 
     def _over(self, session: Session) -> bool:
         return not session.ready and session.drawing is not None and session.drawing.done()
@@ -258,7 +251,9 @@ class Preferring:
     # Telling
 
     def _state(self, id: int, session: Session | None) -> p.PreferenceState:
-        measured = agreement.measure(self._others)
+        if self._measured is None:
+            self._measured = agreement.measure(self._others)
+        measured = self._measured
         if session is None:
             return p.PreferenceState(id=id, agreement=measured)
         made = session.store.decisions
@@ -268,7 +263,7 @@ class Preferring:
             id=id,
             agreement=measured,
             annotator=session.begin.annotator,
-            pair=_shown(session, *session.ready[0]) if session.ready else None,
+            pair=session.shown,
             today=sum(each.time >= midnight for each in made),
             total=len(made),
             seconds=statistics.median(each.seconds for each in made[-LAST:]) if made else None,
@@ -290,9 +285,3 @@ class Preferring:
                 await asyncio.to_thread(pairs.export, self._directory)
             except OSError as error:  # the decisions are safe, and the next one tries again
                 log.warning("the pairs cannot be exported: %s", error)
-
-
-def _shown(session: Session, pair: Pair, shared: bool) -> p.PreferencePair:
-    left, right = (pair.second, pair.first) if pair.swapped(session.begin.annotator) else (pair.first, pair.second)
-    prompt = tuple(p.ProbeTurn(turn.role, turn.content) for turn in pair.prompt)
-    return p.PreferencePair(pair=pair.id, prompt=prompt, left=left.text, right=right.text, shared=shared)

@@ -106,6 +106,9 @@ async def test_a_slip_decides_nothing(stage: Stage, monkeypatch: pytest.MonkeyPa
         await screen.pilot.pause(0.1)
         pairs = [each["pair"] for each in lines(stage)]
         assert len(pairs) == len(set(pairs)), "a key that repeats decides no pair twice"
+        await screen.press("p", "c", "g")
+        await screen.sees("not bound while you annotate")
+        assert stage.commands == [] and "pause" not in screen.panel("footer")
         await screen.type("h")
         assert len(lines(stage)) == len(pairs)
 

@@ -256,5 +256,8 @@ class PreferView(View):
             rows.to_end(int(which))
         self._redraw()
 
+    def do_unbound(self) -> None:
+        self.midwatch.say("p, c and g are not bound while you annotate: w, then p pauses the run")
+
     def do_nothing(self) -> None:
         """Enter and Space decide nothing."""
