@@ -58,6 +58,8 @@ def _hand_over(arguments: argparse.Namespace) -> int:
             from launcher.cli.probe import probe
 
             return probe(arguments)
+        if arguments.command == "prefer":
+            return _prefer(arguments)
         if arguments.command == "plan":
             from launcher.cli.plan import plan
 
@@ -149,6 +151,21 @@ def _attach(arguments: argparse.Namespace) -> int:
     from tui.app import run
 
     return run(root, read_only=arguments.read_only)
+
+
+def _prefer(arguments: argparse.Namespace) -> int:
+    from launcher.cli.prefer import begin_of, tell
+    from launcher.cli.runs import find_anywhere
+
+    if arguments.export is not None or arguments.agreement:
+        return tell(arguments)
+    begin = begin_of(arguments)
+    if not _has_terminal():
+        print("midwatch: prefer needs a terminal to show the answers on (--export and --agreement need none)", file=sys.stderr)
+        return 2
+    from tui.app import run
+
+    return run(find_anywhere(arguments.run), prefer=begin)
 
 
 def _has_terminal() -> bool:

@@ -38,6 +38,10 @@ BROKE = "the connection to the controller broke"
 Reply = TypeVar("Reply", bound=protocol.Message)
 
 
+class LostError(ClientError):
+    """Nobody has refused: the controller was not reached, or its answer did not come."""
+
+
 class Client:
     """One client; use as `async with Client(...) as client`.
 
@@ -110,11 +114,11 @@ class Client:
             await self._send(msgspec.structs.replace(question, id=number))
             answer = await asyncio.wait_for(future, timeout)
         except TimeoutError:
-            raise ClientError("the controller does not answer") from None
+            raise LostError("the controller does not answer") from None
         finally:
             self._questions.pop(number, None)
         if isinstance(answer, protocol.Refused):
-            raise ClientError(answer.reason)
+            raise LostError(answer.reason) if answer.reason == BROKE else ClientError(answer.reason)
         if not isinstance(answer, expect):
             raise ClientError(f"the controller answered with a {type(answer).__name__}")
         return answer
@@ -190,7 +194,7 @@ class Client:
                 return
             except (WebSocketException, OSError):
                 await asyncio.sleep(0.1)
-        raise ClientError("the controller is out of reach")
+        raise LostError("the controller is out of reach")
 
     async def _connect_remote(self) -> ClientConnection:
         assert self._ssh is not None

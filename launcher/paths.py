@@ -48,6 +48,10 @@ class RunPaths:
         return self.root / "logs"
 
     @property
+    def preferences(self) -> Path:
+        return self.root / "preferences"
+
+    @property
     def address(self) -> Path:
         return self.root / "control" / "address"
 

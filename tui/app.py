@@ -84,7 +84,15 @@ class MidwatchApp(App[int]):
             super().__init__()
             self.up = up
 
-    def __init__(self, directory: Path | RemoteRun, *, read_only: bool = False, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        directory: Path | RemoteRun,
+        *,
+        read_only: bool = False,
+        clock: Callable[[], float] = time.time,
+        prefer: protocol.PreferenceBegin | None = None,
+    ) -> None:
+        """prefer: the screen is an annotator's, and opens on the pairs."""
         super().__init__()
         self._settling: Timer | None = None
         self.directory = directory
@@ -105,6 +113,8 @@ class MidwatchApp(App[int]):
         self._hidden: frozenset[str] = frozenset()
         self._prompt: Prompt | None = None
         self._newest: protocol.Snapshot | None = None
+        self._prefer = prefer
+        self._first = "watch" if prefer is None else "prefer"
         self.typed: list[str] = []
         """Command lines typed before."""
 
@@ -127,8 +137,17 @@ class MidwatchApp(App[int]):
     def _begin(self) -> None:
         """What need not be there for the first paint."""
         self.run_worker(self._keep_link(), name="link")
-        self.call_later(self.open_view, "watch")
+        self.call_later(self.open_view, self._first)
         self.set_interval(1.0, self._tick)
+
+    @property
+    def prefer(self) -> protocol.PreferenceBegin:
+        """Who annotates here, and what: this user and the newest of everything, where the screen was not opened for it."""
+        from launcher.cli.prefer import begin_of_user
+
+        if self._prefer is None:
+            self._prefer = begin_of_user()
+        return self._prefer
 
     @property
     def feed(self) -> Feed:
@@ -501,14 +520,14 @@ def _make(name: str) -> View:
     return view
 
 
-def run(directory: Path | RemoteRun, *, read_only: bool = False) -> int:
+def run(directory: Path | RemoteRun, *, read_only: bool = False, prefer: protocol.PreferenceBegin | None = None) -> int:
     """Attaches the screen to a run. Returns 0 when the operator detaches, 1 where the controller is not to be had, 2 for no run."""
     from launcher.paths import RunPaths
 
     if isinstance(directory, Path) and not RunPaths(directory).is_run():
         print(f"midwatch: {directory}: not a run directory (midwatch ps lists the runs)", file=sys.stderr)
         return 2
-    app = MidwatchApp(directory, read_only=read_only)
+    app = MidwatchApp(directory, read_only=read_only, prefer=prefer)
     app.run()
     if app.failure:
         print(f"midwatch: {app.failure}", file=sys.stderr)

@@ -25,6 +25,8 @@ class Feed:
         self.client: Client | None = None
         self.refusal = ""
         """Why the last question was refused."""
+        self.lost = False
+        """Whether it was not refused but came to nobody, or nobody's answer came back."""
         self._ended: OrderedDict[tuple[str, int, int, int, int], Columns] = OrderedDict()
 
     async def columns(self, metric: str, start: int, stop: int, width: int, lineage: int | None = None) -> Columns | None:
@@ -44,16 +46,17 @@ class Feed:
                 self._ended.popitem(last=False)
         return columns
 
-    async def ask(self, question: protocol.Message, expect: type[Reply]) -> Reply | None:
-        from launcher.client import ClientError
+    async def ask(self, question: protocol.Message, expect: type[Reply], timeout: float = 20.0) -> Reply | None:
+        from launcher.client import ClientError, LostError
 
+        self.lost = self.client is None
         if self.client is None:
             self.refusal = "the controller is out of reach"
             return None
         try:
-            return await self.client.ask(question, expect, timeout=20.0)
+            return await self.client.ask(question, expect, timeout=timeout)
         except ClientError as error:
-            self.refusal = str(error)
+            self.refusal, self.lost = str(error), isinstance(error, LostError)
             return None
 
     async def probe(self, ask: protocol.ProbeAsk, take: Callable[[protocol.ProbeAnswer], None]) -> str:

@@ -70,7 +70,7 @@ def _progress(snapshot: Snapshot) -> list[Line]:
 
 def tabs(view: str, cells: int) -> list[Run]:
     """The views and their letters; short names where there is no room for long ones."""
-    for length in (None, 5, 0):
+    for length in (None, 5, 4, 3, 0):
         parts: list[Line] = []
         for each in keys.VIEWS:
             name = each.name[:length]
@@ -91,7 +91,10 @@ def footer(view: str, read_only: bool, cells: int, *, paused: bool) -> list[Run]
     right = joined([_key(key, paused) for key in always]) if cells >= 60 else []
     shown: list[Line] = []
     room = cells - width(right) - 3
-    for key in (*keys.OF_VIEW.get(view, ()), *keys.COMMANDS, *(() if right else always)):
+    own = keys.OF_VIEW.get(view, ())
+    taken = {pressed for key in own for pressed in key.keys}
+    commands = [key for key in keys.COMMANDS if not taken & set(key.keys)]
+    for key in (*own, *commands, *(() if right else always)):
         part = _key(key, paused)
         if key.short and not (key.changes and read_only) and room >= width(part):
             shown.append(part)

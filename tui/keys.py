@@ -31,6 +31,7 @@ VIEWS = (
     ViewName("t", "stages", "objective, mixture, cost, held-out losses, samples; advance"),
     ViewName("b", "probe", "talk to a checkpoint, next-token probabilities, two side by side"),
     ViewName("y", "samples", "what the model writes, with reward and KL: newest, best, worst, longest, furthest"),
+    ViewName("o", "prefer", "preferences by hand: two answers side by side, and which is better"),
     ViewName("l", "logs", "every rank, node and the controller, searchable"),
     ViewName("j", "journal", "who did what, when, and what came of it"),
 )
@@ -132,6 +133,18 @@ OF_VIEW: dict[str, tuple[Key, ...]] = {
         Key(("left",), "←", "the stage before, or all", "stage:-1", "stage"),
         Key(("right",), "→", "the next stage, or all", "stage:1"),
         *_MOVE,
+    ),
+    "prefer": (
+        Key(("left", "1"), "←", "the left answer (or the upper one) is better; also 1", "choose:left", "left", changes=True),
+        Key(("right", "2"), "→", "the right answer (or the lower one) is better; also 2", "choose:right", "right", changes=True),
+        Key(("t",), "t", "a tie: neither is better", "choose:tie", "tie", changes=True),
+        Key(("x",), "x", "both are bad", "choose:both-bad", "both bad", changes=True),
+        Key(("s",), "s", "skip the pair", "choose:skip", "skip", changes=True),
+        Key(("u",), "u", "undo: the last decision is taken back, and its pair comes again", "undo", "undo", changes=True),
+        Key(("tab",), "Tab", "what is scrolled: the answers, or the prompt", "part"),
+        Key(("enter", "space"), "Enter", "nothing, like Space: a slip decides nothing", "nothing"),
+        Key(("p", "c", "g"), "p", "nothing, like c and g: no slip of an annotator steers the run", "unbound"),
+        *(key._replace(keys=tuple(each for each in key.keys if each != "space")) for key in _MOVE),
     ),
     "logs": (
         _FILTER,

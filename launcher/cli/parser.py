@@ -28,6 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_planning(commands)
     _add_looking(commands)
     _add_probe(commands)
+    _add_prefer(commands)
     _add_export(commands)
     _add_steering(commands)
     shards = commands.add_parser("shards", help="build and look at token shards")
@@ -117,6 +118,28 @@ def _add_probe(commands: Any) -> None:
         "--alternatives", type=int, default=10, metavar="N", help="with --json: likeliest tokens beside each (default: 10)"
     )
     probe.add_argument("--json", action="store_true", help="one JSON object a token, and one at the end")
+
+
+def _add_prefer(commands: Any) -> None:
+    prefer = commands.add_parser("prefer", help="say which of two answers is better, for reward and dpo to learn from")
+    prefer.add_argument("run", metavar="RUN")
+    prefer.add_argument("--as", dest="annotator", metavar="NAME", help="who decides (default: your user name)")
+    prompts = prefer.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--source", metavar="NAME", help="whose prompts are answered (default: those of the newest stage's mixture)"
+    )
+    prompts.add_argument("--prompts", metavar="FILE", help="prompts instead: one a line, or JSON objects with prompt or messages")
+    prefer.add_argument("--checkpoint", metavar="ID", help="what answers twice: its id, a step, golden or newest (default: newest)")
+    prefer.add_argument("--against", metavar="ID", help="each answers once: that one, and this one")
+    prefer.add_argument(
+        "--shared", type=float, default=0.2, metavar="X", help="share of pairs that all annotators get (default: 0.2)"
+    )
+    prefer.add_argument("--limit", type=int, default=256, metavar="N", help="tokens of an answer at the most (default: 256)")
+    prefer.add_argument("--temperature", type=float, default=0.8, metavar="X", help="that answers are drawn at (default: 0.8)")
+    told = prefer.add_mutually_exclusive_group()
+    told.add_argument("--export", metavar="FILE", help="no screen: write the pairs (prompt, chosen, rejected) of all annotators")
+    told.add_argument("--agreement", action="store_true", help="no screen: how far annotators and the reward model agree")
+    prefer.add_argument("--json", action="store_true", help="with --agreement: as one JSON object")
 
 
 def _add_export(commands: Any) -> None:

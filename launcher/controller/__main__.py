@@ -24,6 +24,7 @@ from launcher.controller.generations import Generations
 from launcher.controller.listener import Listener, ListenError
 from launcher.controller.office import Office
 from launcher.controller.pool import Pool
+from launcher.controller.preferring import Preferring
 from launcher.controller.probing import Probing
 from launcher.controller.queries import Queries
 from launcher.controller.reports import Reports
@@ -155,8 +156,9 @@ class Term:
         view = View(office)
         reports = Reports(office, commits, self.dispatch, self.generations, self.watching)
         self.probing = Probing(office, commits)
+        self.preferring = Preferring(office, self.probing)
         queries = Queries(office, commits, view)
-        self.door = Doorkeeper(office, self.dispatch, self.generations, reports, view, queries, self.probing)
+        self.door = Doorkeeper(office, self.dispatch, self.generations, reports, view, queries, self.probing, self.preferring)
         self._commits = commits
         self.stragglers = Stragglers(office)
         self._batch = Batch.of(office, self.dispatch, self.generations)
@@ -194,6 +196,7 @@ class Term:
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+        await self.preferring.close()
         await self.probing.close()
         for task in done:
             task.result()

@@ -17,6 +17,7 @@ from launcher import journal as j
 from launcher import protocol as p
 from launcher.controller.dispatch import Dispatch
 from launcher.controller.office import Office
+from launcher.controller.preferring import Preferring, Question
 from launcher.controller.probing import Probing
 from launcher.controller.queries import Queries
 from launcher.controller.view import View
@@ -35,9 +36,11 @@ MOST_UNREAD = 4096
 class Clients:
     """Serves every client there is."""
 
-    def __init__(self, office: Office, dispatch: Dispatch, view: View, queries: Queries, probing: Probing) -> None:
+    def __init__(
+        self, office: Office, dispatch: Dispatch, view: View, queries: Queries, probing: Probing, preferring: Preferring
+    ) -> None:
         self._office, self._dispatch, self._view, self._queries = office, dispatch, view, queries
-        self._probing = probing
+        self._probing, self._preferring = probing, preferring
         self._screens: dict[ServerConnection, asyncio.Event] = {}
         self._frame = b""
         self.count = 0
@@ -87,11 +90,16 @@ class Clients:
                     await self._probing.ask(connection, message, functools.partial(_put, answers))
                 elif isinstance(message, p.ProbeStop):
                     self._probing.stop(connection, message.ask)
+                elif isinstance(message, Question):
+                    task = asyncio.create_task(self._prefer(connection, message, author, hello.read_only))
+                    commands.add(task)
+                    task.add_done_callback(commands.discard)
                 else:
                     await connection.send(p.encode(await self._queries.answer(message)))
         finally:
             self.count -= 1
             self._probing.left(connection)
+            self._preferring.left(connection)
             for task in [*commands, answerer, *([pusher] if pusher else [])]:
                 task.cancel()
             self._screens.pop(connection, None)
@@ -104,6 +112,11 @@ class Clients:
                 await event.wait()
                 event.clear()
                 await connection.send(self._frame)
+
+    async def _prefer(self, connection: ServerConnection, question: Question, author: str, read_only: bool) -> None:
+        reply = await self._preferring.answer(connection, question, author, read_only=read_only)
+        with contextlib.suppress(ConnectionClosed):
+            await connection.send(p.encode(reply))
 
     async def _command(self, connection: ServerConnection, command: p.Command, author: str) -> None:
         office = self._office

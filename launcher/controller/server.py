@@ -24,6 +24,7 @@ from launcher.controller.dispatch import Dispatch
 from launcher.controller.generations import Generations
 from launcher.controller.office import Office
 from launcher.controller.peers import Peer, Refusals, Roles, quiet
+from launcher.controller.preferring import Preferring
 from launcher.controller.probing import Probing
 from launcher.controller.queries import Queries
 from launcher.controller.reports import Reports
@@ -58,10 +59,11 @@ class Doorkeeper:
         view: View,
         queries: Queries,
         probing: Probing,
+        preferring: Preferring,
     ) -> None:
         self._office, self._dispatch, self._generations = office, dispatch, generations
         self._reports = reports
-        self._clients = Clients(office, dispatch, view, queries, probing)
+        self._clients = Clients(office, dispatch, view, queries, probing, preferring)
         group = office.recipe.cluster.operators
         self._operators = group_id(group, str(office.paths.recipe)) if group is not None else None
         self._roles = Roles(os.getuid(), self._operators)

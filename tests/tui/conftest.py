@@ -22,6 +22,7 @@ from tui.prompt import Prompt
 @pytest.fixture(autouse=True)
 def _utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setenv("LOGNAME", "anna")
     monkeypatch.delenv("NO_COLOR", raising=False)
     time.tzset()
     yield

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import re
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -22,9 +24,11 @@ from websockets.asyncio.server import Server, ServerConnection, unix_serve
 from websockets.exceptions import ConnectionClosed
 
 from launcher import protocol as p
+from launcher.controller.preferring import Preferring, Question
 from launcher.metrics.columns import Segment, columns_of
 from launcher.metrics.nodes import ROW
 from launcher.paths import Address, RunPaths, write_address
+from launcher.recipe import parse_recipe
 from launcher.samples import Samples
 
 NOW = 1_760_000_000.0
@@ -254,6 +258,62 @@ SAMPLES = (
 )  # fmt: skip
 
 
+RECIPE = """
+[run]
+name = "demo"
+[model]
+layers = 1
+width = 8
+heads = 2
+[data]
+held_out = 0.0
+[[data.source]]
+name = "asked"
+kind = "sft"
+origin = "jsonl"
+path = "{path}"
+[[stage]]
+name = "sft"
+objective = "sft"
+steps = 1
+global_batch = 1
+context = 8
+mixture = {{ asked = 1.0 }}
+"""
+
+
+class _Office:
+    """What the real keeper of preferences wants of a controller."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.paths = RunPaths(stage.directory)
+        asked = stage.directory / "asked.jsonl"
+        asked.write_text(
+            "".join(f'{{"prompt": "What does os.path.join do with {n} arguments?", "response": "It joins."}}\n' for n in range(30))
+        )
+        self.recipe = parse_recipe(RECIPE.format(path=asked))
+        checkpoints = {each.id: each for each in stage.snapshot.checkpoints}
+        self.ledger = SimpleNamespace(borders=(), checkpoints=checkpoints, find=lambda name: checkpoints.get(name, f"no {name!r}"))
+
+    def clock(self) -> float:
+        return NOW
+
+
+class _Model:
+    """Answers as the stage does, the seed deciding with what; the second answer of a pair is the other one."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    async def ask(self, client: object, ask: p.ProbeAsk, send: Callable[[p.ProbeAnswer], bool]) -> None:
+        text, id = self._stage.answers[ask.seed % 2], ask.checkpoints[0]
+        score = {0: 1.25, 1: -0.5}[ask.seed % 2]
+        send(p.ProbeBegan(ask=ask.ask, which=0, checkpoint=id, stage="dpo", form="chat", prompt_tokens=9))
+        send(p.ProbeEnd(ask=ask.ask, which=0, checkpoint=id, finish="stop", text=text, tokens=len(text.split()), score=score))
+
+    def stop(self, client: object, ask: int) -> None: ...
+
+
 class Stage:
     """Serves on a thread of its own; use as `with Stage() as stage`."""
 
@@ -274,6 +334,8 @@ class Stage:
         """Text that each checkpoint of an ask answers with."""
         self.answered = 10_000
         """Tokens of an answer after which nothing more comes."""
+        self.preferring: Preferring | None = None
+        """Of the door that is open."""
         self.hold: set[str] = set()
         """Verbs whose outcome does not come."""
         self.outcome: Callable[[p.Command], dict[str, Any]] = lambda command: {"state": "done", "step": self.snapshot.step}
@@ -307,6 +369,7 @@ class Stage:
 
         async def open_door() -> Server:
             socket.unlink(missing_ok=True)
+            self.preferring = Preferring(cast(Any, _Office(self)), cast(Any, _Model(self)))
             return await unix_serve(self._serve, str(socket), compression=None, max_size=p.MAX_FRAME, close_timeout=0.2)
 
         self._server = self._run(open_door())
@@ -320,6 +383,8 @@ class Stage:
         if server is not None:
 
             async def close() -> None:
+                assert self.preferring is not None
+                await self.preferring.close()
                 server.close(close_connections=False)
                 for task in list(self._serving):
                     task.cancel()
@@ -367,11 +432,25 @@ class Stage:
                     self.asks.append(message)
                     answering = asyncio.create_task(self._probe(connection, message))
                     task.add_done_callback(lambda _, answering=answering: answering.cancel())  # type: ignore[misc]
+                elif isinstance(message, Question):
+                    left = functools.partial(self._left, connection)
+                    task.add_done_callback(left)
+                    answering = asyncio.create_task(self._prefer(connection, message, hello.read_only))
                 elif isinstance(message, p.ProbeStop):
                     self.stopped.append(message.ask)
                 else:
                     self.questions.append(message)
                     await connection.send(p.encode(self._answer(message)))
+
+    def _left(self, connection: ServerConnection, _: object) -> None:
+        if self.preferring is not None:
+            self.preferring.left(connection)
+
+    async def _prefer(self, connection: ServerConnection, question: Question, read_only: bool) -> None:
+        assert self.preferring is not None
+        reply = await self.preferring.answer(connection, question, "anna", read_only=read_only)
+        with contextlib.suppress(ConnectionClosed):
+            await connection.send(p.encode(reply))
 
     async def _push(self, connection: ServerConnection) -> None:
         """The newest snapshot whenever there is one: a screen that does not read holds up nobody."""

@@ -45,7 +45,7 @@ async def test_views_open_by_letter_and_escape_goes_back(stage: Stage) -> None:
 
 
 async def test_the_help_names_what_is_not_there_yet(stage: Stage) -> None:
-    async with attached(stage, (120, 200)) as screen:
+    async with attached(stage, (120, 230)) as screen:
         await screen.press("question_mark")
         await screen.sees("Not there yet", "mixture against target")
         await screen.press("d")
