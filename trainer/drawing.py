@@ -93,6 +93,7 @@ def over_rows(training: Training, network: Network, rows: Rows, through: Callabl
     each = samples_a_replica(count, policy.replicas)
     found: list[Tensor] = []
     for first in range(0, each, stage.micro_batch):
+        training.heartbeat.beat(training.progress.step)
         # Replicas with a row less take the last one again, so that all have as many forwards.
         places = [min(start + at, count - 1) for at in range(first, min(first + stage.micro_batch, each))]
         chosen = torch.tensor(places, device=device)

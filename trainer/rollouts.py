@@ -123,6 +123,7 @@ def _noted(training: Training, drawn: Drawn, given: Tensor, mask: Tensor) -> tup
         )
     worth = _normalised(training, given, real) if policy.normalise else given
     if stage.objective == "grpo":
+        worth = _without_unscored(worth, real, policy.responses)
         advantages = grpo.advantages(worth, policy.responses, policy.advantage == "leave-one-out")[:, None] * mask
         return Noted(old, advantages, reference=reference), metrics
     assert training.cast.critic is not None
@@ -136,6 +137,13 @@ def _noted(training: Training, drawn: Drawn, given: Tensor, mask: Tensor) -> tup
             drawn_at.kl_scale, metrics["policy/kl_sequence"], policy.kl_target, policy.kl_horizon, responses
         )
     return Noted(old, advantages, returns, values, reference), metrics
+
+
+def _without_unscored(worth: Tensor, real: Tensor, group: int) -> Tensor:
+    """Those that have no score get the mean of their group's others, so that they say nothing of these."""
+    scores, there = worth.view(-1, group), real.view(-1, group)
+    mean = (scores * there).sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(there, scores, mean).flatten()
 
 
 def distances(policy: Tensor, reference: Tensor, entropy: Tensor, mask: Tensor) -> dict[str, float]:

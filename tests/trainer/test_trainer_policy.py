@@ -27,6 +27,7 @@ from trainer.model import Decoder
 from trainer.probe.judging import Judges
 from trainer.probe.loading import load
 from trainer.probe.service import Service
+from trainer.rollouts import _without_unscored
 
 FUNCTIONS = """
 import json, math, pathlib
@@ -131,6 +132,11 @@ def test_grpo_finds_it_too_by_groups_and_by_leaving_one_out(build: Build) -> Non
         stage = ppo(32, objective="grpo", prompts=8, responses=4, epochs=1, advantage=advantage, lr=2e-2)
         found = series(steer(build(stage, name=advantage), size=1), "policy/reward")
         assert found[-1] > 2.5 * found[0]
+
+
+def test_a_response_without_a_score_says_nothing_of_the_others_in_its_group() -> None:
+    worth, real = torch.tensor([1.0, 0.0, 3.0, 5.0, 5.0, 0.0]), torch.tensor([True, False, True, True, True, False])
+    assert _without_unscored(worth, real, 3).tolist() == [1.0, 2.0, 3.0, 5.0, 5.0, 5.0]
 
 
 @pytest.fixture(scope="module")
