@@ -68,9 +68,14 @@ class RunPaths:
     def batch_script(self) -> Path:
         return self.root / "control" / "sbatch.sh"
 
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """Those that a run has from its beginning."""
+        return self.journal, self.metrics, self.checkpoints, self.samples, self.logs, self.address.parent
+
     def create(self) -> None:
         """Makes the directories; harmless when they are there."""
-        for directory in (self.journal, self.metrics, self.checkpoints, self.samples, self.logs, self.address.parent):
+        for directory in self.directories:
             directory.mkdir(parents=True, exist_ok=True)
 
     def is_run(self) -> bool:

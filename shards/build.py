@@ -60,7 +60,9 @@ def build_key(build: Build) -> str:
     plain = msgspec.to_builtins(msgspec.structs.replace(build, out="", data=msgspec.structs.replace(build.data, dir=None)))
     # Keys that came later do not count as long as they are not used, so that shards built before them stay what they are.
     for table, key, default in [(plain["tokenizer"], "template", DEFAULT.name)] + [
-        (source, "messages_field", "messages") for source in plain["data"]["source"]
+        (source, key, default)
+        for source in plain["data"]["source"]
+        for key, default in (("messages_field", "messages"), ("stage", None), ("part", None))
     ]:
         if table[key] == default:
             del table[key]

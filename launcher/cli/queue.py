@@ -42,7 +42,7 @@ def _unmake(paths: RunPaths) -> None:
     """Takes away a run directory in which nothing has happened yet."""
     for file in (paths.recipe, paths.batch_script):
         file.unlink(missing_ok=True)
-    for directory in (paths.journal, paths.metrics, paths.checkpoints, paths.logs, paths.address.parent, paths.root):
+    for directory in (*paths.directories, paths.root):
         with contextlib.suppress(OSError):
             directory.rmdir()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,9 @@ def test_without_a_controller_the_process_is_asked_directly(left: Path) -> None:
 
 
 def test_at_a_terminal_ctrl_c_ends_the_answer_and_ctrl_d_the_conversation(left: Path) -> None:
-    words = ["-P", "-m", "midwatch", "probe", str(left), "--limit", "4000", "--temperature", "1"]
+    file = left / "recipe.toml"
+    file.write_text(re.sub(r"\ncontext = \d+", "\ncontext = 20000", file.read_text()))  # for an answer that takes its time
+    words = ["-P", "-m", "midwatch", "probe", str(left), "--limit", "19000", "--temperature", "1"]
     terminal = pexpect.spawn(sys.executable, words, timeout=40)
     terminal.expect("Ctrl-D ends\r\n.*> ")
     terminal.send("the watxx\x7f\x7fch\r")
