@@ -38,6 +38,7 @@ def used(s: p.Snapshot) -> set[str]:
     return names if s.state == "training" and s.step > 0 and s.world == len(names) else set()
 
 
+@pytest.mark.soak  # what it does shorter tests do in parts
 def test_a_run_over_hosts_shrinks_and_grows_and_takes_each_sample_once(run: Run, data: Path, hosts: Hosts) -> None:
     run.start(spread(hosts, recipe_text(data, steps=20_000, every=20), "1:2"))
     first = run.wait(lambda s: len(used(s)) == 2 and any(n.state == "spare" for n in s.nodes), 90)
