@@ -47,6 +47,7 @@ def test_a_stopped_run_goes_on_where_it_was(run: Run, undisturbed: Run, data: Pa
     assert run.weights("320-1-sft") == undisturbed.weights("320-1-sft")
 
 
+@pytest.mark.soak  # what it does shorter tests do in parts
 def test_release_gives_the_ranks_back_and_resume_brings_them_again(run: Run, undisturbed: Run, data: Path) -> None:
     run.start(recipe_text(data))
     run.wait_step(40)

@@ -79,6 +79,7 @@ def test_an_agent_killed_leaves_no_orphan_training(run: Run, data: Path) -> None
     assert_contiguous(run)
 
 
+@pytest.mark.soak  # what it does shorter tests do in parts
 def test_everything_killed_at_once_is_resumed_by_one_command(run: Run, data: Path) -> None:
     run.start(recipe_text(data, **LONG))
     run.wait_step(45)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 import torch
 from torch import Tensor
 from trainer_harness import logs, start_ranks
@@ -192,6 +193,7 @@ def test_every_pair_of_ways_gives_what_one_rank_gives(tmp_path: Path) -> None:
     hold(tmp_path, 4, [Case("llama", *layout, masked=number % 2 == 1) for number, layout in enumerate(LAYOUTS.values())])
 
 
+@pytest.mark.soak  # what it does shorter tests do in parts
 def test_every_model_is_the_same_however_it_is_laid_out(tmp_path: Path) -> None:
     """One key head, which no tensor-parallel ranks can divide, goes round in a ring; of four heads two are a rank's of two."""
     cases = [Case(name, Parallel(tensor=2, pipeline=2)) for name in ("untied", "bloom", "gpt")]
