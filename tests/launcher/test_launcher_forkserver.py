@@ -92,6 +92,7 @@ def test_changed_code_is_read_anew(servers: ForkServers, code: Path, tmp_path: P
     assert before.wait(5) == -signal.SIGKILL, "and their end is still told"
 
 
+@pytest.mark.soak  # what it does shorter tests do in parts
 def test_one_that_stands_still_is_replaced(servers: ForkServers, tmp_path: Path) -> None:
     rank = waiting(servers, tmp_path)
     parent = psutil.Process(rank.pid).ppid()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.system.harness import Run, gone, recipe_text
 
 
+@pytest.mark.soak  # what it does shorter tests do in parts
 def test_a_checkpoint_answers_while_training_goes_on_and_nothing_is_left_when_the_controller_dies(run: Run, data: Path) -> None:
     run.start(recipe_text(data, steps=20_000, every=25))
     run.wait(lambda s: bool(s.checkpoints))
