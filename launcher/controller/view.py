@@ -8,7 +8,7 @@ from launcher import journal as j
 from launcher.commands import describe
 from launcher.controller.office import Node, Office
 from launcher.protocol import JournalLine, NodeView, Snapshot, StageView
-from launcher.recipe import Stage
+from launcher.recipe import Stage, descent
 
 EVENTS = 12
 ENDED_COMMANDS = 8
@@ -105,11 +105,14 @@ class View:
         office = self._office
         current = office.live.phase.stage if office.live.phase is not None else ""
         views = [self._data_stage()]
-        product = office.recipe.model.source
+        source, stages = office.recipe.model.source, office.recipe.stage
+        products: dict[str, str] = {}
         pace = statistics.median(office.live.step_seconds) if office.live.step_seconds else None
-        for stage in office.recipe.stage:
-            view = self._stage(stage, current, product, pace)
-            product = view.product or product
+        for index, stage in enumerate(stages):
+            base = descent.base(stages, index, products)
+            view = self._stage(stage, current, source if base is None else products.get(stages[base].name, source), pace)
+            if view.product is not None:
+                products[stage.name] = view.product
             views.append(view)
         return views
 

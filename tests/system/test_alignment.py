@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ def test_a_reward_model_and_dpo_tell_better_from_worse_and_ppo_writes_what_the_r
     done = run.midwatch("run", str(RECIPE), "--dir", str(run.root), "--headless", timeout=3000)
     assert done.returncode == 0, done.stdout[-2000:]
     assert run.midwatch("attach", str(run.root), "--headless").returncode == 0
+    told = json.loads(run.midwatch("status", str(run.root), "--json").stdout.splitlines()[0])
+    origins = {stage["name"]: stage.get("origin") for stage in told["stages"]}
+    assert origins["ppo"] == origins["dpo"] == origins["reward"] == "920-1-sft"
     accuracy, reward = (series(run, f"eval/preferences/{name}") for name in ("accuracy_low", "reward"))
     # With 121 held-out pairs: the lower end of the interval in which the share of pairs told apart lies 19 times in 20.
     assert accuracy[980] > 0.5, "the reward model, over chance"
