@@ -114,7 +114,7 @@ def trl(objective: str, root: Path, steps: int) -> dict[str, Any]:
                 wall.append(time.perf_counter())
                 cpu.append(time.process_time())
             tokens.append(int(inputs["attention_mask"].sum()))
-            loss = super().training_step(network, inputs, *arguments, **more)  # type: ignore[misc]
+            loss = super().training_step(network, inputs, *arguments, **more)  # type: ignore[misc]  # of the class it is mixed into
             if not losses:
                 losses.append(float(loss))
             return loss
@@ -122,7 +122,7 @@ def trl(objective: str, root: Path, steps: int) -> dict[str, Any]:
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset  # its columns are what the collator takes
 
-    class Ends(TrainerCallback):  # type: ignore[misc]
+    class Ends(TrainerCallback):  # type: ignore[misc]  # the class is untyped here
         def on_step_end(self, *_: Any, **__: Any) -> None:
             wall.append(time.perf_counter())
             cpu.append(time.process_time())
@@ -164,7 +164,7 @@ def trl(objective: str, root: Path, steps: int) -> dict[str, Any]:
     }
     if objective == "sft":
 
-        class Tuning(Watching, SFTTrainer):  # type: ignore[misc]
+        class Tuning(Watching, SFTTrainer):  # type: ignore[misc]  # the class is untyped here
             pass
 
         labels = [[id if counts else -100 for id, counts in zip(each["ids"], each["counts"], strict=True)] for each in found]
@@ -172,7 +172,7 @@ def trl(objective: str, root: Path, steps: int) -> dict[str, Any]:
         kind, more = SFTConfig(**settings), {}
     else:
 
-        class Tuning(Watching, DPOTrainer):  # type: ignore[misc,no-redef]
+        class Tuning(Watching, DPOTrainer):  # type: ignore[misc,no-redef]  # untyped, and one or the other
             pass
 
         half = len(found) // 2

@@ -151,7 +151,7 @@ def measure(rounds: int) -> dict[str, Any]:
         return [each.tokens for each in found]
 
     writers: dict[str, Writer] = {"midwatch": own}
-    writers |= {f"padded {size}": lambda size=size: padded(model, asked, size) for size in PADDED}  # type: ignore[misc]
+    writers |= {f"padded {size}": lambda size=size: padded(model, asked, size) for size in PADDED}  # type: ignore[misc]  # a lambda's default
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in [*writers, "continuous"]}
     refresh()
     expected = own()

@@ -78,7 +78,7 @@ class Sessions(Server):
 
 async def _no_server() -> asyncio.Server:
     """What websockets would await to be served by itself; this listener accepts on its own, so nobody does."""
-    raise NotImplementedError
+    raise NotImplementedError  # and if somebody did, it should be heard of
 
 
 class Listener:

@@ -164,6 +164,15 @@ def test_a_run_stopped_inside_an_epoch_goes_on_bit_for_bit(whole: tuple[Path, To
     assert ours(state(root / "checkpoints" / "26-1-policy")) == ours(state(whole[0] / "checkpoints" / "26-1-policy"))
 
 
+def test_a_rollback_into_the_reward_models_stage_rebuilds_it_in_place(whole: tuple[Path, Told], build: Build) -> None:
+    root = build(REWARD, judged(), every=3)
+    told = steer(root, Step(Op.ROLLBACK, {"checkpoint": "15-1", "lineage": {"id": 2}}, after=20))
+    assert told.outcome(1)["detail"]["step"] == 15
+    assert state(root / "checkpoints" / "15-1")["stage_name"] == "reward"
+    assert same_bits(root / "checkpoints" / "16-2-reward", whole[0] / "checkpoints" / "16-1-reward")
+    assert same_bits(root / "checkpoints" / "26-2-policy", whole[0] / "checkpoints" / "26-1-policy")
+
+
 def ours(found: dict[str, Any]) -> dict[str, Any]:
     """The state without what depends on how often it was saved."""
     settings = {key: value for key, value in found["settings"].items() if key != "checkpoint_every"}
