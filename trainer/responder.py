@@ -45,12 +45,15 @@ class Responder:
             decode=tokenizer.decode,
         )
         self.engine.follow(stage.rope or config.rope, recipe.stage[0].context, stage.position_factor)
+        self._version: int | None = None
         self.usage: list[Usage] = []
         """Of this rank's engine, at each round of the newest call."""
 
     def refresh(self, version: int) -> None:
-        """The policy's weights of now; by all ranks."""
-        self.engine.refresh(self._network.whole(), version)
+        """The policy's weights of now; by all ranks. A version that is there already is not copied again."""
+        if self._version != version:
+            self.engine.refresh(self._network.whole(), version)
+            self._version = version
 
     def respond(self, requests: Sequence[Request], peek: Callable[[], bool]) -> list[Response] | None:
         """Answers to all of them, in their order, on every rank; None if `peek` said to leave off. By all ranks alike."""
