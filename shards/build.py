@@ -15,7 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -28,11 +28,16 @@ from shards.container import TEMPORARY, write_atomically
 from shards.encode import Encoded, Workers, refusal
 from shards.errors import BusyError, ShardError, SpecError
 from shards.manifest import SPLITS, Manifest
+from shards.pipeline import encoding, reporting
+from shards.pipeline.runner import AFTER_TOKENIZER, BEFORE_TOKENIZER
+from shards.pipeline.runner import run as run_steps
+from shards.pipeline.steps import STEPS
+from shards.pipeline.work import Work
 from shards.progress import Meter, Report
 from shards.records import Document
 from shards.sources import KEPT_ASIDE, Reading, Rejected, describe, fingerprint
 from shards.spec import STDLIB_KINDS, TEMPLATES, Build, Source, check
-from shards.splitting import split
+from shards.splitting import divide, split
 from shards.templates import DEFAULT, kept, read
 from shards.templates import FILE_NAME as TEMPLATE_FILE
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -59,10 +64,20 @@ def build_key(build: Build) -> str:
     its library is read, and so do the format, and what a template's file says."""
     plain = msgspec.to_builtins(msgspec.structs.replace(build, out="", data=msgspec.structs.replace(build.data, dir=None)))
     # Keys that came later do not count as long as they are not used, so that shards built before them stay what they are.
+    for key in ("executor", "executor_tasks", "slurm"):  # where it runs does not count either
+        del plain["data"][key]
+    if build.data.clean is None:
+        del plain["data"]["clean"]
     for table, key, default in [(plain["tokenizer"], "template", DEFAULT.name)] + [
         (source, key, default)
         for source in plain["data"]["source"]
-        for key, default in (("messages_field", "messages"), ("stage", None), ("part", None))
+        for key, default in (
+            ("messages_field", "messages"),
+            ("stage", None),
+            ("part", None),
+            ("split_by", None),
+            ("broken_files", 0.05),
+        )
     ]:
         if table[key] == default:
             del table[key]
@@ -92,6 +107,9 @@ def build(spec: Build, report: Report = lambda progress: None, workers: int | No
     out = Path(spec.out)
     meter = Meter(report)
     if is_built(spec):
+        if Work(spec, "").root.exists():  # a build that was killed at its very end
+            with suppress(OSError, BusyError), _alone(out):
+                Work(spec, "").remove()
         meter.begin("done", f"{out} is already built")
         return out
     for source in spec.data.source:
@@ -103,11 +121,13 @@ def build(spec: Build, report: Report = lambda progress: None, workers: int | No
             _claim(spec, out)
             count = min(8, _cores()) if workers is None else workers
             with Workers(count) as pool:
-                tokenizer = _make_tokenizer(spec, out, pool, meter)
-                for source in spec.data.source:
-                    _build_source(spec, source, out, tokenizer, pool, meter)
-            digests = _verify(spec, out, meter)
+                if spec.data.clean is None:
+                    names = _build_plainly(spec, out, pool, meter)
+                else:
+                    names = _build_cleanly(spec, out, pool, meter)
+            digests = _verify(names, out, meter)
             _write_marker(spec, out, digests)
+            Work(spec, "").remove()
     except OSError as error:
         raise ShardError(
             f"{error.filename or out}: {error.strerror or error} (make room or access, then give the same command again)"
@@ -191,7 +211,51 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {name: found for key, inner in items for name, found in _flat(inner, f"{prefix}.{key}".strip(".")).items()}
 
 
-def _make_tokenizer(spec: Build, out: Path, pool: Workers, meter: Meter) -> Tokenizer:
+def _build_plainly(spec: Build, out: Path, pool: Workers, meter: Meter) -> list[str]:
+    """Documents as they are read; the names of the directories."""
+
+    def texts(source: Source) -> Iterator[tuple[int, Document | Rejected, bool | None]]:
+        return split(source, spec.data.held_out, spec.seed, Reading())
+
+    tokenizer = _make_tokenizer(spec, out, pool, meter, texts)
+    for source in spec.data.source:
+        reading = Reading()
+
+        def encoded(writers: Writers, source: Source = source, reading: Reading = reading) -> Iterator[Part]:
+            return pool.encode(source.kind, _batches(spec, source, reading, writers, tokenizer))
+
+        _build_source(spec, source, source.name, out, tokenizer, meter, reading, encoded)
+    return [source.name for source in spec.data.source]
+
+
+def _build_cleanly(spec: Build, out: Path, pool: Workers, meter: Meter) -> list[str]:
+    """Documents as the steps of `clean` leave them; the names of the directories."""
+    work = Work(spec, build_key(spec))
+    work.begin(list(STEPS))
+    work = run_steps(BEFORE_TOKENIZER, work, pool, meter)
+
+    def texts(source: Source) -> Iterator[tuple[int, Document | Rejected, bool | None]]:
+        cleaned = encoding.clean(work, spec.data.source.index(source))
+        found = (document.document() for document in cleaned)
+        return divide(source, spec.data.held_out, spec.seed, lambda held_out, wanted: found)
+
+    tokenizer = _make_tokenizer(spec, out, pool, meter, texts)
+    work = run_steps(AFTER_TOKENIZER, work, pool, meter)
+    names = []
+    for number, source in enumerate(spec.data.source):
+        for label in work.labels(number):
+            name = f"{source.name}.{label}" if label else source.name
+
+            def encoded(writers: Writers, number: int = number, source: Source = source, label: str = label) -> Iterator[Part]:
+                return _ready(spec, source, writers, encoding.ready(work, number, label))
+
+            _build_source(spec, source, name, out, tokenizer, meter, Reading(), encoded)
+            names.append(name)
+    reporting.save(work, out, names)
+    return names
+
+
+def _make_tokenizer(spec: Build, out: Path, pool: Workers, meter: Meter, texts: Texts) -> Tokenizer:
     path = out / TOKENIZER_FILE
     if not path.exists():
         template = read(spec.tokenizer)
@@ -199,9 +263,9 @@ def _make_tokenizer(spec: Build, out: Path, pool: Workers, meter: Meter) -> Toke
             model = read_model(Path(spec.tokenizer.path))
             Tokenizer(model, spec.tokenizer.path, template)
         else:
-            texts = _sample(spec, meter)
-            meter.begin("tokenizer", f"training on {sum(map(len, texts)) / 1e6:.1f} MB of text")
-            model = pool.train(texts, spec.tokenizer.vocab, spec.tokenizer.kind, template)
+            sample = _sample(spec, meter, texts)
+            meter.begin("tokenizer", f"training on {sum(map(len, sample)) / 1e6:.1f} MB of text")
+            model = pool.train(sample, spec.tokenizer.vocab, spec.tokenizer.kind, template)
         if not template.is_default:
             write_atomically(path.with_name(TEMPLATE_FILE), template.encoded())
         write_atomically(path, model)
@@ -211,42 +275,55 @@ def _make_tokenizer(spec: Build, out: Path, pool: Workers, meter: Meter) -> Toke
     return tokenizer
 
 
-def _sample(spec: Build, meter: Meter) -> list[str]:
+def _sample(spec: Build, meter: Meter, texts: Texts) -> list[str]:
     """Training text for the tokenizer: an equal part from each source, of its training documents only."""
-    texts: list[str] = []
+    sample: list[str] = []
     part = -(-spec.tokenizer.sample_bytes // len(spec.data.source))
     for source in spec.data.source:
         meter.begin("read", source.name, "bytes", part)
         size = 0
-        for _, record, held_out in split(source, spec.data.held_out, spec.seed, Reading()):
+        for _, record, held_out in texts(source):
             if isinstance(record, Document) and held_out is False:
-                texts += record.parts
+                sample += record.parts
                 size += sum(map(len, record.parts))
                 meter.update(size, part)
                 if size >= part:
                     break
-    return texts
+    return sample
 
 
-def _build_source(spec: Build, source: Source, out: Path, tokenizer: Tokenizer, pool: Workers, meter: Meter) -> None:
+Writers = tuple[SplitWriter, SplitWriter]
+Place = tuple[int, bool]  # a document's number within its source, and whether it is held out
+Part = tuple[Encoded, tuple[list[Place], list[Rejected]]]
+Texts = Callable[[Source], Iterator[tuple[int, Document | Rejected, bool | None]]]
+
+
+def _build_source(
+    spec: Build,
+    source: Source,
+    called: str,
+    out: Path,
+    tokenizer: Tokenizer,
+    meter: Meter,
+    reading: Reading,
+    parts: Callable[[Writers], Iterator[Part]],
+) -> None:
     """One source's shards and manifests; the second manifest is the last thing written."""
-    directory = out / source.name
+    directory = out / called
     if all((directory / name / manifests.FILE_NAME).exists() for name in SPLITS):
         (directory / PROGRESS).unlink(missing_ok=True)
         return
     for name in SPLITS:
         (directory / name).mkdir(parents=True, exist_ok=True)
     progress = Progress.load(directory, fingerprint(source))
-    reading = Reading()
-    meter.begin("encode", source.name, "bytes")
+    meter.begin("encode", called, "bytes")
     rejected: dict[str, int] = {}
     with (
         SplitWriter(directory / "train", source, spec.data, tokenizer, progress, held_out=False) as train,
         SplitWriter(directory / "held_out", source, spec.data, tokenizer, progress, held_out=True) as held,
         _kept_aside(directory / "rejected.jsonl") as kept,
     ):
-        batches = _batches(spec, source, reading, (train, held), tokenizer)
-        for encoded, (places, broken) in pool.encode(source.kind, batches):
+        for encoded, (places, broken) in parts((train, held)):
             for record in broken:
                 rejected[record.reason] = rejected.get(record.reason, 0) + 1
                 kept.write(msgspec.json.encode(record) + b"\n")
@@ -258,7 +335,7 @@ def _build_source(spec: Build, source: Source, out: Path, tokenizer: Tokenizer, 
         held.finish()
     for writer in (train, held):
         Manifest(
-            source=source.name,
+            source=called,
             split=writer.name,
             kind=source.kind,
             origin=describe(source),
@@ -272,7 +349,7 @@ def _build_source(spec: Build, source: Source, out: Path, tokenizer: Tokenizer, 
             rejected=dict(sorted(rejected.items())),
             shards=tuple(writer.shards),
         ).save(writer.directory)
-    (directory / PROGRESS).unlink()
+    (directory / PROGRESS).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -288,11 +365,8 @@ def _kept_aside(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-Place = tuple[int, bool]  # a document's number within its source, and whether it is held out
-
-
 def _batches(
-    spec: Build, source: Source, reading: Reading, writers: tuple[SplitWriter, SplitWriter], tokenizer: Tokenizer
+    spec: Build, source: Source, reading: Reading, writers: Writers, tokenizer: Tokenizer
 ) -> Iterator[tuple[list[Document], tuple[list[Place], list[Rejected]]]]:
     """Documents in batches, with their places, and the broken records met on the way.
 
@@ -325,6 +399,23 @@ def _batches(
     yield found, (places, broken)
 
 
+def _ready(spec: Build, source: Source, writers: Writers, records: Iterator[encoding.Ready | Rejected]) -> Iterator[Part]:
+    """Documents that are encoded already, in batches, with their places."""
+    batch: list[encoding.Ready] = []
+    places: list[Place] = []
+    broken: list[Rejected] = []
+    for number, record, held_out in divide(source, spec.data.held_out, spec.seed, lambda held_out, wanted: records):
+        if isinstance(record, Rejected):
+            broken.append(record)
+        elif held_out is not None and number >= writers[held_out].next_document and not writers[held_out].full:
+            batch.append(record)
+            places.append((number, held_out))
+        if len(batch) + len(broken) >= BATCH_DOCUMENTS:
+            yield encoding.gathered(batch), (places, broken)
+            batch, places, broken = [], [], []
+    yield encoding.gathered(batch), (places, broken)
+
+
 def _write(encoded: Encoded, places: list[Place], train: SplitWriter, held: SplitWriter) -> None:
     start = 0
     for (number, held_out), length, size in zip(places, encoded.lengths, encoded.text_bytes, strict=True):
@@ -343,9 +434,9 @@ def _tell(meter: Meter, source: Source, reading: Reading, train: SplitWriter, he
         meter.update(reading.done, reading.total, unit="bytes")
 
 
-def _verify(spec: Build, out: Path, meter: Meter) -> dict[str, str]:
+def _verify(sources: list[str], out: Path, meter: Meter) -> dict[str, str]:
     """Read all of it back; the manifests' digests by SOURCE/SPLIT."""
-    names = [f"{source.name}/{name}" for source in spec.data.source for name in SPLITS]
+    names = [f"{source}/{name}" for source in sources for name in SPLITS]
     meter.begin("verify", str(out), "manifests", len(names))
     digests = {}
     for number, name in enumerate(names, 1):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Literal
@@ -125,6 +126,35 @@ class Workers:
             self._send(worker, ("use", model, template))
             self._receive(worker)
 
+    def run(self, function: Callable[..., None], tasks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+        """`function(*task)` for each task, on whichever process is free; yields each task when it is done, in any order."""
+        if not self._workers:
+            for task in tasks:
+                function(*task)
+                yield task
+            return
+        waiting = deque(tasks)
+        idle = list(self._workers)
+        busy: dict[Connection, tuple[tuple[BaseProcess, Connection], tuple[Any, ...]]] = {}
+        try:
+            while True:
+                while idle and waiting:
+                    worker, task = idle.pop(), waiting.popleft()
+                    self._send(worker, ("call", function, task))
+                    busy[worker[1]] = worker, task
+                if not busy:
+                    return
+                for pipe in wait(list(busy)):
+                    assert isinstance(pipe, Connection)
+                    worker, task = busy.pop(pipe)
+                    self._receive(worker)
+                    idle.append(worker)
+                    yield task
+        finally:
+            for worker, _ in busy.values():
+                with suppress(ShardError):
+                    self._receive(worker)
+
     def encode(self, kind: Kind, batches: Iterable[tuple[list[Document], Any]]) -> Iterator[tuple[Encoded, Any]]:
         """Each batch encoded, in order, with whatever came along with it. Reads ahead by the number of workers."""
         assert self._tokenizer is not None
@@ -166,6 +196,8 @@ class Workers:
             raise self._lost(worker[0]) from None
         if outcome == "refused":
             raise SpecError(value)
+        if outcome == "wrong":
+            raise ShardError(value)
         if outcome == "failed":
             raise RuntimeError(f"in an encoding worker:\n{value}")
         return value
@@ -197,6 +229,7 @@ def _work(pipe: Connection) -> None:
     """A worker's whole life: answer until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # of rensa: there is a process a core already
     tokenizer: Tokenizer | None = None
     while True:
         try:
@@ -210,11 +243,18 @@ def _work(pipe: Connection) -> None:
             elif message[0] == "use":
                 tokenizer = Tokenizer(message[1], template=message[2])
                 answer = "done", None
+            elif message[0] == "call":
+                message[1](*message[2])
+                answer = "done", None
             else:
                 assert tokenizer is not None
                 answer = "done", encode(tokenizer, message[1], message[2])
-        except ShardError as error:
+        except SpecError as error:
             answer = "refused", str(error)
+        except ShardError as error:
+            answer = "wrong", str(error)
+        except OSError as error:
+            answer = "wrong", f"{error.filename or 'writing'}: {error.strerror or error} (then give the same command again)"
         except Exception:
             answer = "failed", traceback.format_exc()
         try:

@@ -9,7 +9,7 @@ from typing import Literal, TextIO
 
 import msgspec
 
-Phase = Literal["read", "tokenizer", "encode", "verify", "done"]
+Phase = Literal["read", "clean", "tokenizer", "encode", "verify", "done"]
 INTERVAL = 0.25  # seconds between reports of one phase
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
+
 from shards.spec import Source
 from shards.templates import ROLES
 
@@ -18,6 +20,10 @@ class Document:
     parts: tuple[str, ...]
     roles: tuple[str, ...] = ()  # of a conversation: who says each part, but for the two last ones of a preference
     where: str = ""  # file and line
+
+    def hashed(self, seed: int) -> int:
+        """64 bits of the key, by which it is held out or not."""
+        return xxhash.xxh3_64_intdigest(self.key.encode(), seed=seed)
 
 
 Turns = list[tuple[str, str]]  # (role, content)

@@ -36,6 +36,7 @@ class Rejected:
     where: str  # file and line
     reason: str
     record: str  # its beginning
+    rest: bool = False  # with it the rest of its file is lost
 
 
 @dataclass
@@ -87,6 +88,27 @@ def describe(source: Source) -> str:
         return f"{source.origin} of Python {platform.python_version()}"
     found = files(source)
     return f"{source.origin}: {source.path} ({len(found)} files, {sum(path.stat().st_size for path in found)} bytes)"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is read as one."""
+
+    name: str
+    size: int
+    paths: tuple[str, ...]
+
+
+def units(source: Source) -> list[Unit]:
+    return [Unit(str(path), path.stat().st_size, (str(path),)) for path in files(source)]
+
+
+def read_unit(source: Source, unit: Unit, reading: Reading) -> Iterator[Document | Rejected]:
+    path = Path(unit.paths[0])
+    with path.open("rb") as raw:
+        records = _json_lines(path, raw, source) if source.origin == "jsonl" else _texts(path, raw)
+        for record in records:
+            yield record if isinstance(record, Rejected) or _not_empty(record) else _empty(path, record)
 
 
 def documents(
@@ -156,7 +178,7 @@ def _lines(path: Path, raw: IO[bytes]) -> Iterator[bytes | Rejected]:
             else:
                 yield line
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        yield Rejected(str(path), "damaged file, read up to there", str(error))
+        yield Rejected(str(path), "damaged file, read up to there", str(error), True)
 
 
 def _json_lines(path: Path, raw: IO[bytes], source: Source) -> Iterator[Document | Rejected]:

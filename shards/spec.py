@@ -42,6 +42,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     messages_field: str = "messages"  # sft: a conversation, where there is no response_field
     max_documents: int | None = None  # documents, held-out ones included
     max_tokens: int | None = None  # tokens, held-out ones included
+    split_by: Literal["language", "quality"] | None = None  # clean: a source of its own for each, NAME.LABEL
+    broken_files: float = 0.05  # clean: share of its files that may be damaged before the build stops
 
 
 class Tokenizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -54,6 +56,24 @@ class Tokenizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     template: str = "midwatch"  # of TEMPLATES, or a Jinja file; "own": the one that comes with `path`
 
 
+class Clean(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is removed before anything is encoded. Without this table sources are taken as they are."""
+
+    exact: bool = True  # documents whose text, but for case and white space, an earlier one of any source has
+    near: float = 0.8  # texts whose word 5-grams are this similar (Jaccard) to an earlier one's; 0: not looked for
+    chunk_bytes: int = 16_777_216  # of text that is handled at once; a step's memory grows with it
+
+
+class Slurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How jobs are sent where `executor` is "slurm"."""
+
+    partition: str = "cpu"
+    time: str = "24:00:00"  # limit of a job
+    memory_gb: int = 4  # of a job, which takes one core
+    qos: str = ""
+    sbatch: dict[str, str] = {}  # more arguments of sbatch, without their dashes
+
+
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The sources and how their shards are cut."""
 
@@ -63,6 +83,10 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     level: int = 9  # zstd compression level, 1 to 19
     held_out: float = 0.01  # share of each source's documents that is never trained on, 0 to 0.5
     shard_tokens: int = 67_108_864  # tokens after which a shard ends (with its document); also the unit of resuming
+    clean: Clean | None = None
+    executor: Literal["local", "slurm", "ray"] = "local"  # where the steps of `clean` run
+    executor_tasks: int = 64  # jobs that a step is sent as, where that is not here
+    slurm: Slurm = Slurm()
 
 
 class Build(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -103,6 +127,14 @@ def check(build: Build, where: str = "data") -> None:
         raise SpecError(f"{where}: level is {data.level} (use a zstd level from 1 to 19)")
     if data.shard_tokens < data.frame_tokens:
         raise SpecError(f"{where}: shard_tokens is less than frame_tokens (use at least {data.frame_tokens})")
+    if data.clean is None and data.executor != "local":
+        raise SpecError(f'{where}: executor "{data.executor}" runs the steps of `clean`, which is not there (add [data.clean])')
+    if data.clean is not None and not (data.clean.near == 0 or 0.5 <= data.clean.near <= 1):
+        raise SpecError(f"{where}: clean.near is {data.clean.near} (use a similarity from 0.5 to 1, such as 0.8, or 0 for none)")
+    if data.clean is not None and not 1 << 10 <= data.clean.chunk_bytes <= 1 << 30:
+        raise SpecError(f"{where}: clean.chunk_bytes is {data.clean.chunk_bytes} (use 1024 to 1073741824)")
+    if data.executor_tasks < 1:
+        raise SpecError(f"{where}: executor_tasks is {data.executor_tasks} (use at least 1)")
     if tokenizer.path is None and tokenizer.vocab < SMALLEST_VOCAB:
         raise SpecError(f"{where}: tokenizer vocab is {tokenizer.vocab} (use at least {SMALLEST_VOCAB})")
     if tokenizer.template == "own" and tokenizer.path is None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import xxhash
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
 
 from shards.records import Document
 from shards.sources import Reading, Rejected, documents, is_held_out
 from shards.spec import Source
+from shards.stdlib import Wanted
 
 SMALL = 100_000  # documents up to which a source that would hold out nothing holds out its last one
 
-Placed = tuple[int, Document | Rejected, bool | None]  # number in the source, record, held out; None: beyond the limit
+
+class Keyed(Protocol):
+    """What is held out or not by the hash of its key."""
+
+    def hashed(self, seed: int) -> int:
+        """64 bits."""
+
+
+Record = TypeVar("Record", bound=Keyed)
+Records = Callable[[Callable[[str], bool], Wanted], Iterator[Record | Rejected]]
+"""All of a source's records; what is held out and what is still of use, by key, spares making those that are not."""
 
 
 def quotas(limit: int | None, share: float) -> tuple[int | None, int | None]:
@@ -23,8 +33,15 @@ def quotas(limit: int | None, share: float) -> tuple[int | None, int | None]:
     return limit - held, held
 
 
-def split(source: Source, share: float, seed: int, reading: Reading) -> Iterator[Placed]:
-    """All of a source's records, numbered, in order, up to where both splits have their documents.
+def split(source: Source, share: float, seed: int, reading: Reading) -> Iterator[tuple[int, Document | Rejected, bool | None]]:
+    """All of a source's records as they are read; see `divide`."""
+    return divide(source, share, seed, lambda held_out, wanted: documents(source, reading, held_out, wanted))
+
+
+def divide(
+    source: Source, share: float, seed: int, records: Records[Record]
+) -> Iterator[tuple[int, Record | Rejected, bool | None]]:
+    """Records, each with its number and whether it is held out (None: beyond the limit), up to where both splits have theirs.
 
     A pure function of the source's content: the numbers are how a build that was killed finds its place again.
     """
@@ -32,7 +49,7 @@ def split(source: Source, share: float, seed: int, reading: Reading) -> Iterator
     limits = (train_limit, held_limit if share > 0 else 0)
     taken = [0, 0]
     keys: set[int] = set()
-    last: tuple[int, Document] | None = None  # a training document is kept back until another follows it
+    last: tuple[int, Record] | None = None  # a training document is kept back until another follows it
 
     def is_full(held: bool) -> bool:
         limit = limits[held]
@@ -44,13 +61,13 @@ def split(source: Source, share: float, seed: int, reading: Reading) -> Iterator
     def wanted(key: str) -> bool:
         return not is_full(held_out(key))
 
-    early: list[tuple[int, Document]] = []  # held-out documents wait until there is one to train on
+    early: list[tuple[int, Record]] = []  # held-out documents wait until there is one to train on
     number = 0
-    for record in documents(source, reading, held_out, wanted):
+    for record in records(held_out, wanted):
         if isinstance(record, Rejected):
             yield number, record, None
             continue
-        held = held_out(record.key)
+        held = record.hashed(seed) < share * 2**64
         if is_full(held):
             yield number, record, None
         else:
@@ -66,7 +83,7 @@ def split(source: Source, share: float, seed: int, reading: Reading) -> Iterator
                 if last is not None:
                     yield last[0], last[1], False
                 last = number, record
-                last_is_new = _remember(keys, record.key)
+                last_is_new = _remember(keys, record.hashed(seed))
         number += 1
         if is_full(False) and is_full(True):
             break
@@ -84,9 +101,8 @@ def split(source: Source, share: float, seed: int, reading: Reading) -> Iterator
         yield last[0], last[1], alone
 
 
-def _remember(keys: set[int], key: str) -> bool:
+def _remember(keys: set[int], hashed: int) -> bool:
     """Whether a key is new; forgets to count beyond what a small source has."""
-    hashed = xxhash.xxh3_64_intdigest(key.encode())
     new = hashed not in keys
     if len(keys) <= SMALL:
         keys.add(hashed)

@@ -1,0 +1,163 @@
+"""Step `encode`: a chunk's clean documents as tokens, ready for whoever writes the shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from shards.container import Array, write_atomically
+from shards.encode import Encoded, encode, refusal
+from shards.pipeline.store import Stored
+from shards.pipeline.work import Work
+from shards.records import Document
+from shards.sources import KEPT_ASIDE, Rejected
+from shards.templates import kept
+from shards.tokenizer import FILE_NAME, Tokenizer
+
+BATCH = 1 << 20  # characters encoded at once
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """One encoded document. `hash`: of its key, by which it is held out or not."""
+
+    hash: int
+    label: str
+    tokens: Array
+    mask: npt.NDArray[np.uint8] | None
+    text_bytes: int
+
+    def hashed(self, seed: int) -> int:
+        """Of its key, with the build's seed, which was known when it was encoded."""
+        return self.hash
+
+
+class _Sidecar(msgspec.Struct):
+    labels: list[str]
+    refused: list[Rejected]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path, changed: int) -> Tokenizer:
+    return Tokenizer(path.read_bytes(), str(path), kept(path))
+
+
+class Encoding:
+    """One task a chunk: NAME.npz with all documents' tokens, one after the other, and what they were refused for."""
+
+    name = "encode"
+    about = "encoding"
+
+    def tasks(self, work: Work) -> list[tuple[int]]:
+        return [(number,) for number in range(len(work.chunks))]
+
+    def weight(self, work: Work, task: tuple[int]) -> int:
+        return work.sizes[task[0]][1]
+
+    def output(self, work: Work, task: tuple[int]) -> Path:
+        return work.path(self.name, work.chunks[task[0]], ".npz")
+
+    def do(self, work: Work, task: tuple[int]) -> None:
+        number = task[0]
+        source = work.sources[work.chunks[number].source]
+        model = Path(work.build.out, FILE_NAME)
+        tokenizer = _tokenizer(model, model.stat().st_mtime_ns)
+        labels: list[str] = []
+        hashes: list[int] = []
+        refused: list[Rejected] = []
+        encoded: list[Encoded] = []
+        batch: list[Document] = []
+        size = 0
+
+        def flush() -> None:
+            nonlocal batch, size
+            if batch:
+                encoded.append(encode(tokenizer, source.kind, batch))
+            batch, size = [], 0
+
+        for found in work.chunk(number, "clean"):
+            document = found.document()
+            if reason := refusal(tokenizer, source.kind, document):
+                refused.append(Rejected(document.where or source.name, reason, "\n".join(document.parts)[:KEPT_ASIDE]))
+                continue
+            labels.append(found.label)
+            hashes.append(document.hashed(work.build.seed))
+            batch.append(document)
+            size += sum(map(len, document.parts))
+            if size >= BATCH:
+                flush()
+        flush()
+        sidecar = msgspec.json.encode(_Sidecar(labels, refused))
+        write_atomically(work.path(self.name, work.chunks[number], ".json"), sidecar)
+        _save(self.output(work, task), encoded, hashes, source.kind != "text")
+
+
+def _save(path: Path, encoded: list[Encoded], hashes: list[int], masked: bool) -> None:
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "tokens": np.concatenate([each.tokens for each in encoded]) if encoded else np.empty(0, np.uint16),
+        "lengths": np.array([length for each in encoded for length in each.lengths], np.uint64),
+        "text_bytes": np.array([size for each in encoded for size in each.text_bytes], np.uint64),
+        "hashes": np.array(hashes, np.uint64),
+    }
+    if masked:
+        found = [each.mask for each in encoded if each.mask is not None]
+        arrays["mask"] = np.concatenate(found) if found else np.empty(0, np.uint8)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def ready(work: Work, source: int, label: str = "") -> Iterator[Ready | Rejected]:
+    """A source's documents, encoded, in order; of a source that is split those of one label.
+
+    What was left out, when it was read or encoded, comes with the first label.
+    """
+    whole = label == work.labels(source)[0]
+    for name in work.names(source):
+        if isinstance(name, Path):
+            if whole:
+                yield from (msgspec.json.decode(line, type=Rejected) for line in name.read_bytes().splitlines())
+            continue
+        sidecar = msgspec.json.decode(work.path("encode", name, ".json").read_bytes(), type=_Sidecar)
+        if whole:
+            yield from sidecar.refused
+        with np.load(work.path("encode", name, ".npz")) as arrays:
+            tokens, mask = arrays["tokens"], arrays.get("mask")
+            ends = np.cumsum(arrays["lengths"], dtype=np.int64).tolist()
+            sizes, hashes = arrays["text_bytes"].tolist(), arrays["hashes"].tolist()
+        start = 0
+        for stop, size, hashed, of in zip(ends, sizes, hashes, sidecar.labels, strict=True):
+            if of == label:
+                yield Ready(hashed, of, tokens[start:stop], None if mask is None else mask[start:stop], size)
+            start = stop
+
+
+def gathered(batch: list[Ready]) -> Encoded:
+    """Documents one after the other."""
+    masks = [each.mask for each in batch if each.mask is not None]
+    return Encoded(
+        tokens=np.concatenate([each.tokens for each in batch]) if batch else np.empty(0, np.uint16),
+        mask=np.concatenate(masks) if masks else None,
+        lengths=[len(each.tokens) for each in batch],
+        text_bytes=[each.text_bytes for each in batch],
+    )
+
+
+def clean(work: Work, source: int) -> Iterator[Stored]:
+    """A source's clean documents, in order."""
+    for number in work.of_source(source):
+        yield from work.chunk(number, "clean")

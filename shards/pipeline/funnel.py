@@ -1,0 +1,76 @@
+"""What became of the documents between a source and its shards: counts after each step, reasons, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import msgspec
+
+SAMPLES = 5  # kept of a reason
+
+
+class Count(msgspec.Struct):
+    """Documents and bytes of their text, in UTF-8."""
+
+    documents: int = 0
+    bytes: int = 0
+
+    def add(self, documents: int, size: int) -> None:
+        self.documents += documents
+        self.bytes += size
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One document that was removed."""
+
+    LENGTH: ClassVar[int] = 400  # characters of its text that are kept
+
+    where: str
+    reason: str
+    text: str
+
+
+class Funnel(msgspec.Struct):
+    """Of one chunk, or of a whole source."""
+
+    steps: dict[str, Count]  # what was there after each step, in order; "read" first
+    reasons: dict[str, Count] = {}  # what was removed, by reason
+    samples: dict[str, list[Sample]] = {}
+    changed: dict[str, Count] = {}  # what was changed and kept, by reason
+    labels: dict[str, Count] = {}  # what was kept, by label, where a source is split
+
+    def passed(self, step: str, size: int) -> None:
+        self.steps[step].add(1, size)
+
+    def dropped(self, reason: str, size: int) -> None:
+        self.reasons.setdefault(reason, Count()).add(1, size)
+
+    def wants(self, reason: str) -> bool:
+        """Whether there are too few samples of a reason yet."""
+        return len(self.samples.get(reason, ())) < SAMPLES
+
+    def show(self, reason: str, sample: Sample) -> None:
+        self.samples.setdefault(reason, []).append(sample)
+
+    def altered(self, reason: str, size: int) -> None:
+        """`size`: the bytes that it lost."""
+        self.changed.setdefault(reason, Count()).add(1, size)
+
+    def kept_as(self, label: str, size: int) -> None:
+        self.labels.setdefault(label, Count()).add(1, size)
+
+
+def together(funnels: Iterable[Funnel]) -> Funnel:
+    """The funnel of a source from those of its chunks, in their order."""
+    total = Funnel({})
+    for funnel in funnels:
+        for step, count in funnel.steps.items():
+            total.steps.setdefault(step, Count()).add(count.documents, count.bytes)
+        for mine, theirs in ((total.reasons, funnel.reasons), (total.changed, funnel.changed), (total.labels, funnel.labels)):
+            for reason, count in theirs.items():
+                mine.setdefault(reason, Count()).add(count.documents, count.bytes)
+        for reason, samples in funnel.samples.items():
+            kept = total.samples.setdefault(reason, [])
+            kept += samples[: SAMPLES - len(kept)]
+    return total

@@ -1,0 +1,160 @@
+"""Where a build keeps what is between its steps: OUT/work, a directory a step, a file a task.
+
+A task is done when its file is there under its final name; so any process that knows the build can tell what is left, and
+a killed build goes on. Documents are numbered through the chunks, which follow sources, then units, then their own order.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from shards.container import write_atomically
+from shards.errors import ShardError
+from shards.pipeline.funnel import Funnel, together
+from shards.pipeline.store import Chunk
+from shards.sources import fingerprint
+from shards.spec import Build, Clean, Source
+
+DIRECTORY = "work"
+PLAN = "plan.json"
+DOCUMENT_BITS = 24  # of a document's id; the rest is its chunk's number
+
+Ids = npt.NDArray[np.uint64]
+
+
+class Name(NamedTuple):
+    """A chunk: the `part`th of a unit of a source."""
+
+    source: int
+    unit: int
+    part: int
+
+    def __str__(self) -> str:
+        return f"{self.source:03d}-{self.unit:06d}-{self.part:05d}"
+
+
+class ReadUnit(msgspec.Struct, frozen=True):
+    """What the reading of one unit gave."""
+
+    chunks: list[tuple[int, int]]  # documents and bytes of text of each
+    rejected: dict[str, int]  # records left out, by reason
+    broken: str = ""  # what is wrong with a file of it, where the rest of it was lost
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What a working directory was begun for."""
+
+    key: str
+    inputs: list[str]  # the fingerprint of each source's files
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """The working directory of one build, and what the build says."""
+
+    build: Build
+    key: str
+
+    @property
+    def root(self) -> Path:
+        return Path(self.build.out, DIRECTORY)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.build.data.source
+
+    @property
+    def clean(self) -> Clean:
+        assert self.build.data.clean is not None
+        return self.build.data.clean
+
+    def path(self, step: str, name: object, end: str) -> Path:
+        """A task's file."""
+        return self.root / step / f"{name}{end}"
+
+    def begin(self, steps: list[str]) -> None:
+        """Go on with what is there if it was begun for the same build and files; else begin anew."""
+        plan = Plan(self.key, [fingerprint(source) for source in self.sources])
+        path = self.root / PLAN
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=Plan)
+        except (OSError, msgspec.MsgspecError):
+            found = None
+        if found != plan:
+            self.remove()
+        for step in steps:
+            (self.root / step).mkdir(parents=True, exist_ok=True)
+        if found != plan:
+            write_atomically(path, msgspec.json.encode(plan))
+
+    def remove(self) -> None:
+        """All of it; ends with a directory that is gone, or was never there."""
+        if self.root.exists():
+            (self.root / PLAN).unlink(missing_ok=True)  # first: without it, what is left is never gone on with
+            shutil.rmtree(self.root)
+
+    def unit(self, source: int, unit: int) -> ReadUnit:
+        path = self.path("read", f"{source:03d}-{unit:06d}", ".json")
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=ReadUnit)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ShardError(f"{path}: {error} (delete {self.root}: the build then begins anew)") from None
+
+    @cached_property
+    def units(self) -> list[tuple[int, int, ReadUnit]]:
+        """What was read, in order: source, unit, result. All of it must be there."""
+        found = sorted(path.stem for path in (self.root / "read").glob("*.json"))
+        places = [(int(name[:3]), int(name[4:])) for name in found]
+        return [(source, unit, self.unit(source, unit)) for source, unit in places]
+
+    @cached_property
+    def chunks(self) -> list[Name]:
+        """All chunks, in order; a chunk's place here is its number."""
+        return [Name(source, unit, part) for source, unit, read in self.units for part in range(len(read.chunks))]
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Documents and bytes of text of each chunk, as read."""
+        return [size for _, _, read in self.units for size in read.chunks]
+
+    @property
+    def documents(self) -> int:
+        return sum(documents for documents, _ in self.sizes)
+
+    def chunk(self, number: int, step: str = "read") -> Chunk:
+        return Chunk(self.path(step, self.chunks[number], ".docs"))
+
+    def names(self, source: int) -> Iterator[Name | Path]:
+        """For each unit of a source the file with what was left out of it, then its chunks."""
+        for of, unit, read in self.units:
+            if of == source:
+                yield self.path("read", f"{source:03d}-{unit:06d}", ".rejected.jsonl")
+                yield from (Name(source, unit, part) for part in range(len(read.chunks)))
+
+    def funnel(self, source: int) -> Funnel:
+        """What became of a source's documents; known once they are clean."""
+        paths = [self.path("clean", name, ".json") for name in self.names(source) if isinstance(name, Name)]
+        return together(msgspec.json.decode(path.read_bytes(), type=Funnel) for path in paths)
+
+    def labels(self, source: int) -> list[str]:
+        """The labels by which a source is split; of one that is not, an empty one."""
+        if not self.sources[source].split_by:
+            return [""]
+        return self._labels.setdefault(source, sorted(self.funnel(source).labels))
+
+    @cached_property
+    def _labels(self) -> dict[int, list[str]]:
+        return {}
+
+    def of_source(self, source: int) -> list[int]:
+        """The numbers of a source's chunks."""
+        return [number for number, name in enumerate(self.chunks) if name.source == source]

@@ -1,0 +1,233 @@
+"""Builds that clean: what goes and what stays, and that nothing but the input decides it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from shards import stdlib
+from shards.build import build
+from shards.corpus import Corpus
+from shards.errors import ShardError
+from shards.pipeline import hashing, reporting
+from shards.spec import Build, Clean, Source
+from shards.tokenizer import FILE_NAME
+from shards.tokenizer import Tokenizer as Loaded
+
+
+def library(count: int, largest: int = 60_000) -> list[str]:
+    """Texts of the standard library that do not repeat each other."""
+    texts = [path.read_bytes().decode("utf-8", "replace") for _, path in stdlib.files()]
+    return [text for text in texts if 400 < len(text) < largest][:count]
+
+
+def changed(text: str, share: float, rnd: random.Random) -> str:
+    """The text with a share of its words replaced."""
+    words = text.split(" ")
+    for place in rnd.sample(range(len(words)), max(1, int(len(words) * share))):
+        words[place] = f"other{rnd.randrange(10**6)}"
+    return " ".join(words)
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two sources of texts with duplicates in and between them, and a conversation source with repetitions."""
+    rnd = random.Random(7)
+    texts = library(120)
+    directory = tmp_path_factory.mktemp("planted")
+    first: list[str] = []
+    exact = near = 0
+    for number, text in enumerate(texts):
+        first.append(text)
+        if number % 8 == 0:
+            first.append("  " + text.upper().replace("\n", "\n\n"))
+            exact += 1
+    write_jsonl(directory / "a.jsonl", [{"text": text} for text in first])
+    second = [changed(text, 0.005, rnd) for text in texts[::10]]
+    near = sum(
+        hashing.jaccard(np.unique(hashing.shingles(one)), np.unique(hashing.shingles(other))) >= 0.8
+        for one, other in zip(texts[::10], second, strict=True)
+    )
+    write_jsonl(directory / "b.jsonl", [{"text": text} for text in [*second, "something of its own, said once"]])
+    chats = [{"prompt": f"question {number % 20}", "response": f"answer {number % 20}"} for number in range(50)]
+    write_jsonl(directory / "c.jsonl", chats)
+    return {"directory": directory, "texts": texts, "exact": exact, "near": near, "second": len(second)}
+
+
+@pytest.fixture
+def spec(planted: dict[str, Any], make_spec: Callable[..., Build], tmp_path: Path) -> Build:
+    """A build of all three, in chunks small enough that there are several."""
+    directory = planted["directory"]
+    source = (
+        Source(name="a", kind="text", origin="jsonl", path=str(directory / "a.jsonl")),
+        Source(name="b", kind="text", origin="jsonl", path=str(directory / "b.jsonl")),
+        Source(name="c", kind="sft", origin="jsonl", path=str(directory / "c.jsonl")),
+    )
+    return make_spec(tmp_path / "out", source=source, clean=Clean(chunk_bytes=200_000))
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """All files of a finished build but for the marker, which says where it was built."""
+    names = [path for path in out.rglob("*") if path.is_file() and path.name not in ("build.json", ".lock")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in names}
+
+
+def texts_of(out: Path, source: str) -> list[str]:
+    """The texts in a source's shards."""
+    tokenizer = Loaded.load(out / FILE_NAME)
+    found = []
+    for split in ("train", "held_out"):
+        corpus = Corpus(out, source, split)
+        found += [tokenizer.decode(corpus.read(*corpus.span(number))) for number in range(corpus.documents)]
+    return found
+
+
+def test_of_each_group_of_duplicates_the_first_stays(planted: dict[str, Any], spec: Build) -> None:
+    out = build(spec, workers=0)
+    assert sorted(texts_of(out, "a")) == sorted(planted["texts"])
+    funnel = {source.name: source.funnel for source in reporting.load(out).sources}
+    assert funnel["a"].reasons["exact duplicate"].documents == planted["exact"]
+    assert funnel["b"].reasons["near duplicate"].documents == planted["near"] > 5
+    assert len(texts_of(out, "b")) == planted["second"] - planted["near"] + 1
+    assert funnel["c"].steps["exact"].documents == 20
+    assert not (out / "work").exists()
+
+
+def test_the_funnel_adds_up(spec: Build) -> None:
+    report = reporting.load(build(spec, workers=0))
+    for source in report.sources:
+        steps = list(source.funnel.steps.values())
+        assert steps[0].documents - steps[-1].documents == sum(count.documents for count in source.funnel.reasons.values())
+        assert steps[0].bytes - steps[-1].bytes == sum(count.bytes for count in source.funnel.reasons.values())
+        assert (source.documents, source.text_bytes) == (steps[-1].documents, steps[-1].bytes)
+    said = report.sources[0].funnel.samples["exact duplicate"][0]
+    assert "a.jsonl:2" in said.where and "a.jsonl:1" in said.reason
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_number_of_workers_changes_no_byte(spec: Build, tmp_path: Path, workers: int) -> None:
+    alone = content(build(spec, workers=0))
+    other = msgspec.structs.replace(spec, out=str(tmp_path / "other"))
+    assert content(build(other, workers=workers)) == alone
+
+
+def test_chunks_of_another_size_give_the_same_shards(spec: Build, tmp_path: Path) -> None:
+    alone = content(build(spec, workers=0))
+    data = msgspec.structs.replace(spec.data, clean=Clean())
+    other = content(build(msgspec.structs.replace(spec, data=data, out=str(tmp_path / "other")), workers=0))
+    assert {name for name in alone if alone[name] != other[name]} <= {"report.json"}  # which samples it shows
+
+
+def kill_at(spec: Build, tmp_path: Path, report: int, delay: float = 0.0) -> bool:
+    """Starts the build in its own process group and kills all of that some time after its `report`th line of progress.
+
+    Whether it came to that.
+    """
+    path = tmp_path / "spec.json"
+    path.write_bytes(msgspec.json.encode(spec))
+    words = [sys.executable, "-m", "shards", "build", "--spec", str(path), "--workers", "2", "--json"]
+    with subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in range(report):
+            if not process.stdout.readline():
+                return False
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+    return True
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_build_killed_again_and_again_ends_with_the_same_bytes(spec: Build, tmp_path: Path, seed: int) -> None:
+    quiet = content(build(spec, workers=0))
+    other = msgspec.structs.replace(spec, out=str(tmp_path / "killed"))
+    rnd = random.Random(seed)
+    killed = [kill_at(other, tmp_path, report, rnd.random() / 10) for report in sorted(rnd.sample(range(1, 14), 6))]
+    assert killed.count(True) >= 4
+    build(other, workers=2)
+    assert content(Path(other.out)) == quiet
+
+
+def test_finished_tasks_are_not_done_again(spec: Build, tmp_path: Path) -> None:
+    out = Path(spec.out)
+    assert kill_at(spec, tmp_path, 6)
+    done = {path: path.stat().st_ino for path in (out / "work").rglob("*") if path.suffix in (".docs", ".npy")}
+    assert done
+    kept: dict[Path, int] = {}
+
+    def look(progress: Any) -> None:
+        if progress.phase == "tokenizer":
+            kept.update({path: path.stat().st_ino for path in done if path.exists()})
+
+    build(spec, look, workers=0)
+    assert kept == done
+
+
+def test_changed_inputs_begin_the_work_anew(spec: Build, tmp_path: Path, planted: dict[str, Any]) -> None:
+    directory = Path(shutil.copytree(planted["directory"], tmp_path / "copied"))
+    sources = tuple(msgspec.structs.replace(each, path=str(directory / Path(str(each.path)).name)) for each in spec.data.source)
+    spec = msgspec.structs.replace(spec, data=msgspec.structs.replace(spec.data, source=sources))
+    assert kill_at(spec, tmp_path, 6)
+    assert any(Path(spec.out, "work", "sign").iterdir())
+    write_jsonl(directory / "a.jsonl", [{"text": text} for text in planted["texts"][:30]])
+    out = build(spec, workers=0)
+    assert sorted(texts_of(out, "a")) == sorted(planted["texts"][:30])
+
+
+def test_planted_duplicates_are_found_and_no_others(make_spec: Callable[..., Build], tmp_path: Path) -> None:
+    """Recall over pairs whose n-grams truly are 0.8 alike or more; precision over all that was removed."""
+    rnd = random.Random(3)
+    records, truly = [], 0
+    for text in library(150, 20_000):
+        records.append(text)
+        for share in (0.01, 0.03, 0.06):
+            copy = changed(text, share, rnd)
+            sets = [np.unique(hashing.shingles(each)) for each in (text, copy)]
+            truly += hashing.jaccard(*sets) >= 0.8
+            records.append(copy)
+    source = Source(
+        name="a", kind="text", origin="jsonl", path=str(write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in records]))
+    )
+    out = build(make_spec(tmp_path / "out", source=(source,), clean=Clean(chunk_bytes=1 << 20)), workers=0)
+    removed = reporting.load(out).sources[0].funnel.reasons["near duplicate"].documents
+    # A copy that is less than 0.8 like the text can be more than that like another copy: those are duplicates too.
+    assert removed >= 0.99 * truly > 100
+    kept = [np.unique(hashing.shingles(text)) for text in texts_of(out, "a")]
+    assert len(kept) == len(records) - removed
+    alike = sum(hashing.jaccard(kept[i], kept[j]) >= 0.8 for i in range(len(kept)) for j in range(max(0, i - 3), i))
+    assert alike <= 0.01 * truly
+
+
+def test_too_many_broken_files_stop_the_build_and_are_named(make_spec: Callable[..., Build], tmp_path: Path) -> None:
+    directory = tmp_path / "files"
+    directory.mkdir()
+    for number, text in enumerate(library(10)):
+        raw = gzip.compress(json.dumps({"text": text}).encode() + b"\n")
+        (directory / f"{number}.jsonl.gz").write_bytes(raw[: len(raw) // 2] if number in (3, 4) else raw)
+    source = Source(name="web", kind="text", origin="jsonl", path=str(directory), broken_files=0.1)
+    spec = make_spec(tmp_path / "out", source=(source,), clean=Clean())
+    with pytest.raises(ShardError, match=r'source "web": 2 of 10 files are broken.*3\.jsonl\.gz.*4\.jsonl\.gz'):
+        build(spec, workers=0)
+    allowed = msgspec.structs.replace(source, broken_files=0.2)
+    data = msgspec.structs.replace(spec.data, source=(allowed,), clean=Clean(near=0))
+    out = build(msgspec.structs.replace(spec, data=data, out=str(tmp_path / "other")), workers=0)
+    assert sum(reporting.load(out).sources[0].rejected.values()) == 2
+    assert len((out / "web" / "rejected.jsonl").read_bytes().splitlines()) == 2
