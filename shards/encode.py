@@ -24,7 +24,7 @@ from shards.errors import ShardError, SpecError
 from shards.records import Document
 from shards.spec import Kind
 from shards.templates import DEFAULT, Template
-from shards.tokenizer import Tokenizer, train
+from shards.tokenizer import Tokenizer, token_dtype, train
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,16 @@ class Encoded:
 
 def encode(tokenizer: Tokenizer, kind: Kind, batch: list[Document]) -> Encoded:
     """Text: `[BOS] text [EOS]`. Sft: a chat. Preference: a chat's prompt, one response with its end, the other with its end."""
+    text_bytes = [sum(len(part.encode()) for part in document.parts) for document in batch]
+    if kind == "text":
+        tokens, counts = tokenizer.encode_texts([document.parts[0] for document in batch])
+        return Encoded(tokens, None, counts, text_bytes)
     ids: list[int] = []
     mask: list[int] = []
     lengths: list[int] = []
     for document in batch:
         before = len(ids)
-        if kind == "text":
-            ids += [tokenizer.bos, *tokenizer.encode(document.parts[0]), tokenizer.eos]
-        elif kind == "sft":
+        if kind == "sft":
             found, said = tokenizer.chat(chats(document, kind)[0])
             ids += found
             mask += said
@@ -57,9 +59,9 @@ def encode(tokenizer: Tokenizer, kind: Kind, batch: list[Document]) -> Encoded:
         lengths.append(len(ids) - before)
     return Encoded(
         tokens=np.array(ids, dtype=token_dtype(tokenizer.vocab)),
-        mask=None if kind == "text" else np.array(mask, dtype=np.uint8),
+        mask=np.array(mask, dtype=np.uint8),
         lengths=lengths,
-        text_bytes=[sum(len(part.encode()) for part in document.parts) for document in batch],
+        text_bytes=text_bytes,
     )
 
 
@@ -85,11 +87,6 @@ def _answered(ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
     while start and mask[start - 1]:
         start -= 1
     return ids[:start], ids[start:stop]
-
-
-def token_dtype(vocab: int) -> str:
-    """uint16 up to 65,536 ids, else uint32."""
-    return "uint16" if vocab <= 1 << 16 else "uint32"
 
 
 class Workers:

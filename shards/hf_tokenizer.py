@@ -139,7 +139,7 @@ def from_sentencepiece(model: bytes, reserved: Mapping[int, str]) -> dict[str, A
     Pieces have real spaces, where SentencePiece writes U+2581: so that character is not taken for a space, as it is not here.
     Raises SpecError for what SentencePiece can do and `tokenizers` cannot.
     """
-    pieces, kind, normalizer = _parse(model)
+    pieces, kind, normalizer = parse(model)
     if kind not in (1, 2):
         raise SpecError("tokenizer: a SentencePiece model of words or characters has no counterpart (use bpe or unigram)")
     names = [piece.replace(META_SPACE, " ") for piece, _, _ in pieces]
@@ -206,7 +206,7 @@ def _normalizer(spec: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"type": "Sequence", "normalizers": steps} if steps else None
 
 
-def _parse(model: bytes) -> tuple[list[tuple[str, float, int]], int, dict[str, Any]]:
+def parse(model: bytes) -> tuple[list[tuple[str, float, int]], int, dict[str, Any]]:
     """(piece, score, kind) of each id, the kind of the model, and its normalizer: sentencepiece_model.proto."""
     pieces: list[tuple[str, float, int]] = []
     kind, spec = 1, {"charsmap": b"", "dummy_prefix": True, "extra_whitespaces": True}

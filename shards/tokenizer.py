@@ -15,9 +15,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 import xxhash
 
@@ -27,6 +30,7 @@ from shards.hf_tokenizer import JsonModel, bundle, ids_in
 from shards.rendering import Renderer
 from shards.spec import Tokenizer as TokenizerSpec
 from shards.templates import DEFAULT, Template, kept, read
+from shards.words import WordEncoder, separable
 
 PAD, BOS, EOS, UNK, MASK = "[PAD]", "[BOS]", "[EOS]", "[UNK]", "[MASK]"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
@@ -181,6 +185,21 @@ class Tokenizer:
             return encoded
         return [number for part in _cut(text) for number in self._model.encode(part)]
 
+    def encode_texts(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], list[int]]:
+        """The ids of texts, one after the other, each between BOS and EOS, and how many each has."""
+        dtype = token_dtype(self.vocab)
+        if self._words is not None and not any(META_SPACE in text for text in texts):
+            return self._words.encode([list(_cut(text)) for text in texts])
+        found = [[self.bos, *self.encode(text), self.eos] for text in texts]
+        return np.array(list(chain.from_iterable(found)), dtype), list(map(len, found))
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        """For models whose words can be encoded one by one."""
+        if is_json(self.model) or not self._splits or not separable(self.model):
+            return None
+        return WordEncoder(self._model, token_dtype(self.vocab), self.bos, self.eos)
+
     def decode(self, ids: Iterable[int], *, reserved: bool = False) -> str:
         """The text of ids; `reserved` shows the reserved ones by name instead of leaving them out."""
         text: list[str] = []
@@ -245,6 +264,11 @@ def _loaded(model: bytes, where: str) -> Any:
 def is_json(model: bytes) -> bool:
     """Whether these are the bytes of a tokenizer.json's bundle, not of a SentencePiece model."""
     return model.startswith(b"{")
+
+
+def token_dtype(vocab: int) -> str:
+    """uint16 up to 65,536 ids, else uint32."""
+    return "uint16" if vocab <= 1 << 16 else "uint32"
 
 
 def read_model(path: Path) -> bytes:

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.container import TEMPORARY, Array, ColumnWriter, write_atomically
-from shards.encode import token_dtype
 from shards.manifest import Shard
 from shards.spec import Data, Source
 from shards.splitting import quotas
-from shards.tokenizer import Tokenizer
+from shards.tokenizer import Tokenizer, token_dtype
 
 PROGRESS = "progress.json"
 
