@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Midwatch needs Python 3.11 or newer (PYTHON=python3.12 make ...)"; exit 2; }
 	@echo "setting up $(VENV) (once; about a minute)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,data,test]'
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,data,executors,test]'
 	@touch $@
 
 setup: $(STAMP)

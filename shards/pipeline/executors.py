@@ -76,11 +76,29 @@ def run_elsewhere(step: Any, work: Work, waiting: list[Any]) -> Iterator[Any]:
 def _datatrove() -> None:
     """Makes sure that it is there, and quiet."""
     try:
-        from loguru import logger
+        from datatrove.utils.logging import logger
     except ImportError:
-        raise SpecError("executor: slurm and ray need datatrove (pip install 'midwatch[cluster-data]')") from None
+        raise SpecError("executor: slurm and ray need datatrove (pip install 'midwatch[executors]')") from None
     logger.remove()
     logging.getLogger("fsspec").setLevel(logging.WARNING)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _check_partition(name: str) -> None:
+    try:
+        done = subprocess.run(["sinfo", "-h", "-p", name, "-o", "%P"], capture_output=True, text=True)
+    except OSError as error:
+        raise SpecError(f"executor slurm: sinfo: {error.strerror} (build where Slurm's commands are)") from None
+    if done.returncode:
+        raise ShardError(f"executor slurm: sinfo says: {done.stderr.strip()} (see that Slurm's controller answers)")
+    if not done.stdout.strip():
+        known = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True).stdout.split()
+        raise SpecError(
+            f'executor slurm: there is no partition "{name}" (there are: {", ".join(known)}; set [data.slurm] partition)'
+        )
 
 
 class _Slurm:
@@ -91,6 +109,7 @@ class _Slurm:
         from datatrove.executor.slurm import SlurmPipelineExecutor
 
         slurm = work.build.data.slurm
+        _check_partition(slurm.partition)
         self._logs = logs
         self._name = f"midwatch-{share.step}-{logs.name.rsplit('-', 2)[1]}"
         executor = SlurmPipelineExecutor(
@@ -108,6 +127,7 @@ class _Slurm:
             skip_completed=False,
             requeue=False,
         )
+        executor.launch_merge_stats = _nothing  # a job more each step, for statistics that nobody reads
         try:
             executor.run()
         except (OSError, subprocess.CalledProcessError) as error:
@@ -137,7 +157,7 @@ class _InThread:
             import ray
             from datatrove.executor.ray import RayPipelineExecutor
         except ImportError:
-            raise SpecError("executor ray needs ray (pip install ray)") from None
+            raise SpecError("executor ray needs ray (pip install 'midwatch[executors]')") from None
         if not ray.is_initialized():
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="ERROR")
         self._error = ""
