@@ -404,15 +404,18 @@ def _ready(spec: Build, source: Source, writers: Writers, records: Iterator[enco
     batch: list[encoding.Ready] = []
     places: list[Place] = []
     broken: list[Rejected] = []
+    tokens = 0
     for number, record, held_out in divide(source, spec.data.held_out, spec.seed, lambda held_out, wanted: records):
         if isinstance(record, Rejected):
             broken.append(record)
         elif held_out is not None and number >= writers[held_out].next_document and not writers[held_out].full:
             batch.append(record)
             places.append((number, held_out))
-        if len(batch) + len(broken) >= BATCH_DOCUMENTS:
+            tokens += len(record.tokens)
+        if len(batch) + len(broken) >= BATCH_DOCUMENTS or tokens >= BATCH_CHARACTERS:
             yield encoding.gathered(batch), (places, broken)
             batch, places, broken = [], [], []
+            tokens = 0
     yield encoding.gathered(batch), (places, broken)
 
 

@@ -95,7 +95,9 @@ class Building:
             said = json.loads(line)
             done, total = float(said.get("done") or 0), float(said.get("total") or 0)
             text = f"{said['phase']}: {said.get('message') or ''}".strip(" :")
-            self._office.live.building = (_overall(str(said["phase"]), done / total if total else 0.0), text)
+            part = _overall(str(said["phase"]), str(said.get("message") or ""), done / total if total else 0.0)
+            before = self._office.live.building[0] if self._office.live.building else 0.0
+            self._office.live.building = (max(part, before), text)  # a build that cleans goes through some phases sooner
         except (ValueError, TypeError, KeyError):
             return
         self._office.touch()
@@ -103,8 +105,20 @@ class Building:
 
 _PHASES = {"read": (0.0, 0.2), "tokenizer": (0.2, 0.45), "encode": (0.45, 0.85), "write": (0.85, 0.95), "verify": (0.95, 1.0)}
 """Share of the whole at which each phase of the build begins and ends."""
+_STEPS = {
+    "reading": (0.0, 0.1),
+    "hashing": (0.1, 0.2),
+    "finding exact duplicates": (0.2, 0.21),
+    "finding near duplicates": (0.21, 0.23),
+    "comparing texts": (0.23, 0.25),
+    "cleaning": (0.25, 0.4),
+    "encoding": (0.5, 0.85),
+}
+"""The same of the steps of phase `clean`."""
 
 
-def _overall(phase: str, part: float) -> float:
+def _overall(phase: str, message: str, part: float) -> float:
     begin, end = _PHASES.get(phase, (0.0, 1.0) if phase != "done" else (1.0, 1.0))
+    if phase == "clean":
+        begin, end = _STEPS.get(message, (0.0, 0.0))
     return begin + (end - begin) * min(1.0, max(0.0, part))

@@ -159,7 +159,7 @@ class _InThread:
         except ImportError:
             raise SpecError("executor ray needs ray (pip install 'midwatch[executors]')") from None
         if not ray.is_initialized():
-            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="ERROR")
+            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level=logging.ERROR)
         self._error = ""
         self._executor = RayPipelineExecutor(pipeline=[share], tasks=tasks, logging_dir=str(logs), skip_completed=False)
         self._thread = threading.Thread(target=self._run, name="shards-executor", daemon=True)

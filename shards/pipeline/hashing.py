@@ -22,7 +22,7 @@ Hashes = npt.NDArray[np.uint64]
 NGRAM = 5
 BANDS, ROWS = 20, 6  # finds a pair of similarity 0.8 with probability 0.998, 0.7: 0.92, 0.5: 0.27
 SEED = 42
-REMEMBERED = 2_000_000  # words whose hashes are kept
+REMEMBERED = 500_000  # words whose hashes are kept
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 # In UTF-8: ASCII in lower case, its punctuation and control characters as spaces, all else as it is.

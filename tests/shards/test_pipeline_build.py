@@ -24,7 +24,7 @@ from shards.build import build
 from shards.corpus import Corpus
 from shards.errors import ShardError
 from shards.pipeline import hashing, reporting
-from shards.spec import Build, Clean, Source
+from shards.spec import Build, Clean, Source, Tokenizer
 from shards.tokenizer import FILE_NAME
 from shards.tokenizer import Tokenizer as Loaded
 
@@ -231,3 +231,34 @@ def test_too_many_broken_files_stop_the_build_and_are_named(make_spec: Callable[
     out = build(msgspec.structs.replace(spec, data=data, out=str(tmp_path / "other")), workers=0)
     assert sum(reporting.load(out).sources[0].rejected.values()) == 2
     assert len((out / "web" / "rejected.jsonl").read_bytes().splitlines()) == 2
+
+
+MEASURED = """
+import resource, sys
+from shards.__main__ import main
+sys.argv[1:] = ["build", "--spec", sys.argv[1], "--workers", "1", "--json"]
+status = main()
+own = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))  # getrusage counts its parent's
+print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, status)
+"""
+
+
+def test_memory_does_not_grow_with_the_input(built: Path, make_spec: Callable[..., Build], tmp_path: Path) -> None:
+    """The most that the build and its worker hold, in kB, for four times the input: texts that share their words."""
+    rnd = random.Random(0)
+    vocabulary = sorted({word for text in library(200) for word in text.split() if word.isalpha()})
+    peaks = []
+    for count in (2_000, 8_000):
+        path = tmp_path / f"{count}.jsonl"
+        write_jsonl(path, [{"text": " ".join(rnd.choices(vocabulary, k=400))} for _ in range(count)])
+        source = Source(name="a", kind="text", origin="jsonl", path=str(path))
+        tokenizer = Tokenizer(path=str(built / FILE_NAME))
+        clean = Clean(chunk_bytes=1_000_000)
+        spec = make_spec(tmp_path / f"{count}", source=(source,), clean=clean, tokenizer=tokenizer, shard_tokens=1 << 20)
+        (tmp_path / "spec.json").write_bytes(msgspec.json.encode(spec))
+        done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path / "spec.json")], capture_output=True, text=True)
+        own, child, status = map(int, done.stdout.splitlines()[-1].split())
+        assert status == 0, done.stderr
+        peaks.append((own, child))
+    assert peaks[1][0] < 1.15 * peaks[0][0] + 10_000
+    assert peaks[1][1] < 1.15 * peaks[0][1] + 10_000
