@@ -13,7 +13,9 @@ SPACE = np.uint8(1)  # str.isspace
 WORD = np.uint8(2)  # letters, digits, combining marks and "_": what words are made of
 ALPHA = np.uint8(4)  # str.isalpha
 SUBSTANCE = np.uint8(8)  # not one of the symbols below: a token with none of it is no word to Gopher's quality rules
-SHAPE = SPACE | WORD  # what parts words: white space, characters of words, and (neither) symbols
+STOP = np.uint8(16)  # a full stop
+HYPHEN = np.uint8(32)
+SHAPE = SPACE | WORD | STOP | HYPHEN  # what parts words; other symbols have none of these
 
 # Code points, in hexadecimal. The first list is Unicode's Sentence_Terminal as of the FineWeb paper (and three Khmer
 # marks), the second the other symbols and control characters that datatrove 0.10.1 takes for punctuation: facts, kept
@@ -57,6 +59,10 @@ def _kind(point: int) -> int:
         kind |= int(ALPHA)
     if char not in SYMBOLS:
         kind |= int(SUBSTANCE)
+    if char == ".":
+        kind |= int(STOP)
+    if char == "-":
+        kind |= int(HYPHEN)
     return kind
 
 

@@ -1,7 +1,8 @@
 """A document's text with its words, lines and paragraphs, each split once, when first asked for, and shared by all rules.
 
-A word is a run of letters, digits, combining marks and underscores, or a run of other characters that are not white space;
-a single full stop between two word characters (3.14, e.g, example.com) does not end a word. Words are kept as numbers: where
+A word is a run of letters, digits, combining marks and underscores, with what symbols stand between two of these without
+white space (3.14, don't, and/or, example.com). Any other symbol is a word of its own; full stops in a row are one, and so are
+hyphens. That is near enough to spaCy's English words, at a hundred times the speed. Words are kept as numbers: where
 they lie, what kinds of characters they hold, and a polynomial hash modulo 2^64 (Karp and Rabin 1987) over the text without
 its white space, from which the hash of any n-gram is one subtraction and one product away.
 """
@@ -30,8 +31,8 @@ _STEP = 1 << 17
 
 _WHITE = re.compile(r"\s")
 _ASCII_WHITE = bytes(point for point in range(128) if chr(point).isspace())
-_DOT = ord(".")
 _NONE: Ints = np.empty(0, np.int64)
+_ZERO: Ints = np.zeros(1, np.int64)
 
 
 @cache
@@ -107,29 +108,42 @@ def _split(string: str, offset: int) -> tuple[Ints, Ints, npt.NDArray[np.uint8],
         dense = raw.translate(None, _ASCII_WHITE)
         points: npt.NDArray[np.uint8] | npt.NDArray[np.uint32] = np.frombuffer(dense, np.uint8)
         kinds = np.frombuffer(dense.translate(marks.ascii_kinds()), np.uint8)
-        shape = np.frombuffer(bytearray(raw.translate(marks.ascii_shapes())), np.uint8)
-        dots = np.flatnonzero(np.frombuffer(raw, np.uint8) == _DOT) if b"." in raw else _NONE
+        shape = np.frombuffer(raw.translate(marks.ascii_shapes()), np.uint8)
     else:
         points = np.frombuffer(string.encode("utf-32-le", "surrogatepass"), np.uint32)
         kinds = np.take(marks.kinds(), points)
         shape = kinds & marks.SHAPE
-        dots = np.flatnonzero(points == _DOT)
         dark = shape != marks.SPACE
         points, kinds = points[dark], kinds[dark]
-    dots = dots[(dots > 0) & (dots < len(string) - 1)]
-    shape[dots[(shape[dots - 1] == marks.WORD) & (shape[dots + 1] == marks.WORD)]] = marks.WORD
-    # Runs of one shape; the white ones are left out.
-    starts = np.concatenate(([0], np.flatnonzero(shape[1:] != shape[:-1]) + 1))
-    lengths = np.diff(starts, append=len(string))
-    words = np.flatnonzero(shape[starts] != marks.SPACE) if string else _NONE
-    starts, lengths = starts[words], lengths[words]
-    if not len(starts):
+    if not len(points):
         return _NONE, _NONE, np.empty(0, np.uint8), np.empty(0, np.uint64)
+    starts, lengths = _bounds(shape)
     firsts = np.cumsum(lengths) - lengths
     # One more than the code point, so that a NUL counts.
     weighed = np.multiply(points + 1, _powers(_BASE, 0, len(points)), dtype=np.uint64)
     hashes = np.add.reduceat(weighed, firsts) * _power(_BACK, firsts)
     return starts + offset, lengths, np.bitwise_or.reduceat(kinds, firsts), hashes
+
+
+def _bounds(shape: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
+    """Where words start and how long they are, from the shapes of at least one character."""
+    # Runs of one shape; of symbols without a shape each is a run.
+    changes = shape[1:] != shape[:-1]
+    changes |= shape[1:] == 0
+    starts = np.concatenate((_ZERO, np.flatnonzero(changes) + 1))
+    shapes = shape[starts]
+    solid = (shapes == marks.WORD) | (shapes == marks.SPACE)
+    # A symbol between two runs of word characters, other symbols skipped, is part of one word with them.
+    order = np.arange(len(starts))
+    before = np.maximum.accumulate(np.where(solid, order, 0))
+    after = np.minimum.accumulate(np.where(solid, order, len(starts) - 1)[::-1])[::-1]
+    joins = ~solid & (shapes[before] == marks.WORD) & (shapes[after] == marks.WORD)
+    goes_on = joins.copy()
+    goes_on[1:] |= joins[:-1]
+    heads = np.flatnonzero(~goes_on)
+    starts, shapes = starts[heads], shapes[heads]
+    words = np.flatnonzero(shapes != marks.SPACE)
+    return starts[words], np.diff(starts, append=len(shape))[words]
 
 
 def split(string: str) -> Words:
