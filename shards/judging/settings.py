@@ -35,7 +35,7 @@ class Perplexity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     order: int = 5  # words an n-gram; 2 to 6
     vocabulary: int = 65_536  # most frequent words that are told apart; the others are <unk>
     min_count: int = 2  # occurrences below which n-grams of three words and more are left out
-    max_ngrams: int = 20_000_000  # n-grams of one order kept, the most frequent ones; bounds memory
+    max_words: int = 20_000_000  # words of the reference that are read; training takes about 150 bytes of memory for each
     max_perplexity: float = 0  # texts above it are refused; 0: none
     min_perplexity: float = 0  # texts below it are refused, such as lists of one word; 0: none
 
@@ -43,8 +43,8 @@ class Perplexity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         """Raise SpecError for settings that cannot work."""
         if not 2 <= self.order <= 6:
             raise SpecError(f"{where}: order is {self.order} (use 2 to 6, the most that kenlm's wheel reads)")
-        if self.vocabulary < 1 or self.max_ngrams < self.vocabulary:
-            raise SpecError(f"{where}: vocabulary is {self.vocabulary} (use 1 or more, and at most max_ngrams)")
+        if self.vocabulary < 1 or self.max_words < 1:
+            raise SpecError(f"{where}: vocabulary and max_words are at least 1")
         if self.min_count < 1:
             raise SpecError(f"{where}: min_count is {self.min_count} (use 1 to leave nothing out)")
         for name in ("max_perplexity", "min_perplexity"):
