@@ -1,0 +1,126 @@
+"""Evaluation texts are found in documents by n-grams of words, and an index survives its file."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards.errors import ShardError, SpecError
+from shards.judging.contamination import Index, words
+from shards.judging.settings import Contamination
+
+LONG = "A train leaves the station at nine, and another one, twice as fast, leaves it at ten. When do they meet on the way?"
+SHORT = "Which is the largest planet of our solar system?"
+TINY = "Is water wet?"
+SETS = {"maths": [LONG, TINY], "facts": [SHORT]}
+FILLER = " ".join(f"word{i}" for i in range(50))
+
+
+@pytest.fixture(scope="module")
+def index() -> Index:
+    return Index.build(SETS, Contamination())
+
+
+def test_an_evaluation_text_is_found_whatever_its_case_and_punctuation(index: Index) -> None:
+    found = index.find(f"{FILLER} {LONG.upper().replace(',', ' --')} {FILLER}")
+    assert found.items == {"maths": [0]}
+    assert found.share == pytest.approx(len(words(LONG)) / (len(words(LONG)) + 100))
+    assert index.judge(found) == "contamination: maths"
+
+
+def test_thirteen_words_in_a_row_are_enough_and_twelve_are_not(index: Index) -> None:
+    tokens = LONG.split()
+    assert index.find(f"{FILLER} {' '.join(tokens[4:17])} {FILLER}").items == {"maths": [0]}
+    assert index.find(f"{FILLER} {' '.join(tokens[4:16])} {FILLER}").items == {}
+
+
+def test_a_text_of_eight_to_twelve_words_is_looked_for_whole(index: Index) -> None:
+    assert index.find(f"{FILLER} {SHORT} {FILLER}").items == {"facts": [0]}
+    assert index.find(f"{FILLER} {SHORT[6:]} {FILLER}").items == {}
+
+
+def test_a_text_of_fewer_than_eight_words_is_left_alone(index: Index) -> None:
+    assert index.find(f"{FILLER} {TINY} {FILLER}").items == {}
+
+
+def test_a_passage_of_two_sets_names_both() -> None:
+    index = Index.build({"b": [LONG], "a": [FILLER, LONG]}, Contamination())
+    assert index.find(LONG).items == {"a": [1], "b": [0]}
+
+
+def test_reporting_keeps_the_document_and_so_does_a_small_share() -> None:
+    document = f"{FILLER} {LONG}"
+    reporting = Index.build(SETS, Contamination(mode="report"))
+    assert reporting.find(document).items == {"maths": [0]}
+    assert reporting.judge(reporting.find(document)) == ""
+    lenient = Index.build(SETS, Contamination(min_share=0.5))
+    assert lenient.judge(lenient.find(document)) == ""
+    assert lenient.judge(lenient.find(LONG)) == "contamination: maths"
+
+
+def test_a_saved_index_finds_the_same_and_its_bytes_are_the_same(index: Index, tmp_path: Path) -> None:
+    index.save(tmp_path / "one")
+    Index.build(dict(reversed(SETS.items())), Contamination()).save(tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    loaded = Index.load(tmp_path / "one")
+    for text in (LONG, SHORT, FILLER):
+        assert loaded.find(text) == index.find(text)
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: raw + b"x", lambda raw: raw[5:], lambda raw: b""])
+def test_a_damaged_index_is_refused_by_name(index: Index, tmp_path: Path, damage: object) -> None:
+    index.save(tmp_path / "index")
+    (tmp_path / "index").write_bytes(damage((tmp_path / "index").read_bytes()))  # type: ignore[operator]
+    with pytest.raises(ShardError, match=r"index.*build it again"):
+        Index.load(tmp_path / "index")
+
+
+def test_an_index_of_nothing_finds_nothing() -> None:
+    assert Index.build({"none": []}, Contamination()).find(LONG).items == {}
+
+
+@given(
+    text=st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=60).map(" ".join),
+    items=st.lists(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=8).map(" ".join), max_size=6),
+)
+def test_findings_are_those_of_a_search_of_every_place(text: str, items: list[str]) -> None:
+    settings = Contamination(ngram=5, least=3)
+    found = Index.build({"set": items}, settings).find(text)
+    tokens, covered, numbers = text.split(), set(), set()
+    for number, item in enumerate(items):
+        wanted = item.split()
+        n = min(5, len(wanted))
+        if n < 3:
+            continue
+        for begin in range(len(wanted) - n + 1):
+            for place in range(len(tokens) - n + 1):
+                if tokens[place : place + n] == wanted[begin : begin + n]:
+                    covered |= set(range(place, place + n))
+                    numbers.add(number)
+    assert found.items == ({"set": sorted(numbers)} if numbers else {})
+    assert found.share == pytest.approx(len(covered) / len(tokens) if tokens else 0)
+
+
+def test_other_scripts_lose_their_punctuation_too() -> None:
+    assert words("¿Qué — «hora» es? 你好，世界。 Don't") == ["qué", "hora", "es", "你好世界", "dont"]
+
+
+@pytest.mark.parametrize("settings", [Contamination(least=14), Contamination(least=1), Contamination(ngram=65)])
+def test_lengths_that_cannot_work_are_refused(settings: Contamination) -> None:
+    with pytest.raises(SpecError, match=re.escape("data.contamination: least is")):
+        settings.check("data.contamination")
+
+
+def test_it_reads_over_five_megabytes_a_second(index: Index) -> None:
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics.values()) * 4
+    index.find(text)
+    began = time.process_time()
+    index.find(text)
+    assert len(text) / 1e6 / (time.process_time() - began) > 5
