@@ -9,6 +9,8 @@ from typing import Literal
 import msgspec
 
 from shards.errors import SpecError
+from shards.judging.settings import Contamination, Language, Perplexity, Pii, Quality, Toxicity
+from shards.rules.settings import C4, FineWeb, GopherQuality, GopherRepetition, UniqueWords
 
 Kind = Literal["text", "sft", "preference"]
 Origin = Literal["stdlib-code", "stdlib-docs", "stdlib-topics", "stdlib-sft", "stdlib-preference", "jsonl", "text", "stage"]
@@ -61,7 +63,28 @@ class Clean(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     exact: bool = True  # documents whose text, but for case and white space, an earlier one of any source has
     near: float = 0.8  # texts whose word 5-grams are this similar (Jaccard) to an earlier one's; 0: not looked for
+    language: Language | None = None
+    gopher_repetition: GopherRepetition | None = None
+    gopher_quality: GopherQuality | None = None
+    unique_words: UniqueWords | None = None
+    c4: C4 | None = None
+    fineweb: FineWeb | None = None
+    perplexity: Perplexity | None = None
+    quality: Quality | None = None
+    pii: Pii | None = None
+    toxicity: Toxicity | None = None
+    contamination: Contamination | None = None
     chunk_bytes: int = 16_777_216  # of text that is handled at once; a step's memory grows with it
+
+    def check(self, where: str) -> None:
+        """Raise SpecError for what is well-formed but cannot work."""
+        if not (self.near == 0 or 0.5 <= self.near <= 1):
+            raise SpecError(f"{where}: near is {self.near} (use a similarity from 0.5 to 1, such as 0.8, or 0 for none)")
+        if not 1 << 10 <= self.chunk_bytes <= 1 << 30:
+            raise SpecError(f"{where}: chunk_bytes is {self.chunk_bytes} (use 1024 to 1073741824)")
+        for name in self.__struct_fields__:
+            if isinstance(settings := getattr(self, name), msgspec.Struct):
+                settings.check(f"{where}.{name}")  # type: ignore[attr-defined]  # each family of settings has one
 
 
 class Slurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -129,10 +152,8 @@ def check(build: Build, where: str = "data") -> None:
         raise SpecError(f"{where}: shard_tokens is less than frame_tokens (use at least {data.frame_tokens})")
     if data.clean is None and data.executor != "local":
         raise SpecError(f'{where}: executor "{data.executor}" runs the steps of `clean`, which is not there (add [data.clean])')
-    if data.clean is not None and not (data.clean.near == 0 or 0.5 <= data.clean.near <= 1):
-        raise SpecError(f"{where}: clean.near is {data.clean.near} (use a similarity from 0.5 to 1, such as 0.8, or 0 for none)")
-    if data.clean is not None and not 1 << 10 <= data.clean.chunk_bytes <= 1 << 30:
-        raise SpecError(f"{where}: clean.chunk_bytes is {data.clean.chunk_bytes} (use 1024 to 1073741824)")
+    if data.clean is not None:
+        data.clean.check(f"{where}.clean")
     if data.executor_tasks < 1:
         raise SpecError(f"{where}: executor_tasks is {data.executor_tasks} (use at least 1)")
     if tokenizer.path is None and tokenizer.vocab < SMALLEST_VOCAB:

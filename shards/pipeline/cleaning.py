@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from shards.container import write_atomically
-from shards.pipeline.duplicates import MASK, exact, near
+from shards.pipeline.duplicates import MASK, Duplicates, exact, near
 from shards.pipeline.funnel import Count, Funnel, Sample
 from shards.pipeline.judging import Judges
-from shards.pipeline.store import ChunkWriter, size_of
+from shards.pipeline.store import Chunk, ChunkWriter, Stored, size_of
 from shards.pipeline.work import DOCUMENT_BITS, Work
 
 
@@ -34,32 +35,41 @@ class Cleaning:
         number = task[0]
         name = work.chunks[number]
         source = work.sources[name.source]
-        gone: list[dict[int, tuple[str, int]]] = [duplicates(work, number) for duplicates in (exact, near)]
-        judges = Judges.of(work, source.kind)
+        gone = [duplicates(work, number) for duplicates in (exact, near)]
+        judges = Judges.of(work, source)
         funnel = Funnel({step: Count() for step in ("read", "exact", "near", *judges.steps)})
+        chunk = work.chunk(number)
         with ChunkWriter(work.path(self.name, name, ".docs")) as writer:
-            for place, document in enumerate(work.chunk(number)):
-                size = size_of(document)
-                funnel.passed("read", size)
-                for step, duplicates in zip(("exact", "near"), gone, strict=True):
-                    if place in duplicates:
-                        reason, earlier = duplicates[place]
-                        funnel.dropped(f"{step} duplicate", size)
-                        if funnel.wants(f"{step} duplicate"):
-                            said = f"{reason} as {_where(work, earlier)}"
-                            funnel.show(f"{step} duplicate", Sample(document.where, said, _shown(document)))
-                        break
-                    funnel.passed(step, size)
-                else:
-                    kept, reason = judges.apply(document, funnel)
-                    if kept is None:
-                        funnel.dropped(reason, size)
+            for frame in range(len(chunk.frames)):
+                own = list(self._own(work, chunk, frame, gone, funnel))
+                for before, (after, reason) in zip(own, judges.apply(own, funnel), strict=True):
+                    if after is None:
+                        funnel.dropped(reason, size_of(before))
                         if funnel.wants(reason):
-                            funnel.show(reason, Sample(document.where, reason, _shown(document)))
-                    else:
-                        writer.add(kept, size_of(kept))
+                            funnel.show(reason, Sample(before.where, reason, _shown(before)))
+                        continue
+                    if source.split_by:
+                        funnel.kept_as(after.label, size_of(after))
+                    writer.add(after, size_of(after))
             writer.close()
         write_atomically(self.output(work, task), msgspec.json.encode(funnel))
+
+    def _own(self, work: Work, chunk: Chunk, frame: int, gone: Sequence[Duplicates], funnel: Funnel) -> Iterator[Stored]:
+        """The documents of a frame that no earlier document says."""
+        for place, document in enumerate(chunk.frame(frame), chunk.frames[frame].first):
+            size = size_of(document)
+            funnel.passed("read", size)
+            for step, duplicates in zip(("exact", "near"), gone, strict=True):
+                if place in duplicates:
+                    reason, earlier = duplicates[place]
+                    funnel.dropped(f"{step} duplicate", size)
+                    if funnel.wants(f"{step} duplicate"):
+                        said = f"{reason} as {_where(work, earlier)}"
+                        funnel.show(f"{step} duplicate", Sample(document.where, said, _shown(document)))
+                    break
+                funnel.passed(step, size)
+            else:
+                yield document
 
 
 def _where(work: Work, document: int) -> str:

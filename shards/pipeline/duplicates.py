@@ -27,6 +27,8 @@ MASK = (1 << DOCUMENT_BITS) - 1
 SETS_KEPT = 64  # documents of other chunks whose n-grams are at hand
 
 Array = npt.NDArray[Any]
+Duplicates = dict[int, tuple[str, int]]
+"""Documents of a chunk, by place: how they are like an earlier one, and that one's id."""
 
 
 def ranges(work: Work) -> int:
@@ -191,14 +193,14 @@ class _Texts:
         return text
 
 
-def exact(work: Work, number: int) -> dict[int, tuple[str, int]]:
+def exact(work: Work, number: int) -> Duplicates:
     """Documents of a chunk, by place, that say just what an earlier one says: how much alike they are, and the other's id."""
     if not work.clean.exact:
         return {}
     return {later & MASK: ("the same text", earlier) for later, earlier in of_chunk(work, "exact", PAIR, number).tolist()}
 
 
-def near(work: Work, number: int) -> dict[int, tuple[str, int]]:
+def near(work: Work, number: int) -> Duplicates:
     """Documents of a chunk, by place, that say nearly what an earlier one says."""
     path = work.path("verify", work.chunks[number], ".npy")
     if work.clean.near <= 0 or not path.exists():

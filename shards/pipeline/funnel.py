@@ -38,6 +38,7 @@ class Funnel(msgspec.Struct):
     reasons: dict[str, Count] = {}  # what was removed, by reason
     samples: dict[str, list[Sample]] = {}
     changed: dict[str, Count] = {}  # what was changed and kept, by reason
+    told: dict[str, dict[str, Count]] = {}  # what judges said, kept or not: of each judge, by its answer
     labels: dict[str, Count] = {}  # what was kept, by label, where a source is split
 
     def passed(self, step: str, size: int) -> None:
@@ -57,6 +58,9 @@ class Funnel(msgspec.Struct):
         """`size`: the bytes that it lost."""
         self.changed.setdefault(reason, Count()).add(1, size)
 
+    def tell(self, judge: str, answer: str, size: int, count: int = 1) -> None:
+        self.told.setdefault(judge, {}).setdefault(answer, Count()).add(count, size)
+
     def kept_as(self, label: str, size: int) -> None:
         self.labels.setdefault(label, Count()).add(1, size)
 
@@ -67,7 +71,9 @@ def together(funnels: Iterable[Funnel]) -> Funnel:
     for funnel in funnels:
         for step, count in funnel.steps.items():
             total.steps.setdefault(step, Count()).add(count.documents, count.bytes)
-        for mine, theirs in ((total.reasons, funnel.reasons), (total.changed, funnel.changed), (total.labels, funnel.labels)):
+        pairs = [(total.reasons, funnel.reasons), (total.changed, funnel.changed), (total.labels, funnel.labels)]
+        pairs += [(total.told.setdefault(judge, {}), answers) for judge, answers in funnel.told.items()]
+        for mine, theirs in pairs:
             for reason, count in theirs.items():
                 mine.setdefault(reason, Count()).add(count.documents, count.bytes)
         for reason, samples in funnel.samples.items():

@@ -14,7 +14,7 @@ from shards.pipeline.steps import STEPS, Step, do, left
 from shards.pipeline.work import Work
 from shards.progress import Meter
 
-BEFORE_TOKENIZER = ("read", "sign", "exact", "near", "verify", "clean")
+BEFORE_TOKENIZER = ("read", "sign", "exact", "near", "verify", "model", "clean")
 AFTER_TOKENIZER = ("encode",)
 
 

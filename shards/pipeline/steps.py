@@ -11,6 +11,7 @@ import msgspec
 from shards.pipeline.cleaning import Cleaning
 from shards.pipeline.duplicates import Exact, Near, Verify
 from shards.pipeline.encoding import Encoding
+from shards.pipeline.models import Model
 from shards.pipeline.reading import Read
 from shards.pipeline.signing import Sign
 from shards.pipeline.work import Work
@@ -41,7 +42,7 @@ class Step(Protocol):
         """Do it."""
 
 
-STEPS: dict[str, Step] = {step.name: step for step in (Read(), Sign(), Exact(), Near(), Verify(), Cleaning(), Encoding())}
+STEPS: dict[str, Step] = {step.name: step for step in (Read(), Sign(), Exact(), Near(), Verify(), Model(), Cleaning(), Encoding())}
 
 
 def left(step: Step, work: Work) -> list[Any]:

@@ -7,7 +7,7 @@ a killed build goes on. Documents are numbered through the chunks, which follow 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,9 +81,12 @@ class Work:
         """A task's file."""
         return self.root / step / f"{name}{end}"
 
-    def begin(self, steps: list[str]) -> None:
-        """Go on with what is there if it was begun for the same build and files; else begin anew."""
-        plan = Plan(self.key, [fingerprint(source) for source in self.sources])
+    def begin(self, steps: list[str], beside: Iterable[Source] = ()) -> None:
+        """Go on with what is there if it was begun for the same build and files; else begin anew.
+
+        beside: text that is not encoded but decides what is.
+        """
+        plan = Plan(self.key, [fingerprint(source) for source in (*self.sources, *beside)])
         path = self.root / PLAN
         try:
             found = msgspec.json.decode(path.read_bytes(), type=Plan)
@@ -91,6 +94,7 @@ class Work:
             found = None
         if found != plan:
             self.remove()
+            shutil.rmtree(Path(self.build.out, "models"), ignore_errors=True)
         for step in steps:
             (self.root / step).mkdir(parents=True, exist_ok=True)
         if found != plan:

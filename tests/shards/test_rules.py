@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import SpecError
-from shards.rules import C4, FineWeb, GopherQuality, GopherRepetition, Rules, Text, UniqueWords
 from shards.rules import text as splitting
+from shards.rules.families import C4, FineWeb, GopherQuality, GopherRepetition, Rules, Text, UniqueWords
 from shards.rules.marks import SYMBOLS
 
 PROSE = (
@@ -243,7 +243,7 @@ def test_symbols_are_a_superset_of_the_ends_of_sentences() -> None:
 def test_a_line_of_fifty_megabytes_is_judged_in_bounded_memory() -> None:
     code = (
         "import resource\n"
-        "from shards.rules import *\n"
+        "from shards.rules.families import *\n"
         "text = 'x' * 20_000_000 + ' and the rest of it ' * 1_500_000\n"
         "rules = Rules(gopher_repetition=GopherRepetition(), gopher_quality=GopherQuality(), c4=C4(), fineweb=FineWeb())\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

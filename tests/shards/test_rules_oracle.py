@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shards.rules import C4, FineWeb, GopherQuality, GopherRepetition, Rules, Text, c4
+from shards.rules import c4
+from shards.rules.families import C4, FineWeb, GopherQuality, GopherRepetition, Rules, Text
 
 datatrove = pytest.importorskip("datatrove", reason="datatrove is not installed (make setup)")
 
