@@ -17,6 +17,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,6 +78,7 @@ def build_key(build: Build) -> str:
             ("stage", None),
             ("part", None),
             ("split_by", None),
+            ("lengths", [8192, 32_768, 131_072]),
             ("broken_files", 0.05),
         )
     ]:
@@ -245,11 +247,13 @@ def _build_cleanly(spec: Build, out: Path, pool: Workers, meter: Meter) -> list[
     work = run_steps(AFTER_TOKENIZER, work, pool, meter)
     names = []
     for number, source in enumerate(spec.data.source):
-        for label in work.labels(number):
+        labels = encoding.labels(work, number)
+        for label in labels:
             name = f"{source.name}.{label}" if label else source.name
+            ready = partial(encoding.ready, work, number, label, label == labels[0])
 
-            def encoded(writers: Writers, number: int = number, source: Source = source, label: str = label) -> Iterator[Part]:
-                return _ready(spec, source, writers, encoding.ready(work, number, label))
+            def encoded(writers: Writers, source: Source = source, ready: Ready = ready) -> Iterator[Part]:
+                return _ready(spec, source, writers, ready())
 
             _build_source(spec, source, name, out, tokenizer, meter, Reading(), encoded)
             names.append(name)
@@ -297,6 +301,7 @@ def _sample(spec: Build, meter: Meter, texts: Texts) -> list[str]:
 Writers = tuple[SplitWriter, SplitWriter]
 Place = tuple[int, bool]  # a document's number within its source, and whether it is held out
 Part = tuple[Encoded, tuple[list[Place], list[Rejected]]]
+Ready = Callable[[], Iterator[encoding.Ready | Rejected]]
 Texts = Callable[[Source], Iterator[tuple[int, Document | Rejected, bool | None]]]
 
 

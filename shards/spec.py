@@ -44,7 +44,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     messages_field: str = "messages"  # sft: a conversation, where there is no response_field
     max_documents: int | None = None  # documents, held-out ones included
     max_tokens: int | None = None  # tokens, held-out ones included
-    split_by: Literal["language", "quality"] | None = None  # clean: a source of its own for each, NAME.LABEL
+    split_by: Literal["language", "quality", "length"] | None = None  # clean: a source of its own for each, NAME.LABEL
+    lengths: tuple[int, ...] = (8192, 32_768, 131_072)  # split_by "length": tokens up to which each part's documents go
     broken_files: float = 0.05  # clean: share of its files that may be damaged before the build stops
 
 
@@ -183,6 +184,8 @@ def _check_source(source: Source, where: str) -> None:
         raise SpecError(f'{where}: origin text is of kind "text" (use jsonl for {source.kind})')
     if source.origin != "stage" and (source.stage is not None or source.part is not None):
         raise SpecError(f"{where}: stage and part are for origin stage (drop them)")
+    if list(source.lengths) != sorted(set(source.lengths)) or not source.lengths or source.lengths[0] < 1:
+        raise SpecError(f"{where}: lengths are {list(source.lengths)} (use rising numbers of tokens)")
     for limit in (source.max_documents, source.max_tokens):
         if limit is not None and limit < 1:
             raise SpecError(f"{where}: max_documents and max_tokens are at least 1 (or left out)")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from shards.container import Array, write_atomically
 from shards.encode import Encoded, encode, refusal
 from shards.pipeline.store import Stored
-from shards.pipeline.work import Work
+from shards.pipeline.work import Name, Work
 from shards.records import Document
 from shards.sources import KEPT_ASIDE, Rejected
 from shards.templates import kept
@@ -81,6 +82,8 @@ class Encoding:
             nonlocal batch, size
             if batch:
                 encoded.append(encode(tokenizer, source.kind, batch))
+                if source.split_by == "length":
+                    labels.extend(of_length(length, source.lengths) for length in encoded[-1].lengths)
             batch, size = [], 0
 
         for found in work.chunk(number, "clean"):
@@ -88,8 +91,9 @@ class Encoding:
             if reason := refusal(tokenizer, source.kind, document):
                 refused.append(Rejected(document.where or source.name, reason, "\n".join(document.parts)[:KEPT_ASIDE]))
                 continue
-            labels.append(found.label)
             hashes.append(document.hashed(work.build.seed))
+            if source.split_by != "length":
+                labels.append(found.label)
             batch.append(document)
             size += sum(map(len, document.parts))
             if size >= BATCH:
@@ -121,19 +125,37 @@ def _save(path: Path, encoded: list[Encoded], hashes: list[int], masked: bool) -
         temporary.unlink(missing_ok=True)
 
 
-def ready(work: Work, source: int, label: str = "") -> Iterator[Ready | Rejected]:
-    """A source's documents, encoded, in order; of a source that is split those of one label.
+def of_length(tokens: int, lengths: Sequence[int]) -> str:
+    """The label of a document's length: "to8192", "to32768", "over131072"."""
+    place = bisect.bisect_left(lengths, tokens)
+    return f"to{lengths[place]}" if place < len(lengths) else f"over{lengths[-1]}"
+
+
+def labels(work: Work, source: int) -> list[str]:
+    """The labels by which a source is split, known once it is encoded; of one that is not split, an empty one."""
+    if not work.sources[source].split_by:
+        return [""]
+    sidecars = (_sidecar(work, name) for name in work.names(source) if isinstance(name, Name))
+    found = {label for sidecar in sidecars for label in sidecar.labels}
+    return sorted(found, key=lambda label: (len(label), label) if work.sources[source].split_by == "length" else (0, label))
+
+
+def _sidecar(work: Work, name: Name) -> _Sidecar:
+    return msgspec.json.decode(work.path("encode", name, ".json").read_bytes(), type=_Sidecar)
+
+
+def ready(work: Work, source: int, label: str, first: bool) -> Iterator[Ready | Rejected]:
+    """A source's documents of one label, encoded, in order.
 
     What was left out, when it was read or encoded, comes with the first label.
     """
-    whole = label == work.labels(source)[0]
     for name in work.names(source):
         if isinstance(name, Path):
-            if whole:
+            if first:
                 yield from (msgspec.json.decode(line, type=Rejected) for line in name.read_bytes().splitlines())
             continue
-        sidecar = msgspec.json.decode(work.path("encode", name, ".json").read_bytes(), type=_Sidecar)
-        if whole:
+        sidecar = _sidecar(work, name)
+        if first:
             yield from sidecar.refused
         with np.load(work.path("encode", name, ".npz")) as arrays:
             tokens, mask = arrays["tokens"], arrays.get("mask")

@@ -149,16 +149,6 @@ class Work:
         paths = [self.path("clean", name, ".json") for name in self.names(source) if isinstance(name, Name)]
         return together(msgspec.json.decode(path.read_bytes(), type=Funnel) for path in paths)
 
-    def labels(self, source: int) -> list[str]:
-        """The labels by which a source is split; of one that is not, an empty one."""
-        if not self.sources[source].split_by:
-            return [""]
-        return self._labels.setdefault(source, sorted(self.funnel(source).labels))
-
-    @cached_property
-    def _labels(self) -> dict[int, list[str]]:
-        return {}
-
     def of_source(self, source: int) -> list[int]:
         """The numbers of a source's chunks."""
         return [number for number, name in enumerate(self.chunks) if name.source == source]
