@@ -108,7 +108,7 @@ class Toxicity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     sexual: float = 10
     violence: float = 0  # off: news and novels are full of it
     least: int = 2  # words of a list, or lines, that a text needs at least, so that one does not refuse a short text
-    guard: bool = True  # do not count words that medicine, law and history need in texts that use their vocabulary
+    guard: bool = True  # count words that medicine, law and history need only where other toxic words stand beside them
 
     def check(self, where: str) -> None:
         """Raise SpecError for settings that cannot work."""

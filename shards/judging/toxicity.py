@@ -1,8 +1,9 @@
 """How toxic a text is, by kind: words of small lists over the text's words, and lines that a model takes for profane.
 
 The model is alt-profanity-check's linear classifier of words, which lies inside its wheel. Words that medicine, law and
-history cannot do without (anatomy, crimes, what archives quote) are not counted in texts that use the vocabulary of those
-fields; the model's share is not looked at there either, since it knows words and not their company.
+history cannot do without (anatomy, crimes, what archives quote) count only in the company of words of the same list that no
+field needs, and never in texts that use the vocabulary of those fields; the model's share is not looked at there either,
+since it knows words and not their company. Violence has no words that no field needs: it goes by the vocabulary alone.
 """
 
 from __future__ import annotations
@@ -72,11 +73,13 @@ class Meter:
         counts = {}
         for kind in self._kinds:
             if kind == "slurs":
-                skip = NEEDED_SLURS if guarded else frozenset()
-                found = [count for word, count in words.items() if (mark := digest(word)) in SLURS and mark not in skip]
+                marks = {digest(word): count for word, count in words.items()}
+                sure, needed = (sum(marks[mark] for mark in marks.keys() & some) for some in (SLURS - NEEDED_SLURS, NEEDED_SLURS))
             else:
-                found = [words[word] for word in (WORDS[kind] - NEEDED if guarded else WORDS[kind]) & words.keys()]
-            counts[kind] = sum(found)
+                mine = WORDS[kind] & words.keys()
+                sure, needed = (sum(words[word] for word in some) for some in (mine - NEEDED, mine & NEEDED))
+            alone = self.settings.guard and (guarded or (not sure and kind != "violence"))
+            counts[kind] = sure if alone else sure + needed
         return Measured(total, counts, guarded, 0, 0)
 
     def judge(self, measured: Measured) -> str:
