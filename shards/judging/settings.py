@@ -102,13 +102,13 @@ class Pii(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class Toxicity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How much of each kind a text may have; 0 turns a kind off."""
 
-    score: float = 0.9  # mean of the model's probability over the text's sentences that is refused, 0 to 1
+    score: float = 0.2  # share of the text's lines that the model takes for profane at 0.8 and more
     profanity: float = 10  # words of the list, per 1,000 words of the text
     slurs: float = 2
     sexual: float = 10
-    violence: float = 0  # off: history and news are full of it
-    least: int = 2  # words of a list that a text needs at least, so that one word does not refuse a short text
-    guard: bool = True  # count words that medicine, law and history use only half in texts of their vocabulary
+    violence: float = 0  # off: news and novels are full of it
+    least: int = 2  # words of a list, or lines, that a text needs at least, so that one does not refuse a short text
+    guard: bool = True  # count words that medicine, law and history need only where other toxic words stand beside them
 
     def check(self, where: str) -> None:
         """Raise SpecError for settings that cannot work."""
