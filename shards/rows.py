@@ -6,6 +6,7 @@ last token, its targets the same sequence without its first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -240,3 +241,13 @@ def view(
     if kind in ("preference", "scored"):
         return PairView(corpus, context, whole=kind == "scored")
     return PromptView(corpus, context)
+
+
+def fill(samples: list[tuple[str, int, int]], views: Mapping[str, View], context: int, pad: int) -> Batch:
+    """The rows of samples; of pairs the first halves of all, then the second ones."""
+    apart = len(samples)
+    rows = sum(views[name].rows_each for name, _, _ in samples)
+    batch = Batch.empty(rows, context, pad, samples)
+    for row, (name, _, sample) in enumerate(samples):
+        views[name].fill(batch, row, apart, sample)
+    return batch
