@@ -272,6 +272,9 @@ def warnings(recipe: Recipe) -> list[str]:
             found.append(f'stage "{stage.name}": lr {stage.lr:g} is more than a tenth of the pretraining rate {base:g}')
     if recipe.tokenizer.path is None and not 32_000 <= recipe.tokenizer.vocab <= 100_000:
         found.append(f"a vocabulary of {recipe.tokenizer.vocab:,} ids is outside the usual 32k to 100k")
+    if not 8_192 <= recipe.data.frame_tokens <= 65_536:
+        cost = "smaller ones take more room, larger ones more time to read from"
+        found.append(f"[data] frame_tokens is {recipe.data.frame_tokens:,}, outside 8,192 to 65,536: {cost}")
     fewest, most = recipe.cluster.fewest_nodes, recipe.cluster.most_nodes
     if recipe.nodes_multiple > 1 and fewest < most:
         sizes = [str(n) for n in range(recipe.fewest_nodes, most + 1, recipe.nodes_multiple)]
