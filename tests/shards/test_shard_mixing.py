@@ -28,7 +28,7 @@ def test_a_whole_means_all_its_parts_and_a_part_just_itself() -> None:
 def test_a_name_that_means_nothing_or_the_same_twice_is_refused() -> None:
     with pytest.raises(ShardError, match=r'no source "wbe" \(there are: web\.de, web\.en\)'):
         named({"wbe": 1}, ["web.en", "web.de"])
-    with pytest.raises(ShardError, match='both mean "web.en"'):
+    with pytest.raises(ShardError, match=r'both mean "web\.en"'):
         named({"web": 1, "web.en": 1}, ["web.en", "web.de"])
 
 
@@ -97,7 +97,7 @@ def test_a_feed_takes_mixtures_by_tokens_limits_and_a_schedule_together(split: P
 
 def test_a_state_of_a_mixture_taken_otherwise_is_refused(split: Path) -> None:
     feed = Feed(split, "train", "text", 32, {"web": 1}, 0, mixing=Mixing("tokens", 2.0))
-    with pytest.raises(ShardError, match="mixture temperature 2.0, this stage 3.0"):
+    with pytest.raises(ShardError, match=r"mixture temperature 2\.0, this stage 3\.0"):
         Feed(split, "train", "text", 32, {"web": 1}, 0, mixing=Mixing("tokens", 3.0)).restore(feed.state())
 
 
