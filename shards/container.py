@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -339,13 +339,14 @@ class ColumnReader:
             found = self._firsts[number] = int(self.frame(number)[0])
         return found
 
-    def damaged(self) -> Iterable[str]:
-        """Read every frame; yield a message for each that is refused."""
+    def damaged(self, tell: Callable[[int], None] = lambda count: None) -> Iterable[str]:
+        """Read every frame; yield a message for each that is refused. tell: called with the bytes of each."""
         for number in range(self.frames):
             try:
                 self.decode_frame(number)
             except ShardError as error:
                 yield str(error)
+            tell(int(self._offsets[number + 1] - self._offsets[number]))
 
     def hash(self) -> str:
         """xxh3_128 of the whole file, hex."""

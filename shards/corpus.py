@@ -29,6 +29,9 @@ class Corpus:
     def __init__(self, root: Path, source: str, split: str, *, cache: Cache | None = None) -> None:
         self.directory = root / source / split
         self.manifest: Manifest = load(self.directory)
+        if (self.manifest.source, self.manifest.split) != (source, split):
+            other = f"{self.manifest.source}/{self.manifest.split}"
+            raise ShardError(f"{self.directory}: its manifest is that of {other} (put both back in their places)")
         self._cache = cache if cache is not None else Cache()
         shards = self.manifest.shards
         self._token_starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)

@@ -165,7 +165,7 @@ class PairView:
         self._whole = whole
         self.size = corpus.documents
 
-    def _pair(self, sample: int) -> tuple[int, Array, Array]:
+    def pair(self, sample: int) -> tuple[int, Array, Array]:
         """The prompt's length, and the two sequences, each of at most context + 1 tokens, or context where all are inputs."""
         start, stop = self._corpus.span(sample)
         tokens, parts = self._corpus.read(start, stop), self._corpus.read(start, stop, "mask")
@@ -176,7 +176,7 @@ class PairView:
         return len(prompt), chosen, rejected
 
     def fill(self, batch: Batch, row: int, apart: int, sample: int) -> None:
-        prompt, chosen, rejected = self._pair(sample)
+        prompt, chosen, rejected = self.pair(sample)
         for place, sequence in ((row, chosen), (row + apart, rejected)):
             if self._whole:
                 batch.put_whole(place, sequence, prompt)
@@ -184,7 +184,7 @@ class PairView:
             batch.put(place, 0, sequence, np.arange(1, len(sequence)) >= prompt, 0)
 
     def sequences(self, sample: int) -> list[Array]:
-        return list(self._pair(sample)[1:])
+        return list(self.pair(sample)[1:])
 
 
 class PromptView:
