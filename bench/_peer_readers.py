@@ -20,6 +20,8 @@ WINDOW = 8_192
 CHUNK_BYTES = 64 << 20
 PARQUET_WINDOWS = 60
 """Each costs a whole row group: all of them would take minutes."""
+INDEXED_WINDOWS = 200
+"""Each costs a frame of 256 windows."""
 
 
 def windows(file: str) -> Any:
@@ -66,6 +68,14 @@ def iterate_litdata(directory: Path) -> int:
     return sum(len(row) for row in StreamingDataset(str(directory), shuffle=True))
 
 
+def index_litdata(directory: Path) -> int:
+    """Windows out of order over all of the data, as shards' order has them; its own shuffle stays within chunks."""
+    from litdata import StreamingDataset
+
+    data = StreamingDataset(str(directory))
+    return sum(len(data[number]) for number in np.random.default_rng(0).permutation(len(data))[:INDEXED_WINDOWS].tolist())
+
+
 def write_parquet(rows: Any, file: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -98,6 +108,7 @@ def main() -> None:
     ways: dict[str, Callable[[], int]] = {
         "mds": lambda: iterate_mds(place / "mds"),
         "litdata": lambda: iterate_litdata(place / "litdata"),
+        "litdata-index": lambda: index_litdata(place / "litdata"),
         "parquet": lambda: windows_of_parquet(place / "tokens.parquet"),
     }
     print(json.dumps(sizes), file=said, flush=True)
