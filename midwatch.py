@@ -38,9 +38,7 @@ def main() -> int:
 
 def _hand_over(arguments: argparse.Namespace) -> int:
     if arguments.command == "shards":
-        from shards.commands import run
-
-        return run(arguments)
+        return _shards(arguments)
     from launcher.cli.runs import NoSuchRun
     from launcher.reach import ClientError
     from launcher.recipe import RecipeError
@@ -80,6 +78,24 @@ def _hand_over(arguments: argparse.Namespace) -> int:
     except (ClientError, PermissionError) as error:
         print(f"midwatch: {error}", file=sys.stderr)
         return 1
+
+
+def _shards(arguments: argparse.Namespace) -> int:
+    """The shards' own commands; a recipe is read for them."""
+    from shards.commands import run
+
+    if arguments.shards_name == "build" and arguments.recipe is not None:
+        from launcher.cli.runs import check_recipe, with_data_directory
+        from launcher.recipe import RecipeError
+
+        try:
+            recipe = with_data_directory(check_recipe(Path(arguments.recipe)), Path("runs").absolute() / "run")
+        except RecipeError as error:
+            print(f"midwatch: {error}", file=sys.stderr)
+            return 2
+        assert recipe.data.dir is not None
+        arguments.build = recipe.build(recipe.data.dir)
+    return run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -1,9 +1,10 @@
-"""What reading shards costs beside zstd alone, and what finding one's place costs as data grows.
+"""What reading shards costs beside zstd alone and beside other formats' readers, and what finding one's place costs as data grows.
 
 python -m bench.shards
 
-The limit is zstd decompressing the very same frames from memory, checksums verified, nothing else. Seconds are of
-this process's own CPU time (readers have one thread and the files are in memory); rounds are run in turn, and their medians shown.
+The limit is zstd decompressing the very same frames from memory, checksums verified, nothing else. Peers are installed into an
+environment of the bench's own (bench/requirements-shards.txt) and read the same tokens there, as each does by itself. Seconds are
+of each process's own CPU time (all of its threads; files are in memory); rounds are run in turn, their medians shown.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import itertools
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import zstandard
 from rich.console import Console
 from rich.table import Table
 
+from bench._peers import Peers
 from shards import stdlib
 from shards.container import Cache, ColumnReader, ColumnWriter
 from shards.feed import Feed
@@ -29,17 +32,44 @@ from shards.order import Order
 from shards.tokenizer import Tokenizer, train
 
 TOKENS = 24_000_000
+FRAMES = (8_192, 16_384, 65_536)
 FRAME = 16_384
 WINDOW = 8_192
 ROUNDS = 5
+Work = Callable[[], float]
+"""CPU seconds of one round."""
+
+
+def _texts() -> Iterator[str]:
+    """The standard library's code, then that of what is installed beside it."""
+    for _, path in stdlib.files():
+        yield path.read_bytes().decode("utf-8", "replace")
+    for path in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
+        yield path.read_bytes().decode("utf-8", "replace")
 
 
 def library_tokens() -> np.ndarray:
-    """Real tokens: the standard library's code, repeated to TOKENS, which no frame is large enough to notice."""
-    texts = [path.read_bytes().decode("utf-8", "replace") for _, path in stdlib.files()]
-    tokenizer = Tokenizer(train(texts[::4], vocab=8192))
-    ids = np.array([number for text in texts for number in [*tokenizer.encode(text), tokenizer.eos]], np.uint16)
-    return np.resize(ids, TOKENS)
+    """Real tokens, none twice but where code repeats itself; of code, which compresses better than prose."""
+    texts = _texts()
+    first = list(itertools.islice(texts, 600))
+    tokenizer = Tokenizer(train(first[::4], vocab=32_000))
+    parts, count = [], 0
+    for text in itertools.chain(first, texts):
+        ids = np.array([*tokenizer.encode(text), tokenizer.eos], np.uint16)
+        parts.append(ids)
+        count += len(ids)
+        if count >= TOKENS:
+            break
+    return np.resize(np.concatenate(parts), TOKENS)
+
+
+def timed(function: Callable[[], object]) -> Work:
+    def work() -> float:
+        started = time.process_time()
+        function()
+        return time.process_time() - started
+
+    return work
 
 
 def zstd_alone(raw: bytes, offsets: list[int]) -> int:
@@ -48,29 +78,27 @@ def zstd_alone(raw: bytes, offsets: list[int]) -> int:
     return sum(len(decompressor.decompress(raw[a:b])) for a, b in itertools.pairwise(offsets))
 
 
-def sequential(path: Path) -> int:
-    reader = ColumnReader(path, "uint16", FRAME, cache=Cache(1 << 20))
+def sequential(path: Path, frame: int) -> int:
+    reader = ColumnReader(path, "uint16", frame, cache=Cache(1 << 20))
     return sum(len(reader.read(start, min(start + WINDOW, TOKENS))) for start in range(0, TOKENS, WINDOW))
 
 
-def shuffled(path: Path) -> int:
+def shuffled(path: Path, frame: int, more: int = 0) -> int:
     """Every window once, none where it was; the cache is a small part of the file, as with real data.
 
-    Each decodes a whole frame for half of its tokens: 0.50 is the most there is.
+    Each decodes a whole frame: with frames of two windows, 0.50 is the most there is. more: tokens of each past its end.
     """
-    reader = ColumnReader(path, "uint16", FRAME, cache=Cache(1 << 20))
-    starts = np.random.default_rng(0).permutation(TOKENS // WINDOW) * WINDOW
-    return sum(len(reader.read(start, start + WINDOW)) for start in starts.tolist())
+    reader = ColumnReader(path, "uint16", frame, cache=Cache(1 << 18))
+    starts = np.random.default_rng(0).permutation(TOKENS // WINDOW - 1) * WINDOW
+    return sum(len(reader.read(start, start + WINDOW + more)) for start in starts.tolist())
 
 
-def medians(work: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """CPU seconds of each, the median of rounds in turn."""
+def medians(work: dict[str, Work]) -> dict[str, float]:
+    """The median of rounds in turn."""
     taken: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(ROUNDS):
-        for name, function in work.items():
-            started = time.process_time()
-            function()
-            taken[name].append(time.process_time() - started)
+        for name, one in work.items():
+            taken[name].append(one())
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
@@ -97,10 +125,10 @@ def feed_memory(root: Path) -> float:
     return resident(imports + read) - resident(imports)
 
 
-def batches(root: Path) -> Callable[[], object]:
-    """Shuffled training batches, [8, 1024], with segments, positions and masks."""
-    feed = Feed(root, "train", "text", 1024, {"code": 1}, 0, cache_bytes=1 << 20)
-    return lambda: [feed.read(start, start + 8) for start in range(0, 2000, 8)]
+def batches(root: Path, context: int) -> Callable[[], object]:
+    """Shuffled training batches, [8, context], of 2 million tokens, with segments, positions and masks."""
+    feed = Feed(root, "train", "text", context, {"code": 1}, 0, cache_bytes=1 << 18)
+    return lambda: [feed.read(start, start + 8) for start in range(0, 2_048_000 // context, 8)]
 
 
 def main() -> None:
@@ -110,42 +138,81 @@ def main() -> None:
     from shards.spec import Tokenizer as TokenizerSpec
 
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "tokens.zst"
-        with ColumnWriter(path, "uint16", FRAME) as writer:
-            writer.append(library_tokens())
-            size = writer.close().bytes
-        raw = path.read_bytes()
-        offsets = ColumnReader(path, "uint16", FRAME)._offsets.tolist()
+        place, tokens = Path(name), library_tokens()
+        np.save(place / "tokens.npy", tokens)
+        sizes, work = {}, {}
+        for frame in FRAMES:
+            path = place / f"tokens-{frame}.zst"
+            with ColumnWriter(path, "uint16", frame) as writer:
+                writer.append(tokens)
+                sizes[frame] = writer.close().bytes
+            raw, offsets = path.read_bytes(), ColumnReader(path, "uint16", frame)._offsets.tolist()
+            work[f"limit {frame}"] = timed(lambda raw=raw, offsets=offsets: zstd_alone(raw, offsets))  # type: ignore[misc]
+            work[f"sequential {frame}"] = timed(lambda path=path, frame=frame: sequential(path, frame))  # type: ignore[misc]
+            work[f"shuffled {frame}"] = timed(lambda path=path, frame=frame: shuffled(path, frame))  # type: ignore[misc]
+            work[f"shuffled {frame} + 1"] = timed(lambda path=path, frame=frame: shuffled(path, frame, 1))  # type: ignore[misc]
         source = Source(name="code", kind="text", origin="stdlib-code")
-        spec = Build(data=Data(source=(source,)), tokenizer=TokenizerSpec(vocab=8192), out=f"{name}/shards")
-        root = build(spec)
-        taken = medians(
-            {
-                "limit": lambda: zstd_alone(raw, offsets),
-                "sequential": lambda: sequential(path),
-                "shuffled": lambda: shuffled(path),
-                "batches": batches(root),
-                "1e5": resume(10**5),
-                "1e10": resume(10**10),
-            }
-        )
+        root = build(Build(data=Data(source=(source,)), tokenizer=TokenizerSpec(vocab=8192), out=f"{name}/shards"))
+        work |= {f"batches {context}": timed(batches(root, context)) for context in (1024, 8192)}
+        work |= {"1e5": timed(resume(10**5)), "1e10": timed(resume(10**10))}
+        counts: dict[str, int] = {}
+        with Peers(place / "tokens.npy", place / "peers") as peers:
+
+            def of_peer(way: str) -> Work:
+                def one() -> float:
+                    seconds, counts[way] = peers.read(way)
+                    return seconds
+
+                return one
+
+            ways = ("mds", "litdata", "litdata-index", "parquet")
+            for way in ways:
+                peers.read(way)  # MDS inflates its shards
+            taken = medians(work | {way: of_peer(way) for way in ways})
+            stored = dict(peers.sizes)
         memory = feed_memory(root)
 
-    table = Table(title=f"Shards: {TOKENS / 1e6:.0f}M tokens, {size / 1e6:.1f} MB on disk, frames of {FRAME:,}")
-    for column in ("what", "measured", "beside"):
+    rate = {key: TOKENS / seconds / 1e6 for key, seconds in taken.items()}
+    rate |= {way: counts[way] / taken[way] / 1e6 for way in ways}
+    table = Table(title=f"Shards: {TOKENS / 1e6:.0f}M tokens of code; seconds are CPU seconds, medians of {ROUNDS} rounds in turn")
+    for column in ("what", "measured", "beside", "goal"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    rate = {name: TOKENS / taken[name] / 1e6 for name in ("limit", "sequential", "shuffled")}
-    table.add_row("zstd alone, the same frames", f"{rate['limit']:,.0f} Mtok/s", "1.00 x the limit")
-    table.add_row("sequential", f"{rate['sequential']:,.0f} Mtok/s", f"{rate['sequential'] / rate['limit']:.2f} x the limit")
-    shuffled_ratio = f"{rate['shuffled'] / rate['limit']:.2f} x the limit"
-    table.add_row(f"shuffled windows of {WINDOW:,}", f"{rate['shuffled']:,.0f} Mtok/s", shuffled_ratio)
-    rows = 2000 * 1024 / taken["batches"] / 1e6
-    table.add_row("shuffled batches [8, 1024], with masks", f"{rows:,.1f} Mtok/s", f"{rows / rate['limit']:.3f} x the limit")
-    table.add_row("open, seek, 512 samples of 1e5", f"{taken['1e5'] * 1e3:.2f} ms", "1.00 x")
-    ratio = f"{taken['1e10'] / taken['1e5']:.2f} x that of 1e5"
-    table.add_row("open, seek, 512 samples of 1e10", f"{taken['1e10'] * 1e3:.2f} ms", ratio)
-    table.add_row("memory of a feed over its imports", f"{memory:.0f} MB", "")
-    Console().print(table)
+    for frame, wanted in zip(FRAMES, ("0.80", "0.45", ""), strict=True):
+        of = f"frames of {frame // 1024}Ki"
+        limit = rate[f"limit {frame}"]
+        table.add_row(f"zstd alone, {of}", f"{limit:,.0f} Mtok/s", "1.00 x the limit", "")
+        for way, goal in (("sequential", "0.90"), ("shuffled", wanted)):
+            found = rate[f"{way} {frame}"]
+            label = f"{way}, {of}" if way == "sequential" else f"{way} windows of {WINDOW // 1024}Ki, {of}"
+            table.add_row(label, f"{found:,.0f} Mtok/s", f"{found / limit:.2f} x the limit", goal)
+        found = rate[f"shuffled {frame} + 1"]
+        table.add_row("  with the one target past each window", f"{found:,.0f} Mtok/s", f"{found / limit:.2f} x the limit", "")
+    labels = {
+        "mds": ("MDS iterated, inflated, its own shuffle", "3"),
+        "litdata": ("litData iterated, zstd frames, its own shuffle", ""),
+        "litdata-index": ("litData by index, zstd frames, shuffled", "8"),
+        "parquet": ("Parquet, zstd, shuffled", "100"),
+    }
+    for way, (label, goal) in labels.items():
+        ours = rate[f"shuffled {FRAME}"] / rate[way]
+        table.add_row(label, f"{rate[way]:,.1f} Mtok/s", f"shards read {ours:.1f} x", goal)
+    for frame in FRAMES:
+        beside = f"{sizes[frame] / stored['mds']:.2f} x MDS zstd 9"
+        table.add_row(f"size, frames of {frame // 1024}Ki", f"{sizes[frame] / 1e6:.1f} MB", beside, "1.15")
+    for way in ("mds", "litdata", "parquet"):
+        table.add_row(f"size, {way}", f"{stored[way] / 1e6:.1f} MB", f"{stored[way] / stored['mds']:.2f} x MDS zstd 9", "")
+    for context in (1024, 8192):
+        seconds = taken[f"batches {context}"] / (2_048_000 // context)
+        table.add_row(
+            f"batches [8, {context}], with masks",
+            f"{2.048 / taken[f'batches {context}']:,.1f} Mtok/s",
+            f"{1e6 * seconds:,.0f} us a row",
+            "",
+        )
+    for samples in ("1e5", "1e10"):
+        table.add_row(f"open, seek, 512 samples of {samples}", f"{taken[samples] * 1e3:.2f} ms", "", "5 ms")
+    table.add_row("memory of a feed over its imports", f"{memory:.0f} MB", "", "80 MB")
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

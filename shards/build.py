@@ -94,7 +94,7 @@ def build_key(build: Build) -> str:
 
 def is_built(build: Build) -> bool:
     """Whether OUT already holds all of this spec; cheap, reads no shards."""
-    marker = _read_marker(Path(build.out))
+    marker = read_marker(Path(build.out))
     if marker is None or not marker.done or marker.key != build_key(build):
         return False
     return all(Path(build.out, name, manifests.FILE_NAME).is_file() for name in marker.digests)
@@ -129,7 +129,7 @@ def build(spec: Build, report: Report = lambda progress: None, workers: int | No
                 else:
                     names = _build_cleanly(spec, out, pool, meter)
             digests = _verify(names, out, meter)
-            _write_marker(spec, out, digests)
+            write_marker(spec, out, digests)
             Work(spec, "").remove()
     except OSError as error:
         raise ShardError(
@@ -156,14 +156,14 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _read_marker(out: Path) -> Marker | None:
+def read_marker(out: Path) -> Marker | None:
     try:
         return msgspec.json.decode((out / MARKER).read_bytes(), type=Marker)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 
-def _write_marker(spec: Build, out: Path, digests: dict[str, str] | None = None) -> None:
+def write_marker(spec: Build, out: Path, digests: dict[str, str] | None = None) -> None:
     marker = Marker(build_key(spec), digests is not None, platform.python_version(), spec, digests or {})
     write_atomically(out / MARKER, msgspec.json.format(msgspec.json.encode(marker), indent=1) + b"\n")
 
@@ -171,7 +171,7 @@ def _write_marker(spec: Build, out: Path, digests: dict[str, str] | None = None)
 def conflict(spec: Build) -> str:
     """Why OUT cannot hold what the spec says, before anything is begun; empty where it can."""
     out = Path(spec.out)
-    marker = _read_marker(out)
+    marker = read_marker(out)
     if marker is not None and marker.key != build_key(spec):
         return f"{out}: built from another spec: {_difference(marker, spec)} (use another out, or delete it)"
     return ""
@@ -179,14 +179,14 @@ def conflict(spec: Build) -> str:
 
 def _claim(spec: Build, out: Path) -> None:
     """Begin in an empty directory or go on in one's own; refuse any other. Removes what a killed build left half."""
-    marker = _read_marker(out)
+    marker = read_marker(out)
     if marker is not None and marker.key != build_key(spec):
         raise SpecError(f"{out}: built from another spec: {_difference(marker, spec)} (use another out, or delete it)")
     if marker is None:
         others = sorted(path.name for path in out.iterdir() if path.name != ".lock" and not path.name.endswith(TEMPORARY))
         if others:
             raise SpecError(f'{out}: not empty and not a build of shards: holds "{others[0]}" (use another out)')
-        _write_marker(spec, out)
+        write_marker(spec, out)
     for leftover in out.rglob(f"*{TEMPORARY}"):
         leftover.unlink()
 

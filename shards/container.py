@@ -8,12 +8,13 @@ the seek table's, so that a frame of another place or file is refused too. docs/
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,11 +32,13 @@ Array = npt.NDArray[Any]
 SKIPPABLE_MAGIC = 0x184D2A5E
 SEEKABLE_MAGIC = 0x8F92EAB1
 CHECKSUM_FLAG = 0x80
+CHECKSUM_BYTES = 4
 FOOTER = struct.Struct("<IBI")  # frames, descriptor, magic
 HEADER = struct.Struct("<II")  # skippable magic, bytes that follow
 ENTRY = np.dtype([("compressed", "<u4"), ("plain", "<u4"), ("checksum", "<u4")])
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
 TEMPORARY = ".tmp"
+READ_AHEAD = 1 << 17  # bytes
 
 
 class ColumnFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -209,6 +212,10 @@ class ColumnReader:
         self.frame_items = frame_items
         self._cache = cache if cache is not None else Cache()
         self._number = next(_readers)  # not id(), which a later reader may get again
+        self._ahead = 0, memoryview(b"")  # the file's bytes from an offset on, kept for the frames that follow
+        self._latest = -1, np.empty(0, self.dtype)  # the frame that was asked for last, which mostly is asked for again
+        self._newest = -1  # frame that was read last
+        self._header = b""  # of a frame that was found well; all but the last are equally long
         self._handle = -1
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -277,31 +284,62 @@ class ColumnReader:
 
     def frame(self, number: int) -> Array:
         """The items of one frame, read-only, checked; cached."""
-        key = (self._number, number)
-        found = self._cache.get(key)
-        if found is None:
-            found = self.decode_frame(number)
-            self._cache.put(key, found)
-        return found
+        latest, found = self._latest
+        if latest == number:
+            return found
+        key = self._number, number
+        cached = self._cache.get(key)
+        if cached is None:
+            cached = self.decode_frame(number)
+            self._cache.put(key, cached)
+        self._latest = number, cached
+        return cached
 
     def decode_frame(self, number: int) -> Array:
         """The items of one frame, read from the file, past the cache."""
         offset, end = int(self._offsets[number]), int(self._offsets[number + 1])
         where = f"frame {number} at byte {offset}"
         expected = self._last_plain if number == self.frames - 1 else self.frame_items * self.dtype.itemsize
-        raw = self._pread(end - offset, offset)
+        raw = self._compressed(number, offset, end)
         try:
-            header = zstandard.get_frame_parameters(raw)
-            # A flipped bit in a frame's own header could ask for gigabytes, or turn its checksum off: look first.
-            unused = raw[4] & 0x18  # bits of the header's descriptor that no encoder sets and no decoder looks at
-            if header.content_size != expected or not header.has_checksum or header.dict_id or unused:
-                raise self._refuse(f"{where}: its header is damaged")
+            # All whole frames of a writer begin alike: what was found well once need not be taken apart again.
+            if number == self.frames - 1 or raw[: len(self._header)] != self._header or not self._header:
+                self._check_header(raw, expected, where, keep=number < self.frames - 1)
+            # A frame ends with its content's checksum, which is the very number that the table has, and which zstd checks:
+            # so one hash is enough to know both damage and a frame of another place.
+            if int.from_bytes(raw[-CHECKSUM_BYTES:], "little") != int(self._checksums[number]):
+                raise self._refuse(f"{where}: its content is not what the seek table says")
             plain = _decompressor().decompress(raw, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise self._refuse(f"{where} is damaged: {error}") from None
-        if len(plain) != expected or xxhash.xxh64_intdigest(plain) & 0xFFFFFFFF != int(self._checksums[number]):
+        if len(plain) != expected:
             raise self._refuse(f"{where}: its content is not what the seek table says")
         return np.frombuffer(plain, self.dtype)
+
+    def _compressed(self, number: int, offset: int, end: int) -> memoryview:
+        """A frame's bytes; of frames read one after the other, several at once, since asking the system costs most of it."""
+        start, ahead = self._ahead
+        if start <= offset and end <= start + len(ahead):
+            return ahead[offset - start : end - start]
+        follows, self._newest = number == self._newest + 1, number
+        if follows:
+            last = int(np.searchsorted(self._offsets, offset + READ_AHEAD, side="right")) - 1
+            with contextlib.suppress(ShardError):  # perhaps beyond this frame, which is then read by itself
+                ahead = memoryview(self._pread(int(self._offsets[max(last, number + 1)]) - offset, offset))
+                self._ahead = offset, ahead
+                self._newest = max(last, number + 1) - 1
+                return ahead[: end - offset]
+        return memoryview(self._pread(end - offset, offset))
+
+    def _check_header(self, raw: memoryview, expected: int, where: str, *, keep: bool) -> None:
+        """That a frame's header asks for what the table says. keep: it is that of a whole frame, to be known again."""
+        header = zstandard.get_frame_parameters(raw)
+        # A flipped bit in a frame's own header could ask for gigabytes, or turn its checksum off: look first.
+        unused = raw[4] & 0x18  # bits of the header's descriptor that no encoder sets and no decoder looks at
+        if header.content_size != expected or not header.has_checksum or header.dict_id or unused:
+            raise self._refuse(f"{where}: its header is damaged")
+        if keep:
+            self._header = bytes(raw[: zstandard.frame_header_size(raw)])
 
     def read(self, start: int, stop: int) -> Array:
         """Items [start, stop); may be a read-only view of a cached frame. Raises IndexError outside [0, items]."""
@@ -339,13 +377,14 @@ class ColumnReader:
             found = self._firsts[number] = int(self.frame(number)[0])
         return found
 
-    def damaged(self) -> Iterable[str]:
-        """Read every frame; yield a message for each that is refused."""
+    def damaged(self, tell: Callable[[int], None] = lambda count: None) -> Iterable[str]:
+        """Read every frame; yield a message for each that is refused. tell: called with the bytes of each."""
         for number in range(self.frames):
             try:
                 self.decode_frame(number)
             except ShardError as error:
                 yield str(error)
+            tell(int(self._offsets[number + 1] - self._offsets[number]))
 
     def hash(self) -> str:
         """xxh3_128 of the whole file, hex."""

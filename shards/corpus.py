@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from shards.container import Array, Cache, ColumnReader
+from shards.errors import ShardError
 from shards.manifest import FILE_NAME, Manifest, load
+from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
+from shards.tokenizer import Tokenizer
 
 OPEN_FILES = 96
 
@@ -24,6 +29,9 @@ class Corpus:
     def __init__(self, root: Path, source: str, split: str, *, cache: Cache | None = None) -> None:
         self.directory = root / source / split
         self.manifest: Manifest = load(self.directory)
+        if (self.manifest.source, self.manifest.split) != (source, split):
+            other = f"{self.manifest.source}/{self.manifest.split}"
+            raise ShardError(f"{self.directory}: its manifest is that of {other} (put both back in their places)")
         self._cache = cache if cache is not None else Cache()
         shards = self.manifest.shards
         self._token_starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
@@ -53,6 +61,18 @@ class Corpus:
             self._readers.move_to_end((shard, column))
             return reader
 
+    @contextmanager
+    def _reading(self, shard: int, column: str) -> Iterator[ColumnReader]:
+        """A reader; let go of where it raises, so that a file put back in its place is what the next try reads."""
+        reader = self._reader(shard, column)
+        try:
+            yield reader
+        except ShardError:
+            with self._lock:
+                if self._readers.get((shard, column)) is reader:
+                    del self._readers[shard, column]
+            raise
+
     def read(self, start: int, stop: int, column: str = "tokens") -> Array:
         """Items [start, stop) of "tokens" or of "mask". IndexError outside [0, tokens]."""
         if not 0 <= start <= stop <= self.tokens:
@@ -61,7 +81,8 @@ class Corpus:
         shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1
         while start < stop:
             base, end = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
-            parts.append(self._reader(shard, column).read(start - base, min(stop, end) - base))
+            with self._reading(shard, column) as reader:
+                parts.append(reader.read(start - base, min(stop, end) - base))
             start = min(stop, end)
             shard += 1
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.manifest.dtype), *parts])
@@ -72,7 +93,8 @@ class Corpus:
         shard = int(np.searchsorted(self._document_starts, first, side="right")) - 1
         while first < last:
             base, end = int(self._document_starts[shard]), int(self._document_starts[shard + 1])
-            local = self._reader(shard, "ends").read(first - base, min(last, end) - base)
+            with self._reading(shard, "ends") as reader:
+                local = reader.read(first - base, min(last, end) - base)
             parts.append(local.astype(np.int64) + self._token_starts[shard])
             first = min(last, end)
             shard += 1
@@ -88,7 +110,8 @@ class Corpus:
     def document_at(self, token: int) -> int:
         """The number of the document that holds a token."""
         shard = int(np.searchsorted(self._token_starts, token, side="right")) - 1
-        local = self._reader(shard, "ends").count_up_to(token - int(self._token_starts[shard]))
+        with self._reading(shard, "ends") as reader:
+            local = reader.count_up_to(token - int(self._token_starts[shard]))
         return int(self._document_starts[shard]) + local
 
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -99,3 +122,17 @@ class Corpus:
 def sources(root: Path, split: str = "train") -> list[str]:
     """The names of the sources that have shards under `root`."""
     return sorted(path.parent.parent.name for path in root.glob(f"*/{split}/{FILE_NAME}"))
+
+
+def open_source(root: Path, name: str, split: str, tokenizer: Tokenizer, cache: Cache) -> Corpus:
+    """A source, as the tokenizer beside it made it. ShardError where it is missing, or made with another."""
+    known = sources(root, split)
+    if name not in known:
+        raise ShardError(f'{root}: there is no source "{name}" (there are: {", ".join(known) or "none; build them"})')
+    corpus = Corpus(root, name, split, cache=cache)
+    if corpus.manifest.tokenizer != tokenizer.hash:
+        raise ShardError(
+            f"{corpus.directory}: made with tokenizer {corpus.manifest.tokenizer[:12]}, but {root / TOKENIZER_FILE} is"
+            f" {tokenizer.hash[:12]} (restore that tokenizer, or build the shards again)"
+        )
+    return corpus

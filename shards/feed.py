@@ -9,34 +9,24 @@ reads, is in `state()`, which `restore()` takes back or refuses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shards import packing
+from shards import mixing, packing
 from shards.container import Array, Cache
-from shards.corpus import Corpus, sources
+from shards.corpus import Corpus, open_source, sources
 from shards.errors import ShardError
+from shards.held_out import HeldOut, open_held_out
+from shards.mixing import Mixing
 from shards.order import Order
 from shards.packing import LongSamples
-from shards.rows import Batch, ObjectiveKind, View, view
+from shards.rows import Batch, ObjectiveKind, View, fill, view
+from shards.segments import Change
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenizer import Tokenizer
 
 __all__ = ["Batch", "Feed", "HeldOut", "ObjectiveKind", "open_held_out"]
-
-
-def _open(root: Path, name: str, split: str, tokenizer: Tokenizer, cache: Cache) -> Corpus:
-    known = sources(root, split)
-    if name not in known:
-        raise ShardError(f'{root}: there is no source "{name}" (there are: {", ".join(known) or "none; build them"})')
-    corpus = Corpus(root, name, split, cache=cache)
-    if corpus.manifest.tokenizer != tokenizer.hash:
-        raise ShardError(
-            f"{corpus.directory}: made with tokenizer {corpus.manifest.tokenizer[:12]}, but {root / TOKENIZER_FILE} is"
-            f" {tokenizer.hash[:12]} (restore that tokenizer, or build the shards again)"
-        )
-    return corpus
 
 
 class Feed:
@@ -44,7 +34,9 @@ class Feed:
 
     objective_kind: "text", "sft" or "preference"; "scored", preferences whose last tokens are inputs too; or "prompt", the prompts
     alone of sft and preference sources.
-    mixture: the share of samples by source (any scale). masked_documents: documents of a row will not see each other, so
+    mixture: the share of samples by source (any scale), `SOURCE` meaning all of `SOURCE.*` where only those were built.
+    mixing: how the shares are taken, and how often a source may be read. schedule: mixtures to come, by the position from
+    which they hold, above 0 and rising. masked_documents: documents of a row will not see each other, so
     of text nothing is to be learned where one ends. restart_positions: they begin anew with each document of a row (None:
     where documents are masked). long_samples: what happens to conversations longer than the context. roots: where sources lie
     that are not in `root`.
@@ -65,6 +57,8 @@ class Feed:
         long_samples: LongSamples = "truncate",
         cache_bytes: int = 16 << 20,
         roots: Mapping[str, Path] | None = None,
+        mixing: Mixing | None = None,
+        schedule: Sequence[tuple[int, Mapping[str, float]]] = (),
     ) -> None:
         if context < 1:
             raise ShardError(f"context is {context} (use at least 1)")
@@ -80,12 +74,44 @@ class Feed:
         self._roots = roots or {}
         self._corpora: dict[str, Corpus] = {}
         self._views: dict[str, View] = {}
-        for name in sorted(mixture):
-            self._add(name)
-        self.order = Order(seed, {name: found.size for name, found in self._views.items()}, mixture)
+        self._mixing = mixing or Mixing()
+        self.named: dict[str, str] = {}
+        """Each source that is open, with the name that a mixture gave it."""
+        for each in (mixture, *(coming for _, coming in schedule)):
+            self._name(each)
+        planned = [Change(start, self._weigh(coming), dict(coming), planned=True) for start, coming in schedule]
+        sizes = {name: found.size for name, found in self._views.items()}
+        self.order = Order(seed, sizes, self._weigh(mixture), asked=mixture, limits=self._limits(), schedule=planned)
+
+    def _built(self) -> list[str]:
+        made = (name for name, root in self._roots.items() if name in sources(root, self.split))
+        return sorted({*sources(self.root, self.split), *made})
+
+    def _name(self, mixture: Mapping[str, float]) -> list[str]:
+        """Open what a mixture names; those sources that were not open before."""
+        try:
+            meant = mixing.named(mixture, self._built())
+        except ShardError as error:
+            raise ShardError(f"{self.root}: {error}") from None
+        new = [source for source in sorted(meant) if source not in self._views]
+        for source in new:
+            self._add(source)
+        self.named |= meant
+        return new
+
+    def _weigh(self, mixture: Mapping[str, float]) -> dict[str, float]:
+        meant = mixing.named(mixture, self._views)
+        weights = mixing.weigh(mixture, meant, {name: self._corpora[name].tokens for name in meant}, self._mixing)
+        # A part too small for one sample is no reason to refuse the whole.
+        return {name: weight if self._views[name].size or meant[name] == name else 0.0 for name, weight in weights.items()}
+
+    def _limits(self) -> dict[str, int]:
+        built = self._built()
+        found = {name: mixing.limit(name, view.size, self._mixing.max_epochs, built) for name, view in self._views.items()}
+        return {name: limit for name, limit in found.items() if limit is not None}
 
     def _add(self, name: str) -> None:
-        corpus = _open(self._roots.get(name, self.root), name, self.split, self.tokenizer, self._cache)
+        corpus = open_source(self._roots.get(name, self.root), name, self.split, self.tokenizer, self._cache)
         self._views[name] = view(
             corpus,
             self.objective_kind,
@@ -120,12 +146,12 @@ class Feed:
         One row each; for preference two, first all the chosen rows, then all the rejected ones.
         """
         samples = self.order.span(start, stop)
-        return _fill(samples, self._views, self.context, self.tokenizer.pad)
+        return fill(samples, self._views, self.context, self.tokenizer.pad)
 
     def samples(self, name: str, start: int, stop: int) -> Batch:
         """The samples of a source by their own numbers, in no other order; rows as `read` has them."""
         chosen = [(name, 0, number) for number in range(start, min(stop, self._views[name].size))]
-        return _fill(chosen, self._views, self.context, self.tokenizer.pad)
+        return fill(chosen, self._views, self.context, self.tokenizer.pad)
 
     def prompts(self, start: int, stop: int) -> list[Array]:
         """The token ids alone, one array a sample: for objective kind "prompt"."""
@@ -138,12 +164,17 @@ class Feed:
         return "\n".join(self.tokenizer.decode(part, reserved=True) for part in parts)
 
     def reweight(self, position: int, mixture: Mapping[str, float]) -> None:
-        """Read with another mixture from `position` on. It may name sources that were not read so far."""
-        for name in sorted(mixture):
-            if name not in self._views:
-                self._add(name)
-                self.order.add_source(name, self._views[name].size)
-        self.order.reweight(position, mixture)
+        """Read with another mixture from `position` on, until the next scheduled one.
+
+        It may name sources that were not read so far.
+        """
+        self._known(self._name(mixture))
+        self.order.reweight(position, self._weigh(mixture), mixture)
+
+    def _known(self, new: list[str]) -> None:
+        limits = self._limits()
+        for name in new:
+            self.order.add_source(name, self._views[name].size, limits.get(name))
 
     def state(self) -> dict[str, Any]:
         """What decides the samples and their order, in plain values."""
@@ -155,13 +186,15 @@ class Feed:
             "objective_kind": self.objective_kind,
             "context": self.context,
             "long_samples": self._long_samples,
+            "mixture_by": self._mixing.by,
+            "mixture_temperature": self._mixing.temperature,
             "packing": packing.VERSION,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on in the order of `state()`; ShardError, and no change, where that cannot be done exactly."""
         own = self.state()
-        for key in ("tokenizer", "split", "objective_kind", "context", "long_samples", "packing"):
+        for key in [key for key in own if key not in ("order", "digests")]:
             if state.get(key) != own[key]:
                 raise ShardError(
                     f"the checkpoint's data has {key.replace('_', ' ')} {state.get(key)!r}, this stage {own[key]!r}"
@@ -173,81 +206,10 @@ class Feed:
         for name, digest in sorted(digests.items()):
             if name not in self._views:
                 self._add(name)
-                self.order.add_source(name, self._views[name].size)
+                self._known([name])
             if self.digests[name] != digest:
                 raise ShardError(
                     f"{self._corpora[name].directory}: manifest {self.digests[name][:12]}, but the checkpoint was made from"
                     f" {digest[:12]} (put those shards back, or begin the stage anew)"
                 )
         self.order.restore(order)
-
-
-class HeldOut:
-    """One source's held-out samples in storage order, for evaluation: `read(0, len(held_out))` is all of them.
-
-    The last text window is padded, so that every held-out token counts.
-    """
-
-    def __init__(self, corpus: Corpus, samples: View, context: int, pad: int, limit: int | None) -> None:
-        self.name = corpus.manifest.source
-        self.digest = corpus.manifest.digest
-        self._corpus = corpus
-        self._view = samples
-        self._context = context
-        self._pad = pad
-        self._length = samples.size if limit is None else min(limit, samples.size)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def token_count(self) -> int:
-        """Tokens of the whole held-out split, beyond any limit."""
-        return self._corpus.tokens
-
-    def read(self, start: int, stop: int) -> Batch:
-        """Samples [start, stop) in storage order, rows as Feed.read has them. Beyond the end there are none."""
-        samples = [(self.name, 0, number) for number in range(start, min(stop, self._length))]
-        return _fill(samples, {self.name: self._view}, self._context, self._pad)
-
-    def prompts(self, start: int, stop: int) -> list[Array]:
-        """The token ids alone, one array a sample: for objective kind "prompt"."""
-        return [self._view.sequences(number)[0] for number in range(start, min(stop, self._length))]
-
-
-def open_held_out(
-    root: str | Path,
-    source: str,
-    objective_kind: ObjectiveKind,
-    context: int,
-    *,
-    limit: int | None = None,
-    masked_documents: bool = True,
-    restart_positions: bool | None = None,
-    split: str = "held_out",
-) -> HeldOut:
-    """The first `limit` held-out samples of a source (None: all); of length 0 if nothing was held out.
-
-    masked_documents, restart_positions: as Feed has them.
-    """
-    root = Path(root)
-    tokenizer = Tokenizer.load(root / TOKENIZER_FILE)
-    corpus = _open(root, source, split, tokenizer, Cache())
-    samples = view(
-        corpus,
-        objective_kind,
-        context,
-        masked_documents=masked_documents,
-        restart_positions=masked_documents if restart_positions is None else restart_positions,
-        long_samples="truncate",
-        whole_only=False,
-    )
-    return HeldOut(corpus, samples, context, tokenizer.pad, limit)
-
-
-def _fill(samples: list[tuple[str, int, int]], views: Mapping[str, View], context: int, pad: int) -> Batch:
-    apart = len(samples)
-    rows = sum(views[name].rows_each for name, _, _ in samples)
-    batch = Batch.empty(rows, context, pad, samples)
-    for row, (name, _, sample) in enumerate(samples):
-        views[name].fill(batch, row, apart, sample)
-    return batch

@@ -6,7 +6,7 @@ all the rest of it, so one short string in a checkpoint stands for every byte of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -75,7 +75,7 @@ def load(directory: Path) -> Manifest:
         if version != FORMAT:
             raise ShardError(f"{path}: format {version}, this release reads format {FORMAT} (build the shards again)")
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ShardError(f"{path}: not a manifest: {error} (restore it, or build the shards again)") from None
     if manifest.computed_digest() != manifest.digest:
         raise ShardError(f"{path}: its content does not match its digest (restore it, or build the shards again)")
@@ -90,11 +90,11 @@ class _Version(msgspec.Struct):
     format: int
 
 
-def verify(directory: Path, *, full: bool = True) -> Iterator[str]:
+def verify(directory: Path, *, full: bool = True, tell: Callable[[int], None] = lambda count: None) -> Iterator[str]:
     """Yield a message for all that is wrong with the shards of one manifest; nothing, if they are whole.
 
     Not full: that files are there with the right size and seek table. Full: every byte, by hash, and every frame, and
-    that each shard's columns agree with each other.
+    that each shard's columns agree with each other. tell: called with each so many bytes that were read.
     """
     try:
         manifest = load(directory)
@@ -113,7 +113,7 @@ def verify(directory: Path, *, full: bool = True) -> Iterator[str]:
             if full:
                 bad = False
                 for name, reader in readers.items():
-                    for message in _verify_file(reader, shard.columns[name]):
+                    for message in _verify_file(reader, shard.columns[name], tell):
                         bad = True
                         yield message
                 if not bad and len(readers) == len(shard.columns):
@@ -123,9 +123,9 @@ def verify(directory: Path, *, full: bool = True) -> Iterator[str]:
                 reader.close()
 
 
-def _verify_file(reader: ColumnReader, column: ColumnFile) -> Iterator[str]:
+def _verify_file(reader: ColumnReader, column: ColumnFile, tell: Callable[[int], None]) -> Iterator[str]:
     found = False
-    for message in reader.damaged():
+    for message in reader.damaged(tell):
         found = True
         yield message
     if not found and reader.hash() != column.hash:

@@ -1,10 +1,10 @@
 """The order in which samples are read: a pure function of (seed, mixture, position), not a shuffled list.
 
 Positions count samples through a stage. The mixture's weights become whole numbers n_j that sum to a block of 4,096
-positions; a keyed Feistel permutation (after Luby and Rackoff 1988; with cycle-walking, Black and Rogaway 2002) of the
-block's slots says from which source each position reads, and another one of a source's N_j samples, a new one for each
-epoch, says which sample. So any position is found in constant time and memory, at any number of ranks, and every sample
-of an epoch comes exactly once. New weights open a new segment that begins where each source was left:
+positions; a keyed permutation of the block's slots says from which source each position reads, and another one of a
+source's N_j samples, a new one for each epoch, says which sample. So any position is found in constant time and memory,
+at any number of ranks, and every sample of an epoch comes exactly once. New weights, and a source that is used up, open a
+new segment that begins where each source was left (shards/segments.py):
 
     block, offset = divmod(position - start, 4096)
     source        = the one whose slots hold permutation(offset)
@@ -20,31 +20,21 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
-from functools import lru_cache
-from hashlib import blake2b
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from shards.errors import ShardError
+from shards.permutation import permute
+from shards.segments import BLOCK, Change, Segment, block_of, lay_out, taken
 
-VERSION = 1  # of the algorithm: any change that could reorder a running job needs a new one
-BLOCK = 4096
-ROUNDS = 6
+__all__ = ["BLOCK", "VERSION", "Order", "Sample", "Segment"]
+
+VERSION = 2  # of the algorithm and its state: any change that could reorder a running job needs a new one
 
 Sample = tuple[str, int, int]  # source, epoch, sample of the epoch's order
-U64 = npt.NDArray[np.uint64]
-
-
-class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Positions from `start` on, until the next segment, read with one mixture."""
-
-    start: int
-    counts: dict[str, int]  # positions of a block for each source; they sum to BLOCK
-    bases: dict[str, int]  # samples of each source, ever read, that were taken before `start`
 
 
 class OrderState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,126 +43,120 @@ class OrderState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
     seed: int
     sizes: dict[str, int]  # samples of an epoch of each source
-    segments: list[Segment]
-
-
-def permute(values: U64, size: int, key: bytes) -> U64:
-    """The images of `values` (each below `size`) under the permutation of range(size) that `key` names; vectorised.
-
-    A balanced Feistel network over the next even number of bits; images beyond `size` are permuted again.
-    """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    subkeys = np.frombuffer(blake2b(key, digest_size=8 * ROUNDS).digest(), "<u8")
-
-    def encipher(plain: U64) -> U64:
-        left, right = plain >> half, plain & mask
-        for subkey in subkeys:
-            mixed = (right + subkey) * np.uint64(0x9E3779B97F4A7C15)
-            mixed ^= mixed >> np.uint64(32)
-            mixed *= np.uint64(0xD6E8FEB86659FD93)
-            mixed ^= mixed >> np.uint64(29)
-            left, right = right, left ^ (mixed & mask)
-        return (left << half) | right
-
-    images = encipher(values)
-    outside = np.flatnonzero(images >= size)
-    while outside.size:
-        images[outside] = encipher(images[outside])
-        outside = outside[images[outside] >= size]
-    return images
-
-
-def apportion(mixture: Mapping[str, float]) -> dict[str, int]:
-    """Whole numbers that sum to BLOCK in the weights' proportions, by largest remainder; in order of names.
-
-    A source with any weight at all gets at least one position of a block, so that none is silently never read.
-    """
-    for name, weight in mixture.items():
-        if not math.isfinite(weight) or weight < 0:
-            raise ShardError(f'mixture: the weight of "{name}" is {weight} (use 0 or more)')
-    total = sum(mixture.values())
-    if total <= 0:
-        raise ShardError("mixture: no source has a weight above 0 (give at least one)")
-    wanted = {name: mixture[name] * BLOCK / total for name in sorted(mixture)}
-    counts = {name: max(int(share), 1) if share > 0 else 0 for name, share in wanted.items()}
-    by_remainder = sorted(counts, key=lambda name: (int(wanted[name]) - wanted[name], name))
-    for name in by_remainder[: max(0, BLOCK - sum(counts.values()))]:
-        counts[name] += 1
-    while sum(counts.values()) > BLOCK:  # the least shares were rounded up to 1: the largest pays
-        counts[max(counts, key=lambda name: (counts[name], name))] -= 1
-    return counts
-
-
-@lru_cache(maxsize=64)
-def _block(seed: int, start: int, block: int, counts: tuple[int, ...]) -> tuple[U64, U64]:
-    """For each position of a block: the number of its source, and how many earlier ones of the block have it."""
-    slots = permute(np.arange(BLOCK, dtype=np.uint64), BLOCK, f"block {seed} {start} {block}".encode())
-    sources = np.searchsorted(np.cumsum(counts), slots, side="right").astype(np.uint64)
-    ranks = np.empty(BLOCK, np.uint64)
-    for number in range(len(counts)):
-        here = sources == number
-        ranks[here] = np.arange(np.count_nonzero(here), dtype=np.uint64)
-    return sources, ranks
+    limits: dict[str, int]  # samples that a source gives in all, where it is limited
+    changes: list[Change]
+    segments: list[Segment]  # which follow from the rest: what they were when this was written
 
 
 class Order:
     """Which sample each position reads. `sizes` is the samples of an epoch by source, `mixture` the weights by source.
 
-    Reading is thread-safe: a change of mixture swaps one tuple.
+    asked: as `reweight` has it. limits: the samples that a source gives in all; then its weight is 0. schedule: mixtures by
+    the position, above 0 and rising, from which they hold. Reading is thread-safe: a change swaps one tuple.
     """
 
-    def __init__(self, seed: int, sizes: Mapping[str, int], mixture: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        sizes: Mapping[str, int],
+        mixture: Mapping[str, float],
+        *,
+        asked: Mapping[str, float] | None = None,
+        limits: Mapping[str, int] | None = None,
+        schedule: Sequence[Change] = (),
+    ) -> None:
         self.seed = seed
         self.sizes = dict(sizes)
+        self.limits = dict(limits or {})
+        self._changes: tuple[Change, ...] = ()
         self._segments: tuple[Segment, ...] = ()
-        self.reweight(0, mixture)
+        for change in schedule:
+            self._check(change.weights)
+        starts = [change.start for change in schedule]
+        if starts != sorted({start for start in starts if start > 0}):
+            raise ShardError(f"mixture: scheduled at {starts}, which do not rise from above 0 (put them in order)")
+        self._changes = tuple(msgspec.structs.replace(change, planned=True) for change in schedule)
+        self.reweight(0, mixture, asked)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         return self._segments
 
-    def add_source(self, name: str, size: int) -> None:
-        """Make another source known; it is read once a mixture names it."""
-        self.sizes.setdefault(name, size)
+    @property
+    def end(self) -> int | None:
+        """The first position that cannot be read, because all sources of its mixture are used up."""
+        last = self._segments[-1]
+        return None if last.counts else last.start
 
-    def reweight(self, position: int, mixture: Mapping[str, float]) -> None:
-        """Read with `mixture` from `position` on; nothing before it changes. Sources left out are not read."""
-        for name in mixture:
+    def asked(self, position: int) -> dict[str, float]:
+        """The mixture in force at a position, as it was asked for."""
+        at = bisect.bisect_right(self._changes, position, key=lambda change: change.start)
+        return dict(self._changes[at - 1].asked)
+
+    def add_source(self, name: str, size: int, limit: int | None = None) -> None:
+        """Make another source known; it is read once a mixture names it."""
+        if name not in self.sizes:
+            self.sizes[name] = size
+            if limit is not None:
+                self.limits[name] = limit
+
+    def _check(self, mixture: Mapping[str, float]) -> None:
+        for name, weight in mixture.items():
             if name not in self.sizes:
                 known = ", ".join(sorted(self.sizes))
                 raise ShardError(f'mixture: there is no source "{name}" (there are: {known})')
-            if mixture[name] > 0 and self.sizes[name] < 1:
+            if not math.isfinite(weight) or weight < 0:
+                raise ShardError(f'mixture: the weight of "{name}" is {weight} (use 0 or more)')
+            if weight > 0 and self.sizes[name] < 1:
                 raise ShardError(f'mixture: source "{name}" has no samples (give it weight 0, or more text)')
-        counts = apportion(mixture)
-        if self._segments and position < self._segments[-1].start:
-            last = self._segments[-1].start
-            raise ShardError(f"mixture: it already changed at {last}, after {position} (restore an earlier state first)")
-        bases = self.taken(position) if self._segments else {}
-        bases = {name: bases.get(name, 0) for name in sorted({*bases, *counts})}
-        kept = tuple(segment for segment in self._segments if segment.start < position)
-        self._segments = (*kept, Segment(start=position, counts=counts, bases=bases))
+        if not any(weight > 0 for weight in mixture.values()):
+            raise ShardError("mixture: no source has a weight above 0 (give at least one)")
+
+    def reweight(self, position: int, mixture: Mapping[str, float], asked: Mapping[str, float] | None = None) -> None:
+        """Read with `mixture` from `position` on, until the next scheduled one; nothing before it changes.
+
+        Sources left out are not read. asked: what `asked` will say; the mixture itself, where left out.
+        """
+        self._check(mixture)
+        operated = [change.start for change in self._changes if not change.planned]
+        if operated and position < operated[-1]:
+            raise ShardError(f"mixture: it already changed at {operated[-1]}, after {position} (restore an earlier state first)")
+        before = [change for change in self._changes if change.start < position]
+        after = [change for change in self._changes if change.start > position]
+        changes = (*before, Change(position, dict(mixture), dict(mixture if asked is None else asked)), *after)
+        segments = lay_out(self.seed, self.limits, changes)
+        if not segments[-1].counts and segments[-1].start <= position:
+            spent = ", ".join(f'"{name}"' for name, weight in sorted(mixture.items()) if weight > 0)
+            raise ShardError(f"mixture: {spent} used up, by max_epochs (give a source that is not used up a weight above 0)")
+        self._changes, self._segments = changes, segments
+
+    def delay(self, position: int, count: int) -> None:
+        """What is scheduled after `position` comes `count` positions later: so many were passed over."""
+        changes = tuple(
+            msgspec.structs.replace(change, start=change.start + count) if change.start > position else change
+            for change in self._changes
+        )
+        self._changes, self._segments = changes, lay_out(self.seed, self.limits, changes)
 
     def taken(self, position: int) -> dict[str, int]:
         """How many samples of each source are read before `position`."""
-        segment = self._segment(position)
-        block, offset = divmod(position - segment.start, BLOCK)
-        names = list(segment.counts)
-        sources, _ = _block(self.seed, segment.start, block, tuple(segment.counts.values()))
-        within = np.bincount(sources[:offset].astype(np.int64), minlength=len(names))
-        taken = dict(segment.bases)
-        for number, name in enumerate(names):
-            taken[name] += block * segment.counts[name] + int(within[number])
-        return taken
+        return taken(self.seed, self._segment(position), position)
 
     def at(self, position: int) -> Sample:
         """The sample at one position."""
         return self.span(position, position + 1)[0]
 
     def span(self, start: int, stop: int) -> list[Sample]:
-        """The samples at positions [start, stop)."""
+        """The samples at positions [start, stop). ShardError where the sources do not reach so far."""
         if not 0 <= start <= stop:
             raise ValueError(f"positions {start} to {stop}")
+        if self.end is not None and stop > self.end:
+            read, limits = self._segments[-1].bases, sorted(self.limits.items())
+            spent = ", ".join(f'"{name}"' for name, limit in limits if read.get(name, 0) >= limit)
+            raise ShardError(
+                f"all sources of the mixture are used up after {self.end:,} samples: {spent} read as often as"
+                " max_epochs allows (set mixture.SOURCE of one that is not used up, or advance to the next stage)"
+            )
         samples: list[Sample] = []
         while start < stop:
             segment = self._segment(start)
@@ -191,7 +175,7 @@ class Order:
     def _within_block(self, segment: Segment, start: int, stop: int) -> list[Sample]:
         block, offset = divmod(start - segment.start, BLOCK)
         names = list(segment.counts)
-        sources, ranks = _block(self.seed, segment.start, block, tuple(segment.counts.values()))
+        sources, ranks = block_of(self.seed, segment.start, block, tuple(segment.counts.values()))
         sources, ranks = sources[offset : offset + stop - start], ranks[offset : offset + stop - start]
         samples: list[Sample | None] = [None] * (stop - start)
         for number in np.unique(sources).tolist():
@@ -209,7 +193,7 @@ class Order:
 
     def state(self) -> dict[str, Any]:
         """Plain values, fit for msgpack or JSON."""
-        state = OrderState(VERSION, self.seed, dict(self.sizes), list(self._segments))
+        state = OrderState(VERSION, self.seed, dict(self.sizes), dict(self.limits), list(self._changes), list(self._segments))
         plain: dict[str, Any] = msgspec.to_builtins(state)
         return plain
 
@@ -231,12 +215,19 @@ class Order:
                     f'source "{name}" has {self.sizes.get(name, "no")} samples an epoch, the checkpoint\'s order counts on'
                     f" {size} (put its shards back as they were, or begin the stage anew)"
                 )
+            if self.limits.get(name) != state.limits.get(name):
+                raise ShardError(
+                    f'source "{name}" gives {self.limits.get(name, "any number of")} samples in all, the checkpoint\'s order counts'
+                    f" on {state.limits.get(name, 'any number')} (make max_epochs what it was, or begin the stage anew)"
+                )
         if state.seed != self.seed:
             raise ShardError(f"the checkpoint's data seed is {state.seed}, the recipe's {self.seed} (use {state.seed})")
-        starts = [segment.start for segment in state.segments]
+        starts = [change.start for change in state.changes]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-            raise ShardError("the checkpoint's data order has no segment at 0, or unsorted ones (use another checkpoint)")
-        for segment in state.segments:
-            if sum(segment.counts.values()) != BLOCK or not set(segment.counts) <= set(segment.bases) & set(self.sizes):
-                raise ShardError(f"the checkpoint's data order is malformed at {segment.start} (use another checkpoint)")
-        self._segments = tuple(state.segments)
+            raise ShardError("the checkpoint's data order has no mixture at 0, or unsorted ones (use another checkpoint)")
+        for change in state.changes:
+            self._check(change.weights)
+        segments = lay_out(self.seed, self.limits, state.changes)
+        if segments != tuple(state.segments):
+            raise ShardError("the checkpoint's data order is malformed: its segments are not those of its mixtures (use another)")
+        self._changes, self._segments = tuple(state.changes), segments

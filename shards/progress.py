@@ -9,7 +9,7 @@ from typing import Literal, TextIO
 
 import msgspec
 
-Phase = Literal["read", "clean", "tokenizer", "encode", "verify", "done"]
+Phase = Literal["read", "clean", "tokenizer", "encode", "verify", "count", "compare", "merge", "done"]
 INTERVAL = 0.25  # seconds between reports of one phase
 
 
@@ -67,29 +67,39 @@ def json_lines(stream: TextIO) -> Report:
 
 
 class Screen:
-    """A bar on a terminal; without one, a line for each phase and source. A context: it restores the terminal."""
+    """A bar on a terminal; without one, a line for each phase and source. A context: it restores the terminal.
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
+    transient: nothing is left of the bar when it ends.
+    """
+
+    def __init__(self, stream: TextIO = sys.stderr, *, transient: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
+        from rich.table import Column
 
         self._console = Console(file=stream)
+        said = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=3))
+        speed = TextColumn("{task.fields[speed]}", markup=False, table_column=Column(no_wrap=True, justify="right", width=14))
         self._bars = Bars(
-            TextColumn("{task.description:<40}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal,
+            said, BarColumn(None, table_column=Column(ratio=2)), TextColumn("{task.percentage:>3.0f}%"), speed,
+            TimeRemainingColumn(), console=self._console, disable=not self.is_terminal, transient=transient, expand=True,
         )  # fmt: skip
-        self._task = self._bars.add_task("", total=None)
+        self._task = self._bars.add_task("", total=None, speed="")
         self._shown = ""
+
+    @property
+    def is_terminal(self) -> bool:
+        return self._console.is_terminal
 
     def __call__(self, progress: Progress) -> None:
         said = f"{progress.phase}: {progress.message}"
-        if said != self._shown and not self._console.is_terminal:
-            self._console.print(said, highlight=False, soft_wrap=True)
+        if said != self._shown and not self.is_terminal:
+            self._console.print(said, highlight=False, soft_wrap=True, markup=False)
         if said != self._shown:
             self._bars.reset(self._task, description=said, total=progress.total)
         self._shown = said
-        self._bars.update(self._task, completed=progress.done, total=progress.total)
+        self._bars.update(self._task, completed=progress.done, total=progress.total, speed=_speed(progress))
 
     def __enter__(self) -> Screen:
         self._bars.start()
@@ -97,3 +107,13 @@ class Screen:
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
+
+
+def _speed(progress: Progress) -> str:
+    """Units a second, in at most 14 characters."""
+    rate, unit = progress.rate, {"bytes": "B", "tokens": "tok", "documents": "docs"}.get(progress.unit, progress.unit)
+    for letter in ("", "k", "M", "G"):
+        if rate < 1000 or letter == "G":
+            return f"{rate:.3g} {letter}{unit}/s" if rate else ""
+        rate /= 1000
+    return ""

@@ -6,6 +6,7 @@ last token, its targets the same sequence without its first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -164,7 +165,7 @@ class PairView:
         self._whole = whole
         self.size = corpus.documents
 
-    def _pair(self, sample: int) -> tuple[int, Array, Array]:
+    def pair(self, sample: int) -> tuple[int, Array, Array]:
         """The prompt's length, and the two sequences, each of at most context + 1 tokens, or context where all are inputs."""
         start, stop = self._corpus.span(sample)
         tokens, parts = self._corpus.read(start, stop), self._corpus.read(start, stop, "mask")
@@ -175,7 +176,7 @@ class PairView:
         return len(prompt), chosen, rejected
 
     def fill(self, batch: Batch, row: int, apart: int, sample: int) -> None:
-        prompt, chosen, rejected = self._pair(sample)
+        prompt, chosen, rejected = self.pair(sample)
         for place, sequence in ((row, chosen), (row + apart, rejected)):
             if self._whole:
                 batch.put_whole(place, sequence, prompt)
@@ -183,7 +184,7 @@ class PairView:
             batch.put(place, 0, sequence, np.arange(1, len(sequence)) >= prompt, 0)
 
     def sequences(self, sample: int) -> list[Array]:
-        return list(self._pair(sample)[1:])
+        return list(self.pair(sample)[1:])
 
 
 class PromptView:
@@ -240,3 +241,13 @@ def view(
     if kind in ("preference", "scored"):
         return PairView(corpus, context, whole=kind == "scored")
     return PromptView(corpus, context)
+
+
+def fill(samples: list[tuple[str, int, int]], views: Mapping[str, View], context: int, pad: int) -> Batch:
+    """The rows of samples; of pairs the first halves of all, then the second ones."""
+    apart = len(samples)
+    rows = sum(views[name].rows_each for name, _, _ in samples)
+    batch = Batch.empty(rows, context, pad, samples)
+    for row, (name, _, sample) in enumerate(samples):
+        views[name].fill(batch, row, apart, sample)
+    return batch

@@ -126,7 +126,7 @@ def decode_build(raw: bytes, where: str) -> Build:
     """A Build from JSON; `where` names the file in the SpecError that a bad one raises."""
     try:
         build = msgspec.json.decode(raw, type=Build)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise SpecError(f"{where}: {error}") from None
     check(build, where)
     return build

@@ -25,6 +25,10 @@ log = logging.getLogger("trainer")
 
 HOLD_SECONDS = 0.025
 """Between two looks for orders while paused."""
+RETRY_SECONDS = 5.0
+"""Between two tries of what a run that holds is waiting for."""
+_RETRY = 254
+"""Not an order: what the run holds for is to be tried again."""
 _LEAVE = 255
 """Not an order: what is being done between boundaries is to end, because an order waits that only a boundary can apply."""
 REMEMBERED = 256
@@ -61,16 +65,28 @@ class Boundary:
         """Called with the number of a command that was sent again and whose outcome is somebody else's to tell."""
         self._word = torch.zeros(2, dtype=torch.int64)
         self.paused = False
+        self._holds = False
+        """Paused by itself, and may go on by itself."""
+        self._trying = False
+        self.recovered = False
+        """Whether it went on by itself when it last did."""
+        self._retry_at = 0.0
 
     def next(self) -> Order | None:
         """The next order that is the caller's to apply; None when there is none and the next step may begin."""
+        if self._trying and not self.paused:  # what was tried again went well
+            self._trying, self.recovered = False, True
+            self._changed("resumed")
         while True:
             self._idle()
-            order = self._exchange(tuple(Op))
+            order = self._exchange(tuple(Op), trying=True)
             if order is None:
                 if not self.paused:
                     return None
                 self._rest()
+            elif order.op == _RETRY:
+                self.paused, self._holds, self._trying = False, False, True
+                return None
             elif order.op in _AT_ONCE:
                 self._at_once(order)
             else:
@@ -125,14 +141,27 @@ class Boundary:
         self.paused = True
         self._changed("paused")
 
+    def hold(self, retries: bool = True) -> None:
+        """The same, until it is resumed or, with `retries`, what it waits for, tried every few seconds, goes well.
+
+        Called while the run is paused, it stays so; called by such a try, it holds on without a word.
+        """
+        tried, self._trying = self._trying, False
+        if self.paused:
+            return
+        self.paused, self._holds = True, retries
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+        if not tried:
+            self._changed("paused")
+
     def _at_once(self, order: Order) -> None:
         if order.op == Op.PAUSE:
             self._world.synchronize()
-            self.paused = True
+            self.paused, self._holds, self._trying = True, False, False
             self.settle(order, ok=True)
             self._changed("paused")
         elif order.op == Op.RESUME:
-            self.paused = False
+            self.paused = self._holds = self._trying = self.recovered = False
             self.settle(order, ok=True)
             self._changed("resumed")
         else:
@@ -143,13 +172,18 @@ class Boundary:
         if self._world.leads:
             time.sleep(HOLD_SECONDS)
 
-    def _exchange(self, ops: tuple[Op, ...], leaving: bool = False) -> Order | None:
-        """One broadcast; the same order on every rank. `leaving`: an order that must wait is told of as _LEAVE."""
+    def _exchange(self, ops: tuple[Op, ...], leaving: bool = False, trying: bool = False) -> Order | None:
+        """One broadcast; the same order on every rank. `leaving`: an order that must wait is told of as _LEAVE.
+
+        trying: when it is time for it, the run is told to try again what it holds for.
+        """
         order, body = None, b""
         if self._world.leads:
             order = self._take(ops)
             if order is None and leaving and self._waiting:
                 order = Order(number=0, op=_LEAVE)
+            if order is None and trying and self._holds and time.monotonic() >= self._retry_at:
+                order = Order(number=0, op=_RETRY)
             body = msgspec.msgpack.encode(order.arguments) if order and order.arguments else b""
             self._word[0] = order.number if order else 0
             self._word[1] = (order.op | len(body) << 8) if order else 0
@@ -163,7 +197,7 @@ class Boundary:
             buffer = torch.frombuffer(bytearray(body or bytes(length)), dtype=torch.uint8)
             dist.broadcast(buffer, 0, group=self._world.control)
             arguments = msgspec.msgpack.decode(buffer.numpy().tobytes())
-        if op != _LEAVE:
+        if op not in (_LEAVE, _RETRY):
             order = Order(number=number, op=op, arguments=arguments)
             if self._world.leads:
                 self._remember(number, None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from launcher.recipe import Stage
 from shards.errors import ShardError
 from shards.feed import Batch
+from shards.mixing import covers
 from trainer.batch import Rows, may_trim, micro_batches, samples_a_replica, share
 from trainer.objectives.dpo import METRICS
 from trainer.objectives.reward import gaps, score_places
@@ -115,7 +116,7 @@ def _as_reported(training: Training, exam: Exam, found: dict[str, float]) -> dic
     if at.stage_step or not at.stage:
         return found
     before = {f"{name}_before": value for name, value in found.items()}
-    known = any(exam.name in stage.mixture for stage in training.recipe.stage[: at.stage])
+    known = any(covers(name, exam.name) for stage in training.recipe.stage[: at.stage] for name in stage.sources)
     return before if known else before | found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,7 @@ def _read(training: Training) -> Lesson | None:
         held: list[Any] = [sums.of(batch.samples[at * size :], part, "train") for at, part in enumerate(parts)]
     else:
         held = [fixed.log_probs(part) if fixed is not None else None for part in parts]
-    known = {f"data/{name}/fraction": count / stage.global_batch for name, count in zip(stage.mixture, counts, strict=True)}
+    known = {f"data/{name}/fraction": count / stage.global_batch for name, count in zip(stage.sources, counts, strict=True)}
     return Lesson(parts, held, weight, tokens, known | {"perf/data_wait_seconds": waited}, waited)
 
 
@@ -78,9 +79,10 @@ def _counted(training: Training, batch: Batch | None) -> tuple[int, ...]:
     """Whether this rank could not read its share; from one rank of a replica its weight, tokens and samples by source."""
     stage, objective = training.stage.stage, training.stage.objective
     if batch is None or not training.network.speaks:
-        return (int(batch is None), 0, 0, *(0 for _ in stage.mixture))
-    sources = [sum(source == name for source, _, _ in batch.samples) for name in stage.mixture]
-    return (0, int(objective.weight(batch.mask)), int(batch.mask.sum()), *sources)
+        return (int(batch is None), 0, 0, *(0 for _ in stage.sources))
+    named = training.stage.feed.named
+    read = Counter(named.get(source, source) for source, _, _ in batch.samples)
+    return (0, int(objective.weight(batch.mask)), int(batch.mask.sum()), *(read[name] for name in stage.sources))
 
 
 def _batch(training: Training) -> tuple[Batch | None, str | None]:

@@ -48,11 +48,15 @@ def train(training: Training) -> None:
 
 
 def boundary(training: Training) -> bool:
-    """All that happens between two steps: a checkpoint that is due, settings to apply again, orders. Whether the run ends here."""
+    """All that happens between two steps: a checkpoint or a mixture that is due, settings to apply again, orders.
+
+    Whether the run ends here.
+    """
     at = training.progress
     if at.stage_step and not training.stage_is_over and _due(training, "checkpoint_every", at.step) and not training.just_loaded:
         training.save()
     training.just_loaded = False
+    training.follow_schedule()
     training.replay()
     while training.ending is None and (order := training.boundary.next()) is not None:
         apply(training, order)

@@ -70,7 +70,7 @@ def prepare(training: Training) -> bool:
         return True
     place = training.root / "made" / "reference" / _key(training)
     wanted: list[tuple[tuple[str, str], int, Callable[[int, int], Batch]]] = []
-    for name in stage.mixture:
+    for name in run.feed.named:
         wanted.append(((name, "train"), run.feed.samples_per_epoch(name), _of_source(training, name)))
     for exam in run.exams:
         if exam.pairs and exam.stage is stage:

@@ -81,7 +81,7 @@ def judge(training: Training, drawn: Drawn) -> tuple[Tensor, Tensor] | None:
         found: list[list[float]] = []
         problem = together(lambda: found.append(by_function(training, drawn)), training.world, RewardError)
         if problem:
-            training.hold_for_data(problem)
+            training.hold_for_data(problem, retries=False)
             return None
         given = torch.tensor(found[0], device=training.world.device)
     else:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from launcher.recipe import Recipe, Stage
+from launcher.recipe.mixture import declared
 from shards.errors import ShardError
 from shards.feed import Feed, HeldOut, ObjectiveKind, open_held_out
+from shards.mixing import Mixing, parts
 from shards.prefetch import Prefetcher
 from trainer.objectives import OBJECTIVES, Objective, objective_of
 
@@ -57,22 +59,26 @@ def open_stage(
     """
     stage, made = recipe.stage[index], made or {}
     missing = [source.name for source in recipe.data.source if source.origin == "stage" and source.name not in made]
-    if lacking := [name for name in stage.mixture if name in missing]:
+    if lacking := [name for name in stage.sources if name in missing]:
         raise ShardError(
             f'stage "{stage.name}" reads "{lacking[0]}", and the stage that makes it was passed over (advance to that first)'
         )
-    feed = Feed(data, "train", _kind(stage), stage.context, stage.mixture, recipe.run.seed + index, roots=made, **_packing(stage))
+    seed, coming = recipe.run.seed + index, stage.schedule
+    more: _Reading = {"roots": made, "mixing": stage.mixing, "schedule": coming}
+    feed = Feed(data, "train", stage.feed_kind, stage.context, stage.mixture, seed, **more, **_packing(stage))
     if feed_state:
         feed.restore(feed_state)
     kinds = {source.name: source.kind for source in recipe.data.source}
     exams = []
-    for name, reading in _readers(recipe, index).items():
-        kind, objective = _exam(kinds[name], stage, reading)
+    for name, reading in _readers(recipe, index, data).items():
+        source = declared(name, kinds)
+        assert source is not None  # which the check of the recipe has seen to
+        kind, objective = _exam(kinds[source], stage, reading)
         if objective is None or name in missing:
             continue
         samples = open_held_out(made.get(name, data), name, kind, reading.context, limit=reading.eval_samples, **_packing(reading))
         if len(samples):
-            exams.append(Exam(name, samples, objective, reading, pairs=kinds[name] == "preference"))
+            exams.append(Exam(name, samples, objective, reading, pairs=kinds[source] == "preference"))
     return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), objective_of(stage), exams, made)
 
 
@@ -90,13 +96,23 @@ def _exam(kind: str, stage: Stage, reading: Stage) -> tuple[ObjectiveKind, Objec
     return ("text", OBJECTIVES["pretrain"]) if kind == "text" else ("sft", OBJECTIVES["sft"])
 
 
-def _readers(recipe: Recipe, index: int) -> dict[str, Stage]:
-    """Sources of this stage and all before it, each with the newest stage that reads it; this stage's first."""
+def _readers(recipe: Recipe, index: int, data: Path) -> dict[str, Stage]:
+    """Sources of this stage and all before it, each with the newest stage that reads it; this stage's first.
+
+    Of a source that was split by label, its parts.
+    """
     found: dict[str, Stage] = {}
     for stage in reversed(recipe.stage[: index + 1]):
-        for name in stage.mixture:
-            found.setdefault(name, stage)
+        for name in stage.sources:
+            for part in parts(data, name):
+                found.setdefault(part, stage)
     return found
+
+
+class _Reading(TypedDict):
+    roots: Mapping[str, Path]
+    mixing: Mixing
+    schedule: list[tuple[int, dict[str, float]]]
 
 
 class _Packing(TypedDict):
@@ -106,8 +122,3 @@ class _Packing(TypedDict):
 
 def _packing(stage: Stage) -> _Packing:
     return {"masked_documents": stage.documents_masked, "restart_positions": stage.positions_restarted}
-
-
-def _kind(stage: Stage) -> ObjectiveKind:
-    kinds: dict[str, ObjectiveKind] = {"pretrain": "text", "sft": "sft", "reward": "scored", "dpo": "preference"}
-    return kinds.get(stage.objective, "prompt")

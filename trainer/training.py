@@ -16,7 +16,7 @@ from shards.errors import ShardError
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenizer import Tokenizer
 from trainer import manifest, storage
-from trainer.boundary import Boundary
+from trainer.boundary import RETRY_SECONDS, Boundary
 from trainer.cast import Cast, Studio
 from trainer.checkpoint import Checkpointer
 from trainer.experience import Experience, experience_of
@@ -73,6 +73,8 @@ class Training:
         self.stall = 0.0
         """Seconds that checkpoints held up training since the last step's report."""
         self._doing: PhaseName = "training"
+        self._held_for = ""
+        """Why the run is paused, where it paused by itself."""
         self.just_loaded = False
         """What was loaded need not be saved."""
         self.ending: Ended | None = None
@@ -140,13 +142,19 @@ class Training:
     def note(self, level: Literal["info", "warning", "alarm"], text: str) -> None:
         self.link.send(Note(level=level, text=text, step=self.progress.step))
 
-    def hold_for_data(self, problem: str) -> None:
-        """Pauses with an alarm: a shard cannot be read. Resuming tries again."""
-        self.note("alarm", f"{problem}; the run is paused until it is resumed, and then tries again")
-        if not self.boundary.paused:
-            self.boundary.pause()
+    def hold_for_data(self, problem: str, *, retries: bool = True) -> None:
+        """Pauses with an alarm: a shard, say, cannot be read. Resuming tries again; so does the run, unless retries is false."""
+        if problem != self._held_for:
+            way = f"and tries again every {RETRY_SECONDS:g} s, or when it is resumed"
+            self.note("alarm", f"{problem}; the run is paused {way if retries else 'until it is resumed, and then tries again'}")
+        self._held_for = problem
+        self.boundary.hold(retries)
 
     def _changed(self, what: str) -> None:
+        if what == "resumed" and self._held_for:
+            self._held_for = ""
+            if self.boundary.recovered:
+                self.note("info", "what could not be read can be read again; the run goes on")
         if what == "paused":
             self.reporter.flush()
             self.checkpointer.poll()
@@ -350,12 +358,27 @@ class Training:
     def _pass_over(self, steps: int) -> None:
         """So many steps' data are not trained on. Of a policy's own responses that is whole rollouts, the one at hand first."""
         at, stage = self.progress, self.stage.stage
+        if not steps:
+            return
         if not stage.draws:
-            at.position += steps * stage.global_batch
-        elif steps:
-            rollouts = -(-steps // stage.updates_drawn)
-            at.position += (rollouts - bool(at.drawn.left)) * stage.prompts_drawn
+            count = steps * stage.global_batch
+        else:
+            count = (-(-steps // stage.updates_drawn) - bool(at.drawn.left)) * stage.prompts_drawn
             at.drawn.left = 0
+        # A mixture that is to come at some step comes at that step still.
+        self.stage.feed.order.delay(at.position, count)
+        at.position += count
+
+    def follow_schedule(self) -> None:
+        """The settings of the mixture that the recipe has for this boundary."""
+        at = self.progress
+        asked = self.stage.feed.order.asked(at.position)
+        mixture = {f"mixture.{name}": asked.get(name, 0.0) for name in self.stage.stage.sources}
+        if any(at.settings[key] != weight for key, weight in mixture.items()):
+            at.settings |= mixture
+            shown = ", ".join(f"{name} {weight:g}" for name, weight in asked.items())
+            self.note("info", f'stage "{at.stage_name}" goes on with the mixture of step {at.stage_step}: {shown}')
+            self.phase(self._doing)
 
     def replay(self) -> None:
         """Applies again, without an outcome, what an earlier generation was told at this step."""

@@ -15,8 +15,10 @@ from launcher import journal as j
 from launcher.controller.office import Office
 from launcher.paths import write_atomically
 from launcher.recipe import Recipe
+from launcher.recipe.supply import shortages
 from shards import build as builder
 from shards.commands import BUSY
+from shards.errors import ShardError
 from shards.spec import Build
 
 
@@ -52,6 +54,14 @@ class Building:
             await asyncio.sleep(1.0)
         seconds = office.clock() - office.live.building_since
         office.record(j.DataBuilt(time=office.clock(), directory=build.out, seconds=seconds))
+
+    async def shortage(self) -> str:
+        """Why what is built does not last for the run's stages; empty where it does."""
+        recipe = self._office.recipe
+        try:
+            return "; ".join(await asyncio.to_thread(shortages, recipe, Path(build_of(recipe).out)))
+        except ShardError as error:
+            return str(error)
 
     async def _built(self, build: Build) -> bool:
         """Builds; False where somebody else is at it. Raises BuildError."""

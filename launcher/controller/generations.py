@@ -130,6 +130,9 @@ class Generations:
         except BuildError as error:
             self._fail(f"the data cannot be built: {error}")
             return
+        if office.ledger.generation == 0 and (short := await self._building.shortage()):
+            self._fail(short)
+            return
         office.change_state("recovering" if cause == "crash" else "starting")
         if cause == "crash":
             await asyncio.sleep(BACKOFF_SECONDS[min(max(self._failures - 1, 0), len(BACKOFF_SECONDS) - 1)])

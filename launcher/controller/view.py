@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 from launcher import journal as j
 from launcher.commands import describe
 from launcher.controller.office import Node, Office
 from launcher.protocol import JournalLine, NodeView, Snapshot, StageView
 from launcher.recipe import Stage, descent
+from shards.errors import ShardError
+from shards.mixing import parts, shares
 
 EVENTS = 12
 ENDED_COMMANDS = 8
@@ -21,6 +24,7 @@ class View:
         self._office = office
         self._lines: list[JournalLine] = []
         self._read = 0
+        self._mixtures: dict[str, dict[str, float]] = {}
         self._losses: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}
 
     def journal(self) -> list[JournalLine]:
@@ -170,7 +174,7 @@ class View:
             steps=stage.steps,
             context=stage.context,
             global_batch=stage.global_batch,
-            mixture=stage.mixture,
+            mixture=self._mixture(stage),
             lr=stage.lr,
             seconds=seconds,
             seconds_left=left if state == "running" else None,
@@ -181,6 +185,18 @@ class View:
             updates=stage.updates_drawn if stage.draws else 0,
             kl_target=stage.rollout.kl_target if stage.draws else None,
         )
+
+    def _mixture(self, stage: Stage) -> dict[str, float]:
+        """Its weights, or, where they are by tokens, the shares that come of them, once the data is there."""
+        office = self._office
+        if stage.mixture_by == "weight" or office.ledger.data_seconds is None or office.recipe.data.dir is None:
+            return stage.mixture
+        if stage.name not in self._mixtures:
+            try:
+                self._mixtures[stage.name] = shares(Path(office.recipe.data.dir), stage.mixture, stage.mixing)
+            except ShardError:  # of what a stage is still to make nothing is known
+                return stage.mixture
+        return self._mixtures[stage.name]
 
     def _stage_losses(self, stage: Stage, state: str) -> dict[str, tuple[float, float]]:
         """First and newest held-out loss of each source within the stage, on the line in force."""
@@ -194,7 +210,7 @@ class View:
         losses = {}
         path = office.ledger.path()
         stop = (record.last_step if record.last_step is not None and state != "running" else office.live.step) + 1
-        for source in stage.mixture:
+        for source in [part for name in stage.sources for part in parts(Path(office.recipe.data.dir or "."), name)]:
             # The row at a later stage's border is the end of the stage before it; what this one found there has its own name.
             first = record.first_step
             rows = office.metrics.rows(f"eval/{source}/loss", path, first + (first > 0), stop, 10_000)

@@ -12,6 +12,7 @@ from launcher.preferences.records import Prompt, Turn, key_of
 from launcher.preferences.store import PreferenceError
 from launcher.recipe import Recipe
 from shards.errors import ShardError
+from shards.mixing import covers
 from shards.records import Document
 from shards.sources import Reading, documents, is_held_out
 from shards.spec import Source
@@ -97,8 +98,8 @@ def _of_stage(recipe: Recipe, stage: str) -> list[Source]:
     """Those of the stage, else of the nearest one that has any: before it first."""
     at = recipe.stage_index(stage) if stage else 0
     for each in (*reversed(recipe.stage[: at + 1]), *recipe.stage[at + 1 :]):
-        names = each.mixture or {}
-        found = [source for source in recipe.data.source if source.name in names and _able(source)]
+        names = each.sources
+        found = [source for source in recipe.data.source if any(covers(source.name, name) for name in names) and _able(source)]
         if found:
             return found
     raise PreferenceError(f"the run has no source with prompts: none of kind sft or preference that is read from text ({WAY})")

@@ -53,7 +53,7 @@ def stage_settings(recipe: Recipe, stage: Stage) -> dict[str, float]:
     if stage.objective == "ppo":
         value_lr = stage.lr if stage.rollout.value_lr is None else stage.rollout.value_lr
         settings |= {"value_clip": stage.rollout.value_clip, "value_lr": value_lr}
-    settings |= {f"mixture.{name}": weight for name, weight in stage.mixture.items()}
+    settings |= {f"mixture.{name}": stage.mixture.get(name, 0.0) for name in stage.sources}
     return settings
 
 

@@ -19,6 +19,7 @@ from launcher.recipe.hf_config import family_of
 from launcher.recipe.hf_layout import misfits
 from launcher.recipe.lines import Path as KeyPath
 from launcher.recipe.lines import key_lines, line_of
+from launcher.recipe.mixture import name_problems
 from launcher.recipe.model import Model
 from launcher.recipe.origin import OriginError, fill_in
 from launcher.recipe.parallel import Parallel, multiple_of
@@ -28,6 +29,7 @@ from launcher.recipe.run import Checkpoint, Report, Run
 from launcher.recipe.stage import PARTS, Stage
 from launcher.recipe.watch import Watch
 from shards.errors import SpecError
+from shards.mixing import covers
 from shards.spec import TEMPLATES, Build, Data, Source, Tokenizer
 from shards.spec import check as check_build
 
@@ -176,21 +178,11 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
         if not recipe.model.problems():
             problems += stage.position_problems(recipe.model)
         problems += descent.problems(recipe.stage, i)
-        found += [(("stage", i, *key.split(".")), f'stage "{stage.name}": {key}: {message}') for key, message in problems]
+        found += [(("stage", i, *_path(key)), f'stage "{stage.name}": {key}: {message}') for key, message in problems]
         if stage.name in names:
             found.append((("stage", i, "name"), f'two stages are named "{stage.name}"; give each its own name'))
         names.add(stage.name)
-        for source in stage.mixture:
-            place = ("stage", i, "mixture", source)
-            if source not in kinds:
-                close = difflib.get_close_matches(source, kinds, 1)
-                hint = f' (did you mean "{close[0]}"?)' if close else f" (there are: {', '.join(kinds) or 'none'})"
-                found.append((place, f'stage "{stage.name}": mixture names a source "{source}" that [[data.source]] lacks{hint}'))
-            elif kinds[source] not in stage.data_kinds:
-                reads = " and ".join(stage.data_kinds)
-                found.append(
-                    (place, f'stage "{stage.name}": {stage.objective} reads {reads} sources, "{source}" is {kinds[source]}')
-                )
+        found += [(("stage", i, *path), f'stage "{stage.name}": {message}') for path, message in name_problems(stage, kinds)]
     seen: set[str] = set()
     for i, each in enumerate(recipe.data.source):
         if each.name in seen:
@@ -201,6 +193,10 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     if len(seen) == len(recipe.data.source):
         found += _data_problem(recipe)
     return found or _world_problem(recipe)
+
+
+def _path(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
 def _made_problems(recipe: Recipe, source: Source) -> list[str]:
@@ -214,7 +210,7 @@ def _made_problems(recipe: Recipe, source: Source) -> list[str]:
     if parts.get(source.part or "") != source.kind:
         made = ", ".join(f'"{part}" of kind "{kind}"' for part, kind in parts.items())
         return [f'{where}: {recipe.stage[maker].objective} makes {made}, not "{source.part}" of kind "{source.kind}"']
-    early = [stage.name for stage in recipe.stage[: maker + 1] if source.name in stage.mixture]
+    early = [stage.name for stage in recipe.stage[: maker + 1] if any(covers(source.name, name) for name in stage.sources)]
     return [f'{where}: stage "{name}" reads it before stage "{source.stage}" makes it' for name in early]
 
 
@@ -276,6 +272,9 @@ def warnings(recipe: Recipe) -> list[str]:
             found.append(f'stage "{stage.name}": lr {stage.lr:g} is more than a tenth of the pretraining rate {base:g}')
     if recipe.tokenizer.path is None and not 32_000 <= recipe.tokenizer.vocab <= 100_000:
         found.append(f"a vocabulary of {recipe.tokenizer.vocab:,} ids is outside the usual 32k to 100k")
+    if not 8_192 <= recipe.data.frame_tokens <= 65_536:
+        cost = "smaller ones take more room, larger ones more time to read from"
+        found.append(f"[data] frame_tokens is {recipe.data.frame_tokens:,}, outside 8,192 to 65,536: {cost}")
     fewest, most = recipe.cluster.fewest_nodes, recipe.cluster.most_nodes
     if recipe.nodes_multiple > 1 and fewest < most:
         sizes = [str(n) for n in range(recipe.fewest_nodes, most + 1, recipe.nodes_multiple)]

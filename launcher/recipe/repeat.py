@@ -76,6 +76,12 @@ def _named(stage: Stage, names: Names) -> Stage:
         stage,
         name=names.get(stage.name, stage.name),
         base=None if stage.base is None else names.get(stage.base, stage.base),
-        mixture={names.get(name, name): weight for name, weight in stage.mixture.items()},
+        mixture=_mixture(stage.mixture, names),
+        max_epochs=_mixture(stage.max_epochs, names),
+        anneal=tuple(msgspec.structs.replace(each, mixture=_mixture(each.mixture, names)) for each in stage.anneal),
         policy=policy,
     )
+
+
+def _mixture(mixture: dict[str, float], names: Names) -> dict[str, float]:
+    return {names.get(name, name): value for name, value in mixture.items()}

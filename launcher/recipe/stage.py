@@ -8,8 +8,13 @@ from typing import Literal
 
 import msgspec
 
+from launcher.recipe import mixture as mixtures
+from launcher.recipe.mixture import Anneal
 from launcher.recipe.model import Model, Rope
 from launcher.recipe.policy import Policy
+from shards.mixing import Mixing, MixtureBy
+
+ObjectiveKind = Literal["text", "sft", "preference", "scored", "prompt"]
 
 OBJECTIVE_DATA = {
     "pretrain": ("text",),
@@ -55,7 +60,15 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Samples of one optimizer step over all ranks; the same at any number of ranks. Where a policy learns from its own
     responses, these."""
     mixture: dict[str, float]
-    """Weight of each source by its name; need not sum to 1."""
+    """Weight of each source by its name; need not sum to 1. `NAME.LABEL` is one part of a source that is split by label."""
+    mixture_by: MixtureBy = "weight"
+    """`tokens`: the weights are factors on what sources have for their tokens."""
+    mixture_temperature: float = 1.0
+    """By tokens, the share of a source is its tokens to the power of 1 / this."""
+    max_epochs: dict[str, float] = {}
+    """Times that a source is read at the most; used up, it leaves its place to the others."""
+    anneal: tuple[Anneal, ...] = ()
+    """Mixtures to come."""
     base: str | None = msgspec.field(default=None, name="from")
     """Earlier stage whose product this one begins with; the one before it, past reward models, where it is left out."""
     policy: Policy | None = None
@@ -133,6 +146,31 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def positions_restarted(self) -> bool:
         return self.documents_masked if self.restart_positions is None else self.restart_positions
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All names that its mixtures read by, those to come included."""
+        return tuple(dict.fromkeys([*self.mixture, *(name for each in self.anneal for name in each.mixture)]))
+
+    @property
+    def mixing(self) -> Mixing:
+        """How its mixtures are taken."""
+        return Mixing(self.mixture_by, self.mixture_temperature, self.max_epochs)
+
+    @property
+    def schedule(self) -> list[tuple[int, dict[str, float]]]:
+        """Its mixtures to come, by the position of its samples' order from which they hold."""
+        return [(self.position_after(each.step(self.steps)), each.mixture) for each in self.anneal]
+
+    def position_after(self, steps: int) -> int:
+        """Samples that so many steps take; of prompts that responses are drawn to, whole rollouts."""
+        return -(-steps // self.updates_drawn) * self.prompts_drawn if self.draws else steps * self.global_batch
+
+    @property
+    def feed_kind(self) -> ObjectiveKind:
+        """What of its sources it reads."""
+        kinds: dict[str, ObjectiveKind] = {"pretrain": "text", "sft": "sft", "reward": "scored", "dpo": "preference"}
+        return kinds.get(self.objective, "prompt")
 
     @property
     def data_kinds(self) -> tuple[str, ...]:
@@ -216,8 +254,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 found.append(("label_smoothing", 'is for dpo_loss "sigmoid" (drop it, or use that loss)'))
         if not all(0 <= b < 1 for b in self.betas):
             found.append(("betas", "must each lie between 0 and 1"))
-        if not all(0 <= w < math.inf for w in self.mixture.values()) or not sum(self.mixture.values()) > 0:
-            found.append(("mixture", "needs at least one source with a weight above 0, and none below"))
+        found += mixtures.problems(self)
         if not 0 < self.position_factor < math.inf:
             found.append(("position_factor", "must be greater than 0 and finite"))
         if self.reference_cached and not (self.objective == "dpo" and self.needs_reference):

@@ -89,6 +89,14 @@ BAD: list[tuple[str, str, str, str, str]] = [
     ("warm-up longer than its stage", "lr = 1e-5", "warmup = 9", "warmup", "use 0 to 5"),
     ("unknown source", "{ ask = 1.0 }", "{ aks = 1.0 }", "aks", 'did you mean "ask"'),
     ("wrong kind of source", "{ ask = 1.0 }", "{ text = 2.0 }", "text = 2.0", "sft reads sft sources"),
+    ("a part of no source", "{ ask = 1.0 }", '{ "aks.en" = 1.0 }', "aks.en", "lacks"),
+    ("a source and a part of it", "{ ask = 1.0 }", '{ ask = 1.0, "ask.en" = 1.0 }', "ask.en", 'part of "ask"'),
+    ("a temperature without tokens", "lr = 1e-5", "mixture_temperature = 3.0", "mixture_temperature", 'mixture_by = "tokens"'),
+    ("no epochs at all", "lr = 1e-5", "max_epochs = { ask = 0 }", "max_epochs", "greater than 0"),
+    ("epochs of a source that is not read", "lr = 1e-5", "max_epochs = { text = 2 }", "max_epochs", "the mixture does not"),
+    ("a mixture after the end", "lr = 1e-5", "anneal = [{ at = 5, mixture = { ask = 1.0 } }]", "at = 5", "use 1 to 4 steps"),
+    ("a mixture of nothing to come", "lr = 1e-5", "anneal = [{ at = 0.5, mixture = { ask = 0 } }]", "ask = 0", "above 0"),
+    ("an unknown source to come", "lr = 1e-5", "anneal = [{ at = 0.5, mixture = { aks = 1 } }]", "aks = 1", 'did you mean "ask"'),
     ("two stages of a name", 'name = "sft"', 'name = "pretrain"', "", "two stages are named"),
     ("two sources of a name", 'name = "ask"', 'name = "text"', "", "same name"),
     ("a source that needs a path", 'origin = "stdlib-sft"', 'origin = "jsonl"', "", "needs a path"),
@@ -111,6 +119,26 @@ BAD: list[tuple[str, str, str, str, str]] = [
     ("key given twice", "layers = 2", "layers = 2\nlayers = 2", "", "not valid TOML"),
     ("section where a table of another kind stands", "[model]\nlayers = 2\nwidth = 64\nheads = 4", "", "", "'model' is missing"),
 ]
+
+
+def test_mixtures_to_come_and_parts_of_a_source_read_back_as_they_were() -> None:
+    text = GOOD.replace(
+        "{ ask = 1.0 }",
+        '{ "ask.en" = 1.0, "ask.de" = 0.5 }\nmixture_by = "tokens"\nmixture_temperature = 2\nmax_epochs = { "ask.de" = 2.5 }\n'
+        'anneal = [{ at = 0.5, mixture = { ask = 1 } }, { at = 4, mixture = { "ask.fr" = 1 } }]',
+    )
+    recipe = parse_recipe(text)
+    stage = recipe.stage[1]
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+    assert stage.sources == ("ask.en", "ask.de", "ask", "ask.fr") and stage.mixing.max_epochs == {"ask.de": 2.5}
+    assert stage.schedule == [(2 * stage.global_batch, {"ask": 1.0}), (4 * stage.global_batch, {"ask.fr": 1.0})]
+    assert stage_settings(recipe, stage)["mixture.ask.fr"] == 0.0
+
+
+def test_frames_of_an_unusual_size_are_warned_of() -> None:
+    told = warnings(parse_recipe(GOOD.replace("[model]", "[data]\nframe_tokens = 1024\n[model]", 1)))
+    assert any("frame_tokens is 1,024" in each and "8,192 to 65,536" in each for each in told)
+    assert not any("frame_tokens" in each for each in warnings(parse_recipe(GOOD)))
 
 
 @pytest.mark.parametrize(("old", "new", "place", "says"), [c[1:] for c in BAD], ids=[c[0] for c in BAD])

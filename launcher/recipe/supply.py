@@ -1,0 +1,32 @@
+"""Whether what was built lasts for what the stages are to read, where `max_epochs` limits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.recipe.load import Recipe
+from shards.mixing import covers
+
+
+def shortages(recipe: Recipe, data: Path) -> list[str]:
+    """What runs out, a line each, with the way out. Of sources that stages make nothing is known yet.
+
+    Reads manifests, and makes plans for packing that are not there; raises ShardError.
+    """
+    from shards.feed import Feed
+
+    made = [source.name for source in recipe.data.source if source.origin == "stage"]
+    found = []
+    for index, stage in enumerate(recipe.stage):
+        if not stage.max_epochs or any(covers(source, name) for source in made for name in stage.sources):
+            continue
+        seed, schedule = recipe.run.seed + index, stage.schedule
+        feed = Feed(data, "train", stage.feed_kind, stage.context, stage.mixture, seed, mixing=stage.mixing, schedule=schedule)
+        end, wanted = feed.order.end, stage.position_after(stage.steps)
+        if end is not None and end < wanted:
+            lasts = max(step for step in range(stage.steps) if stage.position_after(step) <= end)
+            found.append(
+                f'stage "{stage.name}": all its sources are used up after {end:,} samples, and {stage.steps} steps take {wanted:,}'
+                f" (raise max_epochs, use at most {lasts} steps, or mix in a source without a limit)"
+            )
+    return found
