@@ -18,6 +18,7 @@ class Document:
     parts: tuple[str, ...]
     roles: tuple[str, ...] = ()  # of a conversation: who says each part, but for the two last ones of a preference
     where: str = ""  # file and line
+    label: str = ""  # what it is, where the source tells: the language of a code file, the language of a book
 
 
 Turns = list[tuple[str, str]]  # (role, content)
