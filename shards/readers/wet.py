@@ -1,0 +1,29 @@
+"""WET files: Common Crawl's own text of each page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shards.readers.base import LONGEST_RECORD, Reading, Record, Rejected, Unit, decoded, shown
+from shards.readers.warc import address, check, records
+from shards.records import Document
+from shards.spec import Source
+
+__all__ = ["SUFFIXES", "check", "read"]
+SUFFIXES = (".wet", ".warc.wet")
+
+
+def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
+    """The texts of a file."""
+    for path in unit.paths:
+        for record in records(path, reading):
+            if isinstance(record, Rejected):
+                yield record
+                continue
+            if record.rec_type != "conversion":
+                continue
+            url = address(path, record)
+            where = f"{path}: {url}"
+            raw = record.content_stream().read(LONGEST_RECORD + 1)
+            text, wrong = decoded(raw) if len(raw) <= LONGEST_RECORD else ("", f"longer than {LONGEST_RECORD >> 20} MiB")
+            yield Rejected(where, wrong, shown(raw)) if wrong else Document(url, (text,), (), where)
