@@ -77,5 +77,6 @@ def need(module: str, what: str) -> ModuleType:
     """A library of the extra `data`. Raises SpecError where it is missing."""
     try:
         return importlib.import_module(module)
-    except ImportError:
-        raise SpecError(f"{what} needs {module.partition('.')[0]} (pip install 'midwatch[data]')") from None
+    except ImportError as error:
+        said = "" if isinstance(error, ModuleNotFoundError) else f": {str(error).splitlines()[0]}"
+        raise SpecError(f"{what} needs {module.partition('.')[0]}{said} (pip install 'midwatch[data]')") from None

@@ -62,8 +62,7 @@ def _of_tree(where: str, fields: Mapping[str, Any], source: Source) -> Iterator[
         for reply in replies if isinstance(replies, list | tuple) else ():
             message = _message(reply)
             if isinstance(message, str):
-                if message != "deleted":
-                    yield Rejected(where, message, shown(msgspec.json.encode(reply)))
+                yield Rejected(where, message, shown(msgspec.json.encode(reply)))
                 continue
             parent.replies.append(message)
             waiting.append((message, reply))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from shards.readers.base import DAMAGED, Reading, Record, Rejected, Unit, need, shown
@@ -28,22 +29,51 @@ def check(source: Source) -> None:
 def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
     """The pages of a file. Records that answer nothing (requests, metadata, the file's own information) are no records of text."""
     for path in unit.paths:
-        for record in records(path, reading):
-            if isinstance(record, Rejected):
-                yield record
-            elif record.rec_type == "response":
-                yield _page(path, record)
+        yield from records(path, reading, "response", _page)
 
 
-def records(path: str, reading: Reading) -> Iterator[Any]:
-    """warcio's records of a file, and a Rejected where it is damaged."""
+class _Eager:
+    """A stream whose reads give what is there: so damage takes away only what comes after it."""
+
+    def __init__(self, file: io.BufferedReader[Any]) -> None:
+        self.read = file.read1
+        self.close = file.close
+
+
+def records(path: str, reading: Reading, kind: str, take: Callable[[str, Any], Record]) -> Iterator[Record]:
+    """What `take` makes of (path, record) for each of warcio's records of a kind, and a Rejected where the file is damaged."""
     iterator = need("warcio.archiveiterator", path)
     damage = (*DAMAGE, need("warcio.exceptions", path).ArchiveLoadFailed, ValueError)
     try:
         with stream(path, reading) as file:
-            yield from iterator.ArchiveIterator(file)
+            for record in _whole(iter(iterator.ArchiveIterator(_Eager(file)))):
+                if record.rec_type == kind:
+                    yield take(path, record)
     except damage as error:
         yield Rejected(path, DAMAGED, shown(str(error)), rest=True)
+
+
+def _whole(iterator: Iterator[Any]) -> Iterator[Any]:
+    """warcio's records; what it makes of headers that are cut off or mangled is told as damage too."""
+    while True:
+        try:
+            record = next(iterator, None)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise EOFError(f"a record's headers are damaged ({error})") from None
+        if record is None:
+            return
+        yield record
+
+
+def content(record: Any, most: int) -> bytes:
+    """A record's content, `most` bytes and one more at the most. Raises EOFError where the file ends within it."""
+    source, parts, left = record.content_stream(), [], most + 1
+    while left and (part := source.read(left)):
+        parts.append(part)
+        left -= len(part)
+    if left and getattr(record.raw_stream, "limit", 0):
+        raise EOFError("it ends within a record")
+    return b"".join(parts)
 
 
 def address(path: str, record: Any) -> str:
@@ -62,7 +92,7 @@ def _page(path: str, record: Any) -> Record:
     kind = told.partition(";")[0].strip().lower()
     if kind and kind not in PAGES:
         return Rejected(where, "not HTML", kind[:200])
-    raw = record.content_stream().read(LONGEST_PAGE + 1)
+    raw = content(record, LONGEST_PAGE)
     if len(raw) > LONGEST_PAGE:
         return Rejected(where, f"longer than {LONGEST_PAGE >> 20} MiB", shown(raw))
     if not kind and not _MARKUP.search(raw, 0, 4096):

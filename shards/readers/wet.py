@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from shards.readers.base import LONGEST_RECORD, Reading, Record, Rejected, Unit, decoded, shown
-from shards.readers.warc import address, check, records
+from shards.readers.warc import address, check, content, records
 from shards.records import Document
 from shards.spec import Source
 
@@ -16,14 +17,12 @@ SUFFIXES = (".wet", ".warc.wet")
 def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
     """The texts of a file."""
     for path in unit.paths:
-        for record in records(path, reading):
-            if isinstance(record, Rejected):
-                yield record
-                continue
-            if record.rec_type != "conversion":
-                continue
-            url = address(path, record)
-            where = f"{path}: {url}"
-            raw = record.content_stream().read(LONGEST_RECORD + 1)
-            text, wrong = decoded(raw) if len(raw) <= LONGEST_RECORD else ("", f"longer than {LONGEST_RECORD >> 20} MiB")
-            yield Rejected(where, wrong, shown(raw)) if wrong else Document(url, (text,), (), where)
+        yield from records(path, reading, "conversion", _text)
+
+
+def _text(path: str, record: Any) -> Record:
+    url = address(path, record)
+    where = f"{path}: {url}"
+    raw = content(record, LONGEST_RECORD)
+    text, wrong = decoded(raw) if len(raw) <= LONGEST_RECORD else ("", f"longer than {LONGEST_RECORD >> 20} MiB")
+    return Rejected(where, wrong, shown(raw)) if wrong else Document(url, (text,), (), where)
