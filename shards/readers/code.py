@@ -9,7 +9,7 @@ from pathlib import PurePath
 from shards.errors import SpecError
 from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, decoded, shown
 from shards.readers.compressed import DAMAGE, plain_name
-from shards.readers.files import Found, stream
+from shards.readers.files import Found, beneath, stream
 from shards.readers.languages import LANGUAGES, NAMES
 from shards.records import Document
 from shards.spec import Source
@@ -69,8 +69,8 @@ def units(source: Source, found: list[Found]) -> list[Unit]:
     root = source.path.rstrip("/")
     trees: dict[str, list[Found]] = {}
     for each in found:
-        inner = each.path.removeprefix(root).lstrip("/")
-        if "/" in inner and each.path.startswith(root):
+        inner = beneath(each.path, root)
+        if "/" in inner:
             trees.setdefault(inner.partition("/")[0], []).append(each)
     if not trees:
         raise SpecError(
@@ -85,7 +85,7 @@ def units(source: Source, found: list[Found]) -> list[Unit]:
 
 def _order(top: str) -> Callable[[Found], tuple[int, int, str]]:
     def key(found: Found) -> tuple[int, int, str]:
-        inner = found.path.removeprefix(top).lstrip("/")
+        inner = beneath(found.path, top)
         is_readme = PurePath(inner).stem.lower() == "readme"
         return (0 if is_readme and "/" not in inner else 1, min(inner.count("/"), 1), inner)
 
@@ -98,8 +98,7 @@ def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
         yield from _repository(unit, reading)
         return
     (path,) = unit.paths
-    root = (source.path or "").rstrip("/")
-    yield _code(path, path.removeprefix(root).lstrip("/") if path.startswith(root) else PurePath(path).name, reading)
+    yield _code(path, beneath(path, source.path or "") or PurePath(path).name, reading)
 
 
 def _code(path: str, inner: str, reading: Reading) -> Record:
@@ -157,7 +156,7 @@ def _repository(unit: Unit, reading: Reading) -> Iterator[Record]:
     labels: dict[str, int] = {}
     name = PurePath(unit.name).name
     for path in unit.paths:
-        inner = path.removeprefix(unit.name).lstrip("/")
+        inner = beneath(path, unit.name)
         record = _code(path, inner, reading)
         if isinstance(record, Rejected):
             yield record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,12 @@ def _beneath(root: Path) -> Iterator[Path]:
 def stat(file: Path) -> Found:
     told = file.stat()
     return Found(str(file), told.st_size, told.st_mtime_ns)
+
+
+def beneath(path: str, top: str) -> str:
+    """The path within a directory; "" for one that is not in it. A store's own spelling of a URL may have more slashes."""
+    path, top = (re.sub(r"\A([A-Za-z][A-Za-z0-9+.-]*):/+", r"\1:/", each) for each in (path, top.rstrip("/")))
+    return path[len(top) + 1 :] if path.startswith(f"{top}/") else ""
 
 
 class _Counted(io.RawIOBase):

@@ -42,9 +42,9 @@ def find(path: str, where: str, wanted: Callable[[str], bool], endings: str) -> 
         return found
     except SpecError:
         raise
-    except FileNotFoundError:
-        raise SpecError(f"{where}: {path}: not found (correct the URL)") from None
     except Exception as error:  # of libraries that are known only by the URL
+        if _is_missing(error):
+            raise SpecError(f"{where}: {path}: not found (correct the URL)") from None
         raise SpecError(f"{where}: {path}: {_said(error)} (see that it can be reached and read)") from None
 
 
@@ -75,16 +75,20 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
+def _is_missing(error: BaseException) -> bool:
+    """Whether a file is not there. fsspec says so of a web server too that cannot be reached; then the cause has no status."""
+    cause = error.__cause__
+    return isinstance(error, FileNotFoundError) and (cause is None or getattr(cause, "status", 0) in (401, 403, 404, 410))
+
+
 def again(call: Callable[[], Any], sleep: Callable[[float], None] = time.sleep) -> Any:
     """The call's result, tried a few times: what is not found or refused as a question is not tried again."""
     pause = PAUSE
     for left in range(TRIES - 1, -1, -1):
         try:
             return call()
-        except (SpecError, FileNotFoundError, PermissionError):
-            raise
-        except Exception:  # of libraries that are known only by the URL
-            if not left:
+        except Exception as error:  # of libraries that are known only by the URL
+            if not left or isinstance(error, SpecError | PermissionError) or _is_missing(error):
                 raise
             sleep(pause)
             pause *= 2
@@ -106,9 +110,9 @@ class RemoteFile(io.RawIOBase):
     def _try(self, call: Callable[[], Any]) -> Any:
         try:
             return again(call, self._sleep)
-        except (SpecError, FileNotFoundError, PermissionError):
-            raise
         except Exception as error:  # of libraries that are known only by the URL
+            if isinstance(error, SpecError | PermissionError) or _is_missing(error):
+                raise
             raise OSError(f"{self._url}: {_said(error)}, {TRIES} times") from None
 
     def _open(self) -> None:

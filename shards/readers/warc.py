@@ -104,9 +104,8 @@ def _page(path: str, record: Any) -> Record:
 def main_text(html: bytes) -> str:
     """The main text of a page as trafilatura finds it, comments left out; "" if it finds none."""
     # Not `deduplicate`: it remembers earlier pages, and what came out would depend on who read them.
-    from trafilatura import extract
-
+    trafilatura = need("trafilatura", "origin warc")
     try:
-        return extract(html, favor_precision=True, include_comments=False, deduplicate=False) or ""
+        return trafilatura.extract(html, favor_precision=True, include_comments=False, deduplicate=False) or ""
     except (ValueError, RecursionError, AttributeError, UnicodeError):  # of pages that its parser cannot read
         return ""
