@@ -11,11 +11,12 @@ import re
 from typing import NamedTuple
 
 _CODE_TAGS = "nowiki|pre|source|syntaxhighlight|math|chem|ce"
+_CODE_NAMES = frozenset(_CODE_TAGS.split("|"))
 _DROPPED_TAGS = (
     "ref|references|gallery|timeline|imagemap|score|table|templatestyles|graph|mapframe|maplink|hiero|categorytree|inputbox"
 )
-_TAG = re.compile(rf"<(/?)({_DROPPED_TAGS}|{_CODE_TAGS})\b([^<>]*?)(/?)>|(<!--)|(-->)", re.IGNORECASE)
-_BRACES = re.compile(r"\{\{|\}\}|^[ \t:]*\{\||^[ \t]*\|\}(?!\})", re.MULTILINE)
+_TAG = re.compile(rf"<(?:(/?)((?i:{_DROPPED_TAGS}|{_CODE_TAGS}))\b([^<>]*?)(/?)>|(!--))|(-->)")
+_BRACES = re.compile(r"\{\{|\}\}|\{\||\|\}(?!\})")
 _BRACKETS = re.compile(r"\[\[|\]\]")
 _OUTER_LINK = re.compile(r"\[(?:https?:|ftp:|mailto:|irc:)?//[^\s\]\[<>]*[ \t]*([^\]\[\n]*)\]|\[mailto:[^\s\]]*[ \t]*([^\]\n]*)\]")
 _QUOTES = re.compile(r"'{2,5}")
@@ -28,7 +29,7 @@ _MAGIC = re.compile(r"__[A-Z]{3,25}__")
 _CONVERSION = re.compile(r"-\{(?:[^{}|]*\|)?(?:zh(?:-\w+)?:)?([^{}:;]*)[^{}]*\}-")
 _EMPTY_BRACKETS = re.compile(r"[ \t]?\((?:[ \t]*[,;:·–/]?[ \t]*)*\)")
 _OPEN_COMMA = re.compile(r"\([ \t]*[,;][ \t]*")
-_SPACES = re.compile(r"[ \t\u00a0]+")
+_SPACES = re.compile(r" {2,}")
 _BLANKS = re.compile(r"\n{3,}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z]{2,10}){0,2}\Z")
 _PROJECTS = frozenset(("wikt", "wiktionary", "commons", "s", "q", "b", "n", "v", "d", "m", "meta", "species", "voy", "wikisource"))
@@ -62,7 +63,7 @@ def plain(text: str, spaces: Namespaces = ENGLISH) -> str:
     text = html.unescape(text)
     text = _OPEN_COMMA.sub("(", _EMPTY_BRACKETS.sub("", text))
     text = _HEADING.sub(_heading, text)
-    text = "\n".join(line.strip() for line in _SPACES.sub(" ", text).split("\n"))
+    text = "\n".join(line.strip() for line in _SPACES.sub(" ", text.replace("\t", " ").replace("\u00a0", " ")).split("\n"))
     text = _BLANKS.sub("\n\n", _without_empty_sections(text)).strip()
     return _KEPT.sub(lambda found: kept[int(found[1])], text).strip("\n")
 
@@ -88,7 +89,7 @@ def _tags(text: str, kept: list[str]) -> str:
         if opened is not None:
             if closes and name == opened[0]:
                 held = text[opened[2] : tag.start()]
-                if re.fullmatch(_CODE_TAGS, name):
+                if name in _CODE_NAMES:
                     kept.append(_code(name, held))
                     out.append(_SENTINEL.format(len(kept) - 1))
                 opened, at = None, tag.end()
@@ -119,7 +120,9 @@ def _braces(text: str) -> str:
     stack: list[tuple[bool, int]] = []  # whether it is a table, where it begins
     spans: list[tuple[int, int]] = []
     for found in _BRACES.finditer(text):
-        token = found[0].strip(" \t:")
+        token = found[0]
+        if token in ("{|", "|}") and not _begins_line(text, found.start()):
+            continue
         if token in ("{{", "{|"):
             stack.append((token == "{|", found.start()))
             continue
@@ -141,6 +144,12 @@ def _braces(text: str) -> str:
         at = end
     out.append(text[at:])
     return "".join(out)
+
+
+def _begins_line(text: str, at: int) -> bool:
+    while at > 0 and text[at - 1] in " \t:":
+        at -= 1
+    return at == 0 or text[at - 1] == "\n"
 
 
 def _links(text: str, spaces: Namespaces) -> str:
