@@ -49,6 +49,11 @@ from shards.writing import PROGRESS, Progress, SplitWriter
 BATCH_CHARACTERS = 1 << 19  # of documents sent to a worker at once; decides where a limited source stops reading
 BATCH_DOCUMENTS = 2048
 MARKER = "build.json"
+FIRST_KEYS = {
+    "name", "kind", "origin", "path", "text_field", "prompt_field", "response_field", "chosen_field", "rejected_field",
+    "max_documents", "max_tokens",
+}  # fmt: skip
+"""A source's keys in the first release; see build_key."""
 
 
 class Marker(msgspec.Struct, frozen=True):
@@ -70,17 +75,9 @@ def build_key(build: Build) -> str:
         del plain["data"][key]
     if build.data.clean is None:
         del plain["data"]["clean"]
+    late = [(field.name, field.default) for field in msgspec.structs.fields(Source) if field.name not in FIRST_KEYS]
     for table, key, default in [(plain["tokenizer"], "template", DEFAULT.name)] + [
-        (source, key, default)
-        for source in plain["data"]["source"]
-        for key, default in (
-            ("messages_field", "messages"),
-            ("stage", None),
-            ("part", None),
-            ("split_by", None),
-            ("lengths", [8192, 32_768, 131_072]),
-            ("broken_files", 0.05),
-        )
+        (source, key, msgspec.to_builtins(default)) for source in plain["data"]["source"] for key, default in late
     ]:
         if table[key] == default:
             del table[key]

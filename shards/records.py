@@ -20,6 +20,7 @@ class Document:
     parts: tuple[str, ...]
     roles: tuple[str, ...] = ()  # of a conversation: who says each part, but for the two last ones of a preference
     where: str = ""  # file and line
+    label: str = ""  # what it is, where the source tells: the language of a code file, the language of a book
 
     def hashed(self, seed: int) -> int:
         """64 bits of the key, by which it is held out or not."""

@@ -13,7 +13,11 @@ from shards.judging.settings import Contamination, Language, Perplexity, Pii, Qu
 from shards.rules.settings import C4, FineWeb, GopherQuality, GopherRepetition, UniqueWords
 
 Kind = Literal["text", "sft", "preference"]
-Origin = Literal["stdlib-code", "stdlib-docs", "stdlib-topics", "stdlib-sft", "stdlib-preference", "jsonl", "text", "stage"]
+Origin = Literal[
+    "stdlib-code", "stdlib-docs", "stdlib-topics", "stdlib-sft", "stdlib-preference", "jsonl", "text", "stage",
+    "parquet", "code", "warc", "wet", "wikipedia", "stackexchange", "latex", "gutenberg",
+]  # fmt: skip
+Layout = Literal["auto", "plain", "messages", "alpaca", "sharegpt", "dolly", "oasst", "lima", "flan", "hh"]
 
 STDLIB_KINDS: dict[str, Kind] = {
     "stdlib-code": "text",
@@ -22,6 +26,25 @@ STDLIB_KINDS: dict[str, Kind] = {
     "stdlib-sft": "sft",
     "stdlib-preference": "preference",
 }
+RECORDS = ("jsonl", "parquet")
+"""Origins of records with fields, which can be of every kind."""
+KINDS: dict[str, tuple[Kind, ...]] = {
+    **dict.fromkeys((*RECORDS, "stackexchange", "stage"), ("text", "sft", "preference")),
+    **dict.fromkeys(("text", "code", "warc", "wet", "wikipedia", "latex", "gutenberg"), ("text",)),
+}
+LAYOUT_KINDS: dict[str, tuple[Kind, ...]] = {
+    **dict.fromkeys(("auto", "plain"), ("text", "sft", "preference")),
+    **dict.fromkeys(("messages", "alpaca", "sharegpt", "dolly", "lima", "flan"), ("sft",)),
+    "oasst": ("sft", "preference"),
+    "hh": ("preference",),
+}
+FITTING: dict[str, tuple[str, ...]] = {
+    "layout": RECORDS,
+    "suffixes": ("jsonl", "text", "parquet", "code", "warc", "wet", "wikipedia", "stackexchange", "gutenberg"),
+    "repository": ("code",),
+    "score_margin": ("stackexchange",),
+}
+"""Keys that only these origins have."""
 TEMPLATES = ("midwatch", "llama2", "llama3", "chatml", "zephyr", "own")
 """Chat templates that have a name; any other is a Jinja file's path."""
 SMALLEST_VOCAB = 320  # 8 reserved ids, 256 bytes, the newline, and room for an alphabet
@@ -35,8 +58,8 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     origin: Origin
     stage: str | None = None  # stage: the run's stage that makes it
     part: str | None = None  # stage: which of the things that it makes
-    path: str | None = None  # jsonl, text: a file, a directory or a glob; .jsonl, .txt, .md, each also .gz or .zst
-    text_field: str = "text"  # jsonl: the field that holds a document
+    path: str | None = None  # a file, a directory, a glob, or a URL of these; files also .gz, .zst, .bz2 or .xz
+    text_field: str = "text"  # jsonl, parquet: the field that holds a document
     prompt_field: str = "prompt"
     response_field: str = "response"
     chosen_field: str = "chosen"
@@ -46,7 +69,11 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_tokens: int | None = None  # tokens, held-out ones included
     split_by: Literal["language", "quality", "length"] | None = None  # clean: a source of its own for each, NAME.LABEL
     lengths: tuple[int, ...] = (8192, 32_768, 131_072)  # split_by "length": tokens up to which each part's documents go
-    broken_files: float = 0.05  # clean: share of its files that may be damaged before the build stops
+    layout: Layout = "auto"  # jsonl, parquet: how instruction data is laid out; auto: told from a file's first record
+    suffixes: tuple[str, ...] = ()  # endings of the files read in a directory, such as ".py"; (): the origin's own
+    repository: bool = False  # code: each directory directly beneath the path is one document
+    score_margin: int = 2  # stackexchange, preference: by how many votes the chosen answer is ahead, at least
+    broken_files: float = 0.05  # share of the files that may be broken, 0 to 1; the build stops at more
 
 
 class Tokenizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -179,9 +206,10 @@ def _check_source(source: Source, where: str) -> None:
         if source.stage is None or source.part is None or source.path is not None:
             raise SpecError(f"{where}: origin stage needs the stage's name as stage and what it makes as part, and no path")
     elif source.path is None:
-        raise SpecError(f"{where}: origin {source.origin} needs a path (a file, a directory or a glob)")
-    if source.origin == "text" and source.kind != "text":
-        raise SpecError(f'{where}: origin text is of kind "text" (use jsonl for {source.kind})')
+        raise SpecError(f"{where}: origin {source.origin} needs a path (a file, a directory, a glob or a URL)")
+    if source.origin in KINDS and source.kind not in KINDS[source.origin]:
+        raise SpecError(f'{where}: origin {source.origin} is of kind "text" (use jsonl or parquet for {source.kind})')
+    _check_fitting(source, where)
     if source.origin != "stage" and (source.stage is not None or source.part is not None):
         raise SpecError(f"{where}: stage and part are for origin stage (drop them)")
     if list(source.lengths) != sorted(set(source.lengths)) or not source.lengths or source.lengths[0] < 1:
@@ -189,3 +217,20 @@ def _check_source(source: Source, where: str) -> None:
     for limit in (source.max_documents, source.max_tokens):
         if limit is not None and limit < 1:
             raise SpecError(f"{where}: max_documents and max_tokens are at least 1 (or left out)")
+
+
+def _check_fitting(source: Source, where: str) -> None:
+    defaults = {field.name: field.default for field in msgspec.structs.fields(Source)}
+    for key, origins in FITTING.items():
+        if getattr(source, key) != defaults[key] and source.origin not in origins:
+            raise SpecError(f"{where}: {key} is for origin {', '.join(origins)} (drop it)")
+    kinds = LAYOUT_KINDS[source.layout]
+    if source.kind not in kinds:
+        raise SpecError(f'{where}: layout "{source.layout}" is of kind {" or ".join(kinds)}, not {source.kind}')
+    for suffix in source.suffixes:
+        if not suffix.strip("."):
+            raise SpecError(f'{where}: suffixes holds "{suffix}" (use endings of names, such as ".py")')
+    if source.score_margin < 1:
+        raise SpecError(f"{where}: score_margin is {source.score_margin} (use at least 1)")
+    if not (math.isfinite(source.broken_files) and 0 <= source.broken_files <= 1):
+        raise SpecError(f"{where}: broken_files is {source.broken_files} (use a share from 0 to 1, such as 0.05)")

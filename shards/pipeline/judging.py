@@ -179,13 +179,13 @@ def _pii(settings: Any) -> Judge:
 
 
 def _toxicity(settings: Any) -> Judge:
-    from shards.judging.toxicity import Detector
+    from shards.judging.toxicity import Meter
 
-    detector = Detector(settings)
+    meter = Meter(settings)
 
     def toxic(documents: Sequence[Stored], funnel: Funnel) -> list[Verdict]:
-        reasons = detector.judge([_text(document) for document in documents])
-        return list(zip(documents, reasons, strict=True))
+        measured = meter.measure([_text(document) for document in documents]) if documents else []
+        return [(document, meter.judge(each)) for document, each in zip(documents, measured, strict=True)]
 
     return toxic
 

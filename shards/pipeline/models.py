@@ -14,7 +14,7 @@ from shards.container import sync_directory
 from shards.errors import SpecError
 from shards.pipeline.work import Work
 from shards.records import Document
-from shards.sources import Reading, read_unit, units
+from shards.sources import read_unit, units
 from shards.spec import Clean, Origin, Source
 
 PERPLEXITY, QUALITY, CONTAMINATION = "perplexity.arpa", "quality.model", "contamination.index"
@@ -49,7 +49,7 @@ def as_source(purpose: str, path: str) -> Source:
 def _texts(purpose: str, path: str) -> Iterator[str]:
     source = as_source(purpose, path)
     for unit in units(source):
-        for record in read_unit(source, unit, Reading()):
+        for record in read_unit(source, unit):
             if isinstance(record, Document):
                 yield record.parts[0]
 

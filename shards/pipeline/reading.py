@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from shards.container import write_atomically
-from shards.errors import ShardError
 from shards.pipeline.store import ChunkWriter, size_of, stored
 from shards.pipeline.work import Name, ReadUnit, Work
 from shards.records import Document
-from shards.sources import Reading, Rejected, Unit, documents, is_held_out, read_unit, units
-from shards.spec import Source
+from shards.sources import Rejected, broken, is_held_out, read_unit
 
 CHUNK_DOCUMENTS = 16_384
 
 Task = tuple[int, int]  # source, unit
-
-
-def all_units(source: Source) -> list[Unit | None]:
-    """A source's units; of what has no path one, without a name."""
-    return [None] if source.path is None else list(units(source))
 
 
 class Read:
@@ -33,34 +26,26 @@ class Read:
     about = "reading"
 
     def tasks(self, work: Work) -> list[Task]:
-        return [(number, unit) for number, source in enumerate(work.sources) for unit in range(len(all_units(source)))]
+        return [(number, unit) for number, units in enumerate(work.inputs) for unit in range(len(units))]
 
     def weight(self, work: Work, task: Task) -> int:
         """Bytes of the unit's files."""
-        unit = all_units(work.sources[task[0]])[task[1]]
-        return unit.size if unit is not None else 1
+        return max(1, work.inputs[task[0]][task[1]].size)
 
     def output(self, work: Work, task: Task) -> Path:
         return work.path(self.name, f"{task[0]:03d}-{task[1]:06d}", ".json")
 
     def do(self, work: Work, task: Task) -> None:
         number, place = task
-        source = work.sources[number]
-        unit = all_units(source)[place]
         read = _Reader(work, number, place)
-        for record in _records(work, source, unit):
+        unit = work.inputs[number][place]
+        for record in read_unit(work.sources[number], unit, held_out=partial(_held_out, work)):
             read.take(record)
         write_atomically(self.output(work, task), msgspec.json.encode(read.close()))
 
 
-def _records(work: Work, source: Source, unit: Unit | None) -> Iterator[Document | Rejected]:
-    if unit is not None:
-        return read_unit(source, unit, Reading())
-
-    def held_out(key: str) -> bool:
-        return is_held_out(key, work.build.data.held_out, work.build.seed)
-
-    return documents(source, Reading(), held_out, lambda key: True)
+def _held_out(work: Work, key: str) -> bool:
+    return is_held_out(key, work.build.data.held_out, work.build.seed)
 
 
 class _Reader:
@@ -71,7 +56,7 @@ class _Reader:
         self._place = source, unit
         self._chunks: list[tuple[int, int]] = []
         self._rejected: dict[str, int] = {}
-        self._broken = ""
+        self._broken: dict[str, None] = {}
         self._writer: ChunkWriter | None = None
         self._aside = work.path("read", f"{source:03d}-{unit:06d}", ".rejected.jsonl")
         self._temporary = self._aside.with_name(f"{self._aside.name}.{os.getpid()}.tmp")
@@ -86,7 +71,7 @@ class _Reader:
                 record = Rejected(record.where, "half a surrogate pair", "")
         self._rejected[record.reason] = self._rejected.get(record.reason, 0) + 1
         if record.rest:
-            self._broken = f"{record.where}: {record.reason}: {record.record}"
+            self._broken[record.where] = None
         self._file.write(msgspec.json.encode(record) + b"\n")
 
     def _add(self, document: Document, size: int) -> None:
@@ -106,17 +91,11 @@ class _Reader:
         self._end_chunk()
         self._file.close()
         os.replace(self._temporary, self._aside)
-        return ReadUnit(self._chunks, self._rejected, self._broken)
+        return ReadUnit(self._chunks, self._rejected, list(self._broken))
 
 
 def refuse_broken(work: Work) -> None:
-    """Raises ShardError where more of a source's units are broken than it allows."""
+    """Raises ShardError where more of a source's files are broken than it allows."""
     for number, source in enumerate(work.sources):
-        read = [unit for of, _, unit in work.units if of == number]
-        broken = [unit.broken for unit in read if unit.broken]
-        if len(broken) > source.broken_files * len(read):
-            more = f", and {len(broken) - 3} more" if len(broken) > 3 else ""
-            raise ShardError(
-                f'source "{source.name}": {len(broken)} of {len(read)} files are broken, more than broken_files ='
-                f" {source.broken_files} allows: {'; '.join(broken[:3])}{more} (mend them, or allow more)"
-            )
+        names = [name for of, _, unit in work.units if of == number for name in unit.broken]
+        broken(source, names, sum(max(1, len(unit.paths)) for unit in work.inputs[number]))

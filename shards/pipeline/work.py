@@ -21,7 +21,7 @@ from shards.container import write_atomically
 from shards.errors import ShardError
 from shards.pipeline.funnel import Funnel, together
 from shards.pipeline.store import Chunk
-from shards.sources import fingerprint
+from shards.sources import Unit, fingerprint, units
 from shards.spec import Build, Clean, Source
 
 DIRECTORY = "work"
@@ -47,7 +47,7 @@ class ReadUnit(msgspec.Struct, frozen=True):
 
     chunks: list[tuple[int, int]]  # documents and bytes of text of each
     rejected: dict[str, int]  # records left out, by reason
-    broken: str = ""  # what is wrong with a file of it, where the rest of it was lost
+    broken: list[str] = []  # its files of which the rest was lost
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -76,6 +76,11 @@ class Work:
     def clean(self) -> Clean:
         assert self.build.data.clean is not None
         return self.build.data.clean
+
+    @cached_property
+    def inputs(self) -> list[list[Unit]]:
+        """The units of each source."""
+        return [units(source) for source in self.sources]
 
     def path(self, step: str, name: object, end: str) -> Path:
         """A task's file."""

@@ -146,7 +146,7 @@ def test_sources_from_directories_globs_and_compressed_files(tmp_path: Path, mak
     (tmp_path / "in/deep/bad.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "in/empty.txt").write_bytes(b"")
     sources = (
-        Source(name="lines", kind="text", origin="jsonl", path=str(tmp_path / "in")),
+        Source(name="lines", kind="text", origin="jsonl", path=str(tmp_path / "in"), broken_files=0.25),
         Source(name="files", kind="text", origin="text", path=str(tmp_path / "in/**/*.*t*")),
         Source(name="one", kind="text", origin="text", path=str(tmp_path / "in/note.md")),
     )
@@ -154,7 +154,7 @@ def test_sources_from_directories_globs_and_compressed_files(tmp_path: Path, mak
     read = set(texts(out, "lines"))
     assert {record["text"] for record in documents(30)} <= read
     assert manifest.load(out / "lines/train").rejected == {"damaged file, read up to there": 1}
-    assert manifest.load(out / "files/train").rejected == {"not UTF-8": 1}
+    assert manifest.load(out / "files/train").rejected == {"not UTF-8 but UTF-16 (convert it with iconv)": 1}
     assert texts(out, "one") == ["# A note\n\nOf a few words.\n"]
 
 

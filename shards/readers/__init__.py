@@ -1,0 +1,1 @@
+"""Readers: one module for each kind of source, from stored bytes to documents. `shards.sources` is their front."""

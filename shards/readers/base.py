@@ -1,0 +1,82 @@
+"""What all readers share: the unit that is read as one, how far it was read, and what is rejected."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+from shards.errors import SpecError
+from shards.records import Document
+
+LONGEST_RECORD = 64 << 20  # bytes of one line, and of one file's document
+KEPT_ASIDE = 4096  # characters of a broken record that are kept
+DAMAGED = "damaged file, read up to there"
+SPECIAL = re.compile(r"[*?\[]")  # what makes a path a glob
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A record that is no document."""
+
+    where: str  # file and line
+    reason: str
+    record: str  # its beginning
+    rest: bool = False  # the rest of the file is lost with it, or all of it: the file is broken
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is read as one, by one process: mostly a file; or a repository, a paper, a dump."""
+
+    name: str  # for people: the path, or the directory
+    size: int  # bytes as stored; 0 where that is not known
+    paths: tuple[str, ...]  # local paths or URLs
+
+
+@dataclass
+class Reading:
+    """How far a source was read; readers move `done`."""
+
+    unit: str = "bytes"
+    total: int = 0
+    done: int = 0
+    paths: list[Path] = field(default_factory=list)
+
+
+Record = Document | Rejected
+
+
+def shown(raw: bytes | str) -> str:
+    """The beginning of a broken record, as text that every file can hold."""
+    if isinstance(raw, str):
+        return raw[:KEPT_ASIDE].encode("utf-8", errors="backslashreplace").decode()
+    return raw[:KEPT_ASIDE].decode("utf-8", errors="backslashreplace")
+
+
+def decoded(raw: bytes) -> tuple[str, str]:
+    """(text, "") of UTF-8 with or without a mark, or ("", why not)."""
+    try:
+        return raw.decode("utf-8-sig"), ""
+    except UnicodeDecodeError:
+        return "", not_utf8(raw)
+
+
+def not_utf8(raw: bytes) -> str:
+    """What to call bytes that are not UTF-8. UTF-16 and UTF-32 are known by their marks."""
+    if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "not UTF-8 but UTF-32 (convert it with iconv)"
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "not UTF-8 but UTF-16 (convert it with iconv)"
+    return "not UTF-8"
+
+
+def need(module: str, what: str) -> ModuleType:
+    """A library of the extra `data`. Raises SpecError where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        said = "" if isinstance(error, ModuleNotFoundError) else f": {str(error).splitlines()[0]}"
+        raise SpecError(f"{what} needs {module.partition('.')[0]}{said} (pip install 'midwatch[data]')") from None

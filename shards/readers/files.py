@@ -1,0 +1,92 @@
+"""The files behind a path: found in a fixed order, their sizes and stamps, and opened as streams that count what was read."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shards.errors import SpecError
+from shards.readers import remote
+from shards.readers.base import Reading
+from shards.readers.compressed import opened
+
+
+class Found(NamedTuple):
+    """A file: path or URL, bytes as stored, and what changes when its content does."""
+
+    path: str
+    size: int
+    stamp: str | int
+
+
+def find(path: str, where: str, wanted: Callable[[str], bool], endings: str) -> list[Found]:
+    """The files of a path, sorted: itself, the wanted ones beneath it, or a glob's matches. SpecError if there are none."""
+    if remote.is_remote(path):
+        return [Found(*each) for each in remote.find(path, where, wanted, endings)]
+    root = Path(path)
+    if root.is_dir():
+        found = sorted(file for file in _beneath(root) if wanted(file.name))
+        if not found:
+            raise SpecError(f"{where}: {path}: no files ending in {endings}")
+    elif root.is_file():
+        found = [root]
+    else:
+        found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
+        if not found:
+            raise SpecError(f"{where}: {path}: no such file, directory or glob match (correct the path; now in {Path.cwd()})")
+    return [stat(file) for file in found]
+
+
+def _beneath(root: Path) -> Iterator[Path]:
+    for directory, _, names in os.walk(root):
+        for name in names:
+            if (file := Path(directory, name)).is_file():
+                yield file
+
+
+def stat(file: Path) -> Found:
+    told = file.stat()
+    return Found(str(file), told.st_size, told.st_mtime_ns)
+
+
+def beneath(path: str, top: str) -> str:
+    """The path within a directory; "" for one that is not in it. A store's own spelling of a URL may have more slashes."""
+    path, top = (re.sub(r"\A([A-Za-z][A-Za-z0-9+.-]*):/+", r"\1:/", each) for each in (path, top.rstrip("/")))
+    return path[len(top) + 1 :] if path.startswith(f"{top}/") else ""
+
+
+class _Counted(io.RawIOBase):
+    """A raw stream that moves `reading.done` by what is read from it: once a block, which costs records nothing."""
+
+    def __init__(self, raw: io.RawIOBase, reading: Reading) -> None:
+        self._raw, self._reading = raw, reading
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._raw.readinto(buffer) or 0
+        self._reading.done += count
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+@contextmanager
+def stream(path: str, reading: Reading, *, inflate: bool = True) -> Iterator[io.BufferedReader]:
+    """A file's bytes, decompressed by its ending. Raises OSError; reading it raises one of compressed.DAMAGE."""
+    with io.BufferedReader(_Counted(raw_file(path), reading), 1 << 20) as raw:
+        yield opened(path.partition("?")[0] if inflate else "", raw)
+
+
+def raw_file(path: str) -> io.RawIOBase:
+    """The stored bytes, seekable. Raises OSError."""
+    return remote.RemoteFile(path) if remote.is_remote(path) else open(path, "rb", buffering=0)
