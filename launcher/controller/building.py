@@ -26,6 +26,10 @@ class BuildError(Exception):
     """The data cannot be built; the message says where and why."""
 
 
+class ShortageError(Exception):
+    """What is built does not last for the run's stages; the message says which, and the way out."""
+
+
 def build_of(recipe: Recipe) -> Build:
     """What `shards` is to build for a recipe whose data directory is known."""
     assert recipe.data.dir is not None
@@ -40,7 +44,12 @@ class Building:
         self._process: asyncio.subprocess.Process | None = None
 
     async def ensure(self) -> None:
-        """Returns when the data is there, at once if it was built before. Raises BuildError."""
+        """Returns when the data is there, at once if it was built before, and lasts. Raises BuildError and ShortageError."""
+        await self._there()
+        if self._office.ledger.generation == 0:  # later on it is the operator's, who may have changed the mixture
+            await self._lasts()
+
+    async def _there(self) -> None:
         office = self._office
         build = build_of(office.recipe)
         if await asyncio.to_thread(builder.is_built, build):
@@ -55,13 +64,14 @@ class Building:
         seconds = office.clock() - office.live.building_since
         office.record(j.DataBuilt(time=office.clock(), directory=build.out, seconds=seconds))
 
-    async def shortage(self) -> str:
-        """Why what is built does not last for the run's stages; empty where it does."""
+    async def _lasts(self) -> None:
         recipe = self._office.recipe
         try:
-            return "; ".join(await asyncio.to_thread(shortages, recipe, Path(build_of(recipe).out)))
+            found = await asyncio.to_thread(shortages, recipe, Path(build_of(recipe).out))
         except ShardError as error:
-            return str(error)
+            raise ShortageError(str(error)) from None
+        if found:
+            raise ShortageError("; ".join(found))
 
     async def _built(self, build: Build) -> bool:
         """Builds; False where somebody else is at it. Raises BuildError."""

@@ -18,7 +18,7 @@ from typing import Literal
 from launcher import journal as j
 from launcher import protocol as p
 from launcher.controller.blame import first_failure
-from launcher.controller.building import BuildError, Building
+from launcher.controller.building import BuildError, Building, ShortageError
 from launcher.controller.commits import Commits
 from launcher.controller.hanging import Hanging
 from launcher.controller.moves import Moves
@@ -130,8 +130,8 @@ class Generations:
         except BuildError as error:
             self._fail(f"the data cannot be built: {error}")
             return
-        if office.ledger.generation == 0 and (short := await self._building.shortage()):
-            self._fail(short)
+        except ShortageError as error:
+            self._fail(str(error))
             return
         office.change_state("recovering" if cause == "crash" else "starting")
         if cause == "crash":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -128,3 +130,16 @@ def test_a_file_that_is_away_pauses_the_run_with_an_alarm_and_it_goes_on_when_it
     phases = [body["phase"] for body in told.all("Phase")]
     assert phases.count("paused") <= 2 and phases[phases.index("paused") + 1 :].count("training")
     assert same_bits(quiet / "checkpoints" / "12-1-pretrain", root / "checkpoints" / "12-1-pretrain")
+
+
+def test_a_run_that_its_data_does_not_last_for_does_not_begin_and_says_how_many_steps_it_does(tmp_path: Path) -> None:
+    (tmp_path / "short.toml").write_text(
+        '[run]\nname = "short"\n[model]\nlayers = 1\nwidth = 16\nheads = 2\n[tokenizer]\nvocab = 400\nsample_bytes = 100000\n'
+        '[[data.source]]\nname = "t"\nkind = "text"\norigin = "stdlib-topics"\nmax_documents = 9\n[cluster]\nranks_per_node = 1\n'
+        '[[stage]]\nname = "p"\nobjective = "pretrain"\nsteps = 4000\ncontext = 32\nglobal_batch = 8\nmixture = { t = 1 }\n'
+        "max_epochs = { t = 2 }\n"
+    )
+    command = [sys.executable, "-m", "midwatch", "run", "short.toml", "--dir", "run", "--headless"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode != 0 and "Traceback" not in done.stdout + done.stderr
+    assert "all its sources are used up after" in done.stdout and "4000 steps take 32,000 (raise max_epochs" in done.stdout
