@@ -102,7 +102,7 @@ class Pii(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class Toxicity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How much of each kind a text may have; 0 turns a kind off."""
 
-    score: float = 0.2  # share of the text's lines that the model takes for profane at 0.8 and more
+    score: float = 0.5  # share of the text's lines that the model takes for profane at 0.8 and more
     profanity: float = 10  # words of the list, per 1,000 words of the text
     slurs: float = 2
     sexual: float = 10
