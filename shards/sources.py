@@ -55,6 +55,8 @@ def files(source: Source) -> list[Found]:
 
 def units(source: Source) -> list[Unit]:
     """What is read as one, in the order of reading: mostly a file. Raises SpecError if there are none, or a library is missing."""
+    if source.origin == "made":
+        return []
     if source.path is None:
         return [Unit(source.origin, 0, ())]
     reader = _reader(source)
@@ -77,6 +79,8 @@ def fingerprint(source: Source) -> str:
 
 def describe(source: Source) -> str:
     """Where the text comes from, for the manifest."""
+    if source.origin == "made":
+        return f"made: {source.made} of {', '.join(source.of)}, {source.characters:,} characters or more each"
     if source.path is None:
         import platform
 

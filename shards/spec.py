@@ -15,9 +15,11 @@ from shards.rules.settings import C4, FineWeb, GopherQuality, GopherRepetition, 
 Kind = Literal["text", "sft", "preference"]
 Origin = Literal[
     "stdlib-code", "stdlib-docs", "stdlib-topics", "stdlib-sft", "stdlib-preference", "jsonl", "text", "stage",
-    "parquet", "code", "warc", "wet", "wikipedia", "stackexchange", "latex", "gutenberg",
+    "parquet", "code", "warc", "wet", "wikipedia", "stackexchange", "latex", "gutenberg", "made",
 ]  # fmt: skip
 Layout = Literal["auto", "plain", "messages", "alpaca", "sharegpt", "dolly", "oasst", "lima", "flan", "hh"]
+
+Made = Literal["related", "conversations", "tasks"]
 
 STDLIB_KINDS: dict[str, Kind] = {
     "stdlib-code": "text",
@@ -30,6 +32,7 @@ RECORDS = ("jsonl", "parquet")
 """Origins of records with fields, which can be of every kind."""
 KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys((*RECORDS, "stackexchange", "stage"), ("text", "sft", "preference")),
+    "made": ("text", "sft"),
     **dict.fromkeys(("text", "code", "warc", "wet", "wikipedia", "latex", "gutenberg"), ("text",)),
 }
 LAYOUT_KINDS: dict[str, tuple[Kind, ...]] = {
@@ -43,6 +46,9 @@ FITTING: dict[str, tuple[str, ...]] = {
     "suffixes": ("jsonl", "text", "parquet", "code", "warc", "wet", "wikipedia", "stackexchange", "gutenberg"),
     "repository": ("code",),
     "score_margin": ("stackexchange",),
+    "made": ("made",),
+    "of": ("made",),
+    "characters": ("made",),
 }
 """Keys that only these origins have."""
 TEMPLATES = ("midwatch", "llama2", "llama3", "chatml", "zephyr", "own")
@@ -67,12 +73,15 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     messages_field: str = "messages"  # sft: a conversation, where there is no response_field
     max_documents: int | None = None  # documents, held-out ones included
     max_tokens: int | None = None  # tokens, held-out ones included
-    split_by: Literal["language", "quality", "length"] | None = None  # clean: a source of its own for each, NAME.LABEL
+    split_by: Literal["language", "quality", "length", "label"] | None = None  # clean: a source of its own for each, NAME.LABEL
     lengths: tuple[int, ...] = (8192, 32_768, 131_072)  # split_by "length": tokens up to which each part's documents go
     layout: Layout = "auto"  # jsonl, parquet: how instruction data is laid out; auto: told from a file's first record
     suffixes: tuple[str, ...] = ()  # endings of the files read in a directory, such as ".py"; (): the origin's own
     repository: bool = False  # code: each directory directly beneath the path is one document
     score_margin: int = 2  # stackexchange, preference: by how many votes the chosen answer is ahead, at least
+    made: Made | None = None  # made: long documents of related ones, long conversations, or tasks that need all their length
+    of: tuple[str, ...] = ()  # made: the sources whose clean documents it is made of
+    characters: int = 131_072  # made: length to reach
     broken_files: float = 0.05  # share of the files that may be broken, 0 to 1; the build stops at more
 
 
@@ -182,6 +191,7 @@ def check(build: Build, where: str = "data") -> None:
         raise SpecError(f'{where}: executor "{data.executor}" runs the steps of `clean`, which is not there (add [data.clean])')
     if data.clean is not None:
         data.clean.check(f"{where}.clean")
+    _check_made_of(data, where)
     if data.executor_tasks < 1:
         raise SpecError(f"{where}: executor_tasks is {data.executor_tasks} (use at least 1)")
     if tokenizer.path is None and tokenizer.vocab < SMALLEST_VOCAB:
@@ -205,6 +215,8 @@ def _check_source(source: Source, where: str) -> None:
     elif source.origin == "stage":
         if source.stage is None or source.part is None or source.path is not None:
             raise SpecError(f"{where}: origin stage needs the stage's name as stage and what it makes as part, and no path")
+    elif source.origin == "made":
+        _check_made(source, where)
     elif source.path is None:
         raise SpecError(f"{where}: origin {source.origin} needs a path (a file, a directory, a glob or a URL)")
     if source.origin in KINDS and source.kind not in KINDS[source.origin]:
@@ -217,6 +229,30 @@ def _check_source(source: Source, where: str) -> None:
     for limit in (source.max_documents, source.max_tokens):
         if limit is not None and limit < 1:
             raise SpecError(f"{where}: max_documents and max_tokens are at least 1 (or left out)")
+
+
+def _check_made(source: Source, where: str) -> None:
+    if source.made is None or not source.of or source.path is not None:
+        raise SpecError(f"{where}: origin made needs made (related, conversations or tasks) and of (names of sources), and no path")
+    if (source.made == "conversations") != (source.kind == "sft"):
+        raise SpecError(f'{where}: made conversations are of kind "sft", related documents and tasks of kind "text"')
+    if source.characters < 1000:
+        raise SpecError(f"{where}: characters is {source.characters} (use at least 1000)")
+
+
+def _check_made_of(data: Data, where: str) -> None:
+    """That what is made is made of sources that are there, of its kind."""
+    known = {source.name: source for source in data.source}
+    for source in data.source:
+        for name in source.of:
+            place = f'{where}: source "{source.name}"'
+            if name not in known or known[name].origin in ("made", "stage"):
+                fit = [each.name for each in data.source if each.origin not in ("made", "stage") and each.kind == source.kind]
+                raise SpecError(f'{place}: it cannot be made of "{name}" (it can be of: {", ".join(fit) or "none"})')
+            if known[name].kind != source.kind:
+                raise SpecError(f'{place}: "{name}" is of kind {known[name].kind}, not {source.kind}')
+        if source.origin == "made" and data.clean is None:
+            raise SpecError(f'{where}: source "{source.name}" is made of clean documents: add [data.clean]')
 
 
 def _check_fitting(source: Source, where: str) -> None:

@@ -48,8 +48,6 @@ class Cleaning:
                         if funnel.wants(reason):
                             funnel.show(reason, Sample(before.where, reason, _shown(before)))
                         continue
-                    if source.split_by:
-                        funnel.kept_as(after.label, size_of(after))
                     writer.add(after, size_of(after))
             writer.close()
         write_atomically(self.output(work, task), msgspec.json.encode(funnel))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from shards.container import Array, write_atomically
 from shards.encode import Encoded, encode, refusal
-from shards.pipeline.store import Stored
+from shards.pipeline.store import Chunk, Stored
 from shards.pipeline.work import Name, Work
 from shards.records import Document
 from shards.sources import KEPT_ASIDE, Rejected
@@ -24,6 +25,8 @@ from shards.templates import kept
 from shards.tokenizer import FILE_NAME, Tokenizer
 
 BATCH = 1 << 20  # characters encoded at once
+MADE = {"held out": 0, "trained on": 2**64 - 1}
+"""The hash of what is made, by its key: what is made of held-out documents is held out, and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +60,18 @@ class Encoding:
     name = "encode"
     about = "encoding"
 
-    def tasks(self, work: Work) -> list[tuple[int]]:
-        return [(number,) for number in range(len(work.chunks))]
+    def tasks(self, work: Work) -> list[Name]:
+        return list(work.all_sizes)
 
-    def weight(self, work: Work, task: tuple[int]) -> int:
-        return work.sizes[task[0]][1]
+    def weight(self, work: Work, task: Name) -> int:
+        return work.all_sizes[Name(*task)]
 
-    def output(self, work: Work, task: tuple[int]) -> Path:
-        return work.path(self.name, work.chunks[task[0]], ".npz")
+    def output(self, work: Work, task: Name) -> Path:
+        return work.path(self.name, Name(*task), ".npz")
 
-    def do(self, work: Work, task: tuple[int]) -> None:
-        number = task[0]
-        source = work.sources[work.chunks[number].source]
+    def do(self, work: Work, task: Name) -> None:
+        name = Name(*task)
+        source = work.sources[name.source]
         model = Path(work.build.out, FILE_NAME)
         tokenizer = _tokenizer(model, model.stat().st_mtime_ns)
         labels: list[str] = []
@@ -86,21 +89,21 @@ class Encoding:
                     labels.extend(of_length(length, source.lengths) for length in encoded[-1].lengths)
             batch, size = [], 0
 
-        for found in work.chunk(number, "clean"):
+        for found in Chunk(work.path("clean", name, ".docs")):
             document = found.document()
             if reason := refusal(tokenizer, source.kind, document):
                 refused.append(Rejected(document.where or source.name, reason, "\n".join(document.parts)[:KEPT_ASIDE]))
                 continue
-            hashes.append(document.hashed(work.build.seed))
+            hashes.append(MADE[document.key] if source.origin == "made" else document.hashed(work.build.seed))
             if source.split_by != "length":
-                labels.append(found.label)
+                labels.append(_directory(found.label) if source.split_by else "")
             batch.append(document)
             size += sum(map(len, document.parts))
             if size >= BATCH:
                 flush()
         flush()
         sidecar = msgspec.json.encode(_Sidecar(labels, refused))
-        write_atomically(work.path(self.name, work.chunks[number], ".json"), sidecar)
+        write_atomically(work.path(self.name, name, ".json"), sidecar)
         _save(self.output(work, task), encoded, hashes, source.kind != "text")
 
 
@@ -123,6 +126,11 @@ def _save(path: Path, encoded: list[Encoded], hashes: list[int], masked: bool) -
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _directory(label: str) -> str:
+    """A label as a part of a directory's name."""
+    return re.sub(r"[^a-z0-9_+#-]+", "-", label.lower()).strip("-") or "none"
 
 
 def of_length(tokens: int, lengths: Sequence[int]) -> str:
@@ -181,5 +189,5 @@ def gathered(batch: list[Ready]) -> Encoded:
 
 def clean(work: Work, source: int) -> Iterator[Stored]:
     """A source's clean documents, in order."""
-    for number in work.of_source(source):
-        yield from work.chunk(number, "clean")
+    for name in work.of_source(source):
+        yield from Chunk(work.path("clean", name, ".docs"))

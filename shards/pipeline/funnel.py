@@ -39,7 +39,6 @@ class Funnel(msgspec.Struct):
     samples: dict[str, list[Sample]] = {}
     changed: dict[str, Count] = {}  # what was changed and kept, by reason
     told: dict[str, dict[str, Count]] = {}  # what judges said, kept or not: of each judge, by its answer
-    labels: dict[str, Count] = {}  # what was kept, by label, where a source is split
 
     def passed(self, step: str, size: int) -> None:
         self.steps[step].add(1, size)
@@ -61,9 +60,6 @@ class Funnel(msgspec.Struct):
     def tell(self, judge: str, answer: str, size: int, count: int = 1) -> None:
         self.told.setdefault(judge, {}).setdefault(answer, Count()).add(count, size)
 
-    def kept_as(self, label: str, size: int) -> None:
-        self.labels.setdefault(label, Count()).add(1, size)
-
 
 def together(funnels: Iterable[Funnel]) -> Funnel:
     """The funnel of a source from those of its chunks, in their order."""
@@ -71,7 +67,7 @@ def together(funnels: Iterable[Funnel]) -> Funnel:
     for funnel in funnels:
         for step, count in funnel.steps.items():
             total.steps.setdefault(step, Count()).add(count.documents, count.bytes)
-        pairs = [(total.reasons, funnel.reasons), (total.changed, funnel.changed), (total.labels, funnel.labels)]
+        pairs = [(total.reasons, funnel.reasons), (total.changed, funnel.changed)]
         pairs += [(total.told.setdefault(judge, {}), answers) for judge, answers in funnel.told.items()]
         for mine, theirs in pairs:
             for reason, count in theirs.items():

@@ -42,7 +42,7 @@ def write_html(report: Report, path: Path, samples: int) -> None:
 def _source(source: SourceReport, samples: int) -> Iterator[RenderableType]:
     yield Text.assemble((source.name, "bold"), (f"  {source.origin}", "dim"), overflow="fold")
     yield _funnel(source.funnel, source.tokens, source.text_bytes)
-    for title, counts in (("removed", source.funnel.reasons), ("changed", source.funnel.changed), ("parts", source.funnel.labels)):
+    for title, counts in (("removed", source.funnel.reasons), ("changed", source.funnel.changed), *source.funnel.told.items()):
         if counts:
             yield _counts(title, counts)
     if source.rejected:

@@ -14,7 +14,7 @@ from shards.pipeline.steps import STEPS, Step, do, left
 from shards.pipeline.work import Work
 from shards.progress import Meter
 
-BEFORE_TOKENIZER = ("read", "sign", "exact", "near", "verify", "model", "clean")
+BEFORE_TOKENIZER = ("read", "sign", "exact", "near", "verify", "model", "clean", "make")
 AFTER_TOKENIZER = ("encode",)
 
 
@@ -22,7 +22,7 @@ def run(names: tuple[str, ...], work: Work, pool: Workers, meter: Meter) -> Work
     """What is left of these steps, in order; returns `work` as it is after them."""
     for name in names:
         _run_step(STEPS[name], work, pool, meter)
-        work = Work(work.build, work.key)
+        work = Work(work.build, work.key)  # one a step: what it remembers was known when the step began
         if name == "read":
             refuse_broken(work)
     return work

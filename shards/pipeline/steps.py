@@ -11,6 +11,7 @@ import msgspec
 from shards.pipeline.cleaning import Cleaning
 from shards.pipeline.duplicates import Exact, Near, Verify
 from shards.pipeline.encoding import Encoding
+from shards.pipeline.making import Make
 from shards.pipeline.models import Model
 from shards.pipeline.reading import Read
 from shards.pipeline.signing import Sign
@@ -42,7 +43,9 @@ class Step(Protocol):
         """Do it."""
 
 
-STEPS: dict[str, Step] = {step.name: step for step in (Read(), Sign(), Exact(), Near(), Verify(), Model(), Cleaning(), Encoding())}
+STEPS: dict[str, Step] = {
+    step.name: step for step in (Read(), Sign(), Exact(), Near(), Verify(), Model(), Cleaning(), Make(), Encoding())
+}
 
 
 def left(step: Step, work: Work) -> list[Any]:

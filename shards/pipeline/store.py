@@ -51,10 +51,10 @@ class Index(msgspec.Struct, array_like=True, frozen=True):
     text_bytes: int
 
 
-def stored(document: Document, label: str = "") -> Stored:
+def stored(document: Document) -> Stored:
     """What of a document is kept."""
     alone = len(document.parts) == 1 and document.key == document.parts[0]
-    return Stored(None if alone else document.key, document.parts, document.roles, document.where, label)
+    return Stored(None if alone else document.key, document.parts, document.roles, document.where, document.label)
 
 
 def size_of(document: Document | Stored) -> int:

@@ -127,13 +127,22 @@ class Work:
 
     @cached_property
     def chunks(self) -> list[Name]:
-        """All chunks, in order; a chunk's place here is its number."""
-        return [Name(source, unit, part) for source, unit, read in self.units for part in range(len(read.chunks))]
+        """All chunks that were read, in order; a chunk's place here is its number. Those that were made come later."""
+        return [Name(source, unit, part) for source, unit, read in self._read for part in range(len(read.chunks))]
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        """Documents and bytes of text of each chunk, as read."""
-        return [size for _, _, read in self.units for size in read.chunks]
+        """Documents and bytes of text of each of them."""
+        return [size for _, _, read in self._read for size in read.chunks]
+
+    @cached_property
+    def _read(self) -> list[tuple[int, int, ReadUnit]]:
+        return [unit for unit in self.units if self.sources[unit[0]].origin != "made"]
+
+    @cached_property
+    def all_sizes(self) -> dict[Name, int]:
+        """Bytes of text of every chunk, in order, made ones included."""
+        return {Name(source, unit, part): size for source, unit, read in self.units for part, (_, size) in enumerate(read.chunks)}
 
     @property
     def documents(self) -> int:
@@ -154,6 +163,6 @@ class Work:
         paths = [self.path("clean", name, ".json") for name in self.names(source) if isinstance(name, Name)]
         return together(msgspec.json.decode(path.read_bytes(), type=Funnel) for path in paths)
 
-    def of_source(self, source: int) -> list[int]:
-        """The numbers of a source's chunks."""
-        return [number for number, name in enumerate(self.chunks) if name.source == source]
+    def of_source(self, source: int) -> list[Name]:
+        """A source's chunks."""
+        return [name for name in self.all_sizes if name.source == source]
