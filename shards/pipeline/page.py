@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,10 +33,8 @@ def page(report: Report, samples: int) -> RenderableType:
 
 def write_html(report: Report, path: Path, samples: int) -> None:
     """The same page as a file for a browser."""
-    with path.with_name(path.name + ".tmp").open("w") as file:
-        console = Console(record=True, width=120, file=file)
-        console.print(page(report, samples))
-    path.with_name(path.name + ".tmp").unlink()
+    console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
+    console.print(page(report, samples))
     path.write_text(console.export_html(inline_styles=True), encoding="utf-8")
 
 
