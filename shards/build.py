@@ -30,7 +30,7 @@ from shards.encode import Encoded, Workers, refusal
 from shards.errors import BusyError, ShardError, SpecError
 from shards.manifest import SPLITS, Manifest
 from shards.pipeline import encoding, reporting
-from shards.pipeline.models import as_source, references
+from shards.pipeline.models import as_source
 from shards.pipeline.runner import AFTER_TOKENIZER, BEFORE_TOKENIZER
 from shards.pipeline.runner import run as run_steps
 from shards.pipeline.steps import STEPS
@@ -232,7 +232,7 @@ def _build_cleanly(spec: Build, out: Path, pool: Workers, meter: Meter) -> list[
     """Documents as the steps of `clean` leave them; the names of the directories."""
     work = Work(spec, build_key(spec))
     assert spec.data.clean is not None
-    work.begin(list(STEPS), [as_source(purpose, path) for purpose, path in references(spec.data.clean).items()])
+    work.begin(list(STEPS), [as_source(purpose, path) for purpose, path in spec.data.clean.references().items()])
     work = run_steps(BEFORE_TOKENIZER, work, pool, meter)
 
     def texts(source: Source) -> Iterator[tuple[int, Document | Rejected, bool | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -122,6 +123,38 @@ class Clean(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         for name in self.__struct_fields__:
             if isinstance(settings := getattr(self, name), msgspec.Struct):
                 settings.check(f"{where}.{name}")  # type: ignore[attr-defined]  # each family of settings has one
+        for key, path in self.references().items():
+            if not path:
+                raise SpecError(f"{where}.{key} is not set (name a file or directory of text)")
+
+    def references(self) -> dict[str, str]:
+        """Paths by their keys: text beside the sources that decides what is kept."""
+        found: dict[str, str] = {}
+        if self.perplexity is not None:
+            found["perplexity.reference"] = self.perplexity.reference
+        if self.quality is not None:
+            found |= {"quality.good": self.quality.good, "quality.bad": self.quality.bad}
+        if self.contamination is not None:
+            found |= {f"contamination.sets.{name}": path for name, path in self.contamination.sets.items()}
+        return found
+
+    def placed(self, place: Callable[[str], str]) -> Clean:
+        """With each of those paths as `place` gives it; paths that are not set stay so."""
+
+        def moved(path: str) -> str:
+            return place(path) if path else ""
+
+        clean = self
+        if clean.perplexity is not None:
+            perplexity = msgspec.structs.replace(clean.perplexity, reference=moved(clean.perplexity.reference))
+            clean = msgspec.structs.replace(clean, perplexity=perplexity)
+        if clean.quality is not None:
+            quality = msgspec.structs.replace(clean.quality, good=moved(clean.quality.good), bad=moved(clean.quality.bad))
+            clean = msgspec.structs.replace(clean, quality=quality)
+        if clean.contamination is not None:
+            sets = {name: moved(path) for name, path in clean.contamination.sets.items()}
+            clean = msgspec.structs.replace(clean, contamination=msgspec.structs.replace(clean.contamination, sets=sets))
+        return clean
 
 
 class Slurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -297,7 +297,8 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         return path if path is None or "://" in path else str((base / Path(path).expanduser()).absolute())
 
     sources = tuple(msgspec.structs.replace(s, path=place(s.path)) for s in recipe.data.source)
-    data = msgspec.structs.replace(recipe.data, source=sources, dir=place(recipe.data.dir))
+    clean = recipe.data.clean and recipe.data.clean.placed(lambda path: place(path) or "")
+    data = msgspec.structs.replace(recipe.data, source=sources, dir=place(recipe.data.dir), clean=clean)
     tokenizer = msgspec.structs.replace(recipe.tokenizer, path=place(recipe.tokenizer.path))
     if tokenizer.template not in TEMPLATES:
         tokenizer = msgspec.structs.replace(tokenizer, template=place(tokenizer.template))

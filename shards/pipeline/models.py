@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from shards.container import sync_directory
-from shards.errors import SpecError
 from shards.pipeline.work import Work
 from shards.records import Document
 from shards.sources import read_unit, units
@@ -20,22 +19,8 @@ from shards.spec import Clean, Origin, Source
 PERPLEXITY, QUALITY, CONTAMINATION = "perplexity.arpa", "quality.model", "contamination.index"
 
 
-def references(clean: Clean) -> dict[str, str]:
-    """Paths by what they are for: all text beside the sources that decides what is kept."""
-    found: dict[str, str] = {}
-    if clean.perplexity is not None:
-        found["perplexity.reference"] = clean.perplexity.reference
-    if clean.quality is not None:
-        found |= {"quality.good": clean.quality.good, "quality.bad": clean.quality.bad}
-    if clean.contamination is not None:
-        found |= {f"contamination.sets.{name}": path for name, path in clean.contamination.sets.items()}
-    return found
-
-
 def as_source(purpose: str, path: str) -> Source:
     """Text that a recipe names by its path alone: JSON lines, Parquet, or text files, told by their names."""
-    if not path:
-        raise SpecError(f"clean.{purpose} is not set (name a file or directory of text)")
     place = Path(path)
     names = [place.name] if not place.is_dir() else [each.name for each in sorted(place.rglob("*")) if each.is_file()]
     origin: Origin = "text"
