@@ -111,8 +111,8 @@ def _language(settings: Any, split: bool) -> Judge:
         for document in documents:
             guess = detector.guess(_text(document))
             reason = judge(guess, settings)
-            funnel.tell("language", guess.code, size_of(document))
             label = "unknown" if guess.code == UNKNOWN else guess.code
+            funnel.tell("language", label, size_of(document))
             found.append((msgspec.structs.replace(document, label=label) if split else document, reason))
         return found
 

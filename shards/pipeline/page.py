@@ -86,7 +86,8 @@ def _samples(reason: str, samples: list[Sample]) -> Iterator[RenderableType]:
     yield Text(reason, style="yellow")
     for sample in samples:
         said = "" if sample.reason == reason else f", {sample.reason}"
-        yield Text(f"{sample.where}{said}", style="dim", overflow="fold")
+        if place := f"{sample.where}{said}".removeprefix(", "):
+            yield Text(place, style="dim", overflow="fold")
         text = " ".join(sample.text.split())
         yield Padding(Text(text[:SHOWN] + ("..." if len(text) > SHOWN else ""), overflow="fold"), (0, 0, 0, 2))
 

@@ -7,13 +7,16 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
 
+from shards.build import build
 from shards.corpus import Corpus
+from shards.spec import Build, Clean, Source
 from shards.tokenizer import Tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs/shard-format.md"
@@ -313,3 +316,19 @@ def test_shards_import_no_torch_and_none_of_the_other_packages() -> None:
         "print(*[name for name in ('torch', 'trainer', 'launcher', 'tui', 'midwatch') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "\n"
+
+
+def test_report_shows_what_was_removed_and_why(tmp_path: Path, make_spec: Callable[..., Build]) -> None:
+    texts = [json.dumps({"text": f"{word} " * 200}) for word in ("one", "two", "one")]
+    (tmp_path / "a.jsonl").write_text("\n".join(texts * 5))
+    source = Source(name="a", kind="text", origin="jsonl", path=str(tmp_path / "a.jsonl"))
+    code = Source(name="code", kind="text", origin="stdlib-code", max_documents=20)
+    out = build(make_spec(tmp_path / "out", source=(source, code), clean=Clean(near=0)), workers=0)
+    shown = shards("report", out)
+    assert shown.returncode == 0 and "exact duplicate" in shown.stdout and "a.jsonl:3" in shown.stdout
+    found = json.loads(shards("report", out, "--json").stdout)
+    assert found["sources"][0]["funnel"]["reasons"]["exact duplicate"]["documents"] == 13
+    assert shards("report", out, "--html", tmp_path / "page.html").returncode == 0
+    assert "exact duplicate" in (tmp_path / "page.html").read_text()
+    plain = shards("report", tmp_path)
+    assert plain.returncode == 1 and "only a build with [data.clean] has one" in plain.stderr
