@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from shards.container import sync_directory
@@ -74,6 +75,31 @@ class Model:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def described(work: Work) -> dict[str, str]:
+    """What each model is, for people: how large, and how well it does."""
+    found = {}
+    for (name,) in Model().tasks(work):
+        path = model(work, name)
+        if name == QUALITY:
+            from shards.judging.quality import Classifier
+
+            report = Classifier.load(path).report
+            examples = f"{report.good:,} good and {report.bad:,} bad documents"
+            scores = f"accuracy {report.accuracy:.3f}, AUC {report.auc:.3f} on {report.held_out:,} held out"
+            found["quality"] = f"trained on {examples}: {scores}"
+        elif name == PERPLEXITY:
+            with path.open(encoding="utf-8") as file:
+                counts = [line.split("=")[1].strip() for line in islice(file, 8) if line.startswith("ngram ")]
+            found["perplexity"] = f"n-grams of 1 to {len(counts)} words: {', '.join(f'{int(count):,}' for count in counts)}"
+        else:
+            from shards.judging.contamination import Index
+
+            index = Index.load(path)
+            sets = ", ".join(f"{each} ({size:,} texts)" for each, size in zip(index.names, index.sizes, strict=True))
+            found["contamination"] = f"looked for {sets or 'nothing'}"
+    return found
 
 
 def _train(clean: Clean, name: str, path: Path) -> None:

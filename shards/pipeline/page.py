@@ -26,6 +26,10 @@ def page(report: Report, samples: int) -> RenderableType:
         tokens = sum(source.tokens for source in report.sources)
         size = sum(source.text_bytes for source in report.sources)
         parts += [Text("All sources", style="bold"), _funnel(report.total(), tokens, size), Text()]
+    for name, said in report.models.items():
+        parts.append(Text.assemble((name, "bold"), f"  {said}", overflow="fold"))
+    if report.models:
+        parts.append(Text())
     for source in report.sources:
         parts += _source(source, samples)
     return Group(*parts)

@@ -11,6 +11,7 @@ from shards.container import write_atomically
 from shards.errors import ShardError
 from shards.manifest import SPLITS
 from shards.pipeline.funnel import Funnel, together
+from shards.pipeline.models import described
 from shards.pipeline.work import Work
 
 FILE_NAME = "report.json"
@@ -34,6 +35,7 @@ class Report(msgspec.Struct, frozen=True):
 
     format: int
     sources: list[SourceReport]
+    models: dict[str, str] = {}  # what judges learned, by their names
 
     def total(self) -> Funnel:
         return together(source.funnel for source in self.sources)
@@ -60,7 +62,9 @@ def save(work: Work, out: Path, names: list[str]) -> None:
                 text_bytes=sum(manifest.text_bytes for manifest in every),
             )
         )
-    write_atomically(out / FILE_NAME, msgspec.json.format(msgspec.json.encode(Report(FORMAT, found)), indent=1) + b"\n")
+    write_atomically(
+        out / FILE_NAME, msgspec.json.format(msgspec.json.encode(Report(FORMAT, found, described(work))), indent=1) + b"\n"
+    )
 
 
 def load(out: Path) -> Report:
