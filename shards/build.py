@@ -37,7 +37,7 @@ from shards.pipeline.steps import STEPS
 from shards.pipeline.work import Work
 from shards.progress import Meter, Report
 from shards.records import Document
-from shards.sources import KEPT_ASIDE, Reading, Rejected, describe, fingerprint
+from shards.sources import KEPT_ASIDE, Reading, Rejected, describe, fingerprint, unreadable
 from shards.spec import STDLIB_KINDS, TEMPLATES, Build, Source, check
 from shards.splitting import divide, split
 from shards.templates import DEFAULT, kept, read
@@ -337,6 +337,8 @@ def _build_source(
                 break
         train.finish()
         held.finish()
+        if spec.data.clean is None and not train.documents + held.documents:
+            unreadable(source, rejected)
     for writer in (train, held):
         Manifest(
             source=called,

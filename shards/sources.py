@@ -6,7 +6,7 @@ than the source's share of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -22,7 +22,7 @@ from shards.spec import STDLIB_KINDS, Source
 
 __all__ = [
     "KEPT_ASIDE", "LONGEST_RECORD", "Reading", "Rejected", "Unit",
-    "broken", "describe", "documents", "files", "fingerprint", "is_held_out", "read_unit", "units",
+    "broken", "describe", "documents", "files", "fingerprint", "is_held_out", "read_unit", "units", "unreadable",
 ]  # fmt: skip
 
 READERS = ("jsonl", "text", "parquet", "code", "warc", "wet", "wikipedia", "stackexchange", "latex", "gutenberg")
@@ -116,6 +116,16 @@ def broken(source: Source, names: Sequence[str], of: int) -> None:
         raise ShardError(
             f'source "{source.name}": {len(names)} of {of} files are broken, which is more than broken_files = '
             f"{source.broken_files:g}: {some} (fetch them again, take them away, or raise broken_files)"
+        )
+
+
+def unreadable(source: Source, rejected: Mapping[str, int]) -> None:
+    """Raises ShardError for a source of which no record is a document, where there were any."""
+    if rejected:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(rejected.items(), key=lambda item: (-item[1], item[0]))[:3])
+        raise ShardError(
+            f'source "{source.name}": none of its {sum(rejected.values()):,} records is a document ({reasons})'
+            " (see that path, kind and the names of its fields are right)"
         )
 
 

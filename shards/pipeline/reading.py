@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from shards.container import write_atomically
 from shards.pipeline.store import ChunkWriter, size_of, stored
 from shards.pipeline.work import Name, ReadUnit, Work
 from shards.records import Document
-from shards.sources import Rejected, broken, is_held_out, read_unit
+from shards.sources import Rejected, broken, is_held_out, read_unit, unreadable
 
 CHUNK_DOCUMENTS = 16_384
 
@@ -95,7 +96,13 @@ class _Reader:
 
 
 def refuse_broken(work: Work) -> None:
-    """Raises ShardError where more of a source's files are broken than it allows."""
+    """Raises ShardError where more of a source's files are broken than it allows, or nothing in it is a document."""
     for number, source in enumerate(work.sources):
         names = [name for of, _, unit in work.units if of == number for name in unit.broken]
         broken(source, names, sum(max(1, len(unit.paths)) for unit in work.inputs[number]))
+        read = [unit for of, _, unit in work.units if of == number]
+        if not any(unit.chunks for unit in read):
+            rejected: Counter[str] = Counter()
+            for unit in read:
+                rejected.update(unit.rejected)
+            unreadable(source, rejected)

@@ -262,3 +262,13 @@ def test_memory_does_not_grow_with_the_input(built: Path, make_spec: Callable[..
         peaks.append((own, child))
     assert peaks[1][0] < 1.15 * peaks[0][0] + 10_000
     assert peaks[1][1] < 1.15 * peaks[0][1] + 10_000
+
+
+@pytest.mark.parametrize("clean", [None, Clean()], ids=["plainly", "cleanly"])
+def test_a_source_of_which_nothing_is_a_document_is_said(make_spec: Callable[..., Build], tmp_path: Path, clean: Clean | None) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('not JSON\n{"other": "field"}\n' * 5)
+    source = Source(name="a", kind="text", origin="jsonl", path=str(path))
+    code = Source(name="code", kind="text", origin="stdlib-code", max_documents=20)
+    with pytest.raises(ShardError, match=r'source "a": none of its 10 records is a document \(no field "text": 5, not JSON: 5\)'):
+        build(make_spec(tmp_path / "out", source=(source, code), clean=clean), workers=0)

@@ -130,7 +130,7 @@ def test_a_run_that_cannot_start_ends_with_1(run: Run, data: Path, undisturbed: 
     file.write_text(recipe)
     done = run.midwatch("run", str(file), "--dir", str(run.root), "--headless", timeout=120)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "the data cannot be built" in done.stdout and "Traceback" not in done.stdout
+    assert 'source "code": none of its 20 records is a document (not JSON: 20)' in done.stdout and "Traceback" not in done.stdout
 
 
 def test_ones_own_jsonl_and_text_files_train(run: Run, tmp_path: Path) -> None:
