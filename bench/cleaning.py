@@ -152,7 +152,7 @@ def main() -> None:
         single = prose(options.megabytes)
         documents = _prose.planted(single)
         size = _prose.write(documents, place / "texts", FILES) / 1e6
-        model = train(single[::2], vocab=VOCAB)
+        model = train(single, vocab=VOCAB)
         (place / "brought.model").write_bytes(model)
         reserved = {number: called for called, number in Tokenizer(model).reserved.items()}
         (place / "tokenizer.json").write_text(json.dumps(from_sentencepiece(model, reserved)))
