@@ -111,7 +111,7 @@ def _split(string: str, offset: int) -> tuple[Ints, Ints, npt.NDArray[np.uint8],
         shape = np.frombuffer(raw.translate(marks.ascii_shapes()), np.uint8)
     else:
         points = np.frombuffer(string.encode("utf-32-le", "surrogatepass"), np.uint32)
-        kinds = np.take(marks.kinds(), points)
+        kinds = np.take(marks.kinds(marks.BASIC) if points.max(initial=0) < marks.BASIC else marks.kinds(), points)
         shape = kinds & marks.SHAPE
         dark = shape != marks.SPACE
         points, kinds = points[dark], kinds[dark]
