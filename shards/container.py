@@ -212,7 +212,8 @@ class ColumnReader:
         self._full = frame_items * self.dtype.itemsize  # bytes of a whole frame's items
         self._cache = cache if cache is not None else Cache()
         self._number = next(_readers)  # not id(), which a later reader may get again
-        self._latest = -1, np.empty(0, self.dtype)  # the frame that was asked for last, which mostly is asked for again
+        self._nothing = np.empty(0, self.dtype)
+        self._latest = -1, self._nothing  # the frame that was asked for last, which mostly is asked for again
         self._run = 0  # frames asked for one after the other; of several threads' reading it is a guess
         self._header = b""  # of a frame that was found well; all whole ones of a writer begin alike
         self._handle = -1
@@ -289,10 +290,13 @@ class ColumnReader:
         self._run = self._run + 1 if number == latest + 1 else 0
         key = self._number, number
         cached = self._cache.get(key)
-        if cached is None:
+        if cached is None and self._run >= PASSING:
+            self._latest = -1, self._nothing
+            del latest, found  # whose memory the next one may have
             cached = self.decode_frame(number)
-            if self._run < PASSING:
-                self._cache.put(key, cached)
+        elif cached is None:
+            cached = self.decode_frame(number)
+            self._cache.put(key, cached)
         self._latest = number, cached
         return cached
 
