@@ -8,7 +8,6 @@ the seek table's, so that a frame of another place or file is refused too. docs/
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import struct
@@ -38,7 +37,7 @@ HEADER = struct.Struct("<II")  # skippable magic, bytes that follow
 ENTRY = np.dtype([("compressed", "<u4"), ("plain", "<u4"), ("checksum", "<u4")])
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
 TEMPORARY = ".tmp"
-READ_AHEAD = 1 << 17  # bytes
+PASSING = 4  # frames read one after the other, from which on they are not kept: what is decoded into the same memory is faster
 
 
 class ColumnFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -210,12 +209,13 @@ class ColumnReader:
         self.path = path
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.frame_items = frame_items
+        self._full = frame_items * self.dtype.itemsize  # bytes of a whole frame's items
         self._cache = cache if cache is not None else Cache()
         self._number = next(_readers)  # not id(), which a later reader may get again
-        self._ahead = 0, memoryview(b"")  # the file's bytes from an offset on, kept for the frames that follow
-        self._latest = -1, np.empty(0, self.dtype)  # the frame that was asked for last, which mostly is asked for again
-        self._newest = -1  # frame that was read last
-        self._header = b""  # of a frame that was found well; all but the last are equally long
+        self._nothing = np.empty(0, self.dtype)
+        self._latest = -1, self._nothing  # the frame that was asked for last, which mostly is asked for again
+        self._run = 0  # frames asked for one after the other; of several threads' reading it is a guess
+        self._header = b""  # of a frame that was found well; all whole ones of a writer begin alike
         self._handle = -1
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -257,10 +257,10 @@ class ColumnReader:
         if int(self._offsets[-1]) != size - length:
             raise self._refuse(f"its frames add up to {int(self._offsets[-1])} bytes, not {size - length}")
         plain = entries["plain"].astype(np.int64)
-        full = self.frame_items * self.dtype.itemsize
-        if frames and (np.any(plain[:-1] != full) or not 0 < plain[-1] <= full or plain[-1] % self.dtype.itemsize):
+        if frames and (np.any(plain[:-1] != self._full) or not 0 < plain[-1] <= self._full or plain[-1] % self.dtype.itemsize):
             raise self._refuse(f"its frames do not hold {self.frame_items} items of {self.dtype.name} each")
-        self._checksums = entries["checksum"]
+        # Views that give Python's own numbers: a look into an array takes several times as long.
+        self._starts, self._checksums = self._offsets.data, entries["checksum"].astype(np.uint32).data
         self.frames = frames
         self.bytes = size
         self.items = int(plain.sum()) // self.dtype.itemsize
@@ -283,13 +283,18 @@ class ColumnReader:
         return raw
 
     def frame(self, number: int) -> Array:
-        """The items of one frame, read-only, checked; cached."""
+        """The items of one frame, read-only, checked; cached, but for those of a file that is read from one end to the other."""
         latest, found = self._latest
         if latest == number:
             return found
+        self._run = self._run + 1 if number == latest + 1 else 0
         key = self._number, number
         cached = self._cache.get(key)
-        if cached is None:
+        if cached is None and self._run >= PASSING:
+            self._latest = -1, self._nothing
+            del latest, found  # whose memory the next one may have
+            cached = self.decode_frame(number)
+        elif cached is None:
             cached = self.decode_frame(number)
             self._cache.put(key, cached)
         self._latest = number, cached
@@ -297,49 +302,37 @@ class ColumnReader:
 
     def decode_frame(self, number: int) -> Array:
         """The items of one frame, read from the file, past the cache."""
-        offset, end = int(self._offsets[number]), int(self._offsets[number + 1])
-        where = f"frame {number} at byte {offset}"
-        expected = self._last_plain if number == self.frames - 1 else self.frame_items * self.dtype.itemsize
-        raw = self._compressed(number, offset, end)
+        offset = self._starts[number]
+        raw = self._pread(self._starts[number + 1] - offset, offset)
+        last = number == self.frames - 1
+        expected = self._last_plain if last else self._full
         try:
-            # All whole frames of a writer begin alike: what was found well once need not be taken apart again.
-            if number == self.frames - 1 or raw[: len(self._header)] != self._header or not self._header:
-                self._check_header(raw, expected, where, keep=number < self.frames - 1)
+            # What was found well once need not be taken apart again.
+            if last or not self._header or not raw.startswith(self._header):
+                self._check_header(raw, expected, number, keep=not last)
             # A frame ends with its content's checksum, which is the very number that the table has, and which zstd checks:
             # so one hash is enough to know both damage and a frame of another place.
-            if int.from_bytes(raw[-CHECKSUM_BYTES:], "little") != int(self._checksums[number]):
-                raise self._refuse(f"{where}: its content is not what the seek table says")
+            if int.from_bytes(raw[-CHECKSUM_BYTES:], "little") != self._checksums[number]:
+                raise self._refuse(f"{self._where(number)}: its content is not what the seek table says")
             plain = _decompressor().decompress(raw, allow_extra_data=False)
         except zstandard.ZstdError as error:
-            raise self._refuse(f"{where} is damaged: {error}") from None
+            raise self._refuse(f"{self._where(number)} is damaged: {error}") from None
         if len(plain) != expected:
-            raise self._refuse(f"{where}: its content is not what the seek table says")
+            raise self._refuse(f"{self._where(number)}: its content is not what the seek table says")
         return np.frombuffer(plain, self.dtype)
 
-    def _compressed(self, number: int, offset: int, end: int) -> memoryview:
-        """A frame's bytes; of frames read one after the other, several at once, since asking the system costs most of it."""
-        start, ahead = self._ahead
-        if start <= offset and end <= start + len(ahead):
-            return ahead[offset - start : end - start]
-        follows, self._newest = number == self._newest + 1, number
-        if follows:
-            last = int(np.searchsorted(self._offsets, offset + READ_AHEAD, side="right")) - 1
-            with contextlib.suppress(ShardError):  # perhaps beyond this frame, which is then read by itself
-                ahead = memoryview(self._pread(int(self._offsets[max(last, number + 1)]) - offset, offset))
-                self._ahead = offset, ahead
-                self._newest = max(last, number + 1) - 1
-                return ahead[: end - offset]
-        return memoryview(self._pread(end - offset, offset))
+    def _where(self, number: int) -> str:
+        return f"frame {number} at byte {self._starts[number]}"
 
-    def _check_header(self, raw: memoryview, expected: int, where: str, *, keep: bool) -> None:
+    def _check_header(self, raw: bytes, expected: int, number: int, *, keep: bool) -> None:
         """That a frame's header asks for what the table says. keep: it is that of a whole frame, to be known again."""
         header = zstandard.get_frame_parameters(raw)
         # A flipped bit in a frame's own header could ask for gigabytes, or turn its checksum off: look first.
         unused = raw[4] & 0x18  # bits of the header's descriptor that no encoder sets and no decoder looks at
         if header.content_size != expected or not header.has_checksum or header.dict_id or unused:
-            raise self._refuse(f"{where}: its header is damaged")
+            raise self._refuse(f"{self._where(number)}: its header is damaged")
         if keep:
-            self._header = bytes(raw[: zstandard.frame_header_size(raw)])
+            self._header = raw[: zstandard.frame_header_size(raw)]
 
     def read(self, start: int, stop: int) -> Array:
         """Items [start, stop); may be a read-only view of a cached frame. Raises IndexError outside [0, items]."""
@@ -347,7 +340,10 @@ class ColumnReader:
             raise IndexError(f"{self.path}: items {start} to {stop} of {self.items}")
         first, offset = divmod(start, self.frame_items)
         if stop - start + offset <= self.frame_items:
-            return self.frame(first)[offset : offset + stop - start] if stop > start else np.empty(0, self.dtype)
+            if stop == start:
+                return np.empty(0, self.dtype)
+            number, latest = self._latest
+            return (latest if number == first else self.frame(first))[offset : offset + stop - start]
         out = np.empty(stop - start, self.dtype)
         done = 0
         for number in range(first, -(-stop // self.frame_items)):
@@ -384,7 +380,7 @@ class ColumnReader:
                 self.decode_frame(number)
             except ShardError as error:
                 yield str(error)
-            tell(int(self._offsets[number + 1] - self._offsets[number]))
+            tell(self._starts[number + 1] - self._starts[number])
 
     def hash(self) -> str:
         """xxh3_128 of the whole file, hex."""

@@ -27,6 +27,8 @@ def _judge(text: Text, settings: FineWeb) -> str:
     again = duplicates(rows)[1]
     if settings.max_duplicate_line_characters and again / (len(string) - breaks) > settings.max_duplicate_line_characters:
         return "characters in duplicate lines"
-    if settings.max_new_lines and breaks / len(text.words) > settings.max_new_lines:
+    # What white space parts is at least one word each, which spares most texts being split.
+    most = settings.max_new_lines
+    if most and breaks / len(string.split()) > most and breaks / len(text.words) > most:
         return "too many line breaks"
     return ""

@@ -129,9 +129,12 @@ def _top_grams(text: Text, settings: GopherRepetition) -> str:
     size = len(text.string)
     # n words occur at most as often as the first two of them, which is enough to know for most texts.
     pairs = crowds(text.words.spaced_gram(2))
+    most = int(pairs.max(initial=0))
     for n, share in settings.top:
         lengths = text.words.lengths(n) + (n - 1)
-        possible = len(lengths) and int((pairs[: len(lengths)] * lengths).max()) > share * size
+        if not len(lengths) or most * int(lengths.max()) <= share * size:
+            continue
+        possible = int((pairs[: len(lengths)] * lengths).max()) > share * size
         if possible and top_gram_characters(text.words, n) / size > share:
             return f"top {n}-gram"
     return ""
@@ -160,7 +163,14 @@ def repeated_gram_characters(words: Words, n: int, enough: float = math.inf) -> 
 
     Counting stops beyond `enough`; where it can be told early that it is not reached, the answer is 0.
     """
-    lead = leaders(words.gram(n))
+    keys = words.gram(n)
+    if math.isfinite(enough):
+        # Sorting tells how many stood before, if not which: for most texts that is enough.
+        ordered = np.sort(keys)
+        again = int(np.count_nonzero(ordered[1:] == ordered[:-1]))
+        if not again or again * int(words.lengths(n).max()) <= enough:
+            return 0
+    lead = leaders(keys)
     later = np.flatnonzero(lead != np.arange(len(lead), dtype=np.int32))
     if not len(later):
         return 0

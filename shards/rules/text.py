@@ -84,7 +84,7 @@ class Words(NamedTuple):
     def spaced_gram(self, n: int) -> Hashes:
         """Like `gram`, but for words with a space between: "a bc" and "ab c" differ."""
         keys = self.gram(n)
-        lengths = np.diff(self.edges).astype(np.uint64)
+        lengths = self.lengths().astype(np.uint64)
         for place in range(n - 1):
             keys = keys * np.uint64(_MIX) + lengths[place : place + len(keys)]
         return keys
@@ -111,7 +111,7 @@ def _split(string: str, offset: int) -> tuple[Ints, Ints, npt.NDArray[np.uint8],
         shape = np.frombuffer(raw.translate(marks.ascii_shapes()), np.uint8)
     else:
         points = np.frombuffer(string.encode("utf-32-le", "surrogatepass"), np.uint32)
-        kinds = np.take(marks.kinds(), points)
+        kinds = np.take(marks.kinds(marks.BASIC) if points.max(initial=0) < marks.BASIC else marks.kinds(), points)
         shape = kinds & marks.SHAPE
         dark = shape != marks.SPACE
         points, kinds = points[dark], kinds[dark]
@@ -130,7 +130,7 @@ def _bounds(shape: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
     # Runs of one shape; of symbols without a shape each is a run.
     changes = shape[1:] != shape[:-1]
     changes |= shape[1:] == 0
-    starts = np.concatenate((_ZERO, np.flatnonzero(changes) + 1))
+    starts = np.concatenate((_ZERO, changes.nonzero()[0] + 1))
     shapes = shape[starts]
     solid = (shapes == marks.WORD) | (shapes == marks.SPACE)
     # A symbol between two runs of word characters, other symbols skipped, is part of one word with them.
@@ -140,10 +140,11 @@ def _bounds(shape: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
     joins = ~solid & (shapes[before] == marks.WORD) & (shapes[after] == marks.WORD)
     goes_on = joins.copy()
     goes_on[1:] |= joins[:-1]
-    heads = np.flatnonzero(~goes_on)
+    heads = (~goes_on).nonzero()[0]
     starts, shapes = starts[heads], shapes[heads]
-    words = np.flatnonzero(shapes != marks.SPACE)
-    return starts[words], np.diff(starts, append=len(shape))[words]
+    words = (shapes != marks.SPACE).nonzero()[0]
+    ends = np.concatenate((starts[1:], (len(shape),)))
+    return starts[words], (ends - starts)[words]
 
 
 def split(string: str) -> Words:

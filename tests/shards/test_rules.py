@@ -8,11 +8,13 @@ import sys
 import time
 import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import SpecError
+from shards.rules import marks
 from shards.rules import text as splitting
 from shards.rules.families import C4, FineWeb, GopherQuality, GopherRepetition, Rules, Text, UniqueWords
 from shards.rules.marks import SYMBOLS
@@ -253,3 +255,10 @@ def test_a_line_of_fifty_megabytes_is_judged_in_bounded_memory() -> None:
     reason, _, megabytes = done.stdout.strip().rpartition(" ")
     assert reason == "gopher_repetition: top 2-gram"
     assert int(megabytes) < 1200
+
+
+def test_the_tables_of_characters_hold_for_every_code_point() -> None:
+    """Where nothing is assigned they are filled in at once; a Unicode that assigns something there would show here."""
+    whole = np.fromiter(map(marks._kind, range(0x110000)), np.uint8, 0x110000)
+    assert np.array_equal(marks.kinds(), whole)
+    assert np.array_equal(marks.kinds(marks.BASIC), whole[: marks.BASIC])
