@@ -122,7 +122,8 @@ def broken(source: Source, names: Sequence[str], of: int) -> None:
 def unreadable(source: Source, rejected: Mapping[str, int]) -> None:
     """Raises ShardError for a source of which no record is a document, where there were any."""
     if rejected:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(rejected.items(), key=lambda item: (-item[1], item[0]))[:3])
+        most = sorted(rejected.items(), key=lambda item: (-item[1], item[0]))[:3]
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in most)
         raise ShardError(
             f'source "{source.name}": none of its {sum(rejected.values()):,} records is a document ({reasons})'
             " (see that path, kind and the names of its fields are right)"

@@ -265,7 +265,7 @@ def test_memory_does_not_grow_with_the_input(built: Path, make_spec: Callable[..
 
 
 @pytest.mark.parametrize("clean", [None, Clean()], ids=["plainly", "cleanly"])
-def test_a_source_of_which_nothing_is_a_document_is_said(make_spec: Callable[..., Build], tmp_path: Path, clean: Clean | None) -> None:
+def test_a_source_of_which_nothing_is_a_document_is_said(make_spec: Callable[..., Build], tmp_path: Path, clean: Any) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('not JSON\n{"other": "field"}\n' * 5)
     source = Source(name="a", kind="text", origin="jsonl", path=str(path))
