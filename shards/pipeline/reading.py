@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from shards.container import write_atomically
+from shards.errors import ShardError
+from shards.pipeline.sealed import Sealed, save_bytes
 from shards.pipeline.store import ChunkWriter, size_of, stored
 from shards.pipeline.work import Name, ReadUnit, Work
 from shards.records import Document
@@ -41,7 +41,7 @@ class Read:
         unit = work.inputs[number][place]
         for record in read_unit(work.sources[number], unit, held_out=partial(_held_out, work)):
             read.take(record)
-        write_atomically(self.output(work, task), msgspec.json.encode(read.close()))
+        save_bytes(self.output(work, task), msgspec.json.encode(read.close()))
 
 
 def _held_out(work: Work, key: str) -> bool:
@@ -58,9 +58,7 @@ class _Reader:
         self._rejected: dict[str, int] = {}
         self._broken: dict[str, None] = {}
         self._writer: ChunkWriter | None = None
-        self._aside = work.path("read", f"{source:03d}-{unit:06d}", ".rejected.jsonl")
-        self._temporary = self._aside.with_name(f"{self._aside.name}.{os.getpid()}.tmp")
-        self._file = self._temporary.open("wb")
+        self._aside = Sealed(work.path("read", f"{source:03d}-{unit:06d}", ".rejected.jsonl"))
 
     def take(self, record: Document | Rejected) -> None:
         if isinstance(record, Document):
@@ -72,7 +70,7 @@ class _Reader:
         self._rejected[record.reason] = self._rejected.get(record.reason, 0) + 1
         if record.rest:
             self._broken[record.where] = None
-        self._file.write(msgspec.json.encode(record) + b"\n")
+        self._aside.write(msgspec.json.encode(record) + b"\n")
 
     def _add(self, document: Document, size: int) -> None:
         if self._writer is None:
@@ -89,13 +87,19 @@ class _Reader:
 
     def close(self) -> ReadUnit:
         self._end_chunk()
-        self._file.close()
-        os.replace(self._temporary, self._aside)
+        self._aside.close()
         return ReadUnit(self._chunks, self._rejected, list(self._broken))
 
 
 def refuse_broken(work: Work) -> None:
-    """Raises ShardError where more of a source's files are broken than it allows."""
+    """Raises ShardError where more of a source's files are broken than it allows; those are read again the next time."""
     for number, source in enumerate(work.sources):
-        names = [name for of, _, unit in work.units if of == number for name in unit.broken]
-        broken(source, names, sum(max(1, len(unit.paths)) for unit in work.inputs[number]))
+        own = [(unit, read.broken) for of, unit, read in work.units if of == number]
+        of_all = sum(max(1, len(unit.paths)) for unit in work.inputs[number])
+        try:
+            broken(source, [name for _, names in own for name in names], of_all)
+        except ShardError:
+            for unit, names in own:
+                if names:
+                    Read().output(work, (number, unit)).unlink()
+            raise
