@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -104,6 +105,8 @@ class Workers:
         self._tokenizer: Tokenizer | None = None
         self._workers: list[tuple[BaseProcess, Connection]] = []
         context = multiprocessing.get_context("spawn")
+        if count:
+            resource_tracker.ensure_running()  # which would unblock below what is blocked
         for number in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, os.getpid()), name=f"shards-encode-{number}", daemon=True)
