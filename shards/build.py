@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import xxhash
@@ -30,21 +30,21 @@ from shards.encode import Encoded, Workers, refusal
 from shards.errors import BusyError, ShardError, SpecError
 from shards.manifest import SPLITS, Manifest
 from shards.pipeline import encoding, reporting
-from shards.pipeline.models import as_source
+from shards.pipeline.models import beside
 from shards.pipeline.runner import AFTER_TOKENIZER, BEFORE_TOKENIZER
 from shards.pipeline.runner import run as run_steps
 from shards.pipeline.steps import STEPS
 from shards.pipeline.work import Work
 from shards.progress import Meter, Report
 from shards.records import Document
-from shards.sources import KEPT_ASIDE, Reading, Rejected, describe, fingerprint, unreadable
+from shards.sources import KEPT_ASIDE, Reading, Rejected, changed, describe, fingerprint, unreadable
 from shards.spec import STDLIB_KINDS, TEMPLATES, Build, Source, check
 from shards.splitting import divide, split
 from shards.templates import DEFAULT, kept, read
 from shards.templates import FILE_NAME as TEMPLATE_FILE
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenizer import Tokenizer, check_template, read_model
-from shards.writing import PROGRESS, Progress, SplitWriter
+from shards.writing import PROGRESS, Progress, SplitWriter, kept_aside
 
 BATCH_CHARACTERS = 1 << 19  # of documents sent to a worker at once; decides where a limited source stops reading
 BATCH_DOCUMENTS = 2048
@@ -64,6 +64,7 @@ class Marker(msgspec.Struct, frozen=True):
     python: str
     spec: Build
     digests: dict[str, str] = {}  # by SOURCE/SPLIT, once it is done
+    tokenizer: str = ""  # its hash, once it is there
 
 
 def build_key(build: Build) -> str:
@@ -160,8 +161,8 @@ def read_marker(out: Path) -> Marker | None:
         return None
 
 
-def write_marker(spec: Build, out: Path, digests: dict[str, str] | None = None) -> None:
-    marker = Marker(build_key(spec), digests is not None, platform.python_version(), spec, digests or {})
+def write_marker(spec: Build, out: Path, digests: dict[str, str] | None = None, tokenizer: str = "") -> None:
+    marker = Marker(build_key(spec), digests is not None, platform.python_version(), spec, digests or {}, tokenizer)
     write_atomically(out / MARKER, msgspec.json.format(msgspec.json.encode(marker), indent=1) + b"\n")
 
 
@@ -232,7 +233,7 @@ def _build_cleanly(spec: Build, out: Path, pool: Workers, meter: Meter) -> list[
     """Documents as the steps of `clean` leave them; the names of the directories."""
     work = Work(spec, build_key(spec))
     assert spec.data.clean is not None
-    work.begin(list(STEPS), [as_source(purpose, path) for purpose, path in spec.data.clean.references().items()])
+    work.begin(list(STEPS), beside(spec.data.clean))
     work = run_steps(BEFORE_TOKENIZER, work, pool, meter)
 
     def texts(source: Source) -> Iterator[tuple[int, Document | Rejected, bool | None]]:
@@ -260,7 +261,8 @@ def _build_cleanly(spec: Build, out: Path, pool: Workers, meter: Meter) -> list[
 
 def _make_tokenizer(spec: Build, out: Path, pool: Workers, meter: Meter, texts: Texts) -> Tokenizer:
     path = out / TOKENIZER_FILE
-    if not path.exists():
+    made = not path.exists()
+    if made:
         template = read(spec.tokenizer)
         if spec.tokenizer.path is not None:
             model = read_model(Path(spec.tokenizer.path))
@@ -273,6 +275,12 @@ def _make_tokenizer(spec: Build, out: Path, pool: Workers, meter: Meter, texts: 
             write_atomically(path.with_name(TEMPLATE_FILE), template.encoded())
         write_atomically(path, model)
     tokenizer = Tokenizer.load(path)
+    marker = read_marker(out)
+    known = "" if marker is None or made else marker.tokenizer
+    if known not in ("", tokenizer.hash):
+        raise ShardError(f"{path}: not as this build made it (put it back, or delete {out} and check this disk)")
+    if not known:
+        write_marker(spec, out, tokenizer=tokenizer.hash)
     pool.use(path.read_bytes(), kept(path))
     meter.begin("tokenizer", f"{tokenizer.vocab} ids", "ids", tokenizer.vocab, tokenizer.vocab)
     return tokenizer
@@ -325,7 +333,7 @@ def _build_source(
     with (
         SplitWriter(directory / "train", source, spec.data, tokenizer, progress, held_out=False) as train,
         SplitWriter(directory / "held_out", source, spec.data, tokenizer, progress, held_out=True) as held,
-        _kept_aside(directory / "rejected.jsonl") as kept,
+        kept_aside(directory / "rejected.jsonl") as kept,
     ):
         for encoded, (places, broken) in parts((train, held)):
             for record in broken:
@@ -339,6 +347,8 @@ def _build_source(
         held.finish()
         if spec.data.clean is None and not train.documents + held.documents:
             unreadable(source, rejected)
+    if spec.data.clean is None and fingerprint(source) != progress.inputs:  # else its text was taken before
+        raise changed(source)
     for writer in (train, held):
         Manifest(
             source=called,
@@ -356,19 +366,6 @@ def _build_source(
             shards=tuple(writer.shards),
         ).save(writer.directory)
     (directory / PROGRESS).unlink(missing_ok=True)
-
-
-@contextmanager
-def _kept_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file for broken records that is there in the end if any were written, and all the source was read."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        if temporary.stat().st_size:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -25,6 +27,9 @@ from shards.records import Document
 from shards.spec import Kind
 from shards.templates import DEFAULT, Template
 from shards.tokenizer import Tokenizer, token_dtype, train
+
+_STOPPING = {signal.SIGINT, signal.SIGTERM}
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,17 @@ class Workers:
         self._tokenizer: Tokenizer | None = None
         self._workers: list[tuple[BaseProcess, Connection]] = []
         context = multiprocessing.get_context("spawn")
+        if count:
+            resource_tracker.ensure_running()  # which would unblock below what is blocked
         for number in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), name=f"shards-encode-{number}", daemon=True)
-            process.start()
+            process = context.Process(target=_work, args=(theirs, os.getpid()), name=f"shards-encode-{number}", daemon=True)
+            # A process begins with what is blocked here: a signal to all the group does not meet it before it is ready.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             self._workers.append((process, ours))
 
@@ -147,10 +159,9 @@ class Workers:
                     self._receive(worker)
                     idle.append(worker)
                     yield task
-        finally:
-            for worker, _ in busy.values():
-                with suppress(ShardError):
-                    self._receive(worker)
+        except BaseException:
+            self.close()  # a task may take minutes more, and nobody waits for its answer
+            raise
 
     def encode(self, kind: Kind, batches: Iterable[tuple[list[Document], Any]]) -> Iterator[tuple[Encoded, Any]]:
         """Each batch encoded, in order, with whatever came along with it. Reads ahead by the number of workers."""
@@ -195,6 +206,9 @@ class Workers:
             raise SpecError(value)
         if outcome == "wrong":
             raise ShardError(value)
+        if outcome == "os":
+            name, why = value
+            raise OSError(0, why, name)
         if outcome == "failed":
             raise RuntimeError(f"in an encoding worker:\n{value}")
         return value
@@ -222,10 +236,20 @@ class Workers:
         self.close()
 
 
-def _work(pipe: Connection) -> None:
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent does, in the middle of a task: what it still wrote could meet the next build."""
+    with suppress(OSError, AttributeError):  # not Linux: then it ends after its task, which reads the end of the pipe
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _work(pipe: Connection, parent: int) -> None:
     """A worker's whole life: answer until the pipe ends."""
+    _end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # of rensa: there is a process a core already
     tokenizer: Tokenizer | None = None
     while True:
@@ -251,7 +275,7 @@ def _work(pipe: Connection) -> None:
         except ShardError as error:
             answer = "wrong", str(error)
         except OSError as error:
-            answer = "wrong", f"{error.filename or 'writing'}: {error.strerror or error} (then give the same command again)"
+            answer = "os", (error.filename, error.strerror or str(error))
         except Exception:
             answer = "failed", traceback.format_exc()
         try:

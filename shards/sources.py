@@ -7,6 +7,7 @@ than the source's share of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 
@@ -14,7 +15,7 @@ import xxhash
 
 from shards import stdlib
 from shards.errors import ShardError, SpecError
-from shards.readers.base import KEPT_ASIDE, LONGEST_RECORD, Reading, Record, Rejected, Unit
+from shards.readers.base import KEPT_ASIDE, LONGEST_RECORD, Reading, Record, Rejected, Unit, shown
 from shards.readers.compressed import COMPRESSED
 from shards.readers.files import Found, find
 from shards.records import Document
@@ -22,7 +23,7 @@ from shards.spec import STDLIB_KINDS, Source
 
 __all__ = [
     "KEPT_ASIDE", "LONGEST_RECORD", "Reading", "Rejected", "Unit",
-    "broken", "describe", "documents", "files", "fingerprint", "is_held_out", "read_unit", "units", "unreadable",
+    "broken", "changed", "describe", "documents", "files", "fingerprint", "is_held_out", "read_unit", "units", "unreadable",
 ]  # fmt: skip
 
 READERS = ("jsonl", "text", "parquet", "code", "warc", "wet", "wikipedia", "stackexchange", "latex", "gutenberg")
@@ -77,6 +78,14 @@ def fingerprint(source: Source) -> str:
     return xxhash.xxh3_64_hexdigest(repr(seen).encode(errors="surrogateescape"))
 
 
+def changed(source: Source) -> ShardError:
+    """The error for a source whose fingerprint is another after it was read."""
+    return ShardError(
+        f'source "{source.name}": {source.path}: files changed, came or went while they were read'
+        " (leave them alone while the build runs; the same command begins anew with what is there then)"
+    )
+
+
 def describe(source: Source) -> str:
     """Where the text comes from, for the manifest."""
     if source.origin == "made":
@@ -103,10 +112,12 @@ def read_unit(
         yield from _stdlib(source, reading, held_out, wanted)
         return
     for record in _reader(source).read(source, unit, reading):
+        if not record.where.isascii():
+            record = replace(record, where=shown(record.where))  # a file's name need not be UTF-8
         if isinstance(record, Rejected) or all(part.strip() for part in record.parts):
             yield record
         else:
-            yield Rejected(record.where or unit.name, "empty", record.key[:KEPT_ASIDE])
+            yield Rejected(record.where or shown(unit.name), "empty", record.key[:KEPT_ASIDE])
 
 
 def broken(source: Source, names: Sequence[str], of: int) -> None:

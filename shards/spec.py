@@ -54,6 +54,8 @@ FITTING: dict[str, tuple[str, ...]] = {
 """Keys that only these origins have."""
 TEMPLATES = ("midwatch", "llama2", "llama3", "chatml", "zephyr", "own")
 """Chat templates that have a name; any other is a Jinja file's path."""
+RESERVED = ("build.json", "models", "report.json", "tokenizer.model", "tokenizer.template", "work")
+"""What else lies in the directory of a build, beside its sources."""
 SMALLEST_VOCAB = 320  # 8 reserved ids, 256 bytes, the newline, and room for an alphabet
 
 
@@ -211,6 +213,9 @@ def check(build: Build, where: str = "data") -> None:
         if names.count(name) > 1:
             raise SpecError(f'{where}: two sources are named "{name}" (rename one)')
     for source in data.source:
+        if source.split_by is not None and (alike := [name for name in names if name.startswith(f"{source.name}.")]):
+            raise SpecError(f'{where}: source "{alike[0]}" is named like a part of "{source.name}", which is split (rename one)')
+    for source in data.source:
         _check_source(source, f'{where}: source "{source.name}"')
     if not (math.isfinite(data.held_out) and 0 <= data.held_out <= 0.5):
         raise SpecError(f"{where}: held_out is {data.held_out} (use a share from 0 to 0.5, such as 0.01)")
@@ -240,6 +245,8 @@ def check(build: Build, where: str = "data") -> None:
 def _check_source(source: Source, where: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", source.name):
         raise SpecError(f"{where}: a name is up to 100 letters, digits, `_`, `-` or `.`, and does not begin with `.`")
+    if source.name.lower() in RESERVED or source.name.lower().endswith(".tmp"):
+        raise SpecError(f"{where}: a directory of shards has files of its own of that name (rename the source)")
     if source.origin in STDLIB_KINDS:
         if source.kind != STDLIB_KINDS[source.origin]:
             raise SpecError(f'{where}: origin {source.origin} is of kind "{STDLIB_KINDS[source.origin]}"')

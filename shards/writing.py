@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import numpy as np
@@ -46,6 +48,19 @@ class Progress(msgspec.Struct):
 
     def save(self, directory: Path) -> None:
         write_atomically(directory / PROGRESS, msgspec.json.encode(self))
+
+
+@contextmanager
+def kept_aside(path: Path) -> Iterator[IO[bytes]]:
+    """A file for broken records that is there in the end if any were written, and all was read."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        if temporary.stat().st_size:
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class SplitWriter:

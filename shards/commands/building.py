@@ -81,6 +81,7 @@ def _stoppable(*, watch_parent: bool) -> Iterator[None]:
     parent = os.getppid()
 
     def watch() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # the main thread's, when it does not block them
         while not over.wait(PARENT_LOOK):
             if os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGTERM)

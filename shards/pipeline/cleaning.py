@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from shards.container import write_atomically
 from shards.pipeline.duplicates import MASK, Duplicates, exact, near
 from shards.pipeline.funnel import Count, Funnel, Sample
 from shards.pipeline.judging import Judges
+from shards.pipeline.sealed import save_bytes
 from shards.pipeline.store import Chunk, ChunkWriter, Stored, size_of
 from shards.pipeline.work import DOCUMENT_BITS, Work
 
@@ -50,7 +50,7 @@ class Cleaning:
                         continue
                     writer.add(after, size_of(after))
             writer.close()
-        write_atomically(self.output(work, task), msgspec.json.encode(funnel))
+        save_bytes(self.output(work, task), msgspec.json.encode(funnel))
 
     def _own(self, work: Work, chunk: Chunk, frame: int, gone: Sequence[Duplicates], funnel: Funnel) -> Iterator[Stored]:
         """The documents of a frame that no earlier document says."""

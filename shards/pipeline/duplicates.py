@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.pipeline import hashing
-from shards.pipeline.signing import BAND, EXACT, save
+from shards.pipeline.sealed import map_array, save_array
+from shards.pipeline.signing import BAND, EXACT
 from shards.pipeline.store import Chunk
 from shards.pipeline.work import DOCUMENT_BITS, Ids, Work
 
@@ -41,10 +42,9 @@ def _gather(work: Work, part: int, end: str, dtype: np.dtype[Any], key: str, ban
     low, high = part * 2**64 // count, (part + 1) * 2**64 // count
     found, ids = [np.empty(0, dtype)], [np.empty(0, np.uint64)]
     for number, name in enumerate(work.chunks):
-        path = work.path("sign", name, end)
-        if not path.exists():
+        if band is not None and work.sources[name.source].kind != "text":
             continue  # near duplicates are looked for in text only
-        hashes = np.load(path, mmap_mode="r")
+        hashes = map_array(work.path("sign", name, end))
         hashes = hashes if band is None else hashes[band]
         # By hand: numpy's own search would read the whole file first.
         start, stop = (bisect_left(hashes[key], edge) for edge in (low, high))
@@ -77,7 +77,7 @@ class Exact:
         pairs["later"] = ids[1:][same]
         first = np.maximum.accumulate(np.where(np.concatenate([[True], ~same]), np.arange(len(ids)), 0)) if len(ids) else order
         pairs["earlier"] = ids[first[1:][same]] if len(ids) else 0
-        save(self.output(work, task), np.sort(pairs, order="later"))
+        save_array(self.output(work, task), np.sort(pairs, order="later"))
 
 
 class Near:
@@ -110,7 +110,7 @@ class Near:
         # All pairs of a group would be too many: each with the group's first, and with the one before it.
         for half, earlier in ((pairs[: len(later)], first[later]), (pairs[len(later) :], later - 1)):
             half["later"], half["earlier"] = ids[later], ids[earlier]
-        save(self.output(work, task), np.unique(pairs))
+        save_array(self.output(work, task), np.unique(pairs))
 
 
 def of_chunk(work: Work, step: str, dtype: np.dtype[Any], number: int) -> Array:
@@ -118,7 +118,7 @@ def of_chunk(work: Work, step: str, dtype: np.dtype[Any], number: int) -> Array:
     low, high = number << DOCUMENT_BITS, (number + 1) << DOCUMENT_BITS
     found = [np.empty(0, dtype)]
     for path in sorted((work.root / step).glob("*.npy")):
-        pairs = np.load(path, mmap_mode="r")
+        pairs = map_array(path)
         start, stop = (bisect_left(pairs["later"], edge) for edge in (low, high))
         found.append(np.array(pairs[start:stop]))
     return np.concatenate(found)
@@ -156,7 +156,7 @@ class Verify:
             if similarity >= work.clean.near:
                 gone.add(later)
                 found.append((later, earlier, similarity))
-        save(self.output(work, task), np.array(sorted(found), VERIFIED))
+        save_array(self.output(work, task), np.array(sorted(found), VERIFIED))
 
 
 class _Texts:
@@ -202,9 +202,7 @@ def exact(work: Work, number: int) -> Duplicates:
 
 def near(work: Work, number: int) -> Duplicates:
     """Documents of a chunk, by place, that say nearly what an earlier one says."""
-    path = work.path("verify", work.chunks[number], ".npy")
-    if work.clean.near <= 0 or not path.exists():
+    if work.clean.near <= 0 or work.sources[work.chunks[number].source].kind != "text":
         return {}
-    return {
-        later & MASK: (f"{similarity:.2f} of the same n-grams", earlier) for later, earlier, similarity in np.load(path).tolist()
-    }
+    found = map_array(work.path("verify", work.chunks[number], ".npy")).tolist()
+    return {later & MASK: (f"{similarity:.2f} of the same n-grams", earlier) for later, earlier, similarity in found}

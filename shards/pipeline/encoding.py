@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import os
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from shards.container import Array, write_atomically
+from shards.container import Array
 from shards.encode import Encoded, encode, refusal
+from shards.pipeline.sealed import lines, load_arrays, load_bytes, save_bytes
 from shards.pipeline.store import Chunk, Stored
 from shards.pipeline.work import Name, Work
 from shards.records import Document
@@ -25,6 +27,7 @@ from shards.templates import kept
 from shards.tokenizer import FILE_NAME, Tokenizer
 
 BATCH = 1 << 20  # characters encoded at once
+LONGEST_LABEL = 80  # characters; with a source's name before it, it is still a directory's
 MADE = {"held out": 0, "trained on": 2**64 - 1}
 """The hash of what is made, by its key: what is made of held-out documents is held out, and nothing else."""
 
@@ -103,7 +106,7 @@ class Encoding:
                 flush()
         flush()
         sidecar = msgspec.json.encode(_Sidecar(labels, refused))
-        write_atomically(work.path(self.name, name, ".json"), sidecar)
+        save_bytes(work.path(self.name, name, ".json"), sidecar)
         _save(self.output(work, task), encoded, hashes, source.kind != "text")
 
 
@@ -117,20 +120,15 @@ def _save(path: Path, encoded: list[Encoded], hashes: list[int], masked: bool) -
     if masked:
         found = [each.mask for each in encoded if each.mask is not None]
         arrays["mask"] = np.concatenate(found) if found else np.empty(0, np.uint8)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    whole = io.BytesIO()
+    np.savez(whole, allow_pickle=False, **arrays)
+    save_bytes(path, whole.getbuffer())
 
 
 def _directory(label: str) -> str:
     """A label as a part of a directory's name."""
-    return re.sub(r"[^a-z0-9_+#-]+", "-", label.lower()).strip("-") or "none"
+    name = re.sub(r"[^a-z0-9_+#-]+", "-", label.lower()).strip("-") or "none"
+    return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 17]}-{xxhash.xxh3_64_hexdigest(name.encode())}"
 
 
 def of_length(tokens: int, lengths: Sequence[int]) -> str:
@@ -140,16 +138,20 @@ def of_length(tokens: int, lengths: Sequence[int]) -> str:
 
 
 def labels(work: Work, source: int) -> list[str]:
-    """The labels by which a source is split, known once it is encoded; of one that is not split, an empty one."""
+    """The labels by which a source is split, known once it is encoded; of one that is not split, an empty one.
+
+    An empty one too where no document is left: what was left out must have a place.
+    """
     if not work.sources[source].split_by:
         return [""]
     sidecars = (_sidecar(work, name) for name in work.names(source) if isinstance(name, Name))
     found = {label for sidecar in sidecars for label in sidecar.labels}
-    return sorted(found, key=lambda label: (len(label), label) if work.sources[source].split_by == "length" else (0, label))
+    by_length = work.sources[source].split_by == "length"
+    return sorted(found, key=lambda label: (len(label), label) if by_length else (0, label)) or [""]
 
 
 def _sidecar(work: Work, name: Name) -> _Sidecar:
-    return msgspec.json.decode(work.path("encode", name, ".json").read_bytes(), type=_Sidecar)
+    return msgspec.json.decode(load_bytes(work.path("encode", name, ".json")), type=_Sidecar)
 
 
 def ready(work: Work, source: int, label: str, first: bool) -> Iterator[Ready | Rejected]:
@@ -160,15 +162,15 @@ def ready(work: Work, source: int, label: str, first: bool) -> Iterator[Ready | 
     for name in work.names(source):
         if isinstance(name, Path):
             if first:
-                yield from (msgspec.json.decode(line, type=Rejected) for line in name.read_bytes().splitlines())
+                yield from (msgspec.json.decode(line, type=Rejected) for line in lines(name))
             continue
         sidecar = _sidecar(work, name)
         if first:
             yield from sidecar.refused
-        with np.load(work.path("encode", name, ".npz")) as arrays:
-            tokens, mask = arrays["tokens"], arrays.get("mask")
-            ends = np.cumsum(arrays["lengths"], dtype=np.int64).tolist()
-            sizes, hashes = arrays["text_bytes"].tolist(), arrays["hashes"].tolist()
+        arrays = load_arrays(work.path("encode", name, ".npz"))
+        tokens, mask = arrays["tokens"], arrays.get("mask")
+        ends = np.cumsum(arrays["lengths"], dtype=np.int64).tolist()
+        sizes, hashes = arrays["text_bytes"].tolist(), arrays["hashes"].tolist()
         start = 0
         for stop, size, hashed, of in zip(ends, sizes, hashes, sidecar.labels, strict=True):
             if of == label:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from shards.pipeline.funnel import Funnel
-from shards.pipeline.models import CONTAMINATION, PERPLEXITY, QUALITY, model
+from shards.pipeline.models import CONTAMINATION, PERPLEXITY, QUALITY, trained
 from shards.pipeline.store import Stored, size_of
 from shards.pipeline.work import Work
 from shards.rules.families import Rules
@@ -122,7 +122,7 @@ def _language(settings: Any, split: bool) -> Judge:
 def _perplexity(work: Work, settings: Any) -> Judge:
     from shards.judging.perplexity import Scorer, judge
 
-    scorer = Scorer(model(work, PERPLEXITY))
+    scorer = Scorer(trained(work, PERPLEXITY))
 
     def perplexities(documents: Sequence[Stored], funnel: Funnel) -> list[Verdict]:
         found = []
@@ -143,7 +143,7 @@ def _power(value: float) -> str:
 def _quality(work: Work, settings: Any, split: bool) -> Judge:
     from shards.judging.quality import Classifier, bucket, judge
 
-    classifier = Classifier.load(model(work, QUALITY))
+    classifier = Classifier.load(trained(work, QUALITY))
 
     def qualities(documents: Sequence[Stored], funnel: Funnel) -> list[Verdict]:
         scores = classifier.scores([document.parts[0] for document in documents]) if documents else []
@@ -193,7 +193,7 @@ def _toxicity(settings: Any) -> Judge:
 def _contamination(work: Work) -> Judge:
     from shards.judging.contamination import Index
 
-    index = Index.load(model(work, CONTAMINATION))
+    index = Index.load(trained(work, CONTAMINATION))
 
     def contaminated(documents: Sequence[Stored], funnel: Funnel) -> list[Verdict]:
         found = []

@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from shards.container import write_atomically
 from shards.pipeline.encoding import MADE
 from shards.pipeline.funnel import Count, Funnel
+from shards.pipeline.sealed import save_bytes
 from shards.pipeline.store import Chunk, ChunkWriter, Stored, size_of
 from shards.pipeline.work import Name, ReadUnit, Work
 from shards.spec import Source
@@ -57,10 +57,10 @@ class Make:
                     funnel.passed("made", size)
                     funnel.tell("made", made.label, size)
             writer.close()
-        write_atomically(work.path("clean", own, ".json"), msgspec.json.encode(funnel))
-        write_atomically(work.path("read", f"{task[0]:03d}-{task[1]:06d}", ".rejected.jsonl"), b"")
+        save_bytes(work.path("clean", own, ".json"), msgspec.json.encode(funnel))
+        save_bytes(work.path("read", f"{task[0]:03d}-{task[1]:06d}", ".rejected.jsonl"), b"")
         chunks = [(writer.documents, writer.text_bytes)] if writer.documents else []
-        write_atomically(self.output(work, task), msgspec.json.encode(ReadUnit(chunks, {})))
+        save_bytes(self.output(work, task), msgspec.json.encode(ReadUnit(chunks, {})))
 
 
 def _make(source: Source, documents: list[Stored], key: str, seed: int) -> Iterator[Stored]:

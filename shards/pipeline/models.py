@@ -10,14 +10,27 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import IO
+
+import msgspec
 
 from shards.container import sync_directory
+from shards.errors import ShardError, SpecError
+from shards.pipeline.sealed import hash_of, load_bytes, save_bytes
 from shards.pipeline.work import Work
 from shards.records import Document
-from shards.sources import read_unit, units
+from shards.sources import Rejected, read_unit, units
 from shards.spec import Clean, Origin, Source
+from shards.writing import kept_aside
 
+SEALED = ".seal"
+ASIDE = "rejected.jsonl"
 PERPLEXITY, QUALITY, CONTAMINATION = "perplexity.arpa", "quality.model", "contamination.index"
+
+
+def beside(clean: Clean) -> list[Source]:
+    """Text beside the sources that decides what is kept, as sources."""
+    return [as_source(purpose, path) for purpose, path in clean.references().items()]
 
 
 def as_source(purpose: str, path: str) -> Source:
@@ -32,17 +45,39 @@ def as_source(purpose: str, path: str) -> Source:
     return Source(name=purpose, kind="text", origin=origin, path=path)
 
 
-def _texts(purpose: str, path: str) -> Iterator[str]:
+def _texts(purpose: str, path: str, aside: IO[bytes]) -> Iterator[str]:
+    """What a judge learns from. Records that are no text are kept aside; SpecError if nothing else is there."""
     source = as_source(purpose, path)
+    first: Rejected | None = None
+    found = 0
     for unit in units(source):
         for record in read_unit(source, unit):
             if isinstance(record, Document):
+                found += 1
                 yield record.parts[0]
+            else:
+                first = first or record
+                aside.write(msgspec.json.encode(record) + b"\n")
+    if not found:
+        why = f"{first.where}: {first.reason}" if first else "no records"
+        raise SpecError(f'clean.{purpose}: {path}: nothing in it is text: {why} (give text files, or records with a field "text")')
 
 
 def model(work: Work, name: str) -> Path:
     """Where a model lies."""
     return Path(work.build.out, "models", name)
+
+
+def trained(work: Work, name: str) -> Path:
+    """A model that is what this build made. Raises ShardError for any other."""
+    path = model(work, name)
+    try:
+        if hash_of(path) == load_bytes(work.path(Model.name, name, SEALED)):
+            return path
+        why = "not as it was written"
+    except OSError as error:
+        why = str(error.strerror)
+    raise ShardError(f"{path}: {why} (delete {work.root}: the same command then begins anew; check this disk)")
 
 
 class Model:
@@ -60,18 +95,20 @@ class Model:
         return 1
 
     def output(self, work: Work, task: tuple[str]) -> Path:
-        return model(work, task[0])
+        return work.path(self.name, task[0], SEALED)
 
     def do(self, work: Work, task: tuple[str]) -> None:
         final = model(work, task[0])
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
         try:
-            _train(work.clean, task[0], temporary)
+            with kept_aside(final.with_name(f"{final.name}.{ASIDE}")) as aside:
+                _train(work.clean, task[0], temporary, aside)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, final)
             sync_directory(final.parent)
+            save_bytes(self.output(work, task), hash_of(final))
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -102,18 +139,19 @@ def described(work: Work) -> dict[str, str]:
     return found
 
 
-def _train(clean: Clean, name: str, path: Path) -> None:
+def _train(clean: Clean, name: str, path: Path, aside: IO[bytes]) -> None:
     if name == PERPLEXITY and clean.perplexity is not None:
         from shards.judging import perplexity
 
-        perplexity.train(_texts("perplexity.reference", clean.perplexity.reference), clean.perplexity, path)
+        perplexity.train(_texts("perplexity.reference", clean.perplexity.reference, aside), clean.perplexity, path)
     elif name == QUALITY and clean.quality is not None:
         from shards.judging.quality import Classifier
 
-        good, bad = _texts("quality.good", clean.quality.good), _texts("quality.bad", clean.quality.bad)
+        given = {"good": clean.quality.good, "bad": clean.quality.bad}
+        good, bad = (_texts(f"quality.{each}", where, aside) for each, where in given.items())
         Classifier.train(good, bad, clean.quality).save(path)
     elif clean.contamination is not None:
         from shards.judging.contamination import Index
 
-        sets = {each: _texts(f"contamination.sets.{each}", path) for each, path in clean.contamination.sets.items()}
+        sets = {each: _texts(f"contamination.sets.{each}", where, aside) for each, where in clean.contamination.sets.items()}
         Index.build(sets, clean.contamination).save(path)

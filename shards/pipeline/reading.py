@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from shards.container import write_atomically
+from shards.errors import ShardError
+from shards.pipeline.sealed import Sealed, save_bytes
 from shards.pipeline.store import ChunkWriter, size_of, stored
 from shards.pipeline.work import Name, ReadUnit, Work
 from shards.records import Document
@@ -42,7 +42,7 @@ class Read:
         unit = work.inputs[number][place]
         for record in read_unit(work.sources[number], unit, held_out=partial(_held_out, work)):
             read.take(record)
-        write_atomically(self.output(work, task), msgspec.json.encode(read.close()))
+        save_bytes(self.output(work, task), msgspec.json.encode(read.close()))
 
 
 def _held_out(work: Work, key: str) -> bool:
@@ -59,9 +59,7 @@ class _Reader:
         self._rejected: dict[str, int] = {}
         self._broken: dict[str, None] = {}
         self._writer: ChunkWriter | None = None
-        self._aside = work.path("read", f"{source:03d}-{unit:06d}", ".rejected.jsonl")
-        self._temporary = self._aside.with_name(f"{self._aside.name}.{os.getpid()}.tmp")
-        self._file = self._temporary.open("wb")
+        self._aside = Sealed(work.path("read", f"{source:03d}-{unit:06d}", ".rejected.jsonl"))
 
     def take(self, record: Document | Rejected) -> None:
         if isinstance(record, Document):
@@ -73,7 +71,7 @@ class _Reader:
         self._rejected[record.reason] = self._rejected.get(record.reason, 0) + 1
         if record.rest:
             self._broken[record.where] = None
-        self._file.write(msgspec.json.encode(record) + b"\n")
+        self._aside.write(msgspec.json.encode(record) + b"\n")
 
     def _add(self, document: Document, size: int) -> None:
         if self._writer is None:
@@ -90,19 +88,27 @@ class _Reader:
 
     def close(self) -> ReadUnit:
         self._end_chunk()
-        self._file.close()
-        os.replace(self._temporary, self._aside)
+        self._aside.close()
         return ReadUnit(self._chunks, self._rejected, list(self._broken))
 
 
 def refuse_broken(work: Work) -> None:
-    """Raises ShardError where more of a source's files are broken than it allows, or nothing in it is a document."""
+    """Raises ShardError where more of a source's files are broken than it allows, which are then read again the next time.
+
+    Or where nothing in a source is a document.
+    """
     for number, source in enumerate(work.sources):
-        names = [name for of, _, unit in work.units if of == number for name in unit.broken]
-        broken(source, names, sum(max(1, len(unit.paths)) for unit in work.inputs[number]))
-        read = [unit for of, _, unit in work.units if of == number]
-        if not any(unit.chunks for unit in read):
+        own = [(unit, read) for of, unit, read in work.units if of == number]
+        of_all = sum(max(1, len(unit.paths)) for unit in work.inputs[number])
+        try:
+            broken(source, [name for _, read in own for name in read.broken], of_all)
+        except ShardError:
+            for unit, read in own:
+                if read.broken:
+                    Read().output(work, (number, unit)).unlink()
+            raise
+        if not any(read.chunks for _, read in own):
             rejected: Counter[str] = Counter()
-            for unit in read:
-                rejected.update(unit.rejected)
+            for _, read in own:
+                rejected.update(read.rejected)
             unreadable(source, rejected)

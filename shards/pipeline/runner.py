@@ -9,8 +9,9 @@ import msgspec
 
 from shards.encode import Workers
 from shards.pipeline.executors import run_elsewhere
+from shards.pipeline.models import beside
 from shards.pipeline.reading import refuse_broken
-from shards.pipeline.steps import STEPS, Step, do, left
+from shards.pipeline.steps import STEPS, Step, do, forget, left
 from shards.pipeline.work import Work
 from shards.progress import Meter
 
@@ -24,11 +25,15 @@ def run(names: tuple[str, ...], work: Work, pool: Workers, meter: Meter) -> Work
         _run_step(STEPS[name], work, pool, meter)
         work = Work(work.build, work.key)  # one a step: what it remembers was known when the step began
         if name == "read":
+            work.refuse_changed(beside(work.clean))
             refuse_broken(work)
+        if name == "model":
+            work.refuse_changed(beside(work.clean))
     return work
 
 
 def _run_step(step: Step, work: Work, pool: Workers, meter: Meter) -> None:
+    forget()  # what another build in this process knew
     weights = {task: step.weight(work, task) for task in step.tasks(work)}
     waiting = left(step, work)
     total, done = sum(weights.values()), sum(weights.values()) - sum(weights[task] for task in waiting)

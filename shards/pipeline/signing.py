@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.pipeline import hashing
+from shards.pipeline.sealed import save_array
 from shards.pipeline.work import Work
 
 EXACT = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u4")])
@@ -54,8 +55,8 @@ class Sign:
         if sets:
             found.append(hashing.bands(hashing.signatures(sets)))
         if near:
-            save(work.path(self.name, work.chunks[number], ".bands.npy"), _sorted(np.concatenate(found, axis=1)))
-        save(self.output(work, task), np.sort(keys, order=("high", "low", "document")))
+            save_array(work.path(self.name, work.chunks[number], ".bands.npy"), _sorted(np.concatenate(found, axis=1)))
+        save_array(self.output(work, task), np.sort(keys, order=("high", "low", "document")))
 
 
 def _halves(digest: bytes) -> tuple[int, int]:
@@ -69,18 +70,3 @@ def _sorted(hashes: hashing.Hashes) -> npt.NDArray[Any]:
     found["hash"] = np.take_along_axis(hashes, order, axis=1)
     found["document"] = order
     return found
-
-
-def save(path: Path, array: npt.NDArray[Any]) -> None:
-    """Under its final name when it is whole."""
-    import os
-
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

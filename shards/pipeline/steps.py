@@ -58,6 +58,11 @@ def _work(build: bytes, key: str, step: str) -> Work:
     return Work(msgspec.json.decode(build, type=Build), key)  # one a step: what it remembers was known when the step began
 
 
+def forget() -> None:
+    """Makes the next task look anew at what is there."""
+    _work.cache_clear()
+
+
 def do(build: bytes, key: str, step: str, task: Any) -> None:
     """One task, in any process: `build` as JSON."""
     STEPS[step].do(_work(build, key, step), tuple(task))

@@ -1,7 +1,7 @@
 """Chunks of documents on the disk, between the steps of a build: compressed, checked, readable from any place.
 
-A chunk is zstd frames of about 1 MB of text each, every one a msgpack list of documents, then the same index twice over:
-where each frame begins and its first document. A chunk under its final name is whole.
+A chunk is zstd frames of about 1 MB of text each, every one a msgpack list of documents, then the index,
+where each frame begins and its first document, with its length and hash. A chunk under its final name is whole.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from pathlib import Path
 from types import TracebackType
 
 import msgspec
+import xxhash
 import zstandard
 
 from shards.container import TEMPORARY
-from shards.errors import ShardError
+from shards.pipeline.sealed import damaged
 from shards.records import Document
 
 FRAME_BYTES = 1 << 20  # of text in a frame
 LEVEL = 1
-TAIL = struct.Struct("<Q")  # the length of the index before it
+TAIL = struct.Struct("<Q16s")  # the length of the index before it, and its XXH3-128
 
 
 class Stored(msgspec.Struct, array_like=True, frozen=True):
@@ -98,7 +99,7 @@ class ChunkWriter:
         """Write the index, sync, and rename into place."""
         self._flush()
         index = self._encoder.encode(Index(self._frames, self.documents, self.text_bytes))
-        self._file.write(index + TAIL.pack(len(index)))
+        self._file.write(index + TAIL.pack(len(index), xxhash.xxh3_128_digest(index)))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -122,18 +123,18 @@ class Chunk:
         try:
             with path.open("rb") as file:
                 end = file.seek(-TAIL.size, os.SEEK_END)
-                length = TAIL.unpack(file.read(TAIL.size))[0]
-                file.seek(end - length)
-                index = msgspec.msgpack.decode(file.read(length), type=Index)
-        except (OSError, ValueError, msgspec.MsgspecError, struct.error) as error:
-            raise self._refuse(error) from None
+                length, seal = TAIL.unpack(file.read(TAIL.size))
+                file.seek(max(0, end - length))
+                raw = file.read(min(length, end))
+        except OSError as error:  # one that is too short for a tail among them
+            raise damaged(path, error.strerror) from None
+        if xxhash.xxh3_128_digest(raw) != seal:
+            raise damaged(path, "not as it was written")
+        index = msgspec.msgpack.decode(raw, type=Index)
         self.frames = index.frames
         self.documents = index.documents
         self.text_bytes = index.text_bytes
         self._decoder = msgspec.msgpack.Decoder(list[Stored])
-
-    def _refuse(self, error: Exception) -> ShardError:
-        return ShardError(f"{self.path}: {error} (delete the directory `work` there: the build then begins anew)")
 
     def frame(self, number: int) -> list[Stored]:
         """The documents of one frame."""
@@ -142,8 +143,10 @@ class Chunk:
             with self.path.open("rb") as file:
                 file.seek(frame.offset)
                 return self._decoder.decode(zstandard.ZstdDecompressor().decompress(file.read(frame.size)))
-        except (OSError, zstandard.ZstdError, msgspec.MsgspecError) as error:
-            raise self._refuse(error) from None
+        except OSError as error:
+            raise damaged(self.path, error.strerror) from None
+        except (zstandard.ZstdError, msgspec.MsgspecError):
+            raise damaged(self.path, "not as it was written") from None
 
     def document(self, number: int) -> Stored:
         """One document, by its place in the chunk."""

@@ -19,13 +19,15 @@ import numpy.typing as npt
 
 from shards.container import write_atomically
 from shards.errors import ShardError
+from shards.pipeline import sealed
 from shards.pipeline.funnel import Funnel, together
 from shards.pipeline.store import Chunk
-from shards.sources import Unit, fingerprint, units
+from shards.sources import Unit, changed, fingerprint, units
 from shards.spec import Build, Clean, Source
 
 DIRECTORY = "work"
 PLAN = "plan.json"
+MADE = ("report.json", "tokenizer.model", "tokenizer.template")
 DOCUMENT_BITS = 24  # of a document's id; the rest is its chunk's number
 
 Ids = npt.NDArray[np.uint64]
@@ -87,11 +89,11 @@ class Work:
         return self.root / step / f"{name}{end}"
 
     def begin(self, steps: list[str], beside: Iterable[Source] = ()) -> None:
-        """Go on with what is there if it was begun for the same build and files; else begin anew.
+        """Go on with what is there if it was begun for the same build and files; else begin anew, with all of OUT.
 
         beside: text that is not encoded but decides what is.
         """
-        plan = Plan(self.key, [fingerprint(source) for source in (*self.sources, *beside)])
+        plan = self._plan(beside)
         path = self.root / PLAN
         try:
             found = msgspec.json.decode(path.read_bytes(), type=Plan)
@@ -99,11 +101,35 @@ class Work:
             found = None
         if found != plan:
             self.remove()
-            shutil.rmtree(Path(self.build.out, "models"), ignore_errors=True)
+            self._remove_made()
         for step in steps:
             (self.root / step).mkdir(parents=True, exist_ok=True)
         if found != plan:
             write_atomically(path, msgspec.json.encode(plan))
+
+    def _plan(self, beside: Iterable[Source]) -> Plan:
+        return Plan(self.key, [fingerprint(source) for source in (*self.sources, *beside)])
+
+    def refuse_changed(self, beside: Iterable[Source] = ()) -> None:
+        """Raises ShardError where files are not those that the build was begun for. Arguments as of `begin`."""
+        found = [*self.sources, *beside]
+        path = self.root / PLAN
+        try:
+            before = msgspec.json.decode(path.read_bytes(), type=Plan).inputs
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ShardError(f"{path}: {error} (give the same command again: the build begins anew)") from None
+        for source, one, other in zip(found, before, self._plan(beside).inputs, strict=True):
+            if one != other:
+                raise changed(source)
+
+    def _remove_made(self) -> None:
+        """Whatever of OUT was made of other text: a tokenizer or a source's shards of before would not fit the rest."""
+        out = Path(self.build.out)
+        for path in sorted(out.iterdir()):
+            if path.name == "models" or (path / "train").is_dir() or (path / "held_out").is_dir():
+                shutil.rmtree(path)
+            elif path.name in MADE:
+                path.unlink()
 
     def remove(self) -> None:
         """All of it; ends with a directory that is gone, or was never there."""
@@ -113,16 +139,13 @@ class Work:
 
     def unit(self, source: int, unit: int) -> ReadUnit:
         path = self.path("read", f"{source:03d}-{unit:06d}", ".json")
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=ReadUnit)
-        except (OSError, msgspec.MsgspecError) as error:
-            raise ShardError(f"{path}: {error} (delete {self.root}: the build then begins anew)") from None
+        return msgspec.json.decode(sealed.load_bytes(path), type=ReadUnit)
 
     @cached_property
     def units(self) -> list[tuple[int, int, ReadUnit]]:
         """What was read, in order: source, unit, result. All of it must be there."""
-        found = sorted(path.stem for path in (self.root / "read").glob("*.json"))
-        places = [(int(name[:3]), int(name[4:])) for name in found]
+        names = [path.stem.split("-") for path in (self.root / "read").glob("*.json")]
+        places = sorted((int(source), int(unit)) for source, unit in names)
         return [(source, unit, self.unit(source, unit)) for source, unit in places]
 
     @cached_property
@@ -161,7 +184,7 @@ class Work:
     def funnel(self, source: int) -> Funnel:
         """What became of a source's documents; known once they are clean."""
         paths = [self.path("clean", name, ".json") for name in self.names(source) if isinstance(name, Name)]
-        return together(msgspec.json.decode(path.read_bytes(), type=Funnel) for path in paths)
+        return together(msgspec.json.decode(sealed.load_bytes(path), type=Funnel) for path in paths)
 
     def of_source(self, source: int) -> list[Name]:
         """A source's chunks."""

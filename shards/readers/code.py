@@ -159,7 +159,7 @@ def _repository(unit: Unit, reading: Reading) -> Iterator[Record]:
     parts: list[str] = []
     size = 0
     labels: dict[str, int] = {}
-    name = PurePath(unit.name).name
+    name = shown(PurePath(unit.name).name)
     for path in unit.paths:
         inner = beneath(path, unit.name)
         record = _code(path, inner, reading)
@@ -173,7 +173,7 @@ def _repository(unit: Unit, reading: Reading) -> Iterator[Record]:
             yield Rejected(path, f"its repository is longer than {LONGEST_RECORD >> 20} MiB", "")
             continue
         labels[record.label] = labels.get(record.label, 0) + len(text)
-        parts.append(f"# File: {name}/{plain_name(inner)}\n{text.rstrip()}\n")
+        parts.append(f"# File: {name}/{shown(plain_name(inner))}\n{text.rstrip()}\n")
         size += len(text)
     if parts:
         label = max(labels, key=lambda each: (labels[each], each))

@@ -30,21 +30,27 @@ def find(path: str, where: str, wanted: Callable[[str], bool], endings: str) -> 
     if remote.is_remote(path):
         return [Found(*each) for each in remote.find(path, where, wanted, endings)]
     root = Path(path)
-    if root.is_dir():
-        found = sorted(file for file in _beneath(root) if wanted(file.name))
-        if not found:
-            raise SpecError(f"{where}: {path}: no files ending in {endings}")
-    elif root.is_file():
-        found = [root]
-    else:
-        found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
-        if not found:
-            raise SpecError(f"{where}: {path}: no such file, directory or glob match (correct the path; now in {Path.cwd()})")
-    return [stat(file) for file in found]
+    try:
+        if root.is_dir():
+            found = sorted(file for file in _beneath(root) if wanted(file.name))
+            if not found:
+                raise SpecError(f"{where}: {path}: no files ending in {endings}")
+        elif root.is_file():
+            found = [root]
+        else:
+            found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
+            if not found:
+                raise SpecError(f"{where}: {path}: no such file, directory or glob match (correct the path; now in {Path.cwd()})")
+        return [stat(file) for file in found]
+    except OSError as error:
+        raise SpecError(f"{where}: {error.filename}: {error.strerror} (give access to it, or a path without it)") from None
 
 
 def _beneath(root: Path) -> Iterator[Path]:
-    for directory, _, names in os.walk(root):
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would leave out what it cannot look into without a word
+
+    for directory, _, names in os.walk(root, onerror=refuse):
         for name in names:
             if (file := Path(directory, name)).is_file():
                 yield file
