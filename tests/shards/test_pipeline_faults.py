@@ -22,8 +22,9 @@ from shards.errors import ShardError, SpecError
 from shards.judging.settings import Contamination, Language, Perplexity
 from shards.pipeline import sealed
 from shards.pipeline.encoding import LONGEST_LABEL
-from shards.pipeline.work import ReadUnit, Work
+from shards.pipeline.work import ReadUnit, Work, gathered
 from shards.progress import Progress
+from shards.sources import Unit
 from shards.spec import Build, Clean, Source, Tokenizer
 from shards.tokenizer import FILE_NAME
 
@@ -249,3 +250,24 @@ def test_units_are_in_order_whatever_their_numbers(make: Make, tmp_path: Path) -
     for source, unit in places:
         sealed.save_bytes(work.path("read", f"{source:03d}-{unit:06d}", ".json"), msgspec.json.encode(ReadUnit([], {})))
     assert [place[:2] for place in work.units] == places
+
+
+def test_thousands_of_small_files_are_few_tasks_and_the_same_shards(make: Make, tmp_path: Path) -> None:
+    directory = tmp_path / "files"
+    directory.mkdir()
+    texts = [f"{number}: {text[:300]}" for number, text in enumerate(prose(40) * 50)]
+    for number, text in enumerate(texts):
+        (directory / f"{number:05d}.txt").write_text(text)
+    spec = make({"web": str(directory)}, Clean(near=0), origin="text")
+    stop_at(spec, "encoding")
+    assert len(list(Path(spec.out, "work", "clean").glob("*.docs"))) < 5
+    alone = build(spec, workers=0)
+    together = build(make({"web": jsonl(tmp_path / "a.jsonl", texts)}, Clean(near=0), "one"), workers=0)
+    for name in ("train/tokens-00000.zst", "held_out/tokens-00000.zst"):
+        assert (alone / "web" / name).read_bytes() == (together / "web" / name).read_bytes()
+
+
+def test_units_are_read_together_up_to_a_size() -> None:
+    sizes = [3, 4, 5, 20, 1, 0, 0, 2, 2]
+    groups = gathered([Unit(str(number), size, (str(number),)) for number, size in enumerate(sizes)], 10)
+    assert [[unit.size for unit in group] for group in groups] == [[3, 4], [5], [20], [1], [0], [0], [2, 2]]
