@@ -182,6 +182,8 @@ def _claim(spec: Build, out: Path) -> None:
         raise SpecError(f"{out}: built from another spec: {_difference(marker, spec)} (use another out, or delete it)")
     if marker is None:
         others = sorted(path.name for path in out.iterdir() if path.name != ".lock" and not path.name.endswith(TEMPORARY))
+        if MARKER in others:
+            raise SpecError(f"{out / MARKER}: damaged (delete {out}, or use another out; check this disk)")
         if others:
             raise SpecError(f'{out}: not empty and not a build of shards: holds "{others[0]}" (use another out)')
         write_marker(spec, out)

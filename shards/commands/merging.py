@@ -79,8 +79,13 @@ def _check_tokenizers(builds: Sequence[Path]) -> None:
 
 
 def _collect(builds: Sequence[Path]) -> Found:
+    from shards.build import read_marker
+
     found: Found = {}
     for build in builds:
+        marker = read_marker(build)
+        if marker is not None and not marker.done:
+            raise SpecError(f"{build}: its build is not done (give its command again first)")
         names = sorted({name for split in SPLITS for name in sources(build, split)})
         if not names:
             raise SpecError(f"{build}: no shards here (give directories that were built)")

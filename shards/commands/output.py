@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,11 @@ def directories(path: Path) -> list[Path]:
     found = sorted(file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{FILE_NAME}"))
     if not found:
         raise SpecError(f"{path}: no shards here (give the directory that was built, or one of a source in it)")
+    from shards.build import read_marker
+
+    marker = read_marker(path)
+    if marker is not None and not marker.done:
+        print(f"note: {path}: its build is not done: some sources are not here yet", file=sys.stderr)
     return found
 
 

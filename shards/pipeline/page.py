@@ -15,7 +15,7 @@ from rich.text import Text
 from shards.pipeline.funnel import Count, Funnel, Sample
 from shards.pipeline.reporting import Report, SourceReport
 
-BAR = 24  # cells
+BAR = 16  # cells; a line with a rule's long name still fits 80 columns
 SHOWN = 160  # characters of a sample
 
 
@@ -67,7 +67,7 @@ def _funnel(funnel: Funnel, tokens: int, text_bytes: int) -> Table:
     each = text_bytes / tokens if tokens else 0.0
     for step, count in counts:
         share = count.bytes / most if most else 0.0
-        bar = "━" * round(share * BAR)
+        bar = "━" * min(BAR, round(share * BAR))  # what is made can be more than what was read
         about = f"~{_number(count.bytes / each)}" if each else "-"
         table.add_row(step, f"{count.documents:,}", _size(count.bytes), about, f"{bar:<{BAR}} {share:>6.1%}")
     table.add_row("encoded", "", _size(text_bytes), f"{tokens:,}", "", style="bold")

@@ -1,4 +1,4 @@
-"""Step `read`: a unit of a source into chunks of documents."""
+"""Step `read`: a source's units, small ones together, into chunks of documents."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shards.sources import Rejected, broken, is_held_out, read_unit, unreadable
 
 CHUNK_DOCUMENTS = 16_384
 
-Task = tuple[int, int]  # source, unit
+Task = tuple[int, int]  # source, group of units
 
 
 class Read:
-    """One task a unit. A unit that was being read when a build was killed is read again."""
+    """One task a group of units. What was being read when a build was killed is read again."""
 
     name = "read"
     about = "reading"
@@ -30,8 +30,8 @@ class Read:
         return [(number, unit) for number, units in enumerate(work.inputs) for unit in range(len(units))]
 
     def weight(self, work: Work, task: Task) -> int:
-        """Bytes of the unit's files."""
-        return max(1, work.inputs[task[0]][task[1]].size)
+        """Bytes of the files."""
+        return max(1, sum(unit.size for unit in work.inputs[task[0]][task[1]]))
 
     def output(self, work: Work, task: Task) -> Path:
         return work.path(self.name, f"{task[0]:03d}-{task[1]:06d}", ".json")
@@ -39,9 +39,9 @@ class Read:
     def do(self, work: Work, task: Task) -> None:
         number, place = task
         read = _Reader(work, number, place)
-        unit = work.inputs[number][place]
-        for record in read_unit(work.sources[number], unit, held_out=partial(_held_out, work)):
-            read.take(record)
+        for unit in work.inputs[number][place]:
+            for record in read_unit(work.sources[number], unit, held_out=partial(_held_out, work)):
+                read.take(record)
         save_bytes(self.output(work, task), msgspec.json.encode(read.close()))
 
 
@@ -50,7 +50,7 @@ def _held_out(work: Work, key: str) -> bool:
 
 
 class _Reader:
-    """The chunks of one unit, and what was left out of them."""
+    """The chunks of one group of units, and what was left out of them."""
 
     def __init__(self, work: Work, source: int, unit: int) -> None:
         self._work = work
@@ -99,7 +99,7 @@ def refuse_broken(work: Work) -> None:
     """
     for number, source in enumerate(work.sources):
         own = [(unit, read) for of, unit, read in work.units if of == number]
-        of_all = sum(max(1, len(unit.paths)) for unit in work.inputs[number])
+        of_all = sum(max(1, len(unit.paths)) for group in work.inputs[number] for unit in group)
         try:
             broken(source, [name for _, read in own for name in read.broken], of_all)
         except ShardError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ from shards import manifest as manifests
 from shards.container import write_atomically
 from shards.errors import ShardError
 from shards.manifest import SPLITS
-from shards.pipeline.funnel import Funnel, together
+from shards.pipeline.funnel import Count, Funnel, together
 from shards.pipeline.models import described
 from shards.pipeline.work import Work
 
@@ -38,7 +39,27 @@ class Report(msgspec.Struct, frozen=True):
     models: dict[str, str] = {}  # what judges learned, by their names
 
     def total(self) -> Funnel:
-        return together(source.funnel for source in self.sources)
+        """Of all sources; one that a step is not for counts there as it was before, and what was made from its making on."""
+        total = together(source.funnel for source in self.sources)
+        total.steps = _steps([source.funnel.steps for source in self.sources])
+        return total
+
+
+def _steps(each: Sequence[dict[str, Count]]) -> dict[str, Count]:
+    order: list[str] = []
+    for steps in sorted(each, key=len, reverse=True):
+        before = len(order)
+        for name in steps:
+            if name not in order:
+                order.insert(before, name)
+            before = order.index(name) + 1
+    total = {name: Count() for name in order}
+    for steps in each:
+        latest = Count()
+        for name, count in total.items():
+            latest = steps.get(name, latest)
+            count.add(latest.documents, latest.bytes)
+    return total
 
 
 def save(work: Work, out: Path, names: list[str]) -> None:
@@ -73,7 +94,7 @@ def load(out: Path) -> Report:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Report)
     except OSError as error:
-        why = "no report: only a build with [data.clean] has one" if path.parent.is_dir() else error.strerror
+        why = "no report: a build with [data.clean] writes it when it is done" if path.parent.is_dir() else error.strerror
         raise ShardError(f"{path}: {why}") from None
     except msgspec.MsgspecError as error:
         raise ShardError(f"{path}: not a report: {error} (build the shards again)") from None

@@ -7,7 +7,7 @@ a killed build goes on. Documents are numbered through the chunks, which follow 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +28,15 @@ from shards.spec import Build, Clean, Source
 DIRECTORY = "work"
 PLAN = "plan.json"
 MADE = ("report.json", "tokenizer.model", "tokenizer.template")
+GATHERED = 4  # part of a chunk, in stored bytes, up to which units are read as one
+LARGEST_GROUP = 4096  # units
 DOCUMENT_BITS = 24  # of a document's id; the rest is its chunk's number
 
 Ids = npt.NDArray[np.uint64]
 
 
 class Name(NamedTuple):
-    """A chunk: the `part`th of a unit of a source."""
+    """A chunk: the `part`th of the `unit`th group of units of a source, most of which have one."""
 
     source: int
     unit: int
@@ -44,8 +46,22 @@ class Name(NamedTuple):
         return f"{self.source:03d}-{self.unit:06d}-{self.part:05d}"
 
 
+def gathered(found: Sequence[Unit], size: int) -> list[list[Unit]]:
+    """Neighbours together up to so many bytes as stored; a unit that is larger, or of unknown size, by itself."""
+    groups: list[list[Unit]] = []
+    left = 0
+    for unit in found:
+        if groups and 0 < unit.size <= left and len(groups[-1]) < LARGEST_GROUP:
+            groups[-1].append(unit)
+            left -= unit.size
+        else:
+            groups.append([unit])
+            left = size - unit.size if unit.size else 0
+    return groups
+
+
 class ReadUnit(msgspec.Struct, frozen=True):
-    """What the reading of one unit gave."""
+    """What the reading of one group of units gave."""
 
     chunks: list[tuple[int, int]]  # documents and bytes of text of each
     rejected: dict[str, int]  # records left out, by reason
@@ -80,9 +96,9 @@ class Work:
         return self.build.data.clean
 
     @cached_property
-    def inputs(self) -> list[list[Unit]]:
-        """The units of each source."""
-        return [units(source) for source in self.sources]
+    def inputs(self) -> list[list[list[Unit]]]:
+        """The units of each source, small ones together: a task for each of a million files would take longer than its work."""
+        return [gathered(units(source), self.clean.chunk_bytes // GATHERED) for source in self.sources]
 
     def path(self, step: str, name: object, end: str) -> Path:
         """A task's file."""

@@ -21,11 +21,12 @@ from shards import stdlib
 from shards.build import build
 from shards.errors import ShardError, SpecError
 from shards.judging.settings import Contamination, Language, Perplexity
-from shards.pipeline import sealed
+from shards.pipeline import reporting, sealed
 from shards.pipeline.encoding import LONGEST_LABEL
-from shards.pipeline.work import ReadUnit, Work
+from shards.pipeline.work import ReadUnit, Work, gathered
 from shards.progress import Progress
-from shards.rules.settings import GopherQuality
+from shards.rules.settings import GopherQuality, UniqueWords
+from shards.sources import Unit
 from shards.spec import Build, Clean, Source, Tokenizer
 from shards.tokenizer import FILE_NAME
 
@@ -251,3 +252,60 @@ def test_units_are_in_order_whatever_their_numbers(make: Make, tmp_path: Path) -
     for source, unit in places:
         sealed.save_bytes(work.path("read", f"{source:03d}-{unit:06d}", ".json"), msgspec.json.encode(ReadUnit([], {})))
     assert [place[:2] for place in work.units] == places
+
+
+def test_thousands_of_small_files_are_few_tasks_and_the_same_shards(make: Make, tmp_path: Path) -> None:
+    directory = tmp_path / "files"
+    directory.mkdir()
+    texts = [f"{number}: {text[:300]}" for number, text in enumerate(prose(40) * 50)]
+    for number, text in enumerate(texts):
+        (directory / f"{number:05d}.txt").write_text(text)
+    spec = make({"web": str(directory)}, Clean(near=0), origin="text")
+    stop_at(spec, "encoding")
+    assert len(list(Path(spec.out, "work", "clean").glob("*.docs"))) < 5
+    alone = build(spec, workers=0)
+    together = build(make({"web": jsonl(tmp_path / "a.jsonl", texts)}, Clean(near=0), "one"), workers=0)
+    for name in ("train/tokens-00000.zst", "held_out/tokens-00000.zst"):
+        assert (alone / "web" / name).read_bytes() == (together / "web" / name).read_bytes()
+
+
+def test_units_are_read_together_up_to_a_size() -> None:
+    sizes = [3, 4, 5, 20, 1, 0, 0, 2, 2]
+    groups = gathered([Unit(str(number), size, (str(number),)) for number, size in enumerate(sizes)], 10)
+    assert [[unit.size for unit in group] for group in groups] == [[3, 4], [5], [20], [1], [0], [0], [2, 2]]
+
+
+def test_the_funnel_of_all_sources_only_narrows_until_something_is_made(make_spec: Callable[..., Build], tmp_path: Path) -> None:
+    texts = prose(60)
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"prompt": f"What is {text[:40]}?", "response": text[:400]}) + "\n" for text in texts))
+    source = (
+        Source(name="long", kind="text", origin="made", made="related", of=("web",), characters=2000),
+        Source(name="talk", kind="sft", origin="jsonl", path=str(chats)),
+        Source(name="web", kind="text", origin="jsonl", path=jsonl(tmp_path / "web.jsonl", [*texts, "few words", texts[0]])),
+    )
+    clean = Clean(language=Language(unknown=True), gopher_quality=GopherQuality(), unique_words=UniqueWords())
+    report = reporting.load(build(make_spec(tmp_path / "out", source=source, clean=clean), workers=0))
+    steps = report.total().steps
+    assert list(steps) == ["read", "exact", "near", "language", "gopher_quality", "unique_words", "made"]
+    counts = [count.documents for count in steps.values()]
+    assert counts[:-1] == sorted(counts[:-1], reverse=True) and counts[0] == 122 and counts[-2] > 60
+    assert counts[-1] == sum(source.documents for source in report.sources)
+
+
+def shards(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "shards", *words], capture_output=True, text=True)
+
+
+def test_a_build_that_is_not_done_is_told_from_one_that_is(make: Make, tmp_path: Path) -> None:
+    spec = make({name: jsonl(tmp_path / f"{name}.jsonl", prose(5)) for name in "ab"}, Clean(near=0, exact=False))
+    stop_at(spec, "b", "encode")
+    merged = shards("merge", str(tmp_path / "merged"), spec.out)
+    assert merged.returncode == 2 and "its build is not done" in merged.stderr
+    assert "its build is not done" in shards("verify", spec.out).stderr
+    assert "when it is done" in shards("report", spec.out).stderr
+    build(spec, workers=0)
+    assert "not done" not in shards("verify", spec.out).stderr
+    Path(spec.out, "build.json").write_text("{")
+    with pytest.raises(SpecError, match=r"build\.json: damaged"):
+        build(spec, workers=0)

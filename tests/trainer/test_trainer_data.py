@@ -79,6 +79,12 @@ def test_a_skip_puts_off_the_mixture_so_that_it_comes_at_its_step(recipe: Recipe
     assert max(read[5], read[6]) < 1.0 and min(read[step] for step in range(7, 13)) == 1.0
 
 
+def test_a_mixture_that_names_what_was_not_built_is_said_before_a_rank_starts(recipe: Recipe) -> None:
+    stage = replace(recipe.stage[0], mixture={"topics.en": 1.0})
+    (said,) = shortages(replace(recipe, stage=(stage,)), Path(recipe.data.dir or ""))
+    assert f'stage "{stage.name}": there is no source "topics.en"' in said
+
+
 def test_used_up_sources_pause_the_run_with_what_to_do_and_another_mixture_lets_it_go_on(recipe: Recipe, tmp_path: Path) -> None:
     stage, data = recipe.stage[0], Path(recipe.data.dir or "")
     size = Feed(data, "train", "text", stage.context, {"topics": 1}, 0).samples_per_epoch("topics")
