@@ -50,11 +50,12 @@ def test_a_real_rank_that_is_slowed_is_named_and_no_other(run: Run, data: Path) 
     run.wait_step(20)
     even = run.wait(lambda s: not s.stragglers and _even(s), 40)
     beats = even.nodes[0].stats.ranks  # type: ignore[union-attr]
+    before = len(list(run.entries()))  # where other work takes the machine, a rank may have been slow by itself
     with _slowed(next(beat.pid for beat in beats if beat.rank == 1)):
         found = run.wait(lambda s: s.stragglers, 40)
         assert [straggler.rank for straggler in found.stragglers] == [1]
         assert found.stragglers[0].own > 1.6 * found.stragglers[0].median
     run.wait(lambda s: not s.stragglers, 40)
-    notes = [e.text for _, e in run.entries() if isinstance(e, j.Noted) and "rank" in e.text]
-    assert len(notes) == 2 and notes[0].startswith("rank 1 on ") and " is slow: " in notes[0]
-    assert notes[1].startswith("rank 1 on ") and notes[1].endswith("keeps up again")
+    notes = [e.text for _, e in list(run.entries())[before:] if isinstance(e, j.Noted) and "rank" in e.text]
+    assert len(notes) >= 2 and all(note.startswith("rank 1 on ") for note in notes)
+    assert " is slow: " in notes[0] and notes[-1].endswith("keeps up again")
