@@ -34,6 +34,7 @@ class Share:
     key: str
     step: str
     tasks: list[Any]
+    said: Path  # where a rank writes why it ended, since libraries tell it their own ways or not at all
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         from shards.pipeline.steps import STEPS, do
@@ -41,7 +42,12 @@ class Share:
         work = Work(msgspec.json.decode(self.build, type=Build), self.key)
         for task in self.tasks[rank::world_size]:
             if not STEPS[self.step].output(work, task).exists():
-                do(self.build, self.key, self.step, task)
+                try:
+                    do(self.build, self.key, self.step, task)
+                except Exception as error:
+                    self.said.mkdir(parents=True, exist_ok=True)
+                    (self.said / f"{rank:05d}.txt").write_text(str(error) or type(error).__name__)
+                    raise
 
 
 def run_elsewhere(step: Any, work: Work, waiting: list[Any]) -> Iterator[Any]:
@@ -50,7 +56,7 @@ def run_elsewhere(step: Any, work: Work, waiting: list[Any]) -> Iterator[Any]:
     while waiting:
         logs = work.root / "jobs" / f"{step.name}-{int(time.time() * 1000)}-{attempt}"
         tasks = min(work.build.data.executor_tasks, len(waiting))
-        share = Share(msgspec.json.encode(work.build), work.key, step.name, list(waiting))
+        share = Share(msgspec.json.encode(work.build), work.key, step.name, list(waiting), logs / "said")
         jobs = _Slurm(share, tasks, logs, work) if work.build.data.executor == "slurm" else _InThread(share, tasks, logs, work)
         before = len(waiting)
         try:
@@ -66,8 +72,9 @@ def run_elsewhere(step: Any, work: Work, waiting: list[Any]) -> Iterator[Any]:
         finally:
             jobs.close()
         if len(waiting) == before:
+            told = [path.read_text(errors="replace") for path in sorted(share.said.glob("*.txt"))]
             raise ShardError(
-                f"{step.about}: the {work.build.data.executor} jobs ended and did nothing: {jobs.why()}"
+                f"{step.about}: the {work.build.data.executor} jobs ended and did nothing: {(told or [jobs.why()])[0]}"
                 f" (their logs are in {logs}; the same command goes on)"
             )
         attempt += 1

@@ -13,6 +13,7 @@ import pytest
 from shards import stdlib
 from shards.build import build
 from shards.errors import ShardError
+from shards.judging.settings import Quality
 from shards.spec import Build, Clean, Data, Slurm, Source, Tokenizer
 from tests.system.slurm import Slurm as RealSlurm
 from tests.system.slurm import require_slurm
@@ -87,11 +88,12 @@ def test_ray_tasks_build_the_same(spec: Build, home: dict[str, bytes], tmp_path:
 @pytest.mark.soak
 def test_what_ended_a_task_elsewhere_is_said(spec: Build, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
-    broken = msgspec.structs.replace(spec.data.source[0], text_field="absent")
-    data = msgspec.structs.replace(spec.data, source=(broken,))
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"text": "one document is not enough"}\n')
+    data = msgspec.structs.replace(spec.data, clean=Clean(quality=Quality(good=str(few), bad=str(few))))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        with pytest.raises(ShardError, match="no text to train on"):
+        with pytest.raises(ShardError, match=r"training judges: the ray jobs ended and did nothing: .*1 good examples"):
             build(on(msgspec.structs.replace(spec, data=data), "ray", tmp_path / "out"), workers=0)
     finally:
         ray.shutdown()
