@@ -197,19 +197,17 @@ def test_planted_duplicates_are_found_and_no_others(make_spec: Callable[..., Bui
     rnd = random.Random(3)
     records, truly = [], 0
     for text in library(150, 20_000):
-        records.append(text)
-        for share in (0.01, 0.03, 0.06):
-            copy = changed(text, share, rnd)
-            sets = [np.unique(hashing.shingles(each)) for each in (text, copy)]
-            truly += hashing.jaccard(*sets) >= 0.8
-            records.append(copy)
+        group = [text, *(changed(text, share, rnd) for share in (0.01, 0.03, 0.06))]
+        sets = [np.unique(hashing.shingles(each)) for each in group]
+        truly += sum(any(hashing.jaccard(sets[j], sets[i]) >= 0.8 for j in range(i)) for i in range(1, len(group)))
+        records += group
     source = Source(
         name="a", kind="text", origin="jsonl", path=str(write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in records]))
     )
     out = build(make_spec(tmp_path / "out", source=(source,), clean=Clean(chunk_bytes=1 << 20)), workers=0)
     removed = reporting.load(out).sources[0].funnel.reasons["near duplicate"].documents
-    # A copy that is less than 0.8 like the text can be more than that like another copy: those are duplicates too.
-    assert removed >= 0.99 * truly > 100
+    # A few of the library's own texts are like others of it.
+    assert 100 < 0.99 * truly <= removed <= truly + 10 < len(records) // 2
     kept = [np.unique(hashing.shingles(text)) for text in texts_of(out, "a")]
     assert len(kept) == len(records) - removed
     alike = sum(hashing.jaccard(kept[i], kept[j]) >= 0.8 for i in range(len(kept)) for j in range(max(0, i - 3), i))
