@@ -147,10 +147,10 @@ def main() -> None:
                 writer.append(tokens)
                 sizes[frame] = writer.close().bytes
             raw, offsets = path.read_bytes(), ColumnReader(path, "uint16", frame)._offsets.tolist()
-            work[f"limit {frame}"] = timed(lambda raw=raw, offsets=offsets: zstd_alone(raw, offsets))  # type: ignore[misc]
-            work[f"sequential {frame}"] = timed(lambda path=path, frame=frame: sequential(path, frame))  # type: ignore[misc]
-            work[f"shuffled {frame}"] = timed(lambda path=path, frame=frame: shuffled(path, frame))  # type: ignore[misc]
-            work[f"shuffled {frame} + 1"] = timed(lambda path=path, frame=frame: shuffled(path, frame, 1))  # type: ignore[misc]
+            work[f"limit {frame}"] = timed(lambda raw=raw, offsets=offsets: zstd_alone(raw, offsets))  # type: ignore[misc]  # a lambda's default
+            work[f"sequential {frame}"] = timed(lambda path=path, frame=frame: sequential(path, frame))  # type: ignore[misc]  # a lambda's default
+            work[f"shuffled {frame}"] = timed(lambda path=path, frame=frame: shuffled(path, frame))  # type: ignore[misc]  # a lambda's default
+            work[f"shuffled {frame} + 1"] = timed(lambda path=path, frame=frame: shuffled(path, frame, 1))  # type: ignore[misc]  # a lambda's default
         source = Source(name="code", kind="text", origin="stdlib-code")
         root = build(Build(data=Data(source=(source,)), tokenizer=TokenizerSpec(vocab=8192), out=f"{name}/shards"))
         work |= {f"batches {context}": timed(batches(root, context)) for context in (1024, 8192)}

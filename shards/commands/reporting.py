@@ -13,7 +13,7 @@ def main(args: argparse.Namespace) -> int:
     """The page on the terminal, as JSON, or as a file for a browser."""
     from rich.console import Console
 
-    from shards.pipeline.page import page, write_html
+    from shards.commands.page import page, write_html
     from shards.pipeline.reporting import load
 
     if args.samples < 0:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shards.judging.needs import need
+from shards.needs import need
 from shards.rules.text import Text
 
 BATCH = 4096  # documents compared with each other at a time; bounds time, which grows with its square

@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from shards.errors import ShardError, SpecError
 from shards.judging.kneser_ney import BOS, EOS, Order, estimate
-from shards.judging.needs import need
 from shards.judging.settings import Perplexity
+from shards.needs import need
 
 # Symbols stand alone, and so do the characters of scripts written without spaces: Thai, Lao, Burmese, Khmer, kana, Han.
 _UNSPACED = (

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from shards.errors import SpecError
 from shards.judging import numbers
-from shards.judging.needs import need
 from shards.judging.settings import Pii
+from shards.needs import need
 
 PLACEHOLDERS = {
     "email": "<EMAIL>",

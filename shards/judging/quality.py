@@ -17,8 +17,8 @@ import numpy.typing as npt
 import xxhash
 
 from shards.errors import ShardError, SpecError
-from shards.judging.needs import need
 from shards.judging.settings import Quality
+from shards.needs import need
 
 FEWEST = 10  # examples of a kind that a model can be trained on
 _VERSION = 1

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
-from shards.errors import SpecError
 from shards.records import Document
 
 LONGEST_RECORD = 64 << 20  # bytes of one line, and of one file's document
@@ -71,12 +68,3 @@ def not_utf8(raw: bytes) -> str:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "not UTF-8 but UTF-16 (convert it with iconv)"
     return "not UTF-8"
-
-
-def need(module: str, what: str) -> ModuleType:
-    """A library of the extra `data`. Raises SpecError where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        said = "" if isinstance(error, ModuleNotFoundError) else f": {str(error).splitlines()[0]}"
-        raise SpecError(f"{what} needs {module.partition('.')[0]}{said} (pip install 'midwatch[data]')") from None

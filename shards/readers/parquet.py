@@ -6,7 +6,8 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, need, shown
+from shards.needs import need
+from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, shown
 from shards.readers.files import raw_file
 from shards.readers.layouts import Placed, documents
 from shards.spec import Source

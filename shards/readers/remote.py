@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from shards.errors import SpecError
-from shards.readers.base import SPECIAL, need
+from shards.needs import need
+from shards.readers.base import SPECIAL
 
 TRIES = 4  # of one read, and of a listing
 PAUSE = 0.2  # seconds before the second try; doubled before each further one

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from shards.readers.base import DAMAGED, Reading, Record, Rejected, Unit, need, shown
+from shards.needs import need
+from shards.readers.base import DAMAGED, Reading, Record, Rejected, Unit, shown
 from shards.readers.compressed import DAMAGE
 from shards.readers.files import stream
 from shards.records import Document

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from shards.commands.output import short, size
 from shards.pipeline.funnel import Count, Funnel, Sample
 from shards.pipeline.reporting import Report, SourceReport
 
@@ -24,8 +25,8 @@ def page(report: Report, samples: int) -> RenderableType:
     parts: list[RenderableType] = []
     if len(report.sources) > 1:
         tokens = sum(source.tokens for source in report.sources)
-        size = sum(source.text_bytes for source in report.sources)
-        parts += [Text("All sources", style="bold"), _funnel(report.total(), tokens, size), Text()]
+        whole = sum(source.text_bytes for source in report.sources)
+        parts += [Text("All sources", style="bold"), _funnel(report.total(), tokens, whole), Text()]
     for name, said in report.models.items():
         parts.append(Text.assemble((name, "bold"), f"  {said}", overflow="fold"))
     if report.models:
@@ -68,9 +69,9 @@ def _funnel(funnel: Funnel, tokens: int, text_bytes: int) -> Table:
     for step, count in counts:
         share = count.bytes / most if most else 0.0
         bar = "━" * min(BAR, round(share * BAR))  # what is made can be more than what was read
-        about = f"~{_number(count.bytes / each)}" if each else "-"
-        table.add_row(step, f"{count.documents:,}", _size(count.bytes), about, f"{bar:<{BAR}} {share:>6.1%}")
-    table.add_row("encoded", "", _size(text_bytes), f"{tokens:,}", "", style="bold")
+        about = f"~{short(count.bytes / each)}" if each else "-"
+        table.add_row(step, f"{count.documents:,}", size(count.bytes), about, f"{bar:<{BAR}} {share:>6.1%}")
+    table.add_row("encoded", "", size(text_bytes), f"{tokens:,}", "", style="bold")
     return table
 
 
@@ -82,7 +83,7 @@ def _counts(title: str, counts: dict[str, Count]) -> Table:
     if sized:
         table.add_column("text", justify="right")
     for reason, count in sorted(counts.items(), key=lambda item: (-item[1].documents, item[0])):
-        table.add_row(escape(reason), f"{count.documents:,}", *([_size(count.bytes)] if sized else []))
+        table.add_row(escape(reason), f"{count.documents:,}", *([size(count.bytes)] if sized else []))
     return table
 
 
@@ -94,19 +95,3 @@ def _samples(reason: str, samples: list[Sample]) -> Iterator[RenderableType]:
             yield Text(place, style="dim", overflow="fold")
         text = " ".join(sample.text.split())
         yield Padding(Text(text[:SHOWN] + ("..." if len(text) > SHOWN else ""), overflow="fold"), (0, 0, 0, 2))
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
-
-
-def _number(count: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if count < 1000:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:,.1f}T"

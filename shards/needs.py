@@ -1,4 +1,4 @@
-"""Imports of the libraries that judge text, with what to do where one is missing."""
+"""Imports of the libraries of the extra `data`, with what to do where one is missing."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def need(module: str, what: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        raise SpecError(f"{what} needs {package}, which cannot be imported: {error} (pip install 'midwatch[data]')") from None
+        said = "" if isinstance(error, ModuleNotFoundError) else f": {str(error).splitlines()[0]}"
+        raise SpecError(f"{what} needs {module.partition('.')[0]}{said} (pip install 'midwatch[data]')") from None
