@@ -15,6 +15,9 @@ import msgspec
 import xxhash
 
 MANIFEST = "manifest.msgpack"
+RECORD = "record.json"
+"""What the journal says of a checkpoint, in its own directory: it outlives the journal."""
+GOLDEN = "GOLDEN"
 _CHUNK = 8 * 1024 * 1024
 
 FORMAT = 2
@@ -26,13 +29,24 @@ class FileRecord(msgspec.Struct, frozen=True):
     xxh3: str
 
 
+class State(msgspec.Struct, frozen=True):
+    """Where in the run it was made."""
+
+    lineage: int = 1
+    step: int = 0
+    stage_name: str = ""
+    stage_step: int = 0
+    ended: bool = False
+
+
 class Manifest(msgspec.Struct, frozen=True):
-    """The part of a manifest that tells which files there must be."""
+    """The part of a manifest that tells which files there must be, and where in the run it was made."""
 
     format: int
     id: str
     generation: int
     files: dict[str, FileRecord]
+    state: State = State()
 
 
 class CheckpointError(Exception):
@@ -110,11 +124,24 @@ def commit(root: Path, directory: str, name: str) -> None:
 
 def mark_golden(root: Path, name: str, golden: bool) -> None:
     """Leaves or takes away the mark in the checkpoint's directory."""
-    mark = root / name / "GOLDEN"
+    mark = root / name / GOLDEN
     if golden:
         mark.touch()
     else:
         mark.unlink(missing_ok=True)
+
+
+def digest_of(directory: Path) -> str:
+    """The digest of a manifest that was read before. Raises CheckpointError."""
+    try:
+        return xxhash.xxh3_128_hexdigest((directory / MANIFEST).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{directory / MANIFEST}: {error.strerror}") from None
+
+
+def discard(root: Path, name: str) -> None:
+    """Deletes a writer's directory that came to nothing."""
+    shutil.rmtree(root / name, ignore_errors=True)
 
 
 def remove(root: Path, name: str) -> None:
@@ -127,11 +154,27 @@ def remove(root: Path, name: str) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep(root: Path, keep: frozenset[str]) -> list[str]:
-    """Deletes unfinished directories of earlier generations and half-deleted checkpoints; the names of those deleted."""
-    swept = []
-    for entry in root.iterdir():
-        if entry.name.startswith(".") and entry.name not in keep:
-            shutil.rmtree(entry, ignore_errors=True)
-            swept.append(entry.name)
+def is_golden(root: Path, name: str) -> bool:
+    """Whether the checkpoint's directory says so."""
+    return (root / name / GOLDEN).exists()
+
+
+def listed(root: Path) -> frozenset[str] | None:
+    """Names of all directories in the checkpoint directory; None where it cannot be read."""
+    try:
+        return frozenset(entry.name for entry in os.scandir(root) if entry.is_dir())
+    except OSError:
+        return None
+
+
+def unfinished(root: Path, name: str) -> bool:
+    """Whether a directory is no whole checkpoint's: half written or half deleted."""
+    return name.startswith(".deleting-") or (name.startswith(".") and not (root / name / MANIFEST).exists())
+
+
+def sweep(root: Path) -> list[str]:
+    """Deletes what is half written or half deleted; the names of those deleted. Nobody may be writing."""
+    swept = [name for name in sorted(listed(root) or ()) if unfinished(root, name)]
+    for name in swept:
+        shutil.rmtree(root / name, ignore_errors=True)
     return swept

@@ -39,6 +39,15 @@ class NodeRecord:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+class Alarm(msgspec.Struct, frozen=True):
+    """A watch rule's alarm."""
+
+    rule: str
+    step: int
+    lineage: int
+    text: str
+
+
 @dataclass
 class Ledger:
     """The run as the journal tells it."""
@@ -66,6 +75,15 @@ class Ledger:
     """Highest number that a lineage ever had; abandoned ones count."""
     checkpoints: dict[str, CheckpointView] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+    """What verification found of each checkpoint that failed it."""
+    left_line: dict[str, float] = field(default_factory=dict)
+    """When each checkpoint that is not on the line in force left it, by the id."""
+    undone: tuple[str, ...] = ()
+    """Checkpoints that the last rollback took off the line."""
+    missing: frozenset[str] = frozenset()
+    """Checkpoints that were out of sight at the last look; of the moment, not of the journal."""
+    alarms: list[Alarm] = field(default_factory=list)
     commands: dict[int, CommandView] = field(default_factory=dict)
     newest_command: int = 0
     """Highest number that a command ever had."""
@@ -92,8 +110,8 @@ class Ledger:
     changes: tuple[str, ...] = ()
     data_seconds: float | None = None
     generation_environment: dict[str, str] = field(default_factory=dict)
-    _left: dict[int, tuple[int, dict[str, float]]] = field(default_factory=dict)
-    """For each lineage that one in force was left for: that one, and the settings that were asked for then."""
+    _left: dict[int, tuple[int, dict[str, float], tuple[str, ...]]] = field(default_factory=dict)
+    """For each lineage that one in force was left for: that one, the settings asked for then, and what was `undone` then."""
 
     def apply(self, term: int, entry: j.Entry) -> None:
         """Takes one entry into account."""
@@ -106,6 +124,10 @@ class Ledger:
     # One method an entry kind, named after it.
 
     def _on_TermBegan(self, entry: j.TermBegan) -> None:
+        if entry.generation > self.generation:
+            self.generation, self.generation_live = entry.generation, False
+        self.newest_lineage = max(self.newest_lineage, entry.lineage)
+        self.newest_command = max(self.newest_command, entry.command)
         self.changes = differences(self.versions, entry.versions)
         self.versions = entry.versions
         for number, command in self.commands.items():
@@ -190,7 +212,7 @@ class Ledger:
         lineage = entry.lineage
         if entry.number is not None:
             self.rollbacks[entry.number] = lineage.id
-        self._left[lineage.id] = self.lineage, self.asked
+        self._left[lineage.id] = self.lineage, self.asked, self.undone
         if lineage.cause == "rollback":
             path = self.path()
             undone = {k: v for line, step, k, v in self.sets if _on_path(path, line, step) and step >= lineage.fork_step}
@@ -200,16 +222,30 @@ class Ledger:
         if lineage.cause == "crash" and lineage.parent is not None:
             again = [(step, k, v) for line, step, k, v in self.sets if line == lineage.parent and step >= lineage.fork_step]
             self.sets += [(lineage.id, step, k, v) for step, k, v in again]
-        on_line = self._on_line
-        self.checkpoints = {i: msgspec.structs.replace(c, on_line=on_line(c)) for i, c in self.checkpoints.items()}
+        left = self._place_checkpoints(entry.time)
+        if lineage.cause == "rollback":
+            self.undone = left
+
+    def _place_checkpoints(self, now: float) -> tuple[str, ...]:
+        """Finds out anew which checkpoints are on the line in force; the ids of those that have just left it."""
+        left = []
+        for id, view in self.checkpoints.items():
+            on_line = self._on_line(view)
+            if view.on_line and not on_line:
+                left.append(id)
+                self.left_line[id] = now
+            elif on_line:
+                self.left_line.pop(id, None)
+            self.checkpoints[id] = msgspec.structs.replace(view, on_line=on_line)
+        return tuple(left)
 
     def _on_LineageAbandoned(self, entry: j.LineageAbandoned) -> None:
-        before, self.asked = self._left.get(entry.lineage, (0, {}))
+        before, self.asked, self.undone = self._left.get(entry.lineage, (0, {}, ()))
         self.lineages.pop(entry.lineage, None)
         self.rollbacks = {number: lineage for number, lineage in self.rollbacks.items() if lineage != entry.lineage}
         if self.lineage == entry.lineage or self.lineage not in self.lineages:
             self.lineage = before if before in self.lineages else max(self.lineages, default=0)
-        self.checkpoints = {i: msgspec.structs.replace(c, on_line=self._on_line(c)) for i, c in self.checkpoints.items()}
+        self._place_checkpoints(entry.time)
 
     def _on_CheckpointCommitted(self, entry: j.CheckpointCommitted) -> None:
         view = CheckpointView(
@@ -223,15 +259,28 @@ class Ledger:
             bytes=entry.bytes,
             suspect=entry.suspect,
             loss=entry.loss,
+            doubt=entry.doubt,
         )
-        self.checkpoints[entry.id] = msgspec.structs.replace(view, on_line=self._on_line(view))
+        self.checkpoints[entry.id] = view = msgspec.structs.replace(view, on_line=self._on_line(view))
+        if not view.on_line:
+            self.left_line[entry.id] = entry.time
         self.digests[entry.id] = entry.digest
         if entry.generation == self.generation:
             self.generation_commits.append(entry.id)
 
     def _on_CheckpointPruned(self, entry: j.CheckpointPruned) -> None:
-        self.checkpoints.pop(entry.id, None)
-        self.digests.pop(entry.id, None)
+        for kept in (self.checkpoints, self.digests, self.damaged, self.left_line):
+            kept.pop(entry.id, None)
+
+    def _on_CheckpointDamaged(self, entry: j.CheckpointDamaged) -> None:
+        if entry.reason:
+            self.damaged[entry.id] = entry.reason
+        else:
+            self.damaged.pop(entry.id, None)
+
+    def _on_Noted(self, entry: j.Noted) -> None:
+        if entry.rule and entry.step is not None:
+            self.alarms.append(Alarm(rule=entry.rule, step=entry.step, lineage=self.lineage, text=entry.text))
 
     def _on_GoldenMarked(self, entry: j.GoldenMarked) -> None:
         if entry.id in self.checkpoints:
@@ -259,11 +308,19 @@ class Ledger:
         return self.nodes.setdefault(name, NodeRecord())
 
     def find(self, name: str) -> CheckpointView | str:
-        """The checkpoint an operator means: its id, a step on the line in force, `golden`, or `latest`; else why there is none."""
+        """The checkpoint an operator means; else why there is none.
+
+        name: its id, a step on the line in force, or the newest that is there as `latest`, `golden` or `undone`: the newest on the
+        line that the last rollback left.
+        """
         views = self.checkpoints
         if name in views:
             return views[name]
-        on_line = sorted((c for c in views.values() if c.on_line), key=lambda c: (c.step, c.time))
+        there = sorted((c for c in views.values() if c.id not in self.missing), key=lambda c: (c.step, c.time))
+        if name == "undone":
+            left = [c for c in there if c.id in self.undone and not c.on_line]
+            return left[-1] if left else "no rollback has left a checkpoint that is still there"
+        on_line = [c for c in there if c.on_line]
         if name == "latest":
             return on_line[-1] if on_line else "there is no checkpoint yet"
         if name == "golden":
@@ -291,12 +348,35 @@ class Ledger:
         return _on_path(self.path(), checkpoint.lineage, checkpoint.step)
 
     def restart_point(self) -> CheckpointView | None:
-        """The newest good checkpoint of the lineage in force, else its fork; None: from the beginning."""
-        own = [c for c in self.checkpoints.values() if c.lineage == self.lineage and not c.suspect]
+        """The newest good checkpoint of the lineage in force that is there, else its fork; None: from the beginning."""
+        bad = self.missing | self.damaged.keys()
+        own = [c for c in self.checkpoints.values() if c.lineage == self.lineage and not c.suspect and c.id not in bad]
         if own:
             return max(own, key=lambda c: (c.step, c.ended, c.time))
         lineage = self.lineages.get(self.lineage)
         return self.checkpoints.get(lineage.fork) if lineage is not None and lineage.fork is not None else None
+
+    def standing_alarms(self) -> list[Alarm]:
+        """Alarms of watch rules about the line in force, oldest first."""
+        path = self.path()
+        return [alarm for alarm in self.alarms if _on_path(path, alarm.lineage, alarm.step)]
+
+    def doubt(self, checkpoint: CheckpointView) -> str:
+        """Why a checkpoint should not be trusted though its metrics are finite; empty where nothing speaks against it."""
+        if checkpoint.id in self.damaged:
+            return f"damaged: {self.damaged[checkpoint.id]}"
+        if checkpoint.on_line:
+            for alarm in self.standing_alarms():
+                if alarm.step <= checkpoint.step:
+                    return f"after the alarm at step {alarm.step}: {alarm.text}"
+        return checkpoint.doubt
+
+    def trusted(self) -> list[CheckpointView]:
+        """Checkpoints of the line in force that are there and that nothing speaks against, oldest first."""
+        first = min((alarm.step for alarm in self.standing_alarms()), default=None)
+        bad = self.missing | self.damaged.keys()
+        found = [c for c in self.checkpoints.values() if c.on_line and not c.suspect and not c.doubt and c.id not in bad]
+        return sorted((c for c in found if first is None or c.step < first), key=lambda c: (c.step, c.time))
 
     def replays(self, after_step: int) -> tuple[Replay, ...]:
         """Sets of the lineage in force from a step on, to be applied again after a crash."""

@@ -102,6 +102,7 @@ class Spool:
             self._sent = 0
             if isinstance(answer, protocol.RankWelcome):
                 self._acknowledge(answer.acknowledged)
+                self._handle(answer)
             self._over = self.connection.present
             self._changed.notify_all()
 
@@ -150,6 +151,7 @@ class RankLink:
             identity = Path(os.environ[IDENTITY_VARIABLE])
         self._orders: queue.SimpleQueue[protocol.Order] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[protocol.Committed | protocol.CommitRefused] = queue.SimpleQueue()
+        self._held = False
         end = refused or _leave
         self._control = Spool("link-control", address_file, lambda: hello, self._received, end, identity=identity)
         telemetry = msgspec.structs.replace(hello, channel="telemetry")
@@ -157,7 +159,7 @@ class RankLink:
             "link-telemetry",
             address_file,
             lambda: telemetry,
-            self._received,
+            self._received_beside,
             end,
             room=self.TELEMETRY_ROOM,
             gather_seconds=0.05,
@@ -194,10 +196,24 @@ class RankLink:
     def _received(self, message: protocol.Message) -> None:
         if isinstance(message, protocol.Order):
             self._orders.put(message)
+        elif isinstance(message, protocol.RankWelcome):
+            self._hold(message.hold)
+        elif isinstance(message, protocol.Hold):
+            self._hold(message.on)
         elif isinstance(message, protocol.Committed | protocol.CommitRefused):
             self._answers.put(message)
         else:
             log.warning("link: passed over a %s", type(message).__name__)
+
+    def _received_beside(self, message: protocol.Message) -> None:
+        """By the connection for telemetry, whose welcome says nothing that the other's does not."""
+        if not isinstance(message, protocol.RankWelcome):
+            self._received(message)
+
+    def _hold(self, on: bool) -> None:
+        if on != self._held:
+            self._held = on
+            self._orders.put(protocol.Order(number=0, op=int(protocol.Op.HOLD if on else protocol.Op.UNHOLD)))
 
 
 def _leave(reason: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import socket
 import stat
 import tempfile
@@ -73,10 +74,20 @@ class RunPaths:
         """Those that a run has from its beginning."""
         return self.journal, self.metrics, self.checkpoints, self.samples, self.logs, self.address.parent
 
-    def create(self) -> None:
-        """Makes the directories; harmless when they are there."""
+    @property
+    def private(self) -> tuple[Path, ...]:
+        """Directories that only the run's owner and its operators enter: commands, prompts and environments may hold secrets."""
+        return self.journal, self.logs, self.samples
+
+    def create(self, operators: int | None = None) -> None:
+        """Makes the directories; harmless when they are there. operators: the group that may read the private ones."""
         for directory in self.directories:
+            made = not directory.exists()
             directory.mkdir(parents=True, exist_ok=True)
+            if made and directory in self.private:
+                if operators is not None:
+                    os.chown(directory, -1, operators)
+                directory.chmod(0o700 if operators is None else 0o2750)  # files inside get the directory's group
 
     def is_run(self) -> bool:
         return self.recipe.is_file() and self.journal.is_dir()
@@ -99,6 +110,8 @@ class Address(msgspec.Struct, frozen=True):
     """`wss://HOST:PORT`, where other machines reach it with the run's keys; empty: it listens on its own machine only."""
     also: tuple[str, ...] = ()
     """Other addresses of the same port: which of them a node reaches depends on where it is."""
+    generation: int = 0
+    """The newest there is: should the journal be lost, its number must not be given again."""
 
     @property
     def remotes(self) -> tuple[str, ...]:
@@ -114,13 +127,19 @@ def read_address(file: Path) -> Address | None:
         return None
 
 
+PRIVATE_FILE = 0o640
+"""Mode of files that may hold secrets, in directories whose group is the operators'."""
+PUBLIC_FILE = 0o666
+"""Mode of files that may be read by whoever the user's umask lets."""
+
+
 def write_atomically(file: Path, content: bytes, mode: int = 0o600) -> None:
-    """Replaces a file so that a reader sees the old or the new content, and nothing between."""
+    """Replaces a file so that a reader sees the old or the new content, and nothing between. mode: less what the umask takes."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    name = file.parent / f".{file.name}.{secrets.token_hex(6)}"
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(handle, "wb") as out:
-            os.fchmod(handle, mode)
             out.write(content)
             out.flush()
             os.fsync(out.fileno())
@@ -132,7 +151,20 @@ def write_atomically(file: Path, content: bytes, mode: int = 0o600) -> None:
 
 
 def write_address(file: Path, address: Address) -> None:
-    write_atomically(file, msgspec.json.encode(address), mode=0o644)  # it holds nothing secret, and operators read it
+    write_atomically(file, msgspec.json.encode(address), mode=PUBLIC_FILE)  # it holds nothing secret, and operators read it
+
+
+def mount_of(path: Path) -> str:
+    """Where the file system of a path is mounted and what it is on, in words: an operator is to find the disk by it."""
+    place = path.absolute()
+    while not os.path.ismount(place):
+        place = place.parent
+    with contextlib.suppress(OSError):
+        for line in reversed(Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()):
+            source, target = line.split(" ")[:2]
+            if target == str(place):
+                return f"{source} at {target}"
+    return f"the file system at {place}"
 
 
 def runtime_directory() -> Path:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 16 * 1024 * 1024
 """Bytes of the largest frame that is accepted."""
 
@@ -51,6 +51,9 @@ class Op(enum.IntEnum):
     STOP_NOW = 8
     RELEASE = 9
     REGROUP = 10
+    HOLD = 11
+    """No command, and without a number: `Hold` is on, and off."""
+    UNHOLD = 12
 
 
 PHASES = ("loading", "training", "evaluating", "sampling", "generating", "scoring", "saving", "paused", "ending")
@@ -262,6 +265,14 @@ class RankWelcome(_Strict, frozen=True):
     term: int
     acknowledged: int
     """Highest number of this source that is stored."""
+    hold: bool = False
+    """As `Hold`."""
+
+
+class Hold(_Strict, frozen=True):
+    """The ranks wait at the next boundary for as long as it is on: the controller cannot journal what they do."""
+
+    on: bool
 
 
 class Ack(_Strict, frozen=True):
@@ -946,6 +957,10 @@ class CheckpointView(msgspec.Struct, frozen=True, kw_only=True):
     on_line: bool = True
     """On the line in force: not undone by a rollback since."""
     loss: float | None = None
+    missing: bool = False
+    """Its directory is out of sight; it is used again when it comes back."""
+    doubt: str = ""
+    """Why an operator should not trust it: an alarm before its step, damage, or metrics that nobody knows."""
 
 
 class Straggler(msgspec.Struct, frozen=True, array_like=True):
@@ -1018,6 +1033,8 @@ class Snapshot(_Lenient, frozen=True, kw_only=True):
     """There have been so many: another number means that there are new ones."""
     phase_since: float = 0.0
     """When the ranks went over to their phase."""
+    faults: tuple[str, ...] = ()
+    """What stands in the controller's own way until it is put right: a journal that cannot be written, storage that is away."""
 
 
 Message = (
@@ -1028,6 +1045,7 @@ Message = (
     | Order
     | Committed
     | CommitRefused
+    | Hold
     | AgentHello
     | AgentWelcome
     | Gather

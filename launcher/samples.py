@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from launcher.metrics.columns import Segment
-from launcher.paths import write_atomically
+from launcher.paths import PRIVATE_FILE, write_atomically
 from launcher.protocol import Sampled, SampleQuery, SampleReply, SampleView
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class Samples:
         if self._handle is None or self._rollouts >= CHUNK:
             path = self._folder / f"{self._term:06d}-{self._written:05d}.jsonl"
             self._folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, PRIVATE_FILE)
             if self._handle is not None:
                 self._full.append(self._handle)
             self._handle, self._path, self._length, self._rollouts = handle, path, 0, 0
@@ -225,7 +225,7 @@ class Samples:
             with self._files:
                 content = path.read_bytes()
                 lines = [content[each.offset : each.offset + each.length] for each in left]
-                write_atomically(path, b"".join(line + b"\n" for line in lines), mode=0o644)
+                write_atomically(path, b"".join(line + b"\n" for line in lines), mode=PRIVATE_FILE)
                 self._chunks[name] = self._read(path)
         except OSError as error:
             log.warning("%s cannot be thinned: %s", path, error.strerror)

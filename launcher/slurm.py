@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.paths import RunPaths, host_name, read_address, write_atomically
+from launcher.paths import PUBLIC_FILE, RunPaths, host_name, read_address, write_atomically
 from launcher.recipe import Recipe
 from launcher.remote import RemoteRun
 
@@ -96,7 +96,7 @@ def read_job(paths: RunPaths) -> Job | None:
 
 def write_job(paths: RunPaths, job: Job) -> None:
     if read_job(paths) != job:
-        write_atomically(paths.job, msgspec.json.encode(job), mode=0o644)
+        write_atomically(paths.job, msgspec.json.encode(job), mode=PUBLIC_FILE)
 
 
 # Asking Slurm
@@ -105,7 +105,7 @@ def write_job(paths: RunPaths, job: Job) -> None:
 def submit(paths: RunPaths, recipe: Recipe, *, resume: str = "") -> Job:
     """Writes the script and hands it to sbatch; `resume` names who asks that a run that was stopped go on. Raises SlurmError."""
     paths.logs.mkdir(parents=True, exist_ok=True)
-    write_atomically(paths.batch_script, script(paths.root.resolve(), recipe).encode(), mode=0o644)
+    write_atomically(paths.batch_script, script(paths.root.resolve(), recipe).encode())  # its lines may hold secrets
     said = _ask("sbatch", "--parsable", str(paths.batch_script), *([f"resume={resume}"] if resume else []))
     job = Job(said.split()[-1].partition(";")[0] if said.split() else "")
     if not job.id.isdigit():

@@ -33,7 +33,7 @@ _LEAVE = 255
 """Not an order: what is being done between boundaries is to end, because an order waits that only a boundary can apply."""
 REMEMBERED = 256
 """Newest commands of a generation whose outcomes are kept, to answer again; of older ones only that they are done with."""
-_AT_ONCE = (Op.PAUSE, Op.RESUME, Op.STOP_NOW)
+_AT_ONCE = (Op.PAUSE, Op.RESUME, Op.STOP_NOW, Op.HOLD, Op.UNHOLD)
 
 
 class StopNow(Exception):
@@ -67,6 +67,8 @@ class Boundary:
         self.paused = False
         self._holds = False
         """Paused by itself, and may go on by itself."""
+        self._held = False
+        """Paused by the controller, which cannot journal what happens, and nobody has paused or resumed since."""
         self._trying = False
         self.recovered = False
         """Whether it went on by itself when it last did."""
@@ -155,13 +157,24 @@ class Boundary:
             self._changed("paused")
 
     def _at_once(self, order: Order) -> None:
-        if order.op == Op.PAUSE:
+        if order.op == Op.HOLD:
+            paused, waits = self.paused, self._holds
+            if not paused or waits:
+                self._world.synchronize()
+                self.paused, self._held, self._holds, self._trying = True, True, False, False
+            if not paused:
+                self._changed("paused")
+        elif order.op == Op.UNHOLD:
+            if self._held:
+                self.paused = self._held = False
+                self._changed("resumed")
+        elif order.op == Op.PAUSE:
             self._world.synchronize()
-            self.paused, self._holds, self._trying = True, False, False
+            self.paused, self._holds, self._trying, self._held = True, False, False, False
             self.settle(order, ok=True)
             self._changed("paused")
         elif order.op == Op.RESUME:
-            self.paused = self._holds = self._trying = self.recovered = False
+            self.paused = self._holds = self._trying = self._held = self.recovered = False
             self.settle(order, ok=True)
             self._changed("resumed")
         else:
@@ -199,7 +212,7 @@ class Boundary:
             arguments = msgspec.msgpack.decode(buffer.numpy().tobytes())
         if op not in (_LEAVE, _RETRY):
             order = Order(number=number, op=op, arguments=arguments)
-            if self._world.leads:
+            if self._world.leads and number:
                 self._remember(number, None)
                 log.info("%s", describe_order(order))
             return order
@@ -224,7 +237,12 @@ class Boundary:
         return None
 
     def _is_duplicate(self, order: Order) -> bool:
-        """Sent again because the connection broke: answered again where it has an outcome, applied never."""
+        """Sent again because the connection broke: answered again where it has an outcome, applied never.
+
+        One without a number says how things are: it may come any number of times.
+        """
+        if not order.number:
+            return False
         if order.number in self._outcomes:
             outcome = self._outcomes[order.number]
             if outcome is not None:

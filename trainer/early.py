@@ -24,7 +24,7 @@ def redirect(environment: Mapping[str, str] = os.environ) -> None:
     file = environment.get("MIDWATCH_LOG")
     if not file:
         return
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)

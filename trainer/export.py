@@ -211,10 +211,19 @@ def write(to: Path, parts: dict[str, Part], tensors: Tensors, dtype: torch.dtype
     for number, members in enumerate(files, 1):
         file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         save_file(_gathered(members, shapes, parts, tensors, dtype), to / file, metadata={"format": "pt"})
+        follow_umask(to / file)
         weight_map |= dict.fromkeys(members, file)
     if len(files) > 1:
         total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
         (to / INDEX).write_bytes(dumped({"metadata": {"total_size": total}, "weight_map": weight_map}))
+
+
+def follow_umask(file: Path) -> None:
+    """Gives a file the mode of any other that the user makes; safetensors writes for its owner alone."""
+    probe = file.with_name(f".{file.name}.mode")
+    probe.touch(0o666)
+    file.chmod(probe.stat().st_mode & 0o777)
+    probe.unlink()
 
 
 def _gathered(

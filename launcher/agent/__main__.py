@@ -22,7 +22,7 @@ from launcher.agent.agent import Agent
 from launcher.joining import Joining, await_controller, read_key_file
 from launcher.keys import Identity, KeysError, store_identity
 from launcher.network import NetworkError
-from launcher.paths import RunPaths, runtime_directory
+from launcher.paths import PRIVATE_FILE, RunPaths, runtime_directory
 from launcher.recipe import RecipeError, load_recipe
 
 log = logging.getLogger("launcher.agent")
@@ -126,7 +126,7 @@ def _leave_for_the_background(log_file: Path, place: Place) -> None:
 def _write_to(log_file: Path) -> None:
     """Everything said from now on goes there."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    out = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    out = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE_FILE)
     null = os.open(os.devnull, os.O_RDONLY)
     for handle, number in ((null, 0), (out, 1), (out, 2)):
         os.dup2(handle, number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import msgspec
 
 from launcher.journal import JournalError, read_journal
 from launcher.ledger import Ledger
-from launcher.paths import RunPaths, cache_directory, controller_lives, write_atomically
+from launcher.paths import PRIVATE_FILE, RunPaths, cache_directory, controller_lives, write_atomically
 from launcher.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from launcher.remote import RemoteError, RemoteRun, parse_remote
 from launcher.roles import group_id
@@ -33,9 +34,13 @@ def prepare(recipe_file: Path, directory: Path | None) -> RunPaths:
         raise RecipeError(f"{directory}: is not empty; name a new directory, or `midwatch attach {directory}`")
     paths = RunPaths(root.absolute())
     recipe = with_data_directory(recipe, paths.root)
+    group = recipe.cluster.operators
+    operators = group_id(group, str(recipe_file)) if group is not None else None
     try:
-        paths.create()
-        write_atomically(paths.recipe, dump_recipe(recipe).encode())
+        paths.create(operators)
+        write_atomically(paths.recipe, dump_recipe(recipe).encode(), PRIVATE_FILE if operators is not None else 0o600)
+        if operators is not None:
+            os.chown(paths.recipe, -1, operators)
     except OSError as error:
         raise RecipeError(f"{paths.root}: cannot be made: {error.strerror}") from None
     remember(paths.root)

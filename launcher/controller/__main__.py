@@ -14,8 +14,11 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from launcher import journal as j
 from launcher.backends import backend_of
+from launcher.controller import recovery
 from launcher.controller.batch import Batch
 from launcher.controller.building import Building
 from launcher.controller.commits import Commits
@@ -69,13 +72,12 @@ async def serve(paths: RunPaths) -> int:
     if not _take(lock):
         log.info("another controller lives; leaving the run to it")
         return 0
-    journal = j.Journal(paths.journal, time.time(), host_name(), os.getpid(), installed_versions())
+    journal = j.Journal(paths.journal, time.time(), host_name(), os.getpid(), installed_versions(), recovery.floors(paths))
     index = cache_directory() / f"{paths.key}.metrics.sqlite"
     index.parent.mkdir(parents=True, exist_ok=True)
     metrics = Metrics.open(paths.metrics, index, journal.term)
     office = Office(paths, recipe, journal, metrics)
-    for place in journal.damaged:
-        office.note("alarm", f"a journal entry is damaged: {place}")
+    recovery.report_losses(office)
     if not office.ledger.started:
         office.record(j.RunBegan(time=office.clock(), name=recipe.run.name, recipe=recipe.digest()))
     term = Term(office)
@@ -95,10 +97,12 @@ async def serve(paths: RunPaths) -> int:
             url=f"unix:{socket}",
             host=host_name(),
             pid=os.getpid(),
+            generation=office.ledger.generation,
             remote=remotes[0] if remotes else "",
             also=remotes[1:],
         )
         write_address(paths.address, address)
+        term.generations.on_begun = lambda: _note_generation(paths, address, office.ledger.generation)
         beats = asyncio.create_task(_beat(paths, address), name="beat")
         await term.run()
     except j.Ousted as error:
@@ -124,6 +128,14 @@ def _socket_directory(recipe: Recipe, paths: RunPaths) -> Path:
     """The user's own, or, where a group of operators is to reach the socket, one that they can enter."""
     group = recipe.cluster.operators
     return runtime_directory() if group is None else socket_directory(group, group_id(group, str(paths.recipe)))
+
+
+def _note_generation(paths: RunPaths, address: Address, generation: int) -> None:
+    """Outside the journal too, which may be lost."""
+    try:
+        write_address(paths.address, msgspec.structs.replace(address, generation=generation))
+    except OSError as error:
+        log.warning("%s: %s", paths.address, error.strerror)
 
 
 async def _beat(paths: RunPaths, address: Address) -> None:
@@ -178,7 +190,8 @@ class Term:
 
     async def run(self) -> None:
         """Works until the run is over and nobody watches, or a later term begins."""
-        self._commits.adopt()
+        if not await recovery.look_for(self._office):
+            await recovery.adopt(self._office)
         if self._batch is not None:
             self._batch.begin()
         self.generations.take_over()
@@ -220,12 +233,15 @@ class Term:
             self.generations.look()
             self.stragglers.look()
             self._office.retry_backlog()
+            self.dispatch.look()
             if not self._office.paths.is_run():
                 raise j.Ousted("the run directory is gone")
             if (self._office.paths.journal / f"{self._office.term + 1:06d}.log").exists():
                 raise j.Ousted("a later term has begun")
             if beat % 4 == 0:
                 await self._flush_metrics()
+            if beat % 10 == 0:
+                await recovery.look_for(self._office)
             self._office.touch()
 
     async def _flush_metrics(self) -> None:
@@ -240,14 +256,15 @@ class Term:
         idle = 0.0
         while idle < LINGER_SECONDS:
             resting = office.state in ("finished", "failed") or (office.state == "released" and not office.ledger.generation_live)
-            idle = idle + 0.25 if (resting or office.over.is_set()) and self.door.clients == 0 else 0.0
+            over = (resting or office.over.is_set()) and not office.unwritten
+            idle = idle + 0.25 if over and self.door.clients == 0 else 0.0
             await asyncio.sleep(0.25)
         self.generations.dismiss()
         await asyncio.sleep(0.1)
 
     def _rule_fires(self, rule: Watch, step: int, seen: str) -> None:
         office = self._office
-        office.note("alarm", f"watch rule {rule.name}: {seen}", step)
+        office.note("alarm", f"watch rule {rule.name}: {seen}", step, rule=rule.name)
         command = action(rule)
         if command is None:
             return

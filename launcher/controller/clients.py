@@ -121,7 +121,7 @@ class Clients:
     async def _command(self, connection: ServerConnection, command: p.Command, author: str) -> None:
         office = self._office
         try:
-            view = self._dispatch.accept(command, author)
+            view = office.as_durable(self._dispatch.accept(command, author))
         except j.Ousted:
             office.over.set()
             return

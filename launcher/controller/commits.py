@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from pathlib import Path
+
+import msgspec
 
 from launcher import checkpoints as files
 from launcher import journal as j
+from launcher.controller import recovery
 from launcher.controller.office import Office
+from launcher.paths import PUBLIC_FILE, write_atomically
 from launcher.protocol import CheckpointReady, CheckpointView, CommitRefused, Committed
+
+log = logging.getLogger("launcher.controller")
 
 
 class Commits:
@@ -33,33 +41,42 @@ class Commits:
             manifest = files.check_sizes(root / written, ready.digest)
             if manifest.id != ready.id:
                 raise files.CheckpointError(f"{ready.directory}: its manifest says {manifest.id}")
+            committed = self._entry(ready, report)
+            self._leave_record(root / written, committed)
             files.commit(root, ready.directory, ready.id)
         except files.CheckpointError as error:
             self._answer(ready, False, str(error))
             office.note("alarm", f"checkpoint {ready.id} is refused: {error}", ready.step, report)
             return CommitRefused(id=ready.id, reason=str(error))
-        office.record(
-            *self._answers(ready, True, ""),
-            j.CheckpointCommitted(
-                time=office.clock(),
-                report=report,
-                id=ready.id,
-                digest=ready.digest,
-                step=ready.step,
-                lineage=ready.lineage,
-                stage=ready.stage,
-                stage_step=ready.stage_step,
-                ended=ready.ended,
-                generation=ready.generation,
-                bytes=ready.bytes,
-                suspect=ready.suspect,
-                seconds=ready.seconds,
-                stall_seconds=ready.stall_seconds,
-                loss=ready.loss,
-            ),
-        )
+        office.record(*self._answers(ready, True, ""), committed)
         self.prune()
         return Committed(id=ready.id)
+
+    def _entry(self, ready: CheckpointReady, report: int) -> j.CheckpointCommitted:
+        return j.CheckpointCommitted(
+            time=self._office.clock(),
+            report=report,
+            id=ready.id,
+            digest=ready.digest,
+            step=ready.step,
+            lineage=ready.lineage,
+            stage=ready.stage,
+            stage_step=ready.stage_step,
+            ended=ready.ended,
+            generation=ready.generation,
+            bytes=ready.bytes,
+            suspect=ready.suspect,
+            seconds=ready.seconds,
+            stall_seconds=ready.stall_seconds,
+            loss=ready.loss,
+        )
+
+    def _leave_record(self, directory: Path, entry: j.CheckpointCommitted) -> None:
+        """What the journal is about to say, beside the files themselves, should the journal be lost."""
+        try:
+            write_atomically(directory / files.RECORD, msgspec.json.encode(entry), mode=PUBLIC_FILE)
+        except OSError as error:
+            log.warning("%s: what the journal says of it cannot be written beside it: %s", directory, error)
 
     def _answer(self, ready: CheckpointReady, ok: bool, reason: str) -> None:
         answers = self._answers(ready, ok, reason)
@@ -86,20 +103,10 @@ class Commits:
                 )
         return found
 
-    def adopt(self) -> None:
-        """After a takeover: forgets committed checkpoints that are gone, and clears away what was never finished."""
-        office = self._office
-        root = office.paths.checkpoints
-        for view in list(office.ledger.checkpoints.values()):
-            if not (root / view.id).is_dir():
-                office.note("alarm", f"checkpoint {view.id} is gone from {root}")
-                office.record(j.CheckpointPruned(time=office.clock(), id=view.id))
-        if not office.ledger.generation_live:
-            files.sweep(root, frozenset())
-
     def kept(self) -> set[str]:
-        """Checkpoints that are never pruned, and those that the recipe keeps."""
+        """Checkpoints that are never pruned, those that the recipe keeps, and those that an operator may want to go back to."""
         ledger = self._office.ledger
+        undone_since = self._office.clock() - 3600 * self._office.recipe.checkpoint.undone_hours
         keep = {c.id for c in ledger.checkpoints.values() if c.golden or c.ended}
         keep |= {line.fork for line in ledger.lineages.values() if line.fork is not None}
         keep |= self._office.live.verifying
@@ -110,17 +117,30 @@ class Commits:
                 keep |= {target.id} if isinstance(target, CheckpointView) else set()
         on_line = sorted((c for c in ledger.checkpoints.values() if c.on_line), key=lambda c: (c.step, c.time))
         keep |= {c.id for c in on_line[-self._office.recipe.checkpoint.keep :]}
-        good = [c.id for c in on_line if not c.suspect]
+        good = [c.id for c in on_line if not c.suspect and c.id not in ledger.damaged]
         keep |= set(good[-1:])
+        keep |= {c.id for c in ledger.trusted()[-1:]}  # an alarm that stands: the last one before it
+        keep |= {id for id, left in ledger.left_line.items() if left > undone_since}
         return keep
 
     def prune(self) -> None:
-        """Deletes what need not be kept."""
+        """Deletes what need not be kept, each once its deletion is durable in the journal."""
         office = self._office
-        keep = self.kept()
-        for name in [c for c in office.ledger.checkpoints if c not in keep]:
-            office.record(j.CheckpointPruned(time=office.clock(), id=name))
-            files.remove(office.paths.checkpoints, name)
+        root, keep = office.paths.checkpoints, self.kept()
+        if office.unwritten or office.live.storage_fault:
+            return
+        for name in [c for c in office.ledger.checkpoints if c not in keep and (root / c).is_dir()]:
+            if files.is_golden(root, name):  # the journal may have lost the mark
+                recovery.keep_goldens(office)
+                continue
+            try:
+                office.promise(j.CheckpointPruned(time=office.clock(), id=name))
+            except j.Ousted:
+                raise
+            except j.JournalError as error:
+                log.warning("nothing is pruned: %s", error)
+                return
+            files.remove(root, name)
 
     def mark(self, name: str, golden: bool, author: str) -> str:
         """Marks or unmarks a checkpoint as golden; why not, or empty."""
@@ -128,8 +148,9 @@ class Commits:
         view = self.find(name)
         if isinstance(view, str):
             return view
-        if golden and view.suspect and not author:
-            return f"{view.id} is suspect (its step's metrics were not finite); no rule may trust it"
+        doubt = "its step's metrics were not finite" if view.suspect else office.ledger.doubt(view)
+        if golden and doubt and not author:
+            return f"{view.id} is suspect ({doubt}); no rule may trust it"
         office.record(j.GoldenMarked(time=office.clock(), author=author, id=view.id, golden=golden))
         try:
             files.mark_golden(office.paths.checkpoints, view.id, golden)
@@ -152,4 +173,6 @@ class Commits:
             return str(error)
         finally:
             office.live.verifying.discard(view.id)
+        if view.id in office.ledger.damaged:  # what could not be read is there again
+            office.record(j.CheckpointDamaged(time=office.clock(), id=view.id, reason=""))
         return ""

@@ -18,13 +18,17 @@ from launcher.commands import OPS, TABLE, Doing, check_arguments
 from launcher.controller.commits import Commits
 from launcher.controller.generations import Generations
 from launcher.controller.office import Office
-from launcher.protocol import CheckpointView, Command, CommandView, Committed, Lineage, Message, Op, Order, Outcome, Verb
+from launcher.protocol import CheckpointView, Command, CommandView, Committed, Hold, Lineage, Message, Op, Order, Outcome, Verb
 from launcher.recipe import Stage
 from launcher.recipe.live import check_setting
 
 log = logging.getLogger("launcher.controller")
 
 STOP_NOW_SECONDS = 5.0
+HOLD_SECONDS = 60.0
+"""That nothing can be journaled before the run is held."""
+LEAST_COMMITS = 3
+"""Commits that wait for the journal before it is held all the same, where the recipe keeps fewer: nothing is pruned meanwhile."""
 
 _NODE_MARKS: dict[Verb, Literal["in use", "drained", "quarantined"]] = {
     "node-add": "in use",
@@ -43,6 +47,8 @@ class Dispatch:
         self._rank: Callable[[Message], None] | None = None
         """What sends to rank 0, while it is connected."""
         self._wake = asyncio.Event()
+        self.holding = False
+        """The ranks are to wait until the journal can be written again."""
         self.on_rollback: Callable[[], None] = lambda: None
         generations.on_training = self._ranks_train
         generations.on_stopped = self._stopped
@@ -124,12 +130,29 @@ class Dispatch:
         """Rank 0 is connected: it gets again what it may not have got."""
         self._rank = send
         self._settle_by_restart()
+        waiting = {entry.id for entry in self._office.unwritten if isinstance(entry, j.CheckpointCommitted)}
         for id in self._office.ledger.generation_commits:
-            send(Committed(id=id))
+            if id not in waiting:
+                send(Committed(id=id))
         for command in self._office.ledger.open_commands():
             if command.state == "sent":
                 send(self._order(command))
         self._wake.set()
+
+    # A journal that cannot be written
+
+    def look(self) -> None:
+        """Holds the ranks while nothing can be journaled, once that has lasted: what they do could neither be kept nor told."""
+        office = self._office
+        waiting = sum(isinstance(entry, j.CheckpointCommitted) for entry in office.unwritten)
+        late = office.seconds_unwritten > HOLD_SECONDS or waiting >= max(office.recipe.checkpoint.keep, LEAST_COMMITS)
+        holding = bool(office.unwritten) and (self.holding or late)
+        if holding != self.holding:
+            self.holding = holding
+            if holding:
+                log.critical("the run is held: %s", office.journal_fault)
+            if self._rank is not None:
+                self._rank(Hold(on=holding))
 
     def wake(self) -> None:
         """The state may have changed: look at the line of commands again."""

@@ -17,6 +17,7 @@ from typing import Literal
 
 from launcher import journal as j
 from launcher import protocol as p
+from launcher.controller import recovery
 from launcher.controller.blame import first_failure
 from launcher.controller.building import BuildError, Building, ShortageError
 from launcher.controller.commits import Commits
@@ -38,6 +39,8 @@ ENDING_SECONDS = 20.0
 """That nodes have to end their ranks when told to; one that does not is on its own."""
 GATHER_SECONDS = 30.0
 """That node 0 has to open the store."""
+STORAGE_SECONDS = 1.0
+"""Between two looks whether storage that is away or cannot be written has come back."""
 GROW_SECONDS = 1.0
 """That a node must have been there before the ranks are gathered anew for it."""
 
@@ -68,6 +71,7 @@ class Generations:
         """Nodes that the journal says stand by in this generation."""
         self._hang = Hanging(office, pool, self.ranks_hang)
         self.on_training: Callable[[], None] = lambda: None
+        self.on_begun: Callable[[], None] = lambda: None
         self.on_stopped: Callable[[], None] = lambda: None
         self.on_grow: Callable[[str], None] = lambda _: None
         """Asked for when there are nodes that the generation could have and has not; the word names them."""
@@ -136,26 +140,54 @@ class Generations:
         office.change_state("recovering" if cause == "crash" else "starting")
         if cause == "crash":
             await asyncio.sleep(BACKOFF_SECONDS[min(max(self._failures - 1, 0), len(BACKOFF_SECONDS) - 1)])
+        if await recovery.look_for(office):
+            await self._wait_for_storage()
         try:
             several = office.recipe.cluster.backend != "local"
             nodes = await self._pool.assemble(forever=several and office.ledger.generation > 0)
         except TooFewNodes as error:
             self._fail(str(error))
             return
-        problem = await check_restart_point(office, self._commits, thorough=self._failures > 0)
-        if problem:
-            self._fail(problem)
-            return
-        self._gather(compose(office, repeats=cause == "crash" and self._trained), nodes)
+        await recovery.adopt(office)
+        while problem := await check_restart_point(office, self._commits, thorough=self._failures > 0):
+            if not office.live.storage_fault:
+                self._fail(problem)
+                return
+            await self._wait_for_storage()
+        await self._start(nodes, repeats=cause == "crash" and self._trained)
+
+    async def _wait_for_storage(self) -> None:
+        """Until the checkpoints are in sight again: to start from the beginning because a disk is not mounted helps nobody."""
+        office, state = self._office, self._office.state
+        office.change_state(state, office.live.storage_fault)
+        while await recovery.look_for(office):
+            await asyncio.sleep(STORAGE_SECONDS)
+        office.change_state(state)
+        await recovery.adopt(office)
+
+    async def _start(self, nodes: tuple[str, ...], *, repeats: bool) -> None:
+        """Journals the new generation, durably: were its number given twice, two generations could commit."""
+        office, state, start = self._office, self._office.state, None
+        while True:
+            try:
+                start = start or compose(office, repeats=repeats)
+                self._gather(start, nodes)
+                return
+            except j.Ousted:
+                raise
+            except j.JournalError as error:
+                office.change_state(state, str(error))
+                await asyncio.sleep(STORAGE_SECONDS)
 
     def _fail(self, problem: str) -> None:
         self._office.note("alarm", problem)
         self._office.change_state("failed", problem)
 
     def _gather(self, start: Start, nodes: tuple[str, ...]) -> None:
+        """Raises JournalError, and nothing is begun, where the journal cannot be written."""
         office = self._office
         world = len(nodes) * office.recipe.cluster.ranks_per_node
-        office.record(
+        office.promise(
             j.GenerationBegan(
                 time=office.clock(),
                 generation=start.generation,
@@ -174,6 +206,7 @@ class Generations:
         self._hang.forget()
         office.live.phase = None
         office.live.step = office.ledger.checkpoints[start.checkpoint].step if start.checkpoint else 0
+        self.on_begun()
         self._gathered_at = time.monotonic()
         self._awaited = start if len(nodes) > 1 else None
         self._tell_to_gather(start, 0, 0)
@@ -477,7 +510,6 @@ class Generations:
         office.record(
             j.GenerationEnded(time=office.clock(), generation=office.ledger.generation, cause=cause, step=office.live.step)
         )
-        self._commits.adopt()
 
     def _stopped(self) -> None:
         self._office.change_state("released", "stopped; resume goes on from the newest checkpoint")

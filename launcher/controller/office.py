@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from launcher import journal as j
 from launcher.ledger import Ledger
 from launcher.metrics.store import Metrics
-from launcher.paths import RunPaths
-from launcher.protocol import NodeStats, Phase, State, Straggler
+from launcher.paths import RunPaths, mount_of
+from launcher.protocol import CommandView, NodeStats, Phase, State, Straggler
 from launcher.recipe import Recipe
 from launcher.samples import Samples
 
@@ -60,6 +62,8 @@ class Live:
     probed: dict[tuple[object, int, int], str] = field(default_factory=dict)
     """Checkpoints that answer somebody and must not be deleted: by client, ask and place."""
     refused_peers: int = 0
+    storage_fault: str = ""
+    """Why all checkpoints are out of sight at once; empty where they are not."""
     stragglers: tuple[Straggler, ...] = ()
     """Ranks that are slower than the others, and have been for some time."""
 
@@ -83,6 +87,10 @@ class Office:
         """Set when this controller's work is done."""
         self.ended_listeners: list[Callable[[j.CommandEnded], None]] = []
         self._backlog: list[j.Entry] = []
+        self._acts: list[Callable[[], None]] = []
+        """What waits for the backlog to be durable."""
+        self._fault = ""
+        self._unwritten_since = 0.0
         self._ballast = paths.journal / j.BALLAST
         self._lay_ballast()
 
@@ -99,30 +107,74 @@ class Office:
         self.changes += 1
         self.changed.set()
 
+    @property
+    def journal_fault(self) -> str:
+        """Why the journal cannot be written, and where it lies; empty where all that has happened is durable."""
+        return self._fault if self._backlog else ""
+
+    @property
+    def unwritten(self) -> tuple[j.Entry, ...]:
+        """What has happened and is not durable yet, oldest first."""
+        return tuple(self._backlog)
+
+    @property
+    def seconds_unwritten(self) -> float:
+        """How long the oldest of that has waited."""
+        return time.monotonic() - self._unwritten_since if self._backlog else 0.0
+
     def record(self, *entries: j.Entry) -> None:
-        """Journals what has happened. On a full disk it is kept and written later; raises Ousted after a takeover."""
-        if self._backlog or not self._write(entries):
+        """Journals what has happened, later where the journal cannot be written now. Raises Ousted after a takeover.
+
+        Nothing may be deleted, acknowledged or reported as done on the strength of it before it is durable: see `when_durable`.
+        """
+        if not self._backlog and not self._write(entries):
+            self._unwritten_since = time.monotonic()
+            self._backlog.extend(entries)
+            log.critical("nothing can be journaled: %s", self._fault)
+        elif self._backlog:
             self._backlog.extend(entries)
         for entry in entries:
             self.ledger.apply(self.term, entry)
+        self.when_durable(lambda: self._announce(entries))
+        self.touch()
+
+    def _announce(self, entries: tuple[j.Entry, ...]) -> None:
+        for entry in entries:
             if isinstance(entry, j.CommandEnded):
                 for listener in self.ended_listeners:
                     listener(entry)
-        self.touch()
+
+    def when_durable(self, act: Callable[[], None]) -> None:
+        """Acts as soon as all that was recorded so far is durable: mostly at once."""
+        if self._backlog:
+            self._acts.append(act)
+        else:
+            act()
+
+    def as_durable(self, command: CommandView) -> CommandView:
+        """A command as the durable part of the journal knows it: its end counts once it is there."""
+        if any(isinstance(entry, j.CommandEnded) and entry.number == command.number for entry in self._backlog):
+            return msgspec.structs.replace(command, state="sent", step=None, detail={}, reason="")
+        return command
 
     def promise(self, *entries: j.Entry) -> None:
         """Journals what is about to be done; raises JournalError, and nothing is done, where that cannot be made durable."""
-        if self._backlog:
-            raise j.JournalError("the disk of the run directory is full")
-        if not self._write(entries):
-            raise j.JournalError(f"{self.paths.journal}: cannot be written; free some space")
+        if self._backlog or not self._write(entries):
+            raise j.JournalError(f"nothing can be journaled: {self._fault}")
         for entry in entries:
             self.ledger.apply(self.term, entry)
         self.touch()
 
-    def note(self, level: Literal["info", "warning", "alarm"], text: str, step: int | None = None, report: int = 0) -> None:
+    def note(
+        self, level: Literal["info", "warning", "alarm"], text: str, step: int | None = None, report: int = 0, rule: str = ""
+    ) -> None:
         log.log({"info": 20, "warning": 30, "alarm": 40}[level], "%s", text)
-        self.record(j.Noted(time=self.clock(), level=level, text=text, step=step, report=report))
+        self.record(j.Noted(time=self.clock(), level=level, text=text, step=step, report=report, rule=rule))
+
+    def note_once(self, text: str) -> None:
+        """An alarm, unless an earlier term has raised the very same."""
+        if not any(isinstance(entry, j.Noted) and entry.text == text for _, entry in self.journal.entries):
+            self.note("alarm", text)
 
     def change_state(self, state: State, reason: str = "") -> None:
         if (state, reason) != (self.ledger.state, self.ledger.reason):
@@ -138,9 +190,14 @@ class Office:
             log.warning("samples cannot be made durable: %s", error)
 
     def retry_backlog(self) -> None:
-        """Writes what a full disk has kept back, as far as it goes."""
+        """Writes what could not be written before, and does what waits for it."""
         if self._backlog and self._write(tuple(self._backlog)):
+            waited = self.seconds_unwritten
             self._backlog.clear()
+            acts, self._acts = self._acts, []
+            for act in acts:
+                act()
+            self.note("warning", f"the journal could not be written for {waited:.0f} s: {self._fault}")
         if not self._backlog and not self._ballast.exists():
             self._lay_ballast()
 
@@ -152,7 +209,9 @@ class Office:
             except j.Ousted:
                 raise
             except j.JournalError as error:
-                log.error("journal: %s", error)
+                if not self._backlog:
+                    log.error("journal: %s", error)
+                self._fault = f"{error} ({mount_of(self.paths.journal)})"
                 if attempt == 0:
                     with contextlib.suppress(OSError):
                         self._ballast.unlink()

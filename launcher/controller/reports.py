@@ -34,14 +34,24 @@ class Reports:
         self._generations, self._watching = generations, watching
         self._taken = 0
         """Highest number of this generation's control messages that was taken in by this controller."""
+        self._durable = 0
+        """Highest number of those whose entries are durable."""
         self._of_generation = -1
         self._lost_samples = False
 
     def acknowledged(self) -> int:
-        """Highest number of the control messages of the living generation that is stored."""
-        if self._of_generation != self._office.ledger.generation:
-            self._of_generation, self._taken = self._office.ledger.generation, 0
+        """Highest number of the control messages of the living generation that is stored durably."""
+        self._follow_generation()
+        return max(self._durable, 0 if self._office.unwritten else self._office.ledger.reported)
+
+    def _seen(self) -> int:
+        """Highest number that was taken in: what is sent again up to it changes nothing."""
+        self._follow_generation()
         return max(self._taken, self._office.ledger.reported)
+
+    def _follow_generation(self) -> None:
+        if self._of_generation != self._office.ledger.generation:
+            self._of_generation, self._taken, self._durable = self._office.ledger.generation, 0, 0
 
     def metrics(self, source: str, message: p.Numbered) -> bool:
         """One step's row, or a sample of a rollout; whether it was new. Raises OSError where a row cannot be stored."""
@@ -109,15 +119,25 @@ class Reports:
             office.live.step = max(office.live.step, step)
 
     def control(self, message: p.Numbered, send: Send) -> None:
-        """Anything but metrics; acknowledged by the caller. What the ranks of an ended generation still say changes nothing."""
-        if not self._office.ledger.generation_live:
-            return
-        if message.number <= self.acknowledged():
-            if isinstance(message.body, p.CheckpointReady):
-                send(self._commits.take(message.body, 0))
-            return
-        self._take(message.body, message.number, send)
-        self._taken = message.number
+        """Anything but metrics; acknowledged once it is durable. What ranks of an ended generation still say changes nothing."""
+        office, generation = self._office, self._office.ledger.generation
+        if office.ledger.generation_live:
+            if message.number > self._seen():
+                self._take(message.body, message.number, send)
+                self._taken = message.number
+            elif isinstance(message.body, p.CheckpointReady):
+                self._commit(message.body, 0, send)
+        office.when_durable(lambda: self._acknowledge(generation, message.number, send))
+
+    def _acknowledge(self, generation: int, number: int, send: Send) -> None:
+        if generation == self._office.ledger.generation:
+            self._durable = max(self._durable, number)
+        send(p.Ack(number=number))
+
+    def _commit(self, ready: p.CheckpointReady, report: int, send: Send) -> None:
+        """The ranks hear of a commit once it is durable: until then they must not count on it."""
+        answer = self._commits.take(ready, report)
+        self._office.when_durable(lambda: send(answer))
 
     def _take(self, body: p.RankBody, report: int, send: Send) -> None:
         office = self._office
@@ -128,7 +148,7 @@ class Reports:
             self._reached(body.step)
             self._dispatch.outcome(body, report)
         elif isinstance(body, p.CheckpointReady):
-            send(self._commits.take(body, report))
+            self._commit(body, report, send)
         elif isinstance(body, p.CheckpointFailed):
             self._checkpoint_failed(body, report)
         elif isinstance(body, p.StageBorder):
@@ -166,7 +186,8 @@ class Reports:
             )
         if phase.phase == "paused":
             if office.state != "paused":
-                office.change_state("paused", "" if office.ledger.held else self._newest_alarm())
+                reason = office.journal_fault or self._newest_alarm()
+                office.change_state("paused", "" if office.ledger.held else reason)
             self._generations.training()
         elif phase.phase in ("training", "evaluating", "sampling", "generating", "scoring"):
             if office.state != "paused" or phase.phase == "training":

@@ -183,7 +183,9 @@ class Doorkeeper:
         control = hello.channel == "control"
         source = f"{hello.generation}/{hello.channel}"
         acknowledged = self._reports.acknowledged() if control else 0
-        await connection.send(p.encode(p.RankWelcome(term=self._office.term, acknowledged=acknowledged)))
+        await connection.send(
+            p.encode(p.RankWelcome(term=self._office.term, acknowledged=acknowledged, hold=self._dispatch.holding))
+        )
         send = self._sender(connection)
         if control:
             self._dispatch.rank_came(send)
@@ -206,7 +208,6 @@ class Doorkeeper:
             if isinstance(message.body, p.CheckpointReady):
                 await self._reports.rows_stored(message.body)
             self._reports.control(message, send)
-            send(p.Ack(number=message.number))
 
     async def _take_telemetry(
         self, connection: ServerConnection, hello: p.RankHello, source: str, send: Callable[[p.Message], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launcher import checkpoints as files
 from launcher import journal as j
+from launcher.controller import recovery
 from launcher.controller.commits import Commits
 from launcher.controller.office import Office
 from launcher.controller.versions import installed_versions
@@ -12,6 +13,8 @@ from launcher.protocol import Lineage, Start
 
 async def check_restart_point(office: Office, commits: Commits, *, thorough: bool) -> str:
     """Verifies what the ranks will load: its sizes, and where `thorough` every byte. What is wrong, or empty."""
+    if office.live.storage_fault:
+        return office.live.storage_fault
     while (view := office.ledger.restart_point()) is not None:
         try:
             files.check_sizes(office.paths.checkpoints / view.id, office.ledger.digests.get(view.id))
@@ -23,23 +26,32 @@ async def check_restart_point(office: Office, commits: Commits, *, thorough: boo
         lineage = office.ledger.lineages[office.ledger.lineage]
         if view.id == lineage.fork:
             return f"the checkpoint to restart from is damaged: {problem}; roll back to another one"
+        if fault := recovery.look_now(office):
+            return fault
+        if view.id in office.ledger.missing:
+            continue
         office.note("alarm", f"checkpoint {view.id} is damaged and passed over: {problem}")
-        office.record(j.CheckpointPruned(time=office.clock(), id=view.id))
+        office.record(j.CheckpointDamaged(time=office.clock(), id=view.id, reason=problem))
     line = office.ledger.lineages.get(office.ledger.lineage)
     if line is not None and line.fork is not None:
         return f"the checkpoint to restart from, {line.fork}, is gone; roll back to another one"
+    ledger = office.ledger
+    away = sorted(c.id for c in ledger.checkpoints.values() if c.lineage == ledger.lineage and c.id in ledger.missing)
+    if away:
+        return f"no checkpoint of this line is in sight ({', '.join(away)} were there): put them back and resume, or roll back"
     return ""
 
 
 def compose(office: Office, *, repeats: bool) -> Start:
-    """Decides what the next generation starts from; opens a lineage where it `repeats` steps."""
+    """Decides what the next generation starts from; opens a lineage where it `repeats` steps. Raises JournalError."""
     ledger = office.ledger
     restart = ledger.restart_point()
     step = restart.step if restart is not None else 0
     if not ledger.lineages:
-        office.record(j.LineageOpened(time=office.clock(), lineage=Lineage(id=1, time=office.clock())))
+        first = Lineage(id=ledger.newest_lineage + 1, time=office.clock())
+        office.promise(j.LineageOpened(time=office.clock(), lineage=first))
     elif repeats or office.live.step > step:
-        office.record(_crash_lineage(office, restart.id if restart is not None else None, step))
+        office.promise(_crash_lineage(office, restart.id if restart is not None else None, step))
     lineage = ledger.lineages[ledger.lineage]
     at_fork = restart is None or restart.id == lineage.fork
     open_numbers = [c.number for c in ledger.open_commands()]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+import msgspec
+
 from launcher import journal as j
 from launcher.commands import describe
 from launcher.controller.office import Node, Office
@@ -43,7 +45,11 @@ class View:
         ledger, live = office.ledger, office.live
         stages = self._stages()
         left = [s.seconds_left for s in stages if s.state in ("running", "waiting")]
-        ended = [c for c in ledger.commands.values() if c.state not in ("queued", "sent")][-ENDED_COMMANDS:]
+        commands = [office.as_durable(c) for c in ledger.commands.values()]
+        ended = [c for c in commands if c.state not in ("queued", "sent")][-ENDED_COMMANDS:]
+        checkpoints = [
+            msgspec.structs.replace(c, missing=c.id in ledger.missing, doubt=ledger.doubt(c)) for c in ledger.checkpoints.values()
+        ]
         return Snapshot(
             run=office.recipe.run.name,
             directory=str(office.paths.root),
@@ -63,8 +69,8 @@ class View:
             seconds_left=sum(s for s in left if s is not None) if left and None not in left else None,
             stages=tuple(stages),
             lineages=tuple(ledger.lineages.values()),
-            checkpoints=tuple(sorted(ledger.checkpoints.values(), key=lambda c: (c.step, c.time))),
-            commands=(*ended, *ledger.open_commands()),
+            checkpoints=tuple(sorted(checkpoints, key=lambda c: (c.step, c.time))),
+            commands=(*ended, *(c for c in commands if c.state in ("queued", "sent"))),
             nodes=self._nodes(),
             latest=dict(live.latest),
             settings=ledger.settings,
@@ -76,6 +82,7 @@ class View:
             stragglers=live.stragglers,
             samples=office.samples.taken + len(ledger.samples),
             phase_since=live.phase_since,
+            faults=tuple(fault for fault in (office.journal_fault, live.storage_fault) if fault),
         )
 
     def _nodes(self) -> tuple[NodeView, ...]:
@@ -283,6 +290,9 @@ def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
             )
         case j.CheckpointPruned():
             return "checkpoint", f"{entry.id} deleted", "info"
+        case j.CheckpointDamaged():
+            words = f"is damaged: {entry.reason}" if entry.reason else "can be read again"
+            return "checkpoint", f"{entry.id} {words}", "alarm" if entry.reason else "info"
         case j.GoldenMarked():
             return "golden", f"{entry.id} is {'golden' if entry.golden else 'golden no more'}", "info"
         case j.StageBegan():

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from launcher.paths import write_atomically
+from launcher.paths import PUBLIC_FILE, write_atomically
 from launcher.preferences.records import Decision
 from launcher.preferences.store import EXPORTED, all_decisions
 
@@ -26,7 +26,7 @@ def export(directory: Path, to: Path | None = None) -> Counter[str]:
         counts[record if isinstance(record, str) else "pairs"] += 1
         if not isinstance(record, str):
             lines.append(msgspec.json.encode(record) + b"\n")
-    write_atomically(to if to is not None else directory / EXPORTED, b"".join(lines), mode=0o644)
+    write_atomically(to if to is not None else directory / EXPORTED, b"".join(lines), mode=PUBLIC_FILE)
     return counts
 
 

@@ -22,12 +22,15 @@ class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     every: int = 1000
     """Steps between checkpoints; each stage's end has one besides."""
     keep: int = 3
-    """Newest checkpoints kept; goldens, stage ends and forks of lineages are kept besides."""
+    """Newest checkpoints kept; goldens, stage ends, forks of lineages and the last one before a standing alarm are kept besides."""
+    undone_hours: float = 24.0
+    """How long the checkpoints that a rollback takes off the line are kept, so that it can be undone."""
     asynchronous: bool = True
     """Write while training goes on."""
 
     def problems(self) -> list[tuple[str, str]]:
-        return [(key, "must be at least 1") for key in ("every", "keep") if getattr(self, key) < 1]
+        found = [(key, "must be at least 1") for key in ("every", "keep") if getattr(self, key) < 1]
+        return found if self.undone_hours >= 0 else [*found, ("undone_hours", "must not be negative")]
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -21,6 +21,7 @@ from launcher import protocol as p
 from launcher.backends import Started
 from launcher.checkpoints import MANIFEST
 from launcher.controller import __main__ as controller
+from launcher.controller import recovery
 from launcher.controller.office import Office
 from launcher.metrics.store import Metrics
 from launcher.paths import RunPaths
@@ -58,7 +59,7 @@ mixture = { text = 1.0 }
 NODE = "node"
 
 
-def write_checkpoint(root: Path, directory: str, id: str, generation: int = 1) -> str:
+def write_checkpoint(root: Path, directory: str, id: str, generation: int = 1, **state: object) -> str:
     """A small checkpoint as ranks leave it; its digest."""
     place = root / directory
     place.mkdir(parents=True)
@@ -70,6 +71,7 @@ def write_checkpoint(root: Path, directory: str, id: str, generation: int = 1) -
         "generation": generation,
         "files": {"data.bin": {"bytes": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)}},
         "tensors": {},
+        "state": {"lineage": 1, "step": 0, "stage_name": "first", "stage_step": 0, "ended": False, **state},
     }
     content = msgspec.msgpack.encode(manifest)
     (place / MANIFEST).write_bytes(content)
@@ -120,7 +122,7 @@ class Desk:
         self.paths.create()
         self.paths.recipe.write_text(dump_recipe(recipe))
         self.now = 1000.0
-        self.journal = j.Journal(self.paths.journal, self.now, "host", 1)
+        self.journal = j.Journal(self.paths.journal, self.now, "host", 1, None, recovery.floors(self.paths))
         self.metrics = Metrics.open(self.paths.metrics, root / "index.sqlite", self.journal.term)
         self.office = Office(self.paths, recipe, self.journal, self.metrics, clock=self._clock)
         if not self.office.ledger.started:
@@ -134,6 +136,7 @@ class Desk:
         """What the agent was told."""
         self.rank: list[p.Message] = []
         """What rank 0 was told."""
+        self.acknowledged: list[p.Message] = []
         self._reported = 0
         self._commands = 0
         self._work: asyncio.Task[None] | None = None
@@ -154,8 +157,10 @@ class Desk:
     def orders(self) -> list[p.Order]:
         return [m for m in self.rank if isinstance(m, p.Order)]
 
-    def open(self) -> None:
-        self.term._commits.adopt()
+    async def open(self) -> None:
+        recovery.report_losses(self.office)
+        if not await recovery.look_for(self.office):
+            await recovery.adopt(self.office)
         self.generations.take_over()
         self._work = asyncio.create_task(self.dispatch.run())
 
@@ -194,7 +199,10 @@ class Desk:
 
     def says(self, body: p.RankBody) -> None:
         self._reported += 1
-        self.reports.control(p.Numbered(number=self._reported, body=body), self.rank.append)
+        self.reports.control(p.Numbered(number=self._reported, body=body), self._rank_hears)
+
+    def _rank_hears(self, message: p.Message) -> None:
+        (self.acknowledged if isinstance(message, p.Ack) else self.rank).append(message)
 
     def phase(self, phase: str, step: int = 0, stage: str = "first") -> None:
         self.says(
@@ -216,7 +224,7 @@ class Desk:
             step=step,
             tokens=step * 8,
             time=float(step),
-            values={"train/loss": 1.0} | values,
+            values={"train/loss": 1.0, "train/grad_norm": 1.0} | values,
         )
         source = f"{self.ledger.generation}/telemetry/{self.office.term}"
         self.reports.metrics(source, p.Numbered(number=number, body=body))
@@ -225,7 +233,8 @@ class Desk:
         self.says(p.Outcome(number=order.number, ok=ok, step=step, detail=detail, reason=reason))
 
     def saves(self, id: str, step: int, *, ended: bool = False, suspect: bool = False, numbers: tuple[int, ...] = ()) -> p.Message:
-        digest = write_checkpoint(self.paths.checkpoints, f".writing-{id}", id, self.ledger.generation)
+        state = {"lineage": self.ledger.lineage, "step": step, "stage_step": step, "ended": ended}
+        digest = write_checkpoint(self.paths.checkpoints, f".writing-{id}", id, self.ledger.generation, **state)
         self.says(self.ready(id, step, digest, ended=ended, suspect=suspect, numbers=numbers))
         return self.rank[-1]
 
@@ -336,7 +345,7 @@ async def desk_at(
     if state is None:
         InstantData.done.set()
     desk = Desk(root, recipe or make_recipe())
-    desk.open()
+    await desk.open()
     try:
         if state is not None:
             await desk.to(state)

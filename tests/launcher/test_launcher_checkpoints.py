@@ -145,8 +145,9 @@ def test_removing_marking_and_sweeping_twice_are_harmless(tmp_path: Path) -> Non
 
 def test_sweeping_takes_what_is_unfinished_and_nothing_else(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "whole", "whole")
-    for name in (".writing-a", ".deleting-b", ".writing-kept"):
+    for name in (".writing-a", ".deleting-b", ".writing-whole"):
         write_checkpoint(tmp_path, name, "x")
-    assert sorted(sweep(tmp_path, frozenset({".writing-kept"}))) == [".deleting-b", ".writing-a"]
-    assert sweep(tmp_path, frozenset({".writing-kept"})) == []
-    assert sorted(d.name for d in tmp_path.iterdir()) == [".writing-kept", "home", "whole"]
+    (tmp_path / ".writing-a" / MANIFEST).unlink()
+    assert sorted(sweep(tmp_path)) == [".deleting-b", ".writing-a"]
+    assert sweep(tmp_path) == []
+    assert sorted(d.name for d in tmp_path.iterdir()) == [".writing-whole", "home", "whole"]

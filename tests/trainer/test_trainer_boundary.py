@@ -60,3 +60,31 @@ def test_a_long_generation_remembers_its_newest_commands_and_applies_none_twice(
     assert link.told == [Outcome(number=count - 1, ok=True, step=7)], "old ones the controller has long had answered"
     assert asked == [count], "its outcome is another's to tell"
     assert len(boundary._outcomes) == module.REMEMBERED
+
+
+def test_a_held_run_waits_and_goes_on_by_itself_unless_an_operator_has_paused_it(alone: World) -> None:
+    link = Orders()
+    changes: list[str] = []
+
+    def looked() -> None:
+        """The controller says that it can journal again, or an operator resumes, while the run waits."""
+        if boundary.paused and not link.waiting and answers:
+            link.waiting.append(answers.pop(0))
+
+    boundary = Boundary(alone, link, 0, lambda: 7, changes.append, looked)
+    hold, unhold = Order(number=0, op=Op.HOLD), Order(number=0, op=Op.UNHOLD)
+    answers = [hold, unhold]
+    link.waiting.append(hold)
+    assert boundary.next() is None
+    assert (changes, answers, link.told) == (["paused", "resumed"], [], []), "it is no command and has no outcome"
+
+    changes.clear()
+    answers = [hold, unhold, Order(number=2, op=Op.RESUME)]
+    link.waiting.append(Order(number=1, op=Op.PAUSE))
+    assert boundary.next() is None
+    assert (changes, answers) == (["paused", "resumed"], []), "the operator's pause outlasts the hold"
+
+    changes.clear()
+    link.waiting.append(unhold)
+    assert boundary.next() is None
+    assert changes == []

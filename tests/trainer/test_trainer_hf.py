@@ -170,6 +170,9 @@ def test_what_is_read_trained_at_rate_zero_and_exported_is_bit_for_bit_what_was_
     train_plain(run)
     # Adam's smallest step does not reach float32's last bit, so what is exported has only gone through the ranks.
     export(run, "latest", tmp_path / "out", file_bytes=50_000)
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1, (
+        "weights are as readable as what is beside them"
+    )
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
     first, second = saved(came_from), saved(tmp_path / "out")
     assert first.keys() - {"lm_head.weight"} <= second.keys() and second.keys() <= first.keys()
