@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
+import shutil
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +35,10 @@ class Fault(NamedTuple):
 
 
 MILD = frozenset(
-    {"controller killed", "controller stopped", "agent stopped", "sshd killed", "slow link", "disk full", "clock", "scan"}
+    {
+        *("controller killed", "controller stopped", "agent stopped", "sshd killed", "slow link", "disk full", "clock", "scan"),
+        *("journal errs", "journal full", "checkpoints away"),
+    }
 )
 """Faults through which the ranks train on, or only wait: none of them may cost a generation."""
 
@@ -40,7 +46,10 @@ MILD = frozenset(
 class Theatre:
     """The run, its hosts, and the hands that hurt them."""
 
-    def __init__(self, run: Run, hosts: Hosts, disk: Path | None = None, clock: Path | None = None) -> None:
+    def __init__(
+        self, run: Run, hosts: Hosts, disk: Path | None = None, clock: Path | None = None, errors: Path | None = None
+    ) -> None:
+        """disk: what the run lies on. clock, errors: files that the libraries of `preload` read, loaded by the controller."""
         self.run, self.hosts, self.disk, self.clock = run, hosts, disk, clock
         self._acts: dict[str, tuple[Callable[[str], None], Callable[[str], None] | None]] = {
             "controller killed": (lambda _: self._controller(signal.SIGKILL), None),
@@ -67,8 +76,13 @@ class Theatre:
             "link cut outwards": (lambda h: self.hosts.cut(h, "out"), self.hosts.mend),
             "slow link": (lambda h: self.hosts.delay(h, 500, 10), self.hosts.mend),
             "scan": (lambda _: self._scan(), None),
+            "power lost everywhere": (lambda _: self._kill_all(), lambda _: self._restart_all()),
         }
+        if errors is not None:
+            self._acts["journal errs"] = (lambda _: self._write(errors, errno.EIO), lambda _: self._write(errors, 0))
+            self._acts["journal full"] = (lambda _: self._write(errors, errno.EDQUOT), lambda _: self._write(errors, 0))
         if disk is not None:
+            self._acts["checkpoints away"] = (lambda _: self._cover(), lambda _: self._uncover())
             self._acts["disk full"] = (lambda _: self._fill(), lambda _: self._ballast.unlink(missing_ok=True))
         if clock is not None:
             self._acts["clock"] = (lambda _: clock.write_text("3600"), lambda _: clock.write_text("0"))
@@ -104,6 +118,30 @@ class Theatre:
             if process.pid in here:
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(number)
+
+    def _kill_all(self) -> None:
+        self._controller(signal.SIGKILL)
+        for host in self.hosts.names:
+            self.hosts.kill(host)
+
+    def _restart_all(self) -> None:
+        for host in self.hosts.names:
+            self.hosts.restart(host)
+
+    @staticmethod
+    def _write(file: Path, number: int) -> None:
+        file.write_text(str(number))
+
+    def _cover(self) -> None:
+        """The volume of the checkpoints is not mounted: an empty directory is there in its place."""
+        assert self.disk is not None
+        empty = self.disk / f"empty-{self.run.root.name}"
+        shutil.rmtree(empty, ignore_errors=True)
+        empty.mkdir()
+        subprocess.run(["mount", "--bind", str(empty), str(self.run.root / "checkpoints")], check=True)
+
+    def _uncover(self) -> None:
+        subprocess.run(["umount", "-l", str(self.run.root / "checkpoints")], check=True)
 
     def _kill_sshd(self, host: str) -> None:
         for pid in self.hosts.pids(host):

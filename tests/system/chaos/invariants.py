@@ -50,9 +50,9 @@ def _commits(entries: list[j.Entry]) -> list[str]:
                 found.append(f"generation {entry.generation} follows {newest}")
             newest = entry.generation
         elif isinstance(entry, j.CheckpointCommitted):
-            if entry.generation != newest:
+            if entry.generation != newest and not entry.adopted:
                 found.append(f"generation {entry.generation} committed {entry.id} in the days of generation {newest}")
-            if entry.id in seen:
+            if entry.id in seen and not entry.adopted:
                 found.append(f"{entry.id} was committed twice")
             seen.add(entry.id)
     return found

@@ -16,9 +16,11 @@ from tests.system.chaos.invariants import broken
 from tests.system.chaos.play import Play
 from tests.system.harness import Run, recipe_text
 from tests.system.hosts import Hosts, require
+from tests.system.preload import built
 
 NAMES = ("n1", "n2", "n3")
 FAULTS = int(os.environ.get("CHAOS_FAULTS", "500"))
+KINDS = tuple(filter(None, os.environ.get("CHAOS_KINDS", "").split(",")))
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     require()
     place = tmp_path_factory.mktemp("disk")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(place)], check=True)
+    subprocess.run(["mount", "--make-shared", str(place)], check=True)  # what is mounted in it is seen by the hosts too
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 
@@ -39,21 +42,26 @@ def hosts(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host
 
 @pytest.fixture
 def clock(tmp_path: Path) -> Path:
-    """A file that says by how many seconds the controller's clock is wrong, read by what is loaded before its C library."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("a C compiler is missing (tests/apt.txt)")
-    source = Path(__file__).parent / "clock.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(tmp_path / "clock.so"), str(source), "-ldl"], check=True)
+    """A file that says by how many seconds the controller's clock is wrong."""
     file = tmp_path / "clock"
     file.write_text("0")
     return file
 
 
-def begin(make_run: Callable[[str], Run], data: Path, hosts: Hosts, disk: Path, clock: Path) -> Run:
+@pytest.fixture
+def errors(tmp_path: Path) -> Path:
+    """A file that says with which error the controller's writes to the journal fail."""
+    file = tmp_path / "errors"
+    file.write_text("0")
+    return file
+
+
+def begin(make_run: Callable[[str], Run], data: Path, hosts: Hosts, disk: Path, clock: Path, errors: Path) -> Run:
     run = make_run("chaos")
     run.root = disk / f"run-{os.getpid()}-{random.getrandbits(32):08x}"
-    run.environment = {**run.environment, "LD_PRELOAD": str(clock.parent / "clock.so"), "CLOCK_FILE": str(clock)}
+    libraries = " ".join(built(name, clock.parent) for name in ("clock", "disk"))
+    files = {"CLOCK_FILE": str(clock), "DISK_FILE": str(errors)}
+    run.environment = {**run.environment, **files, "LD_PRELOAD": libraries}
     options = ", ".join(f'"{o}"' for o in hosts.options)
     nodes = 'backend = "ssh"\nhosts = ["n[1-3]"]\nnodes = 2\nranks_per_node = 1\nquarantine_after = 1_000_000'
     cluster = f"{nodes}\nssh_options = [{options}]"
@@ -81,26 +89,27 @@ def ends_as_if_nothing_had_been(run: Run, make_run: Callable[[str], Run], data: 
     quiet.done("stop-now")
 
 
-def test_a_few_faults(make_run: Callable[[str], Run], data: Path, hosts: Hosts, disk: Path, clock: Path) -> None:
-    run = begin(make_run, data, hosts, disk, clock)
-    play = Play(Theatre(run, hosts, disk, clock), seed=int(os.environ.get("CHAOS_SEED", "11")))
-    for kinds in (("rank killed",), ("controller killed", "scan"), ("link cut",)):
+def test_a_few_faults(make_run: Callable[[str], Run], data: Path, hosts: Hosts, disk: Path, clock: Path, errors: Path) -> None:
+    run = begin(make_run, data, hosts, disk, clock, errors)
+    play = Play(Theatre(run, hosts, disk, clock, errors), seed=int(os.environ.get("CHAOS_SEED", "11")))
+    for kinds in (("rank killed",), ("controller killed", "scan"), ("link cut",), ("journal errs", "checkpoints away")):
         print(play.act(*kinds))
     assert broken(run) == []
     ends_as_if_nothing_had_been(run, make_run, data)
 
 
 @pytest.mark.soak
-def test_many_faults(make_run: Callable[[str], Run], data: Path, hosts: Hosts, disk: Path, clock: Path) -> None:
-    """Some five hundred, by CHAOS_FAULTS, from CHAOS_SEED on; a run takes fifty of them, and is then compared with a quiet one."""
+def test_many_faults(make_run: Callable[[str], Run], data: Path, hosts: Hosts, disk: Path, clock: Path, errors: Path) -> None:
+    """CHAOS_FAULTS of them from CHAOS_SEED on, of CHAOS_KINDS or of any; fifty a run, which is then compared with a quiet one."""
     seed = int(os.environ.get("CHAOS_SEED", "1"))
     dice = random.Random(seed)
     done = 0
     while done < FAULTS:
-        run = begin(make_run, data, hosts, disk, clock)
-        play = Play(Theatre(run, hosts, disk, clock), seed=seed + done)
+        run = begin(make_run, data, hosts, disk, clock, errors)
+        play = Play(Theatre(run, hosts, disk, clock, errors), seed=seed + done)
         for _ in range(min(50, FAULTS - done)):
-            cost = play.act(*([None] if dice.random() < 0.8 else [None, None]))
+            count = 1 if dice.random() < 0.8 else 2
+            cost = play.act(*(dice.choice(KINDS) if KINDS else None for _ in range(count)))
             done += 1
             print(done, cost, flush=True)
             assert broken(run) == [], run.story()
