@@ -42,7 +42,7 @@ class Keeper:
         deaths = 0
         while True:
             began = time.monotonic()
-            self._controller = start_controller(self._paths.root)
+            self._controller = start_controller(self._paths.root).process
             for number in self._asked:  # it came between two controllers
                 self._controller.send_signal(number)
             status = self._controller.wait()

@@ -490,6 +490,8 @@ class ClientWelcome(_Strict, frozen=True):
     directory: str
     author: str
     """Who this client is, as commands will name them."""
+    archived: bool = False
+    """No controller is running: questions are answered from the run's files, and nothing can be asked to be done."""
 
 
 class Command(_Strict, frozen=True):
@@ -1018,6 +1020,8 @@ class Snapshot(_Lenient, frozen=True, kw_only=True):
     """There have been so many: another number means that there are new ones."""
     phase_since: float = 0.0
     """When the ranks went over to their phase."""
+    archived: bool = False
+    """No controller is running: this is what the run's files say."""
 
 
 Message = (

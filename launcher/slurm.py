@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from launcher.paths import RunPaths, host_name, read_address, write_atomically
+from launcher.reach import Looks
 from launcher.recipe import Recipe
 from launcher.remote import RemoteRun
 
@@ -206,7 +207,7 @@ class SlurmRun(RemoteRun):
     def __str__(self) -> str:
         return f"{self.run} (Slurm job {self.job})"
 
-    def command(self, *, prompts: bool) -> list[str]:
+    def command(self, *, prompts: bool, looks: Looks = "never") -> list[str]:
         """`midwatch relay` here, which finds out where the job is: after it was queued again that is another place."""
         return [sys.executable, "-P", "-m", "midwatch", "relay", self.run]
 

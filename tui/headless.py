@@ -55,7 +55,7 @@ class Reporter:
         self._held_at = float("-inf")
 
     async def follow(self) -> int:
-        async with Client(self._directory, subscribe=True, start=True, on_snapshot=self._take) as client:
+        async with Client(self._directory, subscribe=True, start=True, looks="when over", on_snapshot=self._take) as client:
             if self._asks:
                 recipe = await client.ask(p.TextQuery(id=0, what="recipe"), p.TextReply)
                 self._interval = parse_recipe(recipe.text).report.seconds

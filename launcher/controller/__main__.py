@@ -27,6 +27,7 @@ from launcher.controller.pool import Pool
 from launcher.controller.preferring import Preferring
 from launcher.controller.probing import Probing
 from launcher.controller.queries import Queries
+from launcher.controller.recipechange import note_change, run_began
 from launcher.controller.reports import Reports
 from launcher.controller.server import Doorkeeper
 from launcher.controller.stragglers import Stragglers
@@ -62,7 +63,7 @@ LINGER_SECONDS = 3.0
 
 async def serve(paths: RunPaths) -> int:
     """One term in office; the value is the exit status."""
-    recipe = load_recipe(paths.recipe)
+    recipe, text = load_recipe(paths.recipe), paths.recipe.read_text(encoding="utf-8-sig")
     paths.create()
     room = _socket_directory(recipe, paths)
     lock = RunLock(paths)
@@ -77,7 +78,8 @@ async def serve(paths: RunPaths) -> int:
     for place in journal.damaged:
         office.note("alarm", f"a journal entry is damaged: {place}")
     if not office.ledger.started:
-        office.record(j.RunBegan(time=office.clock(), name=recipe.run.name, recipe=recipe.digest()))
+        office.record(run_began(recipe.run.name, recipe, text, office.clock()))
+    note_change(office)
     term = Term(office)
     server = await term.door.listen(room / f"{paths.key}.{journal.term}.sock")
     socket = server.sockets[0].getsockname()
@@ -163,18 +165,7 @@ class Term:
         self.stragglers = Stragglers(office)
         self._batch = Batch.of(office, self.dispatch, self.generations)
         self._quit = asyncio.Event()
-        self._restore()
-
-    def _restore(self) -> None:
-        """Fills in from the index what a screen wants at once."""
-        office = self._office
-        path = office.ledger.path()
-        for series in office.metrics.names():
-            point = office.metrics.latest(series.name, path)
-            if point is not None:
-                office.live.latest[series.name] = point.value
-                if series.name == "train/loss":
-                    office.live.step, office.live.tokens, office.live.step_time = point.step, point.tokens, point.time
+        office.restore()
 
     async def run(self) -> None:
         """Works until the run is over and nobody watches, or a later term begins."""

@@ -24,6 +24,7 @@ from launcher.controller.hanging import Hanging
 from launcher.controller.moves import Moves
 from launcher.controller.office import Office
 from launcher.controller.pool import Pool, Send, TooFewNodes
+from launcher.controller.recipechange import note_change
 from launcher.controller.starting import check_restart_point, compose, environment_of
 from launcher.ledger import differences
 from launcher.protocol import AgentHello, EndRanks, Gather, Gathered, Leave, NodeStats, RankExit, RanksEnded, Start
@@ -155,6 +156,7 @@ class Generations:
     def _gather(self, start: Start, nodes: tuple[str, ...]) -> None:
         office = self._office
         world = len(nodes) * office.recipe.cluster.ranks_per_node
+        note_change(office)  # the ranks read the file, which may have been edited under a living controller
         office.record(
             j.GenerationBegan(
                 time=office.clock(),

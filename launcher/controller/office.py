@@ -94,6 +94,16 @@ class Office:
     def state(self) -> State:
         return self.ledger.state
 
+    def restore(self) -> None:
+        """Fills in from the index what a screen wants at once."""
+        path = self.ledger.path()
+        for series in self.metrics.names():
+            point = self.metrics.latest(series.name, path)
+            if point is not None:
+                self.live.latest[series.name] = point.value
+                if series.name == "train/loss":
+                    self.live.step, self.live.tokens, self.live.step_time = point.step, point.tokens, point.time
+
     def touch(self) -> None:
         """Something that screens show has changed."""
         self.changes += 1
