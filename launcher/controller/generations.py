@@ -443,6 +443,10 @@ class Generations:
             )
         return ""
 
+    def agent_refused(self, node: str, reason: str) -> None:
+        """An agent was turned away: its node is short of one for that reason."""
+        self._pool.turned_away(node, reason)
+
     def uses(self, node: str) -> bool:
         """Whether ranks of the living generation are on the node."""
         return self._member(node)
@@ -482,7 +486,9 @@ class Generations:
         self._commits.adopt()
 
     def _stopped(self) -> None:
-        self._office.change_state("released", "stopped; resume goes on from the newest checkpoint")
+        office = self._office
+        failed = f" (it had failed: {office.ledger.reason})" if office.state == "failed" else ""
+        office.change_state("released", f"stopped; resume goes on from the newest checkpoint{failed}")
         self.on_stopped()
         self.dismiss()
         self._office.over.set()

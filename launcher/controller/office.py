@@ -82,6 +82,7 @@ class Office:
         self.over = asyncio.Event()
         """Set when this controller's work is done."""
         self.ended_listeners: list[Callable[[j.CommandEnded], None]] = []
+        self.state_listeners: list[Callable[[], None]] = []
         self._backlog: list[j.Entry] = []
         self._ballast = paths.journal / j.BALLAST
         self._lay_ballast()
@@ -138,6 +139,8 @@ class Office:
         if (state, reason) != (self.ledger.state, self.ledger.reason):
             log.info("state: %s %s", state, reason)
             self.record(j.StateChanged(time=self.clock(), state=state, reason=reason))
+            for listener in self.state_listeners:
+                listener()
 
     def sync(self) -> None:
         """Returns once all telemetry that was taken in would survive a loss of power."""

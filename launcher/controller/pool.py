@@ -68,6 +68,8 @@ class Member:
     """Begin of the probes that nothing has answered."""
     refused: bool = False
     """The machine is there and the agent is not."""
+    refusal: str = ""
+    """Why the node's agent was turned away."""
 
 
 class Pool:
@@ -96,7 +98,7 @@ class Pool:
     def came(self, hello: AgentHello, send: Send) -> None:
         member = self._member(hello.node)
         member.send, member.hello, member.heard = send, hello, time.monotonic()
-        member.started, member.failures, member.problem = 0.0, 0, ""
+        member.started, member.failures, member.problem, member.refusal = 0.0, 0, "", ""
         self._answered(member)
         node = self._office.live.nodes[hello.node]
         node.pid, node.reachable, node.problem = hello.pid, True, ""
@@ -117,6 +119,19 @@ class Pool:
         node = self._office.live.nodes[name]
         node.stats, node.reachable = stats, True
         self._office.touch()
+
+    def turned_away(self, name: str, reason: str) -> None:
+        """An agent came and was refused, as will be the next one: trying again is no use."""
+        member = self._member(name)
+        member.refusal = f"{name}: {reason}"
+        self._trouble(member, member.refusal)
+        member.failures = max(member.failures, 2)
+        self._tell_change()
+
+    def _trouble(self, member: Member, problem: str) -> None:
+        if member.problem != problem:
+            log.warning("%s", problem)
+        member.problem = self._office.live.nodes[member.name].problem = problem
 
     def rival(self, hello: AgentHello) -> str | None:
         """Where the agent of that name is, if it is another one, connected, and heard of just now."""
@@ -269,9 +284,7 @@ class Pool:
                 raise StartError(f"the agent of {member.name} runs and does not answer; see logs/{member.name}/agent.log")
             member.started = member.started or time.monotonic()
         except StartError as error:
-            if member.problem != str(error):
-                log.warning("%s", error)
-            member.problem = office.live.nodes[member.name].problem = str(error)
+            self._trouble(member, member.refusal or str(error))
             member.failures += 1
         except j.Ousted:
             office.over.set()
