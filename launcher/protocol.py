@@ -16,6 +16,9 @@ VERSION = 1
 MAX_FRAME = 16 * 1024 * 1024
 """Bytes of the largest frame that is accepted."""
 
+CERTAIN_STATUS = 78
+"""Exit status of a rank whose next start would end in the same way: the recipe or the software is wrong."""
+
 State = Literal["building", "starting", "training", "paused", "recovering", "released", "finished", "failed"]
 Verb = Literal[
     "pause",
@@ -384,6 +387,8 @@ class RanksEnded(_Strict, frozen=True):
     ok: bool
     exits: tuple[RankExit, ...] = ()
     reason: str = ""
+    certain: bool = False
+    """Whether the ranks of another start would end in the same way."""
 
 
 FaultKind = Literal["lost", "xid", "ecc", "remap", "throttle", "nvlink", "pcie", "reset", "hang"]
