@@ -81,7 +81,7 @@ def address_that_reaches(places: list[tuple[str, int]], timeout: float = 2.0) ->
 
 
 def interface_problem(environment: Mapping[str, str], *, nccl: bool) -> str:
-    """Which variable tells the collectives of ranks to use an interface that is not there, and what there is; empty where none does."""
+    """Which variable has the ranks' collectives use an interface that is not there, and what there is; empty where none does."""
     known = sorted(psutil.net_if_addrs())
     for name in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", *(("NCCL_SOCKET_IFNAME",) if nccl else ())):
         value = environment.get(name, "").strip()

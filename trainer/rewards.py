@@ -71,7 +71,7 @@ def _called(function: Function, place: str, prompts: list[str], responses: list[
     except Exception as error:  # whatever the user's code raises
         log.exception("%s: failed:", place)
         where = _line_of(error, place.rpartition(":")[0])
-        raise RewardError(f"{place}: failed at {where}: {type(error).__name__}: {error} (correct it and resume)") from None
+        raise RewardError(f"{place}: failed: {type(error).__name__}: {error}, at {where} (correct it and resume)") from None
     if len(found) != len(responses):
         raise RewardError(f"{place}: gave {len(found)} numbers for {len(responses)} responses (give one for each)")
     return found
