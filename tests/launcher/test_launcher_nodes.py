@@ -16,6 +16,7 @@ from launcher_desk import Desk, desk_at, make_recipe
 
 from launcher import journal as j
 from launcher import protocol as p
+from launcher.backends import Started, StartError
 from launcher.controller import generations as generations_module
 from launcher.controller import pool as pool_module
 from launcher.recipe import Parallel
@@ -169,8 +170,15 @@ async def test_a_failure_that_is_certain_ends_the_run_at_once(cluster: Cluster) 
     assert desk.ledger.generation == 1, "nothing was tried again"
 
 
-async def test_an_agent_that_is_turned_away_is_the_reason_of_the_shortage(cluster: Cluster) -> None:
+async def test_an_agent_that_is_turned_away_is_the_reason_of_the_shortage(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     desk = cluster.desk
+
+    async def start(node: str) -> Started:
+        raise StartError("it ended at once; see its log")
+
+    monkeypatch.setattr(desk.backend, "start", start)
     cluster.come("n1")
     desk.generations.agent_refused("n2", "an agent of another version of Midwatch")
     await looked(desk, lambda: "n2: an agent of another version" in desk.ledger.reason)
