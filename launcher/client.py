@@ -81,6 +81,8 @@ class Client:
         self._start, self._looks = start, looks
         self._archive = contextlib.AsyncExitStack()
         """Serves the run's files while no controller does."""
+        self.trouble = ""
+        """Why the last try to come back over ssh has failed."""
         self._problem = ""
         """Why no controller could be started, as far as that is known."""
         self._on_snapshot, self._on_link = on_snapshot, on_link
@@ -327,8 +329,13 @@ class Client:
 
     async def _connect_remote_again(self) -> ClientConnection:
         for tries in itertools.count():
-            with contextlib.suppress(ClientError):
-                return await self._connect_remote()
+            try:
+                found = await self._connect_remote()
+            except ClientError as error:
+                self.trouble = str(error)
+            else:
+                self.trouble = ""
+                return found
             await asyncio.sleep(REMOTE_RETRY_SECONDS[min(tries, len(REMOTE_RETRY_SECONDS) - 1)])
         raise AssertionError
 

@@ -50,6 +50,7 @@ from launcher.paths import (
 from launcher.protocol import Command
 from launcher.recipe import Recipe, RecipeError, Watch, load_recipe
 from launcher.roles import group_id, socket_directory
+from launcher.signals import ignore_stray
 
 log = logging.getLogger("launcher.controller")
 
@@ -179,7 +180,6 @@ class Term:
         if self._batch is not None:
             loop.add_signal_handler(signal.SIGTERM, self._batch.job_ends)
             loop.add_signal_handler(signal.SIGUSR1, self._batch.limit_is_near)
-        loop.add_signal_handler(signal.SIGHUP, lambda: None)
         tasks = [
             self._task(c) for c in (self.door.publish(), self.dispatch.run(), self._tick(), self._leave(), self._told_to_quit())
         ]
@@ -253,6 +253,7 @@ def main() -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
     )
     logging.getLogger("websockets").setLevel(logging.WARNING)
+    ignore_stray()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
     try:

@@ -68,6 +68,8 @@ class Member:
     """Begin of the probes that nothing has answered."""
     refused: bool = False
     """The machine is there and the agent is not."""
+    out_of_reach: bool = False
+    """The last try to start an agent has not reached the machine: it may not be up yet."""
     refusal: str = ""
     """Why the node's agent was turned away."""
 
@@ -205,7 +207,10 @@ class Pool:
         return list(dict.fromkeys((*self._backend.nodes, *self._members)))
 
     async def assemble(self, *, forever: bool) -> tuple[str, ...]:
-        """Waits for enough nodes. Raises TooFewNodes when there is no hope left, or, unless `forever`, no time."""
+        """Waits for enough nodes. Raises TooFewNodes when there is no hope left, or, unless `forever`, no time.
+
+        Machines that are not up yet are waited for in any case: the run's reason names them, and a stop ends the wait.
+        """
         recipe, patience = self._office.recipe, self._backend.patience
         forever = patience > 0 and (forever or math.isinf(patience))
         self.wanted = True
@@ -220,7 +225,9 @@ class Pool:
                 return ready
             if len(ready) >= recipe.fewest_nodes and (not pending or waited > PATIENCE_SECONDS):
                 return ready
-            if len(ready) < recipe.fewest_nodes and not forever and (not pending or waited > patience):
+            to_come = [n for n in pending if self._member(n).out_of_reach]
+            hopeless = len(there) + len(pending) < recipe.fewest_nodes or (waited > patience and not to_come)
+            if len(ready) < recipe.fewest_nodes and not forever and (not pending or hopeless):
                 raise TooFewNodes(self._shortage(len(there)))
             if waited - told > PATIENCE_SECONDS and self._office.state in ("starting", "recovering"):
                 told = waited
@@ -230,9 +237,9 @@ class Pool:
             await asyncio.sleep(len(self._members) * LOOK_SECONDS)
 
     def _may_come(self, name: str) -> bool:
-        """Not so a node that is cut off, nor one whose agent does not start."""
+        """Not so a node that is cut off, nor one that was reached and whose agent does not start."""
         member = self._member(name)
-        return self.lost(name)[0] != "cut" and (member.starting is not None or member.failures < 2)
+        return self.lost(name)[0] != "cut" and (member.starting is not None or member.failures < 2 or member.out_of_reach)
 
     def _shortage(self, count: int) -> str:
         fewest = self._office.recipe.fewest_nodes
@@ -285,6 +292,7 @@ class Pool:
             member.started = member.started or time.monotonic()
         except StartError as error:
             self._trouble(member, member.refusal or str(error))
+            member.out_of_reach = error.out_of_reach
             member.failures += 1
         except j.Ousted:
             office.over.set()
