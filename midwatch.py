@@ -128,8 +128,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.detach and not asked:
         from launcher.reach import start_controller, wait_for_controller
 
-        start_controller(paths.root)
-        wait_for_controller(paths)
+        wait_for_controller(paths, start_controller(paths.root))
         print(paths.root)
         return 0
     place: Path | RemoteRun = paths.root

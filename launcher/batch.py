@@ -18,7 +18,9 @@ from launcher.ledger import Ledger
 from launcher.paths import RunPaths
 from launcher.reach import start_controller
 from launcher.recipe import RecipeError, load_recipe
-from launcher.slurm import BATCH_VARIABLE, RESUME_VARIABLE, SlurmError, requeue, submit
+from launcher.recipe.cluster import limit_seconds
+from launcher.signals import ignore_stray
+from launcher.slurm import BATCH_VARIABLE, RESUME_VARIABLE, SlurmError, requeue, submit, time_limit
 
 MOST_DEATHS = 5
 """Of controllers in a row that did not live for a minute."""
@@ -36,13 +38,13 @@ class Keeper:
 
     def keep(self) -> int:
         """The value is the job's exit status."""
+        ignore_stray()
         for which in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(which, self._signalled)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         deaths = 0
         while True:
             began = time.monotonic()
-            self._controller = start_controller(self._paths.root)
+            self._controller = start_controller(self._paths.root).process
             for number in self._asked:  # it came between two controllers
                 self._controller.send_signal(number)
             status = self._controller.wait()
@@ -53,7 +55,7 @@ class Keeper:
             if signal.SIGTERM in self._asked:
                 return STOPPED if over is None else over
             if signal.SIGUSR1 in self._asked and over not in (FINISHED, FAILED):
-                return self._queue_again()
+                return self._queue_again() if self._worth_it() else FAILED
             if over is not None:
                 return over
             deaths = deaths + 1 if time.monotonic() - began < 60 else 1
@@ -82,6 +84,19 @@ class Keeper:
             ended = [c for c in ledger.commands.values() if c.verb in ("stop", "stop-now") and c.state == "done"]
             return RULE_STOPPED if ended and ended[-1].author.startswith("watch rule") else STOPPED
         return {"finished": FINISHED, "failed": FAILED}.get(ledger.state)
+
+    def _worth_it(self) -> bool:
+        """Not where the time limit, which may be the partition's default, is over before a run can train."""
+        try:
+            limit = limit_seconds(time_limit(self._job))
+            before = load_recipe(self._paths.recipe).cluster.sbatch.signal_seconds
+        except (SlurmError, RecipeError):
+            return True
+        if limit is None or limit > before:
+            return True
+        way = "give [cluster.sbatch] time a longer limit, or signal_seconds a smaller number"
+        _say(f"the job's time limit is {limit:.0f} s, and the run is to end {before} s before it: it is not queued again; {way}")
+        return False
 
     def _queue_again(self) -> int:
         self._queued_again = True

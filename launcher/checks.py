@@ -24,6 +24,8 @@ VISIT_SECONDS = 45.0
 MOST_SKEW, WARN_SKEW = 5.0, 1.0
 LEAST_FREE, WARN_FREE = 1 << 30, 10 << 30
 
+RUNTIME_WAY = "free some room there, or name another directory as XDG_RUNTIME_DIR"
+
 Level = Literal["warning", "problem"]
 What = Literal["reach", "python", "midwatch", "torch", "gpus", "storage", "clock", "way back", "node"]
 
@@ -134,6 +136,8 @@ def judge(visit: Visit, cluster: Cluster, here: Findings, secret: str, seen: Pat
         level: Level = "problem" if abs(nearest) > MOST_SKEW else "warning"
         text = f"its clock is {abs(nearest):.1f} s {'ahead of' if nearest > 0 else 'behind'} this machine's"
         notes.append(Note(level, "clock", text, "have chrony or ntpd run on all nodes"))
+    if found.runtime:
+        notes.append(Note("problem", "node", f"its directory for sockets: {found.runtime}", RUNTIME_WAY))
     if cluster.interface is not None and cluster.interface not in found.interfaces:
         known = ", ".join(found.interfaces) or "none"
         notes.append(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import subprocess
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -22,9 +21,11 @@ from websockets.asyncio.client import ClientConnection, unix_connect
 from websockets.exceptions import WebSocketException
 
 from launcher import protocol
+from launcher.journal import JournalError
 from launcher.paths import Address, RunPaths, controller_lives, read_address
-from launcher.reach import UNREACHABLE, other_owner, reach_controller, start_controller
+from launcher.reach import UNREACHABLE, Looks, Starting, other_owner, reach_controller, shows_files, start_controller
 from launcher.reach import ClientError as ClientError
+from launcher.recipe import RecipeError
 from launcher.remote import RemoteError, RemoteRun, SshWay
 
 RESTART_SECONDS = 5.0
@@ -33,6 +34,16 @@ RESTART_SECONDS = 5.0
 REMOTE_RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
 """Between two logins where the connection has broken."""
 
+FROM_FILES = (
+    protocol.ChartQuery,
+    protocol.MetricsQuery,
+    protocol.JournalQuery,
+    protocol.LogQuery,
+    protocol.UndoQuery,
+    protocol.SampleQuery,
+    protocol.TextQuery,
+)
+"""Questions that the run's files answer; all others need a controller."""
 BROKE = "the connection to the controller broke"
 
 Reply = TypeVar("Reply", bound=protocol.Message)
@@ -46,7 +57,8 @@ class Client:
     """One client; use as `async with Client(...) as client`.
 
     `on_snapshot` and `on_link` (True: connected, False: lost) are called in the event loop. `prompts`: whether ssh may ask the
-    operator something at the terminal.
+    operator something at the terminal. `looks`: whether a run without a controller is shown from its files; for what only a
+    controller can do one is started then, and this client goes over to it.
     """
 
     def __init__(
@@ -56,16 +68,23 @@ class Client:
         subscribe: bool = False,
         read_only: bool = False,
         start: bool = False,
+        looks: Looks = "never",
         prompts: bool = True,
         on_snapshot: Callable[[protocol.Snapshot], None] | None = None,
         on_link: Callable[[bool], None] | None = None,
     ) -> None:
         self.run = run
-        self._ssh = SshWay(run, prompts=prompts) if isinstance(run, RemoteRun) else None
+        self._ssh = SshWay(run, prompts=prompts, looks=looks) if isinstance(run, RemoteRun) else None
         self.welcome: protocol.ClientWelcome | None = None
         self.snapshot: protocol.Snapshot | None = None
         self._hello = protocol.ClientHello(version=protocol.VERSION, read_only=read_only, subscribe=subscribe)
-        self._start = start
+        self._start, self._looks = start, looks
+        self._archive = contextlib.AsyncExitStack()
+        """Serves the run's files while no controller does."""
+        self.trouble = ""
+        """Why the last try to come back over ssh has failed."""
+        self._problem = ""
+        """Why no controller could be started, as far as that is known."""
         self._on_snapshot, self._on_link = on_snapshot, on_link
         self._connection: ClientConnection | None = None
         self._connected = asyncio.Event()
@@ -84,7 +103,9 @@ class Client:
             if isinstance(self.run, RemoteRun):
                 self._connection = await self._connect_remote()
             else:
-                self._connection = await reach_controller(RunPaths(self.run), self._connect, start=self._start)
+                paths = RunPaths(self.run)
+                found = await reach_controller(paths, self._connect, start=self._start, looks=self._looks)
+                self._connection = found or await self._connect_archive(paths)
         except BaseException:
             await self._close_ssh()
             raise
@@ -100,6 +121,7 @@ class Client:
         if self._connection is not None:
             await self._connection.close()
         await self._close_ssh()
+        await self._archive.aclose()
 
     async def _close_ssh(self) -> None:
         if self._ssh is not None:
@@ -107,6 +129,8 @@ class Client:
 
     async def ask(self, question: Any, expect: type[Reply], timeout: float = 30.0) -> Reply:
         """Sends a query, whose id is set here, and waits for the answer. Raises ClientError if refused or out of reach."""
+        if not isinstance(question, FROM_FILES):
+            await self._wake_controller()
         number = next(self._numbers)
         future: asyncio.Future[protocol.Message] = asyncio.get_running_loop().create_future()
         self._questions[number] = future
@@ -130,6 +154,7 @@ class Client:
 
         Sent again, under the same id, after a reconnect. Raises ClientError when the time is up.
         """
+        await self._wake_controller()
         command = protocol.Command(id=uuid.uuid4().hex, verb=verb, arguments=arguments or {}, wait=wait)
         future: asyncio.Future[protocol.CommandView] = asyncio.get_running_loop().create_future()
         self._commands[command.id] = future
@@ -160,6 +185,7 @@ class Client:
         Left before that, it is stopped. Where the connection breaks the answers end with that as their problem. Raises
         ClientError where the controller is out of reach.
         """
+        await self._wake_controller()
         number = next(self._numbers)
         answers: asyncio.Queue[protocol.ProbeAnswer] = asyncio.Queue()
         left = dict(enumerate(ask.checkpoints))
@@ -194,7 +220,19 @@ class Client:
                 return
             except (WebSocketException, OSError):
                 await asyncio.sleep(0.1)
-        raise LostError("the controller is out of reach")
+        raise LostError(self._problem or "the controller is out of reach")
+
+    async def _wake_controller(self) -> None:
+        """Goes over from the run's files to a controller, which is started."""
+        if self.welcome is None or not self.welcome.archived:
+            return
+        self._start, self._looks, self._problem = True, "never", ""
+        if self._ssh is not None:
+            self._ssh.looks = "never"
+        connection, self.welcome = self._connection, None
+        self._connected.clear()
+        if connection is not None:
+            await connection.close()
 
     async def _connect_remote(self) -> ClientConnection:
         assert self._ssh is not None
@@ -204,6 +242,16 @@ class Client:
             raise ClientError(str(error)) from None
         except (OSError, WebSocketException, TimeoutError, EOFError, protocol.ProtocolError) as error:
             raise ClientError(f"{self.run}: the connection broke at once: {error}") from None
+
+    async def _connect_archive(self, paths: RunPaths) -> ClientConnection:
+        """To the run's files. Raises ClientError where they cannot be read."""
+        from launcher.controller.archive import serving
+
+        await self._archive.aclose()
+        try:
+            return await self._connect(await self._archive.enter_async_context(serving(paths)))
+        except (RecipeError, JournalError, OSError) as error:
+            raise ClientError(str(error)) from None
 
     async def _connect(self, address: Address) -> ClientConnection:
         connection = await unix_connect(
@@ -259,24 +307,35 @@ class Client:
         if isinstance(self.run, RemoteRun):
             return await self._connect_remote_again()
         paths = RunPaths(self.run)
-        started: subprocess.Popen[bytes] | None = None
+        started: Starting | None = None
         next_start = 0.0
         while True:
             address = read_address(paths.address)
             with contextlib.suppress(*UNREACHABLE, ClientError):
                 if address is not None:
                     return await self._connect(address)
-            starting = started is not None and started.poll() is None
-            may = self._start and not starting and time.monotonic() >= next_start and paths.is_run() and other_owner(paths) is None
-            if may and not await asyncio.to_thread(controller_lives, paths):
-                started = start_controller(paths.root)
-                next_start = time.monotonic() + RESTART_SECONDS
+            starting = started is not None and started.process.poll() is None
+            if started is not None and started.has_failed():
+                self._problem = started.failure()
+            due = not starting and time.monotonic() >= next_start and paths.is_run()
+            with contextlib.suppress(ClientError):
+                due = due and not await asyncio.to_thread(controller_lives, paths)
+                if due and await asyncio.to_thread(shows_files, paths, self._looks):
+                    return await self._connect_archive(paths)
+                if due and self._start and other_owner(paths) is None:
+                    started = start_controller(paths.root)
+                    next_start = time.monotonic() + RESTART_SECONDS
             await asyncio.sleep(0.5)
 
     async def _connect_remote_again(self) -> ClientConnection:
         for tries in itertools.count():
-            with contextlib.suppress(ClientError):
-                return await self._connect_remote()
+            try:
+                found = await self._connect_remote()
+            except ClientError as error:
+                self.trouble = str(error)
+            else:
+                self.trouble = ""
+                return found
             await asyncio.sleep(REMOTE_RETRY_SECONDS[min(tries, len(REMOTE_RETRY_SECONDS) - 1)])
         raise AssertionError
 

@@ -49,6 +49,19 @@ class RunBegan(_Entry, frozen=True):
     name: str
     recipe: str
     """Hash of the recipe."""
+    file: str = ""
+    """Hash of what recipe.toml says, defaults left out."""
+    stated: dict[str, str] = {}
+    """What recipe.toml says, by dotted keys; the values of secrets left out."""
+
+
+class RecipeChanged(_Entry, frozen=True):
+    """recipe.toml was edited; what starts from now on follows it."""
+
+    file: str
+    stated: dict[str, str]
+    changes: tuple[str, ...]
+    """As `key: old -> new`."""
 
 
 class StateChanged(_Entry, frozen=True):
@@ -227,6 +240,7 @@ class Noted(_Entry, frozen=True):
 Entry = (
     TermBegan
     | RunBegan
+    | RecipeChanged
     | StateChanged
     | DataBuilt
     | AgentStarted

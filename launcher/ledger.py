@@ -55,6 +55,8 @@ class Ledger:
     state: State = "building"
     reason: str = ""
     started: float = 0.0
+    recipe: j.RunBegan | j.RecipeChanged | None = None
+    """What the recipe was when a controller last read it."""
     term: int = 0
     generation: int = 0
     """The newest; it lives while `generation_live`."""
@@ -136,6 +138,10 @@ class Ledger:
 
     def _on_RunBegan(self, entry: j.RunBegan) -> None:
         self.started = entry.time
+        self.recipe = entry
+
+    def _on_RecipeChanged(self, entry: j.RecipeChanged) -> None:
+        self.recipe = entry
 
     def _on_StateChanged(self, entry: j.StateChanged) -> None:
         self.state, self.reason = cast(State, entry.state), entry.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
+from collections.abc import Mapping
 
 import psutil
 
@@ -77,3 +78,25 @@ def address_that_reaches(places: list[tuple[str, int]], timeout: float = 2.0) ->
             why = error.strerror or str(error)
     where = " or ".join(f"{host} port {port}" for host, port in places)
     raise NetworkError(f"there is no way to the controller at {where}: {why}")
+
+
+def interface_problem(environment: Mapping[str, str], *, nccl: bool) -> str:
+    """Which variable has the ranks' collectives use an interface that is not there, and what there is; empty where none does."""
+    known = sorted(psutil.net_if_addrs())
+    for name in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", *(("NCCL_SOCKET_IFNAME",) if nccl else ())):
+        value = environment.get(name, "").strip()
+        if value and not _matches(name, value, known):
+            return (
+                f"{name}={value} names no interface of this node (there are: {', '.join(known)}; see [cluster] interface and env)"
+            )
+    return ""
+
+
+def _matches(name: str, value: str, known: list[str]) -> bool:
+    """NCCL takes beginnings of names, names after `=`, and those to leave out after `^`; gloo takes names alone, and needs each."""
+    if not name.startswith("NCCL"):
+        return all(each.strip() in known for each in value.split(","))
+    words = [each.strip() for each in value.lstrip("^=").split(",") if each.strip()]
+    exact = value.lstrip("^").startswith("=")
+    found = [each for each in known if each in words or (not exact and each.startswith(tuple(words)))]
+    return len(found) < len(known) if value.startswith("^") else bool(found)

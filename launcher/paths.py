@@ -10,6 +10,7 @@ import secrets
 import socket
 import stat
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -216,8 +217,11 @@ CONNECT_SECONDS = 2.0
 Whereabouts = Literal["here", "elsewhere", "silent", "nowhere"]
 
 
-def find_controller(paths: RunPaths) -> Whereabouts:
-    """Where the run's controller lives; `silent`: on another machine, whose port does not answer, but it was alive just now."""
+def find_controller(paths: RunPaths, *, write: bool = True) -> Whereabouts:
+    """Where the run's controller lives; `silent`: on another machine, whose port does not answer, but it was alive just now.
+
+    Without `write` nothing is made in the run directory, and the age of the last sign of life is by this machine's clock.
+    """
     lock = RunLock(paths)
     if not lock.take():
         return "here"
@@ -225,7 +229,7 @@ def find_controller(paths: RunPaths) -> Whereabouts:
     address = read_address(paths.address)
     if address is None or address.host == host_name():
         return "nowhere"
-    age = _seconds_since_beat(paths.address)
+    age = _seconds_since_beat(paths.address, write=write)
     answers = any(_answers(remote) for remote in address.remotes) if address.remote else None
     if age is None or age <= STALE_SECONDS:
         return "silent" if answers is False and age is not None else "elsewhere"
@@ -255,8 +259,13 @@ def say_farewell(file: Path, term: int) -> None:
             os.utime(file, (0, 0))
 
 
-def _seconds_since_beat(file: Path) -> float | None:
+def _seconds_since_beat(file: Path, *, write: bool) -> float | None:
     """By the storage's own clock: the time of a file made just now. None where none can be made."""
+    if not write:
+        try:
+            return time.time() - file.stat().st_mtime
+        except OSError:
+            return None
     try:
         handle, name = tempfile.mkstemp(dir=file.parent, prefix=".now.")
         try:

@@ -18,6 +18,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -26,6 +27,8 @@ from pathlib import Path
 PACKAGES = ("launcher", "shards", "trainer")
 """What runs on nodes: their files are what must be the same everywhere."""
 CALL_SECONDS = 3.0
+RUNTIME_BYTES = 128 * 1024
+"""Room that the files of an agent and its ranks take."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Findings:
     driver: str
     interfaces: tuple[str, ...]
     clock: float
+    runtime: str = ""
+    """Why the directory for sockets cannot be used; empty where it can."""
     storage: Storage = Storage()
     call: Call = Call()
 
@@ -104,6 +109,7 @@ def look(storage: Path | None = None, addresses: tuple[str, ...] = ()) -> Findin
         interfaces=tuple(name for _, name in socket.if_nameindex()),
         storage=_storage(storage) if storage is not None else Storage(),
         call=asyncio.run(_call(addresses)) if addresses else Call(),
+        runtime=runtime_problem(),
         clock=time.time(),
     )
 
@@ -172,6 +178,26 @@ def _gpus() -> tuple[tuple[str, ...], str, str]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def runtime_problem() -> str:
+    """Makes a file where agents and ranks have their sockets, and takes it away again."""
+    try:
+        from launcher.paths import runtime_directory
+
+        directory = runtime_directory()
+    except ImportError:  # a package that is missing is told elsewhere
+        return ""
+    except OSError as error:
+        return str(error) if error.errno is None else f"{error.filename}: {error.strerror}"
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"\1" * RUNTIME_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return f"{directory}: cannot be written ({error.strerror})"
+    return ""
 
 
 def _storage(file: Path) -> Storage:

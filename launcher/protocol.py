@@ -16,6 +16,9 @@ VERSION = 2
 MAX_FRAME = 16 * 1024 * 1024
 """Bytes of the largest frame that is accepted."""
 
+CERTAIN_STATUS = 78
+"""Exit status of a rank whose next start would end in the same way: the recipe or the software is wrong."""
+
 State = Literal["building", "starting", "training", "paused", "recovering", "released", "finished", "failed"]
 Verb = Literal[
     "pause",
@@ -395,6 +398,8 @@ class RanksEnded(_Strict, frozen=True):
     ok: bool
     exits: tuple[RankExit, ...] = ()
     reason: str = ""
+    certain: bool = False
+    """Whether the ranks of another start would end in the same way."""
 
 
 FaultKind = Literal["lost", "xid", "ecc", "remap", "throttle", "nvlink", "pcie", "reset", "hang"]
@@ -501,6 +506,8 @@ class ClientWelcome(_Strict, frozen=True):
     directory: str
     author: str
     """Who this client is, as commands will name them."""
+    archived: bool = False
+    """No controller is running: questions are answered from the run's files, and nothing can be asked to be done."""
 
 
 class Command(_Strict, frozen=True):
@@ -1035,6 +1042,8 @@ class Snapshot(_Lenient, frozen=True, kw_only=True):
     """When the ranks went over to their phase."""
     faults: tuple[str, ...] = ()
     """What stands in the controller's own way until it is put right: a journal that cannot be written, storage that is away."""
+    archived: bool = False
+    """No controller is running: this is what the run's files say."""
 
 
 Message = (

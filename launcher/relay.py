@@ -6,29 +6,38 @@ It says nothing itself but, on standard error, why it cannot. It ends when eithe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import socket
 import sys
 from pathlib import Path
 
+from launcher.journal import JournalError
 from launcher.paths import Address, RunPaths
-from launcher.reach import ClientError, reach_controller
+from launcher.reach import ClientError, Looks, reach_controller
+from launcher.recipe import RecipeError
 
 ROOM = 256 * 1024
 """Bytes kept for a side that does not take them; then the other is read no further."""
 CHUNK = 64 * 1024
 
 
-def relay(root: Path, *, start: bool = True) -> int:
-    """Starts a controller where none lives, unless it is not to. The value is the exit status."""
+def relay(root: Path, *, start: bool = True, looks: Looks = "never") -> int:
+    """Starts a controller where none lives, unless it is not to, or the run is to be shown from its files. The exit status."""
+    paths = RunPaths(root)
     try:
-        wire = asyncio.run(reach_controller(RunPaths(root), _connect, start=start))
-    except (ClientError, OSError) as error:
+        with contextlib.ExitStack() as archive:
+            wire = asyncio.run(reach_controller(paths, _connect, start=start and looks != "always", looks=looks))
+            if wire is None:
+                from launcher.controller.archive import serving_in_thread
+
+                wire = asyncio.run(_connect(archive.enter_context(serving_in_thread(paths))))
+            with wire:
+                pump(sys.stdin.fileno(), sys.stdout.fileno(), wire)
+    except (ClientError, RecipeError, JournalError, OSError) as error:
         print(f"midwatch: {error}", file=sys.stderr)
         return 1
-    with wire:
-        pump(sys.stdin.fileno(), sys.stdout.fileno(), wire)
     return 0
 
 

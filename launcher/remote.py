@@ -19,6 +19,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidMessage, WebSocketException
 
 from launcher import protocol
+from launcher.reach import Looks
 
 OPEN_SECONDS = 60.0
 """Login included, which may ask for a second factor."""
@@ -47,11 +48,15 @@ class RemoteRun:
     def __str__(self) -> str:
         return f"ssh://{self.host}{f':{self.port}' if self.port is not None else ''}/{self.run}"
 
-    def command(self, *, prompts: bool) -> list[str]:
+    def command(self, *, prompts: bool, looks: Looks = "never") -> list[str]:
         """What to execute here. Without `prompts` ssh fails where it would ask, for the terminal is a screen's."""
         program = os.environ.get(PROGRAM_VARIABLE) or "midwatch"
         options = [*(["-p", str(self.port)] if self.port is not None else []), *([] if prompts else ["-o", "BatchMode=yes"])]
-        return ["ssh", "-T", "-C", *options, self.host, f"{program} relay {shlex.quote(self.run)}"]
+        return ["ssh", "-T", "-C", *options, self.host, f"{program} relay {_option(looks)}{shlex.quote(self.run)}"]
+
+
+def _option(looks: Looks) -> str:
+    return "" if looks == "never" else "--look " if looks == "always" else "--look-when-over "
 
 
 def parse_remote(text: str) -> RemoteRun | None:
@@ -71,8 +76,8 @@ def parse_remote(text: str) -> RemoteRun | None:
 class SshWay:
     """One ssh at a time, and the connection through it."""
 
-    def __init__(self, remote: RemoteRun, *, prompts: bool = True) -> None:
-        self._remote, self._prompts = remote, prompts
+    def __init__(self, remote: RemoteRun, *, prompts: bool = True, looks: Looks = "never") -> None:
+        self._remote, self._prompts, self.looks = remote, prompts, looks
         self._process: asyncio.subprocess.Process | None = None
         self._said: collections.deque[str] = collections.deque(maxlen=20)
         self._listening: asyncio.Task[None] | None = None
@@ -83,7 +88,7 @@ class SshWay:
         near, far = socket.socketpair()
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *self._remote.command(prompts=self._prompts),
+                *self._remote.command(prompts=self._prompts, looks=self.looks),
                 stdin=far.fileno(),
                 stdout=far.fileno(),
                 stderr=asyncio.subprocess.PIPE,

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from launcher.paths import PUBLIC_FILE, RunPaths, host_name, read_address, write_atomically
+from launcher.reach import Looks
 from launcher.recipe import Recipe
 from launcher.remote import RemoteRun
 
@@ -39,6 +40,17 @@ _OVER = {
     "OUT_OF_MEMORY",
     "REVOKED",
 }
+_STUCK = {
+    "JobHeldUser": "it is held; scontrol release JOB lets it start",
+    "JobHeldAdmin": "an administrator holds it",
+    "job requeued in held state": "it is held after it was queued again; scontrol release JOB lets it start",
+    "launch failed requeued held": "it is held after a failed launch; scontrol release JOB lets it start",
+    "BadConstraints": "no node is what it asks for",
+    "DependencyNeverSatisfied": "what it depends on has failed",
+    "PartitionTimeLimit": "its time limit is above the partition's",
+    "PartitionNodeLimit": "it asks for more nodes than the partition gives",
+}
+"""Reasons for which a job that waits is not started until somebody does something, and what."""
 _RUNS = {"RUNNING", "SUSPENDED", "STOPPED"}
 
 
@@ -75,7 +87,10 @@ class Standing(msgspec.Struct, frozen=True):
         told = self.state.lower()
         if self.state == "PENDING":
             told += f" ({self.reason})" if self.reason not in ("", "None") else ""
-            told += f", expected to start {self.start.replace('T', ' ')}" if self.start else ""
+            if (way := next((way for reason, way in _STUCK.items() if self.reason.startswith(reason)), None)) is not None:
+                told += f", and does not start by itself: {way}"
+            elif self.start:
+                told += f", expected to start {self.start.replace('T', ' ')}"
         return told
 
 
@@ -131,6 +146,11 @@ def standing(job: str) -> Standing:
 def nodes_of(job: str) -> str:
     """The nodes of an allocation, as Slurm writes them: `gpu-[01-16]`. Raises SlurmError."""
     return _ask("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
+
+
+def time_limit(job: str) -> str:
+    """A job's time limit as Slurm writes it. Raises SlurmError."""
+    return _ask("squeue", "--noheader", f"--jobs={job}", "--format=%l").strip()
 
 
 def requeue(job: str) -> None:
@@ -206,7 +226,7 @@ class SlurmRun(RemoteRun):
     def __str__(self) -> str:
         return f"{self.run} (Slurm job {self.job})"
 
-    def command(self, *, prompts: bool) -> list[str]:
+    def command(self, *, prompts: bool, looks: Looks = "never") -> list[str]:
         """`midwatch relay` here, which finds out where the job is: after it was queued again that is another place."""
         return [sys.executable, "-P", "-m", "midwatch", "relay", self.run]
 
@@ -239,4 +259,5 @@ def relay_step(run: SlurmRun) -> list[str]:
 def step(job: str, node: str) -> list[str]:
     """The beginning of a command that runs one process on a node of a job, whatever else runs there, and leaves the job alone."""
     words = ["srun", "--quiet", f"--jobid={job}", "--overlap", f"--nodelist={node}", "--nodes=1", "--ntasks=1", "--cpu-bind=none"]
-    return [*words, "--no-kill", "--kill-on-bad-exit=0", "--immediate=20"]
+    # Whatever `--export` the job was made with, a step needs what this process has: PATH, the modules that are loaded.
+    return [*words, "--export=ALL", "--no-kill", "--kill-on-bad-exit=0", "--immediate=20"]

@@ -21,6 +21,8 @@ MOST_AT_ONCE = 32
 MOST_OUTPUT = 1 << 20
 """Bytes kept of each of a command's two outputs; what comes after is read and thrown away."""
 
+SILENT = "it says nothing; is a login shell set for you there that runs commands, and not /bin/false?"
+
 Why = Literal["client", "name", "refused", "unreachable", "lost", "timeout", "permission", "host-key", "command", "other"]
 
 
@@ -47,7 +49,7 @@ class Result(msgspec.Struct, frozen=True):
     @property
     def last_words(self) -> str:
         """The last line of its errors, for a message."""
-        return _last_line(self.stderr) or "it says nothing"
+        return _last_line(self.stderr) or SILENT
 
 
 class Ssh:
@@ -151,6 +153,10 @@ _MEANINGS: tuple[tuple[str, Why, str], ...] = (
 )
 
 
+_NOLOGIN = re.compile(r"^.*account is (?:currently )?not available.*$", re.IGNORECASE | re.MULTILINE)
+"""What nologin says in place of running anything."""
+
+
 def explain(host: str, result: Result) -> SshError | None:
     """What kept a command from running; None where it ran, however it ended."""
     if result.status < 0:
@@ -158,6 +164,10 @@ def explain(host: str, result: Result) -> SshError | None:
     if result.status in (126, 127):
         why = "cannot be started" if result.status == 126 else "is not there"
         return SshError(host, "command", f"the command {why} ({result.last_words})")
+    if result.status == 1 and (refusal := _NOLOGIN.search(f"{result.stdout}\n{result.stderr}")) is not None:
+        return SshError(
+            host, "permission", f"your login shell there lets nobody in ({refusal[0].strip()}); have it changed: chsh -s /bin/bash"
+        )
     if result.status != 255:
         return None
     lines = _lines(result.stderr)

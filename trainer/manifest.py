@@ -37,6 +37,10 @@ class CheckpointError(Exception):
     """A checkpoint cannot be read or written; the message names the file, what is wrong, and the way out."""
 
 
+class MismatchError(CheckpointError):
+    """The checkpoint is whole, and of another model."""
+
+
 class Chunk(msgspec.Struct, frozen=True):
     """A box of a tensor, contiguous in one file."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from trainer.batch import share
 from trainer.drawing import Drawn
 from trainer.parallel import gather
 from trainer.training import Training
+
+log = logging.getLogger("trainer")
 
 Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -52,7 +56,8 @@ def load(place: str) -> Function:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's code raises
-        raise RewardError(f"{file}: cannot be imported: {type(error).__name__}: {error}") from None
+        log.exception("%s: cannot be imported:", file)
+        raise RewardError(f"{_line_of(error, file)}: cannot be imported: {type(error).__name__}: {error}") from None
     function: Any = getattr(module, name, None)
     if not callable(function):
         raise RewardError(f"{file}: has no function {name!r} (correct policy.function)")
@@ -64,7 +69,17 @@ def _called(function: Function, place: str, prompts: list[str], responses: list[
     try:
         found = [float(score) for score in function(prompts, responses)]
     except Exception as error:  # whatever the user's code raises
-        raise RewardError(f"{place}: failed: {type(error).__name__}: {error} (mend it and resume)") from None
+        log.exception("%s: failed:", place)
+        where = _line_of(error, place.rpartition(":")[0])
+        raise RewardError(f"{place}: failed: {type(error).__name__}: {error}, at {where} (correct it and resume)") from None
     if len(found) != len(responses):
         raise RewardError(f"{place}: gave {len(found)} numbers for {len(responses)} responses (give one for each)")
     return found
+
+
+def _line_of(error: Exception, file: str) -> str:
+    """FILE:LINE where the user's file was when the error came up."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f"{file}:{error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{file}:{lines[-1]}" if lines else file

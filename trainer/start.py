@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from launcher.link import RankLink
-from launcher.protocol import VERSION, Lineage, RankHello, Start
+from launcher.protocol import CERTAIN_STATUS, VERSION, Lineage, RankHello, Start
 from launcher.recipe import Recipe, RecipeError, load_recipe
 from shards.build import build as build_shards
 from shards.build import is_built
 from shards.errors import ShardError
 from trainer.loglink import LogLink, committed, newest, sweep
 from trainer.loop import train
-from trainer.manifest import CheckpointError
+from trainer.manifest import CheckpointError, MismatchError
 from trainer.parallel import World, join, open_store, reduce, settle, share
 from trainer.ranklog import Logged, begin
 from trainer.reporting import Link, NoLink
@@ -39,7 +39,10 @@ _held: list[object] = []
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one rank; the exit status: 0 ended as told, 1 a checkpoint cannot be loaded, 2 the recipe or its data are wrong."""
+    """Runs one rank; the exit status: 0 ended as told, 1 a checkpoint cannot be loaded, 2 the data are wrong.
+
+    CERTAIN_STATUS: the recipe, the software or the checkpoint's model is wrong, so that every start would end so.
+    """
     if len(arguments) != 1:
         print("usage: torchrun --nproc-per-node=N -m trainer RUN", file=sys.stderr)
         return 2
@@ -59,7 +62,13 @@ def _explained(root: Path) -> int:
         _main(root)
     except (RecipeError, ShardError, CheckpointError) as error:
         log.error("%s", error)
+        if isinstance(error, RecipeError | MismatchError):
+            return CERTAIN_STATUS
         return 1 if isinstance(error, CheckpointError) else 2
+    except ImportError as error:
+        log.exception("this rank lacks software:")
+        log.error("%s: %s", type(error).__name__, error)
+        return CERTAIN_STATUS
     return 0
 
 

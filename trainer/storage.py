@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from trainer.files import Abandoned, Reader, Writer, dtype_name
-from trainer.manifest import FILE_NAME, CheckpointError, Manifest
+from trainer.manifest import FILE_NAME, CheckpointError, Manifest, MismatchError
 
 __all__ = ["Abandoned", "load", "save"]
 
@@ -81,7 +81,7 @@ def load(
     """
     problem = agree(_mismatch(directory, manifest, targets))
     if problem:
-        raise CheckpointError(problem)
+        raise MismatchError(problem)
     reader = Reader(directory, manifest, agree)
     try:
         load_state(dict(targets), storage_reader=reader, planner=_PlainLoadPlanner(flatten_state_dict=False), process_group=group)

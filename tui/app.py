@@ -169,6 +169,7 @@ class MidwatchApp(App[int]):
             self.directory,
             subscribe=True,
             start=True,
+            looks="when over",
             prompts=False,
             read_only=self.scene.read_only,
             on_snapshot=self._take,

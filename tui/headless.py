@@ -24,6 +24,8 @@ from tui.script import Entry
 
 FINISHED, FAILED, RULE_STOPPED, STOPPED = 0, 1, 3, 4
 HOLD_SECONDS = 1.0
+LINK_SECONDS = 3.0
+"""That a connection may be broken before it is said."""
 
 
 def report(directory: Path | RemoteRun, *, as_json: bool, script: tuple[Entry, ...] | None, owns: bool) -> int:
@@ -50,12 +52,17 @@ class Reporter:
         self._told_step = (-1, "")
         self._told_at = 0.0
         self._told_event = -1
+        self._lost_at: float | None = None
+        """Since when the connection is broken."""
+        self._link_told = ""
         self._signals = 0
         self._failed_command = False
         self._held_at = float("-inf")
 
     async def follow(self) -> int:
-        async with Client(self._directory, subscribe=True, start=True, on_snapshot=self._take) as client:
+        async with Client(
+            self._directory, subscribe=True, start=True, looks="when over", on_snapshot=self._take, on_link=self._link
+        ) as client:
             if self._asks:
                 recipe = await client.ask(p.TextQuery(id=0, what="recipe"), p.TextReply)
                 self._interval = parse_recipe(recipe.text).report.seconds
@@ -69,6 +76,7 @@ class Reporter:
                     if worker.done() and worker.exception() is not None:
                         raise worker.exception() or AssertionError
                     self._tell()
+                    self._tell_link(client)
                     await self._next(0.25)
                 self._tell(last=True)
             finally:
@@ -176,6 +184,30 @@ class Reporter:
         elif event.kind in ("sample", "outcome", "note", "lineage", "stage", "golden", "state") or event.level != "info":
             style = {"info": "dim", "warning": "yellow", "alarm": "bold red"}[event.level]
             self._console.print(f"  {event.kind}: {event.text}", style=style, markup=False)
+
+    def _link(self, up: bool) -> None:
+        self._lost_at = None if up else time.monotonic()
+
+    def _tell_link(self, client: Client) -> None:
+        """Says that nothing comes because the connection is broken, for how long, and why, and that it is back."""
+        if self._lost_at is None:
+            if self._link_told:
+                self._link_told = ""
+                self._print_link("back", f"the connection to {self._directory} is back")
+            return
+        gone = time.monotonic() - self._lost_at
+        if gone < LINK_SECONDS:
+            return  # the next controller is on its way
+        told = client.trouble or "it broke"
+        if told != self._link_told:
+            self._link_told = told
+            self._print_link("lost", f"the connection to {self._directory} has been lost for {gone:.0f} s ({told}); trying again")
+
+    def _print_link(self, link: str, text: str) -> None:
+        if self._json:
+            print(msgspec.json.encode({"link": link, "text": text}).decode(), flush=True)
+        else:
+            self._console.print(f"  {text}", style="yellow", markup=False)
 
     def _say(self, text: str) -> None:
         if not self._json:

@@ -24,6 +24,7 @@ from launcher.keys import Identity, KeysError, store_identity
 from launcher.network import NetworkError
 from launcher.paths import PRIVATE_FILE, RunPaths, runtime_directory
 from launcher.recipe import RecipeError, load_recipe
+from launcher.signals import ignore_stray
 
 log = logging.getLogger("launcher.agent")
 
@@ -55,6 +56,7 @@ class Place:
 
 
 def main() -> int:
+    ignore_stray()  # before anything is started: ranks and what forks them inherit it
     parser = argparse.ArgumentParser(prog="midwatch-agent", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--node", required=True)
@@ -95,7 +97,6 @@ def main() -> int:
     except (RecipeError, KeysError, NetworkError, OSError, ValueError) as error:
         print(error, file=sys.stderr, flush=True)
         return 2
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.leave_when_told() if arguments.step else agent.leave())
     return agent.run()

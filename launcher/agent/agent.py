@@ -27,7 +27,7 @@ from launcher.agent.probe import ProbePort
 from launcher.agent.stats import NodeReader
 from launcher.joining import Joining, ways_to
 from launcher.link import Connection
-from launcher.network import address_of, address_that_reaches, interface_of
+from launcher.network import address_of, address_that_reaches, interface_of, interface_problem
 from launcher.paths import RunPaths, read_address, runtime_directory
 from launcher.recipe import Recipe
 
@@ -185,6 +185,10 @@ class Agent:
         }
         if self._identity is not None:
             environment["MIDWATCH_IDENTITY"] = str(self._identity)
+        nccl = self._recipe.cluster.device != "cpu" and Path("/dev/nvidiactl").exists()
+        if problem := interface_problem({**os.environ, **environment}, nccl=nccl):
+            self._tell_ended(generation, False, (), problem, certain=True)
+            return
         logs = self._paths.logs / self._node
         logs.mkdir(parents=True, exist_ok=True)
         for file in self._beats():
@@ -208,9 +212,9 @@ class Agent:
         )
         group.start()
 
-    def _tell_ended(self, generation: int, ok: bool, exits: tuple[p.RankExit, ...], reason: str) -> None:
+    def _tell_ended(self, generation: int, ok: bool, exits: tuple[p.RankExit, ...], reason: str, certain: bool = False) -> None:
         log.info("generation %d ended: ok=%s %s %s", generation, ok, exits, reason)
-        self._ended = p.RanksEnded(generation=generation, ok=ok, exits=exits, reason=reason)
+        self._ended = p.RanksEnded(generation=generation, ok=ok, exits=exits, reason=reason, certain=certain)
         self._group = None
         self._link.send(self._ended)
 

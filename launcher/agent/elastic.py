@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # is publi
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.elastic.rendezvous import (
     RendezvousGracefulExitError,
@@ -268,7 +270,18 @@ class RankGroup:
 def _exits(result: RunResult) -> tuple[RankExit, ...]:
     """How ranks failed, the first to fail first: the others are mostly its victims."""
     failures = sorted(result.failures.items(), key=lambda item: item[1].timestamp)
-    return tuple(RankExit(rank, failure.exitcode, _first_line(failure.message)) for rank, failure in failures)
+    return tuple(RankExit(rank, failure.exitcode, _with_place(failure)) for rank, failure in failures)
+
+
+def _with_place(failure: ProcessFailure) -> str:
+    """What a rank's exception says, and the line of code that raised it; of code that is not installed, where there is any."""
+    message = _first_line(failure.message)
+    data = failure.error_file_data.get("message")
+    stack = str(data.get("extraInfo", {}).get("py_callstack", "")) if isinstance(data, dict) else ""
+    frames = re.findall(r'^  File "([^"]+)", line (\d+)', stack, re.MULTILINE)
+    own = [frame for frame in frames if "-packages/" not in frame[0] and not frame[0].startswith(("<", sys.base_prefix))]
+    place = (own or frames)[-1:]
+    return f"{message} ({place[0][0]}:{place[0][1]})" if message and place else message
 
 
 def _first_line(message: str) -> str:

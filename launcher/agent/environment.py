@@ -31,5 +31,10 @@ def presentable(environment: Mapping[str, str]) -> dict[str, str]:
     shown = {}
     for name, value in sorted(environment.items()):
         if name not in _OF_THE_MOMENT and not name.startswith(_OF_THE_PROCESS):
-            shown[name] = MASK if SECRET.search(name) else _URL_PASSWORD.sub(rf"\1{MASK}@", value)[:2000]
+            shown[name] = MASK if SECRET.search(name) else mask_url(value)[:2000]
     return shown
+
+
+def mask_url(text: str) -> str:
+    """With the passwords of URLs masked."""
+    return _URL_PASSWORD.sub(rf"\1{MASK}@", text)

@@ -15,6 +15,11 @@ FIRST_SECONDS = 60.0
 class StartError(Exception):
     """An agent could not be started; the message says where, why and what to do."""
 
+    def __init__(self, message: str, *, out_of_reach: bool = False) -> None:
+        """`out_of_reach`: the node may simply not be up yet, so that waiting for it makes sense."""
+        super().__init__(message)
+        self.out_of_reach = out_of_reach
+
 
 class Started(NamedTuple):
     """An agent that was started, or found: its process number on its node, and when the process began, by the node's clock."""

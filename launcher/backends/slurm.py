@@ -23,6 +23,7 @@ from launcher.keys import RunKeys
 from launcher.paths import RunPaths
 from launcher.recipe import Cluster
 from launcher.recipe.hosts import expand
+from launcher.signals import SHELL_TRAP
 from launcher.slurm import BATCH_VARIABLE, Job, SlurmError, nodes_of, own_allocation, read_job, standing, step, write_job
 from launcher.ssh import remote_command
 
@@ -70,7 +71,13 @@ class SlurmBackend:
     async def start(self, node: str) -> Started:
         identity = RunKeys.ensure(self._paths).issue("agent", node)
         words = ["-P", "-m", "launcher.agent", str(self._paths.root.resolve()), "--node", node, "--step"]
-        command = [*step(self._job, node), *self._cluster.srun_args, "sh", "-c", remote_command(self._cluster, words)]
+        command = [
+            *step(self._job, node),
+            *self._cluster.srun_args,
+            "/bin/sh",
+            "-c",
+            f"{SHELL_TRAP}\n{remote_command(self._cluster, words)}",
+        ]
         unwanted = threading.Event()
         try:
             return await asyncio.to_thread(self._start, node, command, identity.encode() + b"\n", unwanted)
@@ -84,7 +91,13 @@ class SlurmBackend:
             with log.open("ab") as errors:
                 before = errors.tell()
                 srun = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, cwd="/"
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    start_new_session=True,
+                    cwd="/",
+                    env=_environment(),
                 )
         except OSError as error:
             raise StartError(f"{node}: srun cannot be started: {error.strerror or error}") from None
@@ -107,6 +120,12 @@ class SlurmBackend:
         if known is None or known.agent != (agent.pid, agent.created):
             return None
         return known.srun.poll() is None
+
+
+def _environment() -> dict[str, str]:
+    """What srun hands on to a step: all that there is, and a PATH where a job without an environment has none."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("SLURM_EXPORT_ENV", "SRUN_EXPORT_ENV")}
+    return {"PATH": os.defpath, **kept}
 
 
 def _first_words(srun: subprocess.Popen[bytes], stdin: bytes, unwanted: threading.Event) -> str:

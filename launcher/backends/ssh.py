@@ -13,7 +13,7 @@ from launcher.backends import FIRST_SECONDS, Started, StartError
 from launcher.keys import RunKeys
 from launcher.paths import RunPaths
 from launcher.recipe import Cluster
-from launcher.ssh import Ssh, SshError, remote_command
+from launcher.ssh import SILENT, Ssh, SshError, remote_command
 
 START_SECONDS = 60.0
 
@@ -38,7 +38,7 @@ class SshBackend:
         try:
             result = await self._ssh.run(node, remote_command(self._cluster, words), identity.encode() + b"\n", START_SECONDS)
         except SshError as error:
-            raise StartError(f"{node}: {error}") from None
+            raise StartError(f"{node}: {error}", out_of_reach=error.out_of_reach) from None
         return started(node, result.status, result.stdout, result.stderr)
 
     def alive(self, agent: j.AgentStarted) -> bool | None:
@@ -54,4 +54,4 @@ def started(node: str, status: int, stdout: str, stderr: str) -> Started:
         except (ValueError, TypeError, KeyError):
             continue
     words = [line.strip() for line in stderr.splitlines() if line.strip()]
-    raise StartError(f"{node}: the agent does not start (status {status}): {words[-1] if words else 'it says nothing'}")
+    raise StartError(f"{node}: the agent does not start (status {status}): {words[-1] if words else SILENT}")

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launcher.checks import NodeReport, What, check_nodes, ready
+from launcher.checks import RUNTIME_WAY, NodeReport, What, check_nodes, ready
 from launcher.cli.runs import check_recipe
-from launcher.preflight import Findings
+from launcher.preflight import Findings, runtime_problem
 from launcher.recipe import Recipe, RecipeError, warnings
 
 MANY = 20
@@ -29,16 +29,23 @@ def check(arguments: argparse.Namespace) -> int:
     recipe = check_recipe(Path(arguments.recipe))
     told = warnings(recipe)
     reports = visit(recipe, Path(arguments.dir) if arguments.dir else None)
-    good = ready(reports, recipe.fewest_nodes) if reports else True
+    here = runtime_problem()
+    good = (ready(reports, recipe.fewest_nodes) if reports else True) and not here
     if arguments.json:
-        print(msgspec.json.encode({"recipe": arguments.recipe, "good": good, "warnings": told, "nodes": reports}).decode())
+        print(
+            msgspec.json.encode(
+                {"recipe": arguments.recipe, "good": good, "warnings": told, "here": here, "nodes": reports}
+            ).decode()
+        )
         return 0 if good else 2
     for warning in told:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{arguments.recipe}: good ({len(recipe.stage)} stages, {recipe.total_steps} steps)")
     if reports:
         render(reports, Console())
-    if not good:
+    if here:
+        print(f"midwatch: this machine's directory for sockets: {here}\n    {RUNTIME_WAY}", file=sys.stderr)
+    elif not good:
         print(f"midwatch: {refusal(reports, recipe)}", file=sys.stderr)
     return 0 if good else 2
 

@@ -10,19 +10,23 @@ from typing import Any, TypeVar
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from launcher import protocol as p
-from launcher.cli.runs import NoSuchRun, RunLine, find_anywhere, find_run, known_runs, line_of, read_ledger
+from launcher.cli.runs import NoSuchRun, RunLine, find_anywhere, find_run, known_runs, line_of
 from launcher.client import Client, ClientError
 from launcher.commands import describe
+from launcher.journal import JournalError
 from launcher.paths import RunPaths
+from launcher.reach import Looks, SilentError
+from launcher.recipe import RecipeError
 from launcher.remote import RemoteRun
 
 T = TypeVar("T")
 
-WAKES_CONTROLLER = ("resume", "rollback", "set", "stop", "golden", "ungolden", "node-add")
-"""Commands for which a controller is started where none lives."""
+SNAPSHOT_SECONDS = 15.0
+"""That a controller has to draw up the run for one look."""
 
 
 def steer(arguments: argparse.Namespace) -> int:
@@ -31,7 +35,7 @@ def steer(arguments: argparse.Namespace) -> int:
     root = find_anywhere(arguments.run)
 
     async def give() -> p.CommandView:
-        async with Client(root, start=arguments.command in WAKES_CONTROLLER) as client:
+        async with Client(root, start=_wakes(root, arguments.command)) as client:
             return await client.command(verb, values, wait=not arguments.no_wait)
 
     view = asyncio.run(give())
@@ -40,6 +44,12 @@ def steer(arguments: argparse.Namespace) -> int:
     else:
         print(outcome_text(view))
     return 0 if view.state in ("done", "queued", "sent") else 1
+
+
+def _wakes(root: Path | RemoteRun, command: str) -> bool:
+    """Whether a controller is started where none lives: a run that has not begun yet is begun by `resume` alone."""
+    begun = isinstance(root, RemoteRun) or any(RunPaths(root).journal.glob("*.log"))
+    return begun or command == "resume"
 
 
 def command_of(arguments: argparse.Namespace) -> tuple[p.Verb, dict[str, Any]]:
@@ -95,21 +105,29 @@ def _line(root: Path) -> RunLine:
 
 def status(arguments: argparse.Namespace) -> int:
     root = find_anywhere(arguments.run)
+    silent = ""
     try:
         snapshot = asyncio.run(snapshot_of(root))
-    except ClientError:
+    except SilentError as error:
         if isinstance(root, RemoteRun):
             raise
-        return _status_without_controller(root, arguments.json)
+        silent = str(error)
+        snapshot = asyncio.run(archived_snapshot(root, silent))
     if arguments.json:
         print(msgspec.json.encode(snapshot).decode())
-        return 0
+    else:
+        print_status(snapshot)
+    return 1 if silent else 0
+
+
+def print_status(snapshot: p.Snapshot) -> None:
     console = Console()
     reason = f" ({snapshot.reason})" if snapshot.reason else ""
     doing = p.PHASE_WORDS.get(snapshot.phase, snapshot.phase) if snapshot.state == "training" else ""
     phase = f", {doing}" if doing not in ("", "training") else ""
     console.print(
-        f"{snapshot.run}: [bold]{snapshot.state}[/]{reason}{phase}, step {snapshot.step} of {snapshot.total_steps}", highlight=False
+        f"{snapshot.run}: [bold]{snapshot.state}[/]{escape(reason)}{phase}, step {snapshot.step} of {snapshot.total_steps}",
+        highlight=False,
     )
     table = Table(box=None, pad_edge=False)
     for column in ("STAGE", "OBJECTIVE", "STATE", "STEP", "PRODUCT"):
@@ -124,33 +142,40 @@ def status(arguments: argparse.Namespace) -> int:
     )
     for command in snapshot.commands:
         if command.state in ("queued", "sent"):
-            console.print(f"waiting: #{command.number} {outcome_text(command)}", highlight=False)
-    return 0
+            console.print(f"waiting: #{command.number} {outcome_text(command)}", highlight=False, markup=False)
 
 
 async def snapshot_of(root: Path | RemoteRun) -> p.Snapshot:
+    """What a screen would show now; where no controller runs, what the run's files say."""
     arrived = asyncio.Event()
-    async with Client(root, subscribe=True, read_only=True, on_snapshot=lambda _: arrived.set()) as client:
-        await asyncio.wait_for(arrived.wait(), 10)
+    async with Client(root, subscribe=True, read_only=True, looks="always", on_snapshot=lambda _: arrived.set()) as client:
+        try:
+            await asyncio.wait_for(arrived.wait(), SNAPSHOT_SECONDS)
+        except TimeoutError:
+            raise SilentError("the controller has taken the question and does not answer") from None
         assert client.snapshot is not None
         return client.snapshot
 
 
-def _status_without_controller(root: Path, as_json: bool) -> int:
-    ledger, line = read_ledger(root), line_of(root)
-    if as_json:
-        print(msgspec.json.encode({"run": line.name, "state": line.state, "reason": line.reason, "controller": False}).decode())
-    else:
-        reason = f" ({ledger.reason})" if ledger.reason else ""
-        print(f"{line.name}: {ledger.state}{reason}; no controller is running (midwatch attach {root} starts one)")
-    return 0
+async def archived_snapshot(root: Path, reason: str) -> p.Snapshot:
+    """What the run's files say, and why its controller does not say it."""
+    from launcher.controller.archive import Archive
+
+    try:
+        archive = Archive(RunPaths(root))
+    except (RecipeError, JournalError, OSError) as error:
+        raise ClientError(f"{reason}; nor can the run's files be read: {error}") from None
+    try:
+        return archive.snapshot(reason)
+    finally:
+        archive.close()
 
 
 def journal(arguments: argparse.Namespace) -> int:
     root = find_anywhere(arguments.run)
 
     async def ask() -> p.JournalReply:
-        async with Client(root, read_only=True, start=True) as client:
+        async with Client(root, read_only=True, looks="always") as client:
             return await client.ask(p.JournalQuery(id=0, limit=5000), p.JournalReply)
 
     lines = asyncio.run(ask()).lines
@@ -170,7 +195,7 @@ def metrics(arguments: argparse.Namespace) -> int:
     root = find_anywhere(arguments.run)
 
     async def ask() -> p.MetricsReply:
-        async with Client(root, read_only=True, start=True) as client:
+        async with Client(root, read_only=True, looks="always") as client:
             query = p.MetricsQuery(id=0, names=tuple(arguments.names), last=arguments.last)
             return await client.ask(query, p.MetricsReply)
 
@@ -239,7 +264,10 @@ def relay(arguments: argparse.Namespace) -> int:
             os.execvp(words[0], words)
         root = find_run(arguments.run)
         job = read_job(RunPaths(root))
-        return pass_on(root, start=job is None or job.id != own_allocation())  # a step's would end with this connection
+        looks: Looks = "always" if arguments.look else "when over" if arguments.look_when_over else "never"
+        return pass_on(
+            root, start=job is None or job.id != own_allocation(), looks=looks
+        )  # a step's would end with this connection
     except OSError as error:
         print(f"midwatch: srun cannot be started: {error.strerror}", file=sys.stderr)
         return 1

@@ -61,6 +61,8 @@ def _add_running(commands: Any) -> None:
     agent.add_argument("--run", metavar="DIR", help="the run's directory here (default: where it was when the key was made)")
     relay = commands.add_parser("relay", help="connect a client beyond ssh with a run here; what ssh://HOST/RUN calls")
     relay.add_argument("run", metavar="RUN")
+    relay.add_argument("--look", action="store_true", help="start no controller: where none runs, show the run from its files")
+    relay.add_argument("--look-when-over", action="store_true", help="the same for a run that has ended or was stopped")
     check = commands.add_parser("check", help="check a recipe, and the nodes that it names, without starting anything")
     check.add_argument("recipe")
     check.add_argument("--dir", metavar="RUN", help="run directory that would be made: its storage is checked (default: runs/NAME)")

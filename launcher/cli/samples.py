@@ -23,7 +23,7 @@ def samples(arguments: argparse.Namespace) -> int:
 
     async def ask() -> list[p.SampleView]:
         found: list[p.SampleView] = []
-        async with Client(root, read_only=True, start=True) as client:
+        async with Client(root, read_only=True, looks="always") as client:
             while len(found) < arguments.limit:
                 query = p.SampleQuery(
                     id=0,

@@ -30,6 +30,7 @@ from launcher.controller.pool import Pool
 from launcher.controller.preferring import Preferring
 from launcher.controller.probing import Probing
 from launcher.controller.queries import Queries
+from launcher.controller.recipechange import note_change, run_began
 from launcher.controller.reports import Reports
 from launcher.controller.server import Doorkeeper
 from launcher.controller.stragglers import Stragglers
@@ -52,6 +53,7 @@ from launcher.paths import (
 from launcher.protocol import Command
 from launcher.recipe import Recipe, RecipeError, Watch, load_recipe
 from launcher.roles import group_id, socket_directory
+from launcher.signals import ignore_stray
 
 log = logging.getLogger("launcher.controller")
 
@@ -65,7 +67,7 @@ LINGER_SECONDS = 3.0
 
 async def serve(paths: RunPaths) -> int:
     """One term in office; the value is the exit status."""
-    recipe = load_recipe(paths.recipe)
+    recipe, text = load_recipe(paths.recipe), paths.recipe.read_text(encoding="utf-8-sig")
     paths.create()
     room = _socket_directory(recipe, paths)
     lock = RunLock(paths)
@@ -79,7 +81,8 @@ async def serve(paths: RunPaths) -> int:
     office = Office(paths, recipe, journal, metrics)
     recovery.report_losses(office)
     if not office.ledger.started:
-        office.record(j.RunBegan(time=office.clock(), name=recipe.run.name, recipe=recipe.digest()))
+        office.record(run_began(recipe.run.name, recipe, text, office.clock()))
+    note_change(office)
     term = Term(office)
     server = await term.door.listen(room / f"{paths.key}.{journal.term}.sock")
     socket = server.sockets[0].getsockname()
@@ -175,18 +178,7 @@ class Term:
         self.stragglers = Stragglers(office)
         self._batch = Batch.of(office, self.dispatch, self.generations)
         self._quit = asyncio.Event()
-        self._restore()
-
-    def _restore(self) -> None:
-        """Fills in from the index what a screen wants at once."""
-        office = self._office
-        path = office.ledger.path()
-        for series in office.metrics.names():
-            point = office.metrics.latest(series.name, path)
-            if point is not None:
-                office.live.latest[series.name] = point.value
-                if series.name == "train/loss":
-                    office.live.step, office.live.tokens, office.live.step_time = point.step, point.tokens, point.time
+        office.restore()
 
     async def run(self) -> None:
         """Works until the run is over and nobody watches, or a later term begins."""
@@ -201,7 +193,6 @@ class Term:
         if self._batch is not None:
             loop.add_signal_handler(signal.SIGTERM, self._batch.job_ends)
             loop.add_signal_handler(signal.SIGUSR1, self._batch.limit_is_near)
-        loop.add_signal_handler(signal.SIGHUP, lambda: None)
         tasks = [
             self._task(c) for c in (self.door.publish(), self.dispatch.run(), self._tick(), self._leave(), self._told_to_quit())
         ]
@@ -279,6 +270,7 @@ def main() -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
     )
     logging.getLogger("websockets").setLevel(logging.WARNING)
+    ignore_stray()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
     try:

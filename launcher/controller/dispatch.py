@@ -53,6 +53,7 @@ class Dispatch:
         generations.on_training = self._ranks_train
         generations.on_stopped = self._stopped
         generations.on_grow = self._grow
+        office.state_listeners.append(self._wake.set)  # a command that waits may be refused now, or be due
 
     # From clients and rules
 
@@ -210,6 +211,35 @@ class Dispatch:
             elif command.verb == "advance" and start is not None and start.ended and start.time >= command.time:
                 self._end(command, "done", step=start.step, detail={"checkpoint": start.id, "by": "restart"})
 
+    def _settle_without_ranks(self) -> None:
+        """Ends the commands that ranks were sent and can answer no more: they are gone, and none are to be gathered.
+
+        A stop is not sent to other ranks either, which would be gathered for it alone.
+        """
+        office, ledger = self._office, self._office.ledger
+        if ledger.generation_live:
+            return
+        for command in [c for c in ledger.open_commands() if c.state == "sent"]:
+            if command.verb in ("stop", "stop-now"):
+                self._generations.stop()
+            elif office.state in ("failed", "finished", "released"):
+                self._end_unanswered(command)
+
+    def _end_unanswered(self, command: CommandView) -> None:
+        """By what has come of it all the same."""
+        office, ledger = self._office, self._office.ledger
+        lineage = self._lineage_of(command) if command.verb == "rollback" else None
+        ends = [c for c in ledger.checkpoints.values() if c.ended and c.on_line and c.time >= command.time]
+        if lineage is not None and lineage.id == ledger.lineage:
+            detail: dict[str, Any] = {"lineage": lineage.id, "step": lineage.fork_step, "at": "the next start"}
+            self._end(command, "done", step=lineage.fork_step, detail=detail)
+        elif command.verb == "advance" and ends:
+            self._end(command, "done", step=ends[-1].step, detail={"checkpoint": ends[-1].id, "at": "the next start"})
+        elif command.verb == "node-drain":
+            self._end(command, "done")
+        else:
+            self._end(command, "failed", reason=f"the ranks ended without an answer; the run is {office.state}")
+
     def _ranks_train(self) -> None:
         self._wake.set()
 
@@ -242,6 +272,7 @@ class Dispatch:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            self._settle_without_ranks()
             while (command := self._next()) is not None:
                 try:
                     moved = await self._carry_out(command)
@@ -269,6 +300,9 @@ class Dispatch:
         doing, why = TABLE[verb][office.state]
         if doing is not Doing.QUEUE and verb in _NODE_MARKS and self._mark_node(command):
             return True
+        if doing is Doing.QUEUE and verb == "stop" and not office.ledger.generation_live:
+            self._generations.stop()  # nodes may never come: there is nothing to wait for
+            return False
         if doing is Doing.QUEUE:
             return False
         if doing is Doing.REFUSE:

@@ -18,13 +18,14 @@ from typing import Literal
 from launcher import journal as j
 from launcher import protocol as p
 from launcher.controller import recovery
-from launcher.controller.blame import first_failure
+from launcher.controller.blame import first_failure, only_victims
 from launcher.controller.building import BuildError, Building, ShortageError
 from launcher.controller.commits import Commits
 from launcher.controller.hanging import Hanging
 from launcher.controller.moves import Moves
 from launcher.controller.office import Office
 from launcher.controller.pool import Pool, Send, TooFewNodes
+from launcher.controller.recipechange import note_change
 from launcher.controller.starting import check_restart_point, compose, environment_of
 from launcher.ledger import differences
 from launcher.protocol import AgentHello, EndRanks, Gather, Gathered, Leave, NodeStats, RankExit, RanksEnded, Start
@@ -35,6 +36,8 @@ BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0)
 REUNION_SECONDS = 20.0
 CONCLUDE_SECONDS = 1.0
 """That the other nodes' word is waited for when one has told of its ranks' end."""
+FIRST_CAUSE_SECONDS = 6.0
+"""The same where all that is known looks like what the end of another node's ranks does to these: it may only just be lost."""
 ENDING_SECONDS = 20.0
 """That nodes have to end their ranks when told to; one that does not is on its own."""
 GATHER_SECONDS = 30.0
@@ -59,6 +62,7 @@ class Generations:
         """This generation has begun to train, so its restart may repeat steps."""
         self._ending: Literal["", "stop", "restart", "failure"] = ""
         """Why the ranks are being ended."""
+        self._ending_since = 0.0
         self._told: dict[str, RanksEnded] = {}
         """What each node has told of the end of its ranks."""
         self._concluding: asyncio.TimerHandle | None = None
@@ -187,6 +191,7 @@ class Generations:
         """Raises JournalError, and nothing is begun, where the journal cannot be written."""
         office = self._office
         world = len(nodes) * office.recipe.cluster.ranks_per_node
+        note_change(office)  # the ranks read the file, which may have been edited under a living controller
         office.promise(
             j.GenerationBegan(
                 time=office.clock(),
@@ -287,7 +292,7 @@ class Generations:
             return
         self._told.setdefault(node, message)
         if not self._ending:
-            self._ending = "failure"
+            self._ending, self._ending_since = "failure", time.monotonic()
             self._end_ranks(f"ranks of {node} ended")
             self._concluding = asyncio.get_running_loop().call_later(CONCLUDE_SECONDS, self._conclude)
         self._conclude_if_all()
@@ -314,8 +319,11 @@ class Generations:
                 self._pool.send(name, EndRanks(generation=ledger.generation, reason=reason))
 
     def _conclude_if_all(self) -> None:
-        if all(n in self._told or not self._pool.connected(n) for n in self._office.ledger.generation_nodes):
+        if self._all_told():
             self._conclude()
+
+    def _all_told(self) -> bool:
+        return all(n in self._told or not self._pool.connected(n) for n in self._office.ledger.generation_nodes)
 
     def _conclude(self) -> None:
         """The generation is over: what follows."""
@@ -323,6 +331,11 @@ class Generations:
             self._concluding.cancel()
             self._concluding = None
         office, why = self._office, self._ending
+        waited = time.monotonic() - self._ending_since
+        if why == "failure" and only_victims(self._told) and waited < FIRST_CAUSE_SECONDS and not self._all_told():
+            # Another node has the first cause: it tells it, or turns out to be lost.
+            self._concluding = asyncio.get_running_loop().call_later(CONCLUDE_SECONDS / 4, self._conclude)
+            return
         if not office.ledger.generation_live or not why:
             return
         self._ending = ""
@@ -333,12 +346,20 @@ class Generations:
             self._generation_ended("ended for a restart")
             self.begin("crash")
         else:
-            node, reason, hard = first_failure(self._told)
-            office.note("alarm", f"the ranks ended: {reason}", office.live.step)
-            self._generation_ended(reason)
-            if hard and len(office.ledger.generation_nodes) > 1:
-                self._count_against(node, reason)
-            self._after_failure(reason)
+            failure = first_failure(self._told, self._gone())
+            office.note("alarm", f"the ranks ended: {failure.reason}", office.live.step)
+            self._generation_ended(failure.reason)
+            if failure.hard and len(office.ledger.generation_nodes) > 1:
+                self._count_against(failure.node, failure.reason)
+            self._after_failure(failure.reason, certain=failure.certain)
+
+    def _gone(self) -> dict[str, str]:
+        """Nodes of the generation that have not told of the end of their ranks and cannot, and why."""
+        silent = [n for n in self._office.ledger.generation_nodes if n not in self._told]
+        lost = {n: self._pool.lost(n)[1] for n in silent}
+        return {
+            n: why or f"the connection to the agent of {n} broke" for n, why in lost.items() if why or not self._pool.connected(n)
+        }
 
     def _count_against(self, node: str, reason: str) -> None:
         """A failure of the node itself; after a few it is used no more."""
@@ -409,7 +430,7 @@ class Generations:
             self._told[node] = RanksEnded(generation=generation, ok=False, reason=gone[node])
         self._end_ranks(reason)
         self._generation_ended(reason)
-        if several:
+        if several and len(gone) < len(office.ledger.generation_nodes):  # what has ended all at once is no node's fault
             for node, why in gone.items():
                 self._count_against(node, why)
         self._after_failure(reason)
@@ -474,6 +495,10 @@ class Generations:
             )
         return ""
 
+    def agent_refused(self, node: str, reason: str) -> None:
+        """An agent was turned away: its node is short of one for that reason."""
+        self._pool.turned_away(node, reason)
+
     def uses(self, node: str) -> bool:
         """Whether ranks of the living generation are on the node."""
         return self._member(node)
@@ -495,8 +520,11 @@ class Generations:
     def _busy(self) -> bool:
         return self._work is not None and not self._work.done()
 
-    def _after_failure(self, reason: str) -> None:
+    def _after_failure(self, reason: str, *, certain: bool = False) -> None:
         office = self._office
+        if certain:
+            office.change_state("failed", f"{reason}; another start would end in the same way")
+            return
         self._failures = 1 if self._progressed else self._failures + 1
         if self._failures > office.recipe.run.restarts:
             office.change_state("failed", f"{self._failures} starts in a row failed without a step; the last one: {reason}")
@@ -512,7 +540,9 @@ class Generations:
         )
 
     def _stopped(self) -> None:
-        self._office.change_state("released", "stopped; resume goes on from the newest checkpoint")
+        office = self._office
+        failed = f" (it had failed: {office.ledger.reason})" if office.state == "failed" else ""
+        office.change_state("released", f"stopped; resume goes on from the newest checkpoint{failed}")
         self.on_stopped()
         self.dismiss()
         self._office.over.set()

@@ -86,6 +86,7 @@ class Office:
         self.over = asyncio.Event()
         """Set when this controller's work is done."""
         self.ended_listeners: list[Callable[[j.CommandEnded], None]] = []
+        self.state_listeners: list[Callable[[], None]] = []
         self._backlog: list[j.Entry] = []
         self._acts: list[Callable[[], None]] = []
         """What waits for the backlog to be durable."""
@@ -101,6 +102,16 @@ class Office:
     @property
     def state(self) -> State:
         return self.ledger.state
+
+    def restore(self) -> None:
+        """Fills in from the index what a screen wants at once."""
+        path = self.ledger.path()
+        for series in self.metrics.names():
+            point = self.metrics.latest(series.name, path)
+            if point is not None:
+                self.live.latest[series.name] = point.value
+                if series.name == "train/loss":
+                    self.live.step, self.live.tokens, self.live.step_time = point.step, point.tokens, point.time
 
     def touch(self) -> None:
         """Something that screens show has changed."""
@@ -180,6 +191,8 @@ class Office:
         if (state, reason) != (self.ledger.state, self.ledger.reason):
             log.info("state: %s %s", state, reason)
             self.record(j.StateChanged(time=self.clock(), state=state, reason=reason))
+            for listener in self.state_listeners:
+                listener()
 
     def sync(self) -> None:
         """Returns once all telemetry that was taken in would survive a loss of power."""

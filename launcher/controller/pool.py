@@ -68,6 +68,10 @@ class Member:
     """Begin of the probes that nothing has answered."""
     refused: bool = False
     """The machine is there and the agent is not."""
+    out_of_reach: bool = False
+    """The last try to start an agent has not reached the machine: it may not be up yet."""
+    refusal: str = ""
+    """Why the node's agent was turned away."""
 
 
 class Pool:
@@ -96,7 +100,7 @@ class Pool:
     def came(self, hello: AgentHello, send: Send) -> None:
         member = self._member(hello.node)
         member.send, member.hello, member.heard = send, hello, time.monotonic()
-        member.started, member.failures, member.problem = 0.0, 0, ""
+        member.started, member.failures, member.problem, member.refusal = 0.0, 0, "", ""
         self._answered(member)
         node = self._office.live.nodes[hello.node]
         node.pid, node.reachable, node.problem = hello.pid, True, ""
@@ -117,6 +121,19 @@ class Pool:
         node = self._office.live.nodes[name]
         node.stats, node.reachable = stats, True
         self._office.touch()
+
+    def turned_away(self, name: str, reason: str) -> None:
+        """An agent came and was refused, as will be the next one: trying again is no use."""
+        member = self._member(name)
+        member.refusal = f"{name}: {reason}"
+        self._trouble(member, member.refusal)
+        member.failures = max(member.failures, 2)
+        self._tell_change()
+
+    def _trouble(self, member: Member, problem: str) -> None:
+        if member.problem != problem:
+            log.warning("%s", problem)
+        member.problem = self._office.live.nodes[member.name].problem = problem
 
     def rival(self, hello: AgentHello) -> str | None:
         """Where the agent of that name is, if it is another one, connected, and heard of just now."""
@@ -190,7 +207,10 @@ class Pool:
         return list(dict.fromkeys((*self._backend.nodes, *self._members)))
 
     async def assemble(self, *, forever: bool) -> tuple[str, ...]:
-        """Waits for enough nodes. Raises TooFewNodes when there is no hope left, or, unless `forever`, no time."""
+        """Waits for enough nodes. Raises TooFewNodes when there is no hope left, or, unless `forever`, no time.
+
+        Machines that are not up yet are waited for in any case: the run's reason names them, and a stop ends the wait.
+        """
         recipe, patience = self._office.recipe, self._backend.patience
         forever = patience > 0 and (forever or math.isinf(patience))
         self.wanted = True
@@ -205,7 +225,9 @@ class Pool:
                 return ready
             if len(ready) >= recipe.fewest_nodes and (not pending or waited > PATIENCE_SECONDS):
                 return ready
-            if len(ready) < recipe.fewest_nodes and not forever and (not pending or waited > patience):
+            to_come = [n for n in pending if self._member(n).out_of_reach]
+            hopeless = len(there) + len(pending) < recipe.fewest_nodes or (waited > patience and not to_come)
+            if len(ready) < recipe.fewest_nodes and not forever and (not pending or hopeless):
                 raise TooFewNodes(self._shortage(len(there)))
             if waited - told > PATIENCE_SECONDS and self._office.state in ("starting", "recovering"):
                 told = waited
@@ -215,9 +237,9 @@ class Pool:
             await asyncio.sleep(len(self._members) * LOOK_SECONDS)
 
     def _may_come(self, name: str) -> bool:
-        """Not so a node that is cut off, nor one whose agent does not start."""
+        """Not so a node that is cut off, nor one that was reached and whose agent does not start."""
         member = self._member(name)
-        return self.lost(name)[0] != "cut" and (member.starting is not None or member.failures < 2)
+        return self.lost(name)[0] != "cut" and (member.starting is not None or member.failures < 2 or member.out_of_reach)
 
     def _shortage(self, count: int) -> str:
         fewest = self._office.recipe.fewest_nodes
@@ -269,9 +291,8 @@ class Pool:
                 raise StartError(f"the agent of {member.name} runs and does not answer; see logs/{member.name}/agent.log")
             member.started = member.started or time.monotonic()
         except StartError as error:
-            if member.problem != str(error):
-                log.warning("%s", error)
-            member.problem = office.live.nodes[member.name].problem = str(error)
+            self._trouble(member, member.refusal or str(error))
+            member.out_of_reach = error.out_of_reach
             member.failures += 1
         except j.Ousted:
             office.over.set()

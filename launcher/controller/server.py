@@ -235,13 +235,24 @@ class Doorkeeper:
     # Agents
 
     async def _serve_agent(self, connection: ServerConnection, hello: p.AgentHello) -> None:
+        rival = False
         if hello.version != p.VERSION or hello.run != self._office.paths.key:
-            reason = "another run's agent" if hello.version == p.VERSION else "an agent of another version of Midwatch"
+            reason = (
+                "another run's agent"
+                if hello.version == p.VERSION
+                else (
+                    f"an agent of another version of Midwatch (its protocol is {hello.version}, and {p.VERSION} here); "
+                    "install the same version on the node"
+                )
+            )
         elif (address := self._generations.rival(hello)) is not None:
             reason = f"the node {hello.node} has an agent already, at {address}; give each its own name (--node)"
+            rival = True
         else:
             reason = ""
         if reason:
+            if hello.run == self._office.paths.key and not rival:
+                self._generations.agent_refused(hello.node, reason)
             await connection.send(p.encode(p.Refused(reason=reason)))
             return
         await connection.send(p.encode(p.AgentWelcome(term=self._office.term)))

@@ -54,7 +54,8 @@ class Database:
     """Opens or creates the index at `path`. Raises Damaged when what is there cannot be read."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if str(path) != ":memory:":
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
             self._open()
@@ -75,6 +76,22 @@ class Database:
                 raise Damaged(f"the index has format {version}, this version reads {FORMAT}")
         except sqlite3.DatabaseError as error:
             raise self._named(error) from error
+
+    def copy_from(self, path: Path) -> None:
+        """Takes over what another index holds, without writing beside it; nothing where that one is absent or being written.
+
+        Raises Damaged for an index of another format, and sqlite3.Error for one that cannot be read.
+        """
+        if not path.is_file() or Path(f"{path}-wal").exists():
+            return
+        other = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+        try:
+            (version,) = other.execute("PRAGMA user_version").fetchone()
+            if version != FORMAT:
+                raise Damaged(f"the index has format {version}, this version reads {FORMAT}")
+            other.backup(self._connection)
+        finally:
+            other.close()
 
     def lines(self) -> list[Line]:
         fields = "id, series, lineage, first, last, rows, top"

@@ -27,6 +27,8 @@ from launcher.metrics.nodes import NODE, ROW, Table
 from launcher.metrics.pyramid import Pyramid
 from launcher.metrics.seen import Seen
 
+MEMORY = Path(":memory:")
+"""SQLite's name for a database that has no file."""
 FLUSH_VALUES = 1 << 17  # about 4 MiB of rows in memory
 
 log = logging.getLogger(__name__)
@@ -96,6 +98,18 @@ class Metrics:
         """
         store = cls(folder, index, None if term is None else ChunkWriter(folder, term))
         store.catch_up()
+        return store
+
+    @classmethod
+    def read(cls, folder: Path, index: Path) -> "Metrics":
+        """Only reads, and writes nowhere: its index is in memory, begun from the one at `index` where that can be read."""
+        store = cls(folder, MEMORY, None)
+        try:
+            store._database.copy_from(index)
+            store._load()
+            store.catch_up()
+        except (Damaged, sqlite3.Error) as problem:
+            store._rebuild(problem if isinstance(problem, Damaged) else Damaged(f"{index}: {problem}"))
         return store
 
     # Taking in

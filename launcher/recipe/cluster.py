@@ -22,6 +22,43 @@ class Sbatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lines: tuple[str, ...] = ()
     """Further options, as `--gres=gpu:8`."""
 
+    def limit(self) -> tuple[str, str]:
+        """The key that sets the time limit, and its text; both empty where none does, so that the partition's default holds."""
+        for place in range(len(self.lines) - 1, -1, -1):  # the last one holds, and `lines` come after `time`
+            found = re.search(r"(?:--time[= ]|-t ?)([\w:-]+)", self.lines[place])
+            if found is not None:
+                return f"sbatch.lines.{place}", found[1]
+        return ("sbatch.time", self.time) if self.time is not None else ("", "")
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = [] if self.signal_seconds > 0 else [("sbatch.signal_seconds", "must be above 0")]
+        key, text = self.limit()
+        seconds = limit_seconds(text)
+        if key and seconds is None and text.lower() not in ("unlimited", "infinite", "0"):
+            found.append((key, f"{text!r} is no time limit as Slurm writes it (as 90, 12:00:00 or 2-00:00:00)"))
+        elif seconds is not None and seconds <= self.signal_seconds:
+            found.append(
+                (
+                    key,
+                    f"the time limit {text} is {seconds:.0f} s, and the run is to save and be queued again {self.signal_seconds} s "
+                    "before it, so that it would never train; make the limit longer, or signal_seconds shorter",
+                )
+            )
+        return found
+
+
+def limit_seconds(text: str) -> float | None:
+    """A time limit as Slurm writes it: MINUTES[:SECONDS], HOURS:MINUTES:SECONDS, or DAYS-HOURS[:MINUTES[:SECONDS]].
+
+    None where it is no limit.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if found is None:
+        return None
+    days, first, second, third = (int(each or 0) for each in found.groups())
+    hours, minutes, seconds = (first, second, third) if found[1] or found[4] else (0, first, second)
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds) or None
+
 
 class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Nodes, ranks and how they are started."""
@@ -99,6 +136,8 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             found.append(("straggler_seconds", "must be greater than 0"))
         if not 0 <= self.port < 65536:
             found.append(("port", "must be between 0 and 65535"))
+        if self.backend == "slurm":
+            found += self.sbatch.problems()
         try:
             hosts = len(self.host_names)
         except ValueError as error:

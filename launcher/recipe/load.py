@@ -163,7 +163,7 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
     """Every problem that shows without touching the data: (path of the key, what is wrong and the way out)."""
     found: list[tuple[KeyPath, str]] = []
     for section in ("run", "model", "cluster", "checkpoint", "report", "generate", "probe"):
-        found += [((section, key), f"[{section}] {key}: {message}") for key, message in getattr(recipe, section).problems()]
+        found += [((section, *_path(key)), f"[{section}] {key}: {message}") for key, message in getattr(recipe, section).problems()]
     if not recipe.model.problems():
         found += [(("parallel", key), f"[parallel] {key}: {message}") for key, message in recipe.parallel.problems(recipe.model)]
         found += _served_problem(recipe)

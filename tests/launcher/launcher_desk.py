@@ -126,7 +126,7 @@ class Desk:
         self.metrics = Metrics.open(self.paths.metrics, root / "index.sqlite", self.journal.term)
         self.office = Office(self.paths, recipe, self.journal, self.metrics, clock=self._clock)
         if not self.office.ledger.started:
-            self.office.record(j.RunBegan(time=self.now, name=recipe.run.name, recipe="x"))
+            self.office.record(j.RunBegan(time=self.now, name=recipe.run.name, recipe=recipe.digest()))
         self.term = controller.Term(self.office)
         self.dispatch, self.generations = self.term.dispatch, self.term.generations
         self.reports = self.term.door._reports

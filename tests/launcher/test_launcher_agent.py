@@ -14,7 +14,6 @@ from launcher import protocol as p
 from launcher.agent.agent import Agent
 from launcher.agent.environment import MASK, presentable, rank_environment
 from launcher.agent.stats import NodeReader
-from launcher.controller.blame import first_failure
 from launcher.paths import RunPaths
 from launcher.recipe import load_recipe
 
@@ -62,16 +61,6 @@ def test_each_generation_has_a_store_of_its_own_and_tells_how_its_ranks_ended(tm
     for each in (first, second):
         each.join(10)
     assert not [t.name for t in threading.enumerate() if t.name.startswith("generation-")]
-
-
-def test_the_first_rank_to_fail_is_named_with_its_signal_or_status() -> None:
-    def first(**told: tuple[p.RankExit, ...]) -> tuple[str, str, bool]:
-        return first_failure({node: p.RanksEnded(generation=1, ok=False, exits=exits) for node, exits in told.items()})
-
-    assert first(a=(p.RankExit(1, -9), p.RankExit(0, 1, "victim"))) == ("a", "rank 1 was killed by signal 9", True)
-    assert first(a=(p.RankExit(0, 3, "out of memory"),)) == ("a", "rank 0 ended with status 3: out of memory", False)
-    assert first(a=())[1] == ""
-    assert first(a=(p.RankExit(0, 1, "victim"),), b=(p.RankExit(2, -11),)) == ("b", "rank 2 was killed by signal 11 (on b)", True)
 
 
 def test_a_node_without_a_gpu_says_so_and_tells_cpus_memory_and_disk(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from launcher_desk import Desk, desk_at, make_recipe
 
 from launcher import journal as j
 from launcher import protocol as p
+from launcher.backends import Started, StartError
 from launcher.controller import generations as generations_module
 from launcher.controller import pool as pool_module
 from launcher.recipe import Parallel
@@ -127,6 +128,60 @@ async def test_a_node_whose_rank_is_killed_is_blamed_and_after_three_times_used_
     assert (desk.ledger.node("n2").mark, desk.ledger.node("n2").failures) == ("in use", 0)
     await looked(desk, lambda: desk.orders)
     assert desk.orders[-1].op == p.Op.REGROUP, "it is there, so the ranks are gathered anew with it"
+
+
+async def test_a_node_whose_agent_is_killed_is_named_and_not_the_first_of_its_victims(cluster: Cluster) -> None:
+    desk = cluster.desk
+    cluster.come("n1", "n2", "n3")
+    await cluster.trains("n1", "n2", "n3")
+    gloo = p.RankExit(
+        rank=0, code=1, message="RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1"
+    )
+    cluster.says("n1", p.RanksEnded(generation=1, ok=False, exits=(gloo,)))
+    cluster.says("n3", p.RanksEnded(generation=1, ok=False, reason="ended by the controller"))
+    await asyncio.sleep(1.2)
+    assert desk.ledger.generation_live, "n2 has not said anything, and its connection stands"
+    cluster.go("n2")
+    await desk.until(lambda: desk.ledger.node("n2").failures == 1)
+    ended = next(e for _, e in desk.journal.entries if isinstance(e, j.GenerationEnded))
+    assert "the agent of n2" in ended.cause and "gloo" not in ended.cause
+    assert desk.ledger.node("n1").failures == 0
+
+
+async def test_what_ends_all_nodes_at_once_counts_against_none(cluster: Cluster) -> None:
+    desk = cluster.desk
+    cluster.come("n1", "n2")
+    await cluster.trains("n1", "n2")
+    for node, rank in (("n1", 0), ("n2", 2)):
+        cluster.dies(node, rank, code=-10)
+    await cluster.trains("n1", "n2")
+    assert [desk.ledger.node(n).failures for n in ("n1", "n2")] == [0, 0]
+
+
+async def test_a_failure_that_is_certain_ends_the_run_at_once(cluster: Cluster) -> None:
+    desk = cluster.desk
+    cluster.come("n1", "n2")
+    await cluster.trains("n1", "n2")
+    wrong = p.RankExit(rank=2, code=p.CERTAIN_STATUS, message="ModuleNotFoundError: No module named 'pandas'")
+    cluster.says("n2", p.RanksEnded(generation=1, ok=False, exits=(wrong,)))
+    cluster.says("n1", p.RanksEnded(generation=1, ok=False, reason="ended by the controller"))
+    await desk.until(lambda: desk.ledger.state == "failed")
+    assert "No module named 'pandas' (on n2)" in desk.ledger.reason
+    assert desk.ledger.generation == 1, "nothing was tried again"
+
+
+async def test_an_agent_that_is_turned_away_is_the_reason_of_the_shortage(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = cluster.desk
+
+    async def start(node: str) -> Started:
+        raise StartError("it ended at once; see its log")
+
+    monkeypatch.setattr(desk.backend, "start", start)
+    cluster.come("n1")
+    desk.generations.agent_refused("n2", "an agent of another version of Midwatch")
+    await looked(desk, lambda: "n2: an agent of another version" in desk.ledger.reason)
 
 
 async def test_the_last_nodes_needed_are_not_quarantined(cluster: Cluster) -> None:

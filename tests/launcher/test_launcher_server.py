@@ -448,5 +448,5 @@ async def test_a_client_that_may_starts_a_controller(at: Open, tmp_path: Path, m
         assert any("term 2 began" in line.text for line in lines)
         view = await client.command("golden", {"checkpoint": "b"})
         assert view.state == "done"
-    assert await asyncio.to_thread(processes[0].wait, 15) == 0
+    assert await asyncio.to_thread(processes[0].process.wait, 15) == 0
     assert len(processes) == 1

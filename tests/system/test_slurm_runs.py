@@ -112,12 +112,18 @@ def contiguous(run: Run) -> bool:
 
 
 def test_a_batch_job_trains_on_all_its_nodes_and_stops_with_a_checkpoint_when_cancelled(login: Login, run: Run, data: Path) -> None:
-    file = write(run, recipe(data, login.slurm, "1:2", every=1000))
+    # Without an environment, as some sites submit every job: steps get what the controller has.
+    file = write(run, recipe(data, login.slurm, "1:2", sbatch='lines = ["--export=NONE"]', every=1000))
     watcher = login.start(MIDWATCH, "run", file, "--dir", str(run.root), "--headless", "--detach")
     try:
-        watch(run, lambda s: used(s) == {"n1", "n2"} and s.step > 5, 90)
+        first = watch(run, lambda s: used(s) == {"n1", "n2"} and s.step > 5, 90)
+        for number in ("USR1", "USR2", "HUP"):  # to every process of every step, and none of them is meant
+            login.slurm.run("scancel", f"--signal={number}", login.job())
+        alive = watch(run, lambda s: used(s) == {"n1", "n2"} and s.step > first.step + 30, 60)
+        assert (alive.generation, [n.failures for n in alive.nodes]) == (first.generation, [0, 0])
         status = login.midwatch("status", str(run.root))  # by a step of the job: the head cannot reach the controller's socket
         assert status.returncode == 0 and "training" in status.stdout, status.stderr
+        assert status.stderr == ""
         login.slurm.run("scancel", login.job())
         assert watcher.wait(30) == 4
     finally:
@@ -180,7 +186,8 @@ def test_a_job_that_waits_is_shown_and_can_be_taken_back(login: Login, run: Run,
     watcher = login.start(MIDWATCH, "run", file, "--dir", str(run.root), "--headless", "--detach")
     try:
         login.slurm.wait_for("squeue -h -o %T", "PENDING")
-        assert "is pending (JobHeldUser)" in login.midwatch("status", str(run.root)).stdout
+        held = login.midwatch("status", str(run.root)).stdout
+        assert "is pending (JobHeldUser), and does not start by itself: it is held" in held and "expected to start" not in held
         stopped = login.midwatch("stop", str(run.root))
         assert stopped.returncode == 0 and "is taken back" in stopped.stderr
         assert watcher.wait(20) == 1

@@ -320,7 +320,7 @@ def test_scores_that_are_no_numbers_are_left_out_with_an_alarm(build: Build) -> 
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        ("breaks", "failed: KeyError: 'nobody knows'"),
+        ("breaks", "failed: KeyError: 'nobody knows', at "),
         ("too_few", "gave 1 numbers for 32"),
         ("nowhere", "has no function 'nowhere'"),
     ],
@@ -330,6 +330,8 @@ def test_a_function_that_fails_pauses_the_run_and_is_tried_again_on_resuming(fun
     ranks = start_ranks(root, 1, stopping_when_paused, says)
     try:
         assert ranks.wait() == [0], logs(root)
+        if function == "breaks":
+            assert "Traceback" in logs(root) and 'raise KeyError("nobody knows")' in logs(root), "the rank's log has the stack"
     finally:
         ranks.kill()
 
