@@ -22,7 +22,7 @@ from websockets.asyncio.client import ClientConnection, unix_connect
 from websockets.exceptions import WebSocketException
 
 from launcher import protocol
-from launcher.paths import Address, RunPaths, controller_lives, read_address
+from launcher.paths import Address, RunPaths, controller_lives, read_own_address
 from launcher.reach import UNREACHABLE, other_owner, reach_controller, start_controller
 from launcher.reach import ClientError as ClientError
 from launcher.remote import RemoteError, RemoteRun, SshWay
@@ -46,7 +46,7 @@ class Client:
     """One client; use as `async with Client(...) as client`.
 
     `on_snapshot` and `on_link` (True: connected, False: lost) are called in the event loop. `prompts`: whether ssh may ask the
-    operator something at the terminal.
+    operator something at the terminal. `resumes`: a copy of a live run may become a run of its own.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Client:
         subscribe: bool = False,
         read_only: bool = False,
         start: bool = False,
+        resumes: bool = False,
         prompts: bool = True,
         on_snapshot: Callable[[protocol.Snapshot], None] | None = None,
         on_link: Callable[[bool], None] | None = None,
@@ -65,7 +66,7 @@ class Client:
         self.welcome: protocol.ClientWelcome | None = None
         self.snapshot: protocol.Snapshot | None = None
         self._hello = protocol.ClientHello(version=protocol.VERSION, read_only=read_only, subscribe=subscribe)
-        self._start = start
+        self._start, self._resumes = start, resumes
         self._on_snapshot, self._on_link = on_snapshot, on_link
         self._connection: ClientConnection | None = None
         self._connected = asyncio.Event()
@@ -84,7 +85,9 @@ class Client:
             if isinstance(self.run, RemoteRun):
                 self._connection = await self._connect_remote()
             else:
-                self._connection = await reach_controller(RunPaths(self.run), self._connect, start=self._start)
+                self._connection = await reach_controller(
+                    RunPaths(self.run), self._connect, start=self._start, resumes=self._resumes
+                )
         except BaseException:
             await self._close_ssh()
             raise
@@ -262,7 +265,7 @@ class Client:
         started: subprocess.Popen[bytes] | None = None
         next_start = 0.0
         while True:
-            address = read_address(paths.address)
+            address = read_own_address(paths)
             with contextlib.suppress(*UNREACHABLE, ClientError):
                 if address is not None:
                     return await self._connect(address)

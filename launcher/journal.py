@@ -43,6 +43,18 @@ class RunBegan(_Entry, frozen=True):
     name: str
     recipe: str
     """Hash of the recipe."""
+    id: str = ""
+    """The run's own; empty in journals of earlier versions."""
+
+
+class RunCopied(_Entry, frozen=True):
+    """This directory was found to be a copy of another run: what follows is of a run of its own."""
+
+    id: str
+    original: str
+    """Id of the run that it was copied from."""
+    path: str = ""
+    """Where that was."""
 
 
 class StateChanged(_Entry, frozen=True):
@@ -58,8 +70,10 @@ class DataBuilt(_Entry, frozen=True):
 class AgentStarted(_Entry, frozen=True):
     node: str
     pid: int
-    created: float
-    """When the process began, by the system's clock, so that its number cannot be mistaken for another's."""
+    birth: str = ""
+    """Tells the process from any other that ever has its number (launcher.processes); empty in journals of earlier versions."""
+    created: float = 0.0
+    """When the process began, by the system's clock; only in journals of earlier versions."""
 
 
 class NodeMarked(_Entry, frozen=True):
@@ -206,6 +220,7 @@ class Noted(_Entry, frozen=True):
 Entry = (
     TermBegan
     | RunBegan
+    | RunCopied
     | StateChanged
     | DataBuilt
     | AgentStarted

@@ -43,6 +43,8 @@ class NodeRecord:
 class Ledger:
     """The run as the journal tells it."""
 
+    run: str = ""
+    """The run's id; empty in journals of earlier versions."""
     state: State = "building"
     reason: str = ""
     started: float = 0.0
@@ -113,7 +115,11 @@ class Ledger:
                 self.commands[number] = msgspec.structs.replace(command, state="queued")
 
     def _on_RunBegan(self, entry: j.RunBegan) -> None:
-        self.started = entry.time
+        self.started, self.run = entry.time, entry.id
+
+    def _on_RunCopied(self, entry: j.RunCopied) -> None:
+        self.run = entry.id
+        self.agents.clear()  # they are the original's
 
     def _on_StateChanged(self, entry: j.StateChanged) -> None:
         self.state, self.reason = cast(State, entry.state), entry.reason
@@ -297,6 +303,10 @@ class Ledger:
             return max(own, key=lambda c: (c.step, c.ended, c.time))
         lineage = self.lineages.get(self.lineage)
         return self.checkpoints.get(lineage.fork) if lineage is not None and lineage.fork is not None else None
+
+    def resumes(self) -> bool:
+        """Whether a resume is under way: the next ranks do not hold, whatever was asked for before it."""
+        return any(c.verb == "resume" and c.state == "sent" for c in self.commands.values())
 
     def replays(self, after_step: int) -> tuple[Replay, ...]:
         """Sets of the lineage in force from a step on, to be applied again after a crash."""

@@ -9,12 +9,15 @@ import os
 import socket
 import stat
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 import msgspec
+
+from launcher.directory import DirectoryId
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class RunPaths:
         return self.root / "control" / "address"
 
     @property
+    def record(self) -> Path:
+        """The run's id, and the directory that has it."""
+        return self.root / "control" / "run"
+
+    @property
     def keys(self) -> Path:
         return self.root / "control" / "keys"
 
@@ -75,16 +83,22 @@ class RunPaths:
 
     def create(self) -> None:
         """Makes the directories; harmless when they are there."""
+        self.root.mkdir(parents=True, exist_ok=True)
         for directory in self.directories:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(exist_ok=True)
 
     def is_run(self) -> bool:
         return self.recipe.is_file() and self.journal.is_dir()
 
     @property
     def key(self) -> str:
-        """Short name for this run's files outside its directory."""
+        """Short name for the path of this run, for files outside its directory."""
         return hashlib.blake2b(str(self.root.resolve()).encode(), digest_size=8).hexdigest()
+
+    @property
+    def lock_key(self) -> str:
+        """Names the directory itself, for locks on this machine: wherever it is moved, and unlike any copy. Raises OSError."""
+        return DirectoryId.of(self.root).key
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -99,6 +113,12 @@ class Address(msgspec.Struct, frozen=True):
     """`wss://HOST:PORT`, where other machines reach it with the run's keys; empty: it listens on its own machine only."""
     also: tuple[str, ...] = ()
     """Other addresses of the same port: which of them a node reaches depends on where it is."""
+    run: str = ""
+    """The run's id."""
+    directory: DirectoryId | None = None
+    """The directory whose run it is: an address file that was copied with its run is of another."""
+    path: str = ""
+    """Where that directory was, for messages."""
 
     @property
     def remotes(self) -> tuple[str, ...]:
@@ -114,9 +134,22 @@ def read_address(file: Path) -> Address | None:
         return None
 
 
+def read_own_address(paths: RunPaths) -> Address | None:
+    """The address of this directory's own controller; one that was copied along with a run is not."""
+    address = read_address(paths.address)
+    return None if address is None or is_foreign(paths, address) else address
+
+
+def is_foreign(paths: RunPaths, address: Address) -> bool:
+    """Whether an address found in a run directory is that of another directory's controller: the run was copied."""
+    try:
+        return address.directory is not None and not address.directory.same(DirectoryId.of(paths.root))
+    except OSError:
+        return False
+
+
 def write_atomically(file: Path, content: bytes, mode: int = 0o600) -> None:
-    """Replaces a file so that a reader sees the old or the new content, and nothing between."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Replaces a file so that a reader sees the old or the new content, and nothing between. Its directory must be there."""
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(handle, "wb") as out:
@@ -157,7 +190,8 @@ class RunLock:
     """Held by a run's controller on this machine for as long as its process lives; the system lets go of it."""
 
     def __init__(self, paths: RunPaths) -> None:
-        self._file = runtime_directory() / f"{paths.key}.lock"
+        """Raises OSError where there is no such directory."""
+        self._file = runtime_directory() / f"{paths.lock_key}.lock"
         self._handle: int | None = None
 
     def take(self) -> bool:
@@ -179,6 +213,8 @@ class RunLock:
 
 STALE_SECONDS = 20.0
 """Without a sign of life on the shared storage before a controller on another machine counts as dead."""
+WATCH_SECONDS = 5.0
+"""That is long enough to see a living controller's next sign of life."""
 CONNECT_SECONDS = 2.0
 
 Whereabouts = Literal["here", "elsewhere", "silent", "nowhere"]
@@ -190,12 +226,12 @@ def find_controller(paths: RunPaths) -> Whereabouts:
     if not lock.take():
         return "here"
     lock.release()
-    address = read_address(paths.address)
+    address = read_own_address(paths)
     if address is None or address.host == host_name():
         return "nowhere"
     age = _seconds_since_beat(paths.address)
     answers = any(_answers(remote) for remote in address.remotes) if address.remote else None
-    if age is None or age <= STALE_SECONDS:
+    if age is None or abs(age) <= STALE_SECONDS:  # a sign of life from the future was made before the clock was set back
         return "silent" if answers is False and age is not None else "elsewhere"
     return "elsewhere" if answers else "nowhere"
 
@@ -205,11 +241,24 @@ def controller_lives(paths: RunPaths) -> bool:
     return find_controller(paths) != "nowhere"
 
 
+def beats(paths: RunPaths, seconds: float = WATCH_SECONDS) -> bool:
+    """Whether the controller on another machine shows a sign of life in this time, whatever the clocks say."""
+    with contextlib.suppress(OSError):
+        before = paths.address.stat().st_mtime_ns
+        deadline = time.monotonic() + seconds
+        while before and time.monotonic() < deadline:
+            time.sleep(0.2)
+            with paths.address.open("rb") as opened:
+                if os.fstat(opened.fileno()).st_mtime_ns != before:
+                    return True
+    return False
+
+
 def beat(file: Path, address: Address) -> None:
     """A controller's sign of life: the address file is as new as can be. One that was lost is written anew."""
     with contextlib.suppress(OSError):
         found = read_address(file)
-        if found is None or found.term < address.term:
+        if found is None or found.term < address.term or found.run != address.run:
             write_address(file, address)
         elif found.term == address.term:
             os.utime(file)

@@ -17,6 +17,7 @@ from launcher.cli.runs import NoSuchRun, RunLine, find_anywhere, find_run, known
 from launcher.client import Client, ClientError
 from launcher.commands import describe
 from launcher.paths import RunPaths
+from launcher.reach import CopyError
 from launcher.remote import RemoteRun
 
 T = TypeVar("T")
@@ -31,7 +32,8 @@ def steer(arguments: argparse.Namespace) -> int:
     root = find_anywhere(arguments.run)
 
     async def give() -> p.CommandView:
-        async with Client(root, start=arguments.command in WAKES_CONTROLLER) as client:
+        resumes = arguments.command == "resume"
+        async with Client(root, start=arguments.command in WAKES_CONTROLLER, resumes=resumes) as client:
             return await client.command(verb, values, wait=not arguments.no_wait)
 
     view = asyncio.run(give())
@@ -97,8 +99,8 @@ def status(arguments: argparse.Namespace) -> int:
     root = find_anywhere(arguments.run)
     try:
         snapshot = asyncio.run(snapshot_of(root))
-    except ClientError:
-        if isinstance(root, RemoteRun):
+    except ClientError as error:
+        if isinstance(root, RemoteRun) or isinstance(error, CopyError):
             raise
         return _status_without_controller(root, arguments.json)
     if arguments.json:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from launcher.identity import claim
 from launcher.journal import JournalError, read_journal
 from launcher.ledger import Ledger
 from launcher.paths import RunPaths, cache_directory, controller_lives, write_atomically
@@ -36,6 +37,7 @@ def prepare(recipe_file: Path, directory: Path | None) -> RunPaths:
     try:
         paths.create()
         write_atomically(paths.recipe, dump_recipe(recipe).encode())
+        claim(paths, ())
     except OSError as error:
         raise RecipeError(f"{paths.root}: cannot be made: {error.strerror}") from None
     remember(paths.root)
@@ -89,6 +91,7 @@ def remember(root: Path) -> None:
     """Notes where a run lies, so that `ps` and names find it."""
     paths = RunPaths(root.absolute())
     with contextlib.suppress(OSError):
+        (cache_directory() / "runs").mkdir(parents=True, exist_ok=True)
         write_atomically(cache_directory() / "runs" / paths.key, str(paths.root).encode())
 
 

@@ -62,7 +62,7 @@ class Remote:
         return connection, p.decode(await asyncio.wait_for(connection.recv(), 5))
 
     def agent(self, node: str = "n1", **changes: Any) -> p.AgentHello:
-        fields = {"version": p.VERSION, "run": self.desk.paths.key, "node": node, "pid": 1, "generation": 0}
+        fields = {"version": p.VERSION, "run": self.desk.office.run, "node": node, "pid": 1, "generation": 0}
         return p.AgentHello(**(fields | changes))
 
     @property

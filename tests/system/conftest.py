@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +52,19 @@ def make_run(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[[
 @pytest.fixture
 def run(make_run: Callable[[str], Run]) -> Run:
     return make_run("run")
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> Path:
+    """A file that says by how many seconds the clock is wrong, read by a library that is loaded before the C library."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("a C compiler is missing (tests/apt.txt)")
+    source = Path(__file__).parent / "chaos" / "clock.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(tmp_path / "clock.so"), str(source), "-ldl"], check=True)
+    file = tmp_path / "clock"
+    file.write_text("0")
+    return file
 
 
 @pytest.fixture(scope="session")

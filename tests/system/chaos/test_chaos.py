@@ -37,19 +37,6 @@ def hosts(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host
         yield made
 
 
-@pytest.fixture
-def clock(tmp_path: Path) -> Path:
-    """A file that says by how many seconds the controller's clock is wrong, read by what is loaded before its C library."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("a C compiler is missing (tests/apt.txt)")
-    source = Path(__file__).parent / "clock.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(tmp_path / "clock.so"), str(source), "-ldl"], check=True)
-    file = tmp_path / "clock"
-    file.write_text("0")
-    return file
-
-
 def begin(make_run: Callable[[str], Run], data: Path, hosts: Hosts, disk: Path, clock: Path) -> Run:
     run = make_run("chaos")
     run.root = disk / f"run-{os.getpid()}-{random.getrandbits(32):08x}"
