@@ -46,7 +46,7 @@ class Dispatch:
         """What sends to rank 0, while it is connected."""
         self._wake = asyncio.Event()
         self._stopped_at: tuple[int, dict[str, Any]] | None = None
-        """Step and checkpoint at which the ranks left for a stop, while it is waited for the agents' end."""
+        """Step and checkpoint at which the ranks leave for a stop or a release that is not done yet."""
         self.on_rollback: Callable[[], None] = lambda: None
         generations.on_training = self._ranks_train
         generations.on_stopping = self._stopping
@@ -151,6 +151,9 @@ class Dispatch:
         view = office.ledger.commands.get(outcome.number)
         if view is None or view.state not in ("queued", "sent"):
             return
+        if outcome.ok and view.verb in _STOPPING:
+            self._stopped_at = (outcome.step, outcome.detail)
+            return  # the ranks are about to leave; it is done when they have
         lineage = office.ledger.rollbacks.get(outcome.number)
         before: tuple[j.Entry, ...] = ()
         if view.verb == "rollback":
@@ -231,8 +234,9 @@ class Dispatch:
     def ranks_ended(self, cause: str, step: int, checkpoint: str | None) -> None:
         """The ranks left by themselves: whoever asked for that has got it."""
         if cause in ("stopped", "stopped-now"):
-            self._stopped_at = (step, {"checkpoint": checkpoint} if checkpoint else {})
+            self._stopped_at = self._stopped_at or (step, {"checkpoint": checkpoint} if checkpoint else {})
             return
+        self._stopped_at = None
         verbs = {
             "released": ("release",),
             "regrouped": _REGROUPING,

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -26,6 +26,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "rollback": {"checkpoint": "a", "skip": 3, "lr_scale": 0.5},
     "set": {"key": "lr", "value": 0.01},
     "cancel": {"id": "nobody"},
+}
+ENDS: dict[str, Literal["stopped", "stopped-now", "released"]] = {
+    "stop": "stopped",
+    "stop-now": "stopped-now",
+    "release": "released",
 }
 NODE_VERBS = [verb for verb in VERBS if verb.startswith("node-")]
 CELLS = [(verb, state) for verb in VERBS for state in STATES if verb not in NODE_VERBS]
@@ -74,6 +79,10 @@ async def test_each_command_does_in_each_state_what_the_table_says(verb: p.Verb,
             assert (desk.orders[-1].number, desk.orders[-1].op) == (command.number, OPS[verb])
             assert desk.view(command).state == "sent"
             desk.answers(desk.orders[-1], step=25)
+            if verb in ENDS:
+                assert desk.view(command).state == "sent", "the ranks are still there"
+                desk.says(p.Ended(cause=ENDS[verb], step=25))
+                await desk.until(lambda: desk.view(command).state == "done")
             assert desk.view(command).state == "done"
             assert desk.view(command).step == 25
         else:
