@@ -22,7 +22,7 @@ from websockets.exceptions import WebSocketException
 
 from launcher import protocol
 from launcher.journal import JournalError
-from launcher.paths import Address, RunPaths, controller_lives, read_address
+from launcher.paths import Address, RunPaths, controller_lives, read_own_address
 from launcher.reach import UNREACHABLE, Looks, Starting, other_owner, reach_controller, shows_files, start_controller
 from launcher.reach import ClientError as ClientError
 from launcher.recipe import RecipeError
@@ -58,7 +58,8 @@ class Client:
 
     `on_snapshot` and `on_link` (True: connected, False: lost) are called in the event loop. `prompts`: whether ssh may ask the
     operator something at the terminal. `looks`: whether a run without a controller is shown from its files; for what only a
-    controller can do one is started then, and this client goes over to it.
+    controller can do one is started then, and this client goes over to it. `resumes`: a copy of a live run may
+    become a run of its own.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Client:
         read_only: bool = False,
         start: bool = False,
         looks: Looks = "never",
+        resumes: bool = False,
         prompts: bool = True,
         on_snapshot: Callable[[protocol.Snapshot], None] | None = None,
         on_link: Callable[[bool], None] | None = None,
@@ -78,7 +80,7 @@ class Client:
         self.welcome: protocol.ClientWelcome | None = None
         self.snapshot: protocol.Snapshot | None = None
         self._hello = protocol.ClientHello(version=protocol.VERSION, read_only=read_only, subscribe=subscribe)
-        self._start, self._looks = start, looks
+        self._start, self._looks, self._resumes = start, looks, resumes
         self._archive = contextlib.AsyncExitStack()
         """Serves the run's files while no controller does."""
         self.trouble = ""
@@ -104,7 +106,7 @@ class Client:
                 self._connection = await self._connect_remote()
             else:
                 paths = RunPaths(self.run)
-                found = await reach_controller(paths, self._connect, start=self._start, looks=self._looks)
+                found = await reach_controller(paths, self._connect, start=self._start, looks=self._looks, resumes=self._resumes)
                 self._connection = found or await self._connect_archive(paths)
         except BaseException:
             await self._close_ssh()
@@ -310,7 +312,7 @@ class Client:
         started: Starting | None = None
         next_start = 0.0
         while True:
-            address = read_address(paths.address)
+            address = read_own_address(paths)
             with contextlib.suppress(*UNREACHABLE, ClientError):
                 if address is not None:
                     return await self._connect(address)

@@ -61,8 +61,8 @@ TABLE: dict[Verb, dict[State, Cell]] = {
     "pause": _row(QUEUE, QUEUE, NOW, _no("it is paused already"), QUEUE, _no("it is released already"), _FAILED),
     "release": _row(_NO_STEPS, QUEUE, NOW, NOW, QUEUE, _no("it is released already"), _FAILED),
     "resume": _row(
-        _no("it is not paused"),
-        _no("it is not paused"),
+        _no("it is starting already"),
+        _no("it is starting already"),
         _no("it is not paused"),
         NOW,
         _no("it restarts by itself"),

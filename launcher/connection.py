@@ -55,9 +55,11 @@ class Connection:
         refused: Callable[[str], None],
         identity: Path | None = None,
         joining: Joining | None = None,
+        run: str = "",
     ) -> None:
+        """`run` is the id of the run whose controller is meant; one that has announced itself for another is not spoken to."""
         self._name, self._address_file, self._identity = name, address_file, identity
-        self._joining = joining
+        self._joining, self._run_id = joining, run
         self._hello, self._opened, self._received, self._refused = hello, opened, received, refused
         self._socket: ClientConnection | None = None
         self._way = ""
@@ -127,6 +129,8 @@ class Connection:
 
     def _connect(self) -> ClientConnection | None:
         address = read_address(self._address_file)
+        if address is not None and self._run_id and address.run and address.run != self._run_id:
+            raise OSError("the address is another run's")
         if address is not None and _is_here(address):
             opening = self._open_local(address)
         else:

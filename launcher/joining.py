@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from launcher.identity import run_id
 from launcher.keys import ANY_NODE, CONTROLLER_NAME, Identity, KeysError, RunKeys, client_context, load_identity
 from launcher.paths import Address, RunPaths, read_address
 
@@ -31,7 +32,7 @@ class Joining(NamedTuple):
     url: str
     """`wss://HOST:PORT`, told by whoever starts the agent."""
     run_key: str
-    """The run's name for itself, which its directory would give where it is mounted at the same place everywhere."""
+    """The run's id, from the key file."""
 
 
 class KeyFile(msgspec.Struct, frozen=True):
@@ -48,8 +49,11 @@ class KeyFile(msgspec.Struct, frozen=True):
 
 def make_key(paths: RunPaths, node: str | None) -> bytes:
     """A key file for a node, or for any; one line. Raises KeysError."""
+    run = run_id(paths)
+    if not run:
+        raise KeysError(f"{paths.root}: the run has no id of its own (midwatch resume {paths.root} gives it one)")
     identity = RunKeys.ensure(paths).issue("agent", ANY_NODE if node is None else node)
-    return msgspec.json.encode(KeyFile(identity, str(paths.root.resolve()), paths.key))
+    return msgspec.json.encode(KeyFile(identity, str(paths.root.resolve()), run))
 
 
 def read_key_file(file: Path) -> KeyFile:

@@ -53,6 +53,8 @@ class RunBegan(_Entry, frozen=True):
     """Hash of what recipe.toml says, defaults left out."""
     stated: dict[str, str] = {}
     """What recipe.toml says, by dotted keys; the values of secrets left out."""
+    id: str = ""
+    """The run's own; empty in journals of earlier versions."""
 
 
 class RecipeChanged(_Entry, frozen=True):
@@ -62,6 +64,16 @@ class RecipeChanged(_Entry, frozen=True):
     stated: dict[str, str]
     changes: tuple[str, ...]
     """As `key: old -> new`."""
+
+
+class RunCopied(_Entry, frozen=True):
+    """This directory was found to be a copy of another run: what follows is of a run of its own."""
+
+    id: str
+    original: str
+    """Id of the run that it was copied from."""
+    path: str = ""
+    """Where that was."""
 
 
 class StateChanged(_Entry, frozen=True):
@@ -77,8 +89,10 @@ class DataBuilt(_Entry, frozen=True):
 class AgentStarted(_Entry, frozen=True):
     node: str
     pid: int
-    created: float
-    """When the process began, by the system's clock, so that its number cannot be mistaken for another's."""
+    birth: str = ""
+    """Tells the process from any other that ever has its number (launcher.processes); empty in journals of earlier versions."""
+    created: float = 0.0
+    """When the process began, by the system's clock; only in journals of earlier versions."""
 
 
 class NodeMarked(_Entry, frozen=True):
@@ -241,6 +255,7 @@ Entry = (
     TermBegan
     | RunBegan
     | RecipeChanged
+    | RunCopied
     | StateChanged
     | DataBuilt
     | AgentStarted

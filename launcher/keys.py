@@ -138,7 +138,7 @@ def _make(directory: Path) -> None:
         .sign(key, hashes.SHA256())
     )
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.parent.mkdir(exist_ok=True)
         mine = Path(tempfile.mkdtemp(prefix=".keys.", dir=directory.parent))  # 0700
         write_atomically(mine / AUTHORITY_FILE, _identity(key, certificate, certificate).encode())
     except OSError as error:

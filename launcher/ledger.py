@@ -52,6 +52,8 @@ class Alarm(msgspec.Struct, frozen=True):
 class Ledger:
     """The run as the journal tells it."""
 
+    run: str = ""
+    """The run's id; empty in journals of earlier versions."""
     state: State = "building"
     reason: str = ""
     started: float = 0.0
@@ -137,11 +139,15 @@ class Ledger:
                 self.commands[number] = msgspec.structs.replace(command, state="queued")
 
     def _on_RunBegan(self, entry: j.RunBegan) -> None:
-        self.started = entry.time
+        self.started, self.run = entry.time, entry.id
         self.recipe = entry
 
     def _on_RecipeChanged(self, entry: j.RecipeChanged) -> None:
         self.recipe = entry
+
+    def _on_RunCopied(self, entry: j.RunCopied) -> None:
+        self.run = entry.id
+        self.agents.clear()  # they are the original's
 
     def _on_StateChanged(self, entry: j.StateChanged) -> None:
         self.state, self.reason = cast(State, entry.state), entry.reason
@@ -383,6 +389,10 @@ class Ledger:
         bad = self.missing | self.damaged.keys()
         found = [c for c in self.checkpoints.values() if c.on_line and not c.suspect and not c.doubt and c.id not in bad]
         return sorted((c for c in found if first is None or c.step < first), key=lambda c: (c.step, c.time))
+
+    def resumes(self) -> bool:
+        """Whether a resume is under way: the next ranks do not hold, whatever was asked for before it."""
+        return any(c.verb == "resume" and c.state == "sent" for c in self.commands.values())
 
     def replays(self, after_step: int) -> tuple[Replay, ...]:
         """Sets of the lineage in force from a step on, to be applied again after a crash."""

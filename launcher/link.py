@@ -44,6 +44,7 @@ class Spool:
         room: int | None = None,
         gather_seconds: float = 0.0,
         identity: Path | None = None,
+        run: str = "",
     ) -> None:
         self._room, self._gather = room, gather_seconds
         self._kept: collections.deque[protocol.Numbered] = collections.deque()
@@ -56,7 +57,7 @@ class Spool:
         self._closing = False
         self._changed = threading.Condition()
         self._handle = received
-        self.connection = Connection(name, address_file, hello, self._welcomed, self._received, refused, identity)
+        self.connection = Connection(name, address_file, hello, self._welcomed, self._received, refused, identity, run=run)
         self._thread = threading.Thread(target=self._run, name=f"{name}-send", daemon=True)
 
     def start(self) -> None:
@@ -153,7 +154,7 @@ class RankLink:
         self._answers: queue.SimpleQueue[protocol.Committed | protocol.CommitRefused] = queue.SimpleQueue()
         self._held = False
         end = refused or _leave
-        self._control = Spool("link-control", address_file, lambda: hello, self._received, end, identity=identity)
+        self._control = Spool("link-control", address_file, lambda: hello, self._received, end, identity=identity, run=hello.run)
         telemetry = msgspec.structs.replace(hello, channel="telemetry")
         self._telemetry = Spool(
             "link-telemetry",
@@ -164,6 +165,7 @@ class RankLink:
             room=self.TELEMETRY_ROOM,
             gather_seconds=0.05,
             identity=identity,
+            run=hello.run,
         )
         self._control.start()
         self._telemetry.start()

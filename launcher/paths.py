@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from launcher.directory import DirectoryId
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -58,6 +60,11 @@ class RunPaths:
         return self.root / "control" / "address"
 
     @property
+    def record(self) -> Path:
+        """The run's id, and the directory that has it."""
+        return self.root / "control" / "run"
+
+    @property
     def keys(self) -> Path:
         return self.root / "control" / "keys"
 
@@ -82,9 +89,10 @@ class RunPaths:
 
     def create(self, operators: int | None = None) -> None:
         """Makes the directories; harmless when they are there. operators: the group that may read the private ones."""
+        self.root.mkdir(parents=True, exist_ok=True)
         for directory in self.directories:
             made = not directory.exists()
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(exist_ok=True)
             if made and directory in self.private:
                 if operators is not None:
                     os.chown(directory, -1, operators)
@@ -95,8 +103,13 @@ class RunPaths:
 
     @property
     def key(self) -> str:
-        """Short name for this run's files outside its directory."""
+        """Short name for the path of this run, for files outside its directory."""
         return hashlib.blake2b(str(self.root.resolve()).encode(), digest_size=8).hexdigest()
+
+    @property
+    def lock_key(self) -> str:
+        """Names the directory itself, for locks on this machine: wherever it is moved, and unlike any copy. Raises OSError."""
+        return DirectoryId.of(self.root).key
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -113,6 +126,12 @@ class Address(msgspec.Struct, frozen=True):
     """Other addresses of the same port: which of them a node reaches depends on where it is."""
     generation: int = 0
     """The newest there is: should the journal be lost, its number must not be given again."""
+    run: str = ""
+    """The run's id."""
+    directory: DirectoryId | None = None
+    """The directory whose run it is: an address file that was copied with its run is of another."""
+    path: str = ""
+    """Where that directory was, for messages."""
 
     @property
     def remotes(self) -> tuple[str, ...]:
@@ -134,9 +153,25 @@ PUBLIC_FILE = 0o666
 """Mode of files that may be read by whoever the user's umask lets."""
 
 
+def read_own_address(paths: RunPaths) -> Address | None:
+    """The address of this directory's own controller; one that was copied along with a run is not."""
+    address = read_address(paths.address)
+    return None if address is None or is_foreign(paths, address) else address
+
+
+def is_foreign(paths: RunPaths, address: Address) -> bool:
+    """Whether an address found in a run directory is that of another directory's controller: the run was copied."""
+    try:
+        return address.directory is not None and not address.directory.same(DirectoryId.of(paths.root))
+    except OSError:
+        return False
+
+
 def write_atomically(file: Path, content: bytes, mode: int = 0o600) -> None:
-    """Replaces a file so that a reader sees the old or the new content, and nothing between. mode: less what the umask takes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Replaces a file so that a reader sees the old or the new content, and nothing between. Its directory must be there.
+
+    mode: less what the umask takes.
+    """
     name = file.parent / f".{file.name}.{secrets.token_hex(6)}"
     handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
@@ -190,7 +225,8 @@ class RunLock:
     """Held by a run's controller on this machine for as long as its process lives; the system lets go of it."""
 
     def __init__(self, paths: RunPaths) -> None:
-        self._file = runtime_directory() / f"{paths.key}.lock"
+        """Raises OSError where there is no such directory."""
+        self._file = runtime_directory() / f"{paths.lock_key}.lock"
         self._handle: int | None = None
 
     def take(self) -> bool:
@@ -212,6 +248,8 @@ class RunLock:
 
 STALE_SECONDS = 20.0
 """Without a sign of life on the shared storage before a controller on another machine counts as dead."""
+WATCH_SECONDS = 5.0
+"""That is long enough to see a living controller's next sign of life."""
 CONNECT_SECONDS = 2.0
 
 Whereabouts = Literal["here", "elsewhere", "silent", "nowhere"]
@@ -226,12 +264,12 @@ def find_controller(paths: RunPaths, *, write: bool = True) -> Whereabouts:
     if not lock.take():
         return "here"
     lock.release()
-    address = read_address(paths.address)
+    address = read_own_address(paths)
     if address is None or address.host == host_name():
         return "nowhere"
     age = _seconds_since_beat(paths.address, write=write)
     answers = any(_answers(remote) for remote in address.remotes) if address.remote else None
-    if age is None or age <= STALE_SECONDS:
+    if age is None or abs(age) <= STALE_SECONDS:  # a sign of life from the future was made before the clock was set back
         return "silent" if answers is False and age is not None else "elsewhere"
     return "elsewhere" if answers else "nowhere"
 
@@ -241,11 +279,24 @@ def controller_lives(paths: RunPaths) -> bool:
     return find_controller(paths) != "nowhere"
 
 
+def beats(paths: RunPaths, seconds: float = WATCH_SECONDS) -> bool:
+    """Whether the controller on another machine shows a sign of life in this time, whatever the clocks say."""
+    with contextlib.suppress(OSError):
+        before = paths.address.stat().st_mtime_ns
+        deadline = time.monotonic() + seconds
+        while before and time.monotonic() < deadline:
+            time.sleep(0.2)
+            with paths.address.open("rb") as opened:
+                if os.fstat(opened.fileno()).st_mtime_ns != before:
+                    return True
+    return False
+
+
 def beat(file: Path, address: Address) -> None:
     """A controller's sign of life: the address file is as new as can be. One that was lost is written anew."""
     with contextlib.suppress(OSError):
         found = read_address(file)
-        if found is None or found.term < address.term:
+        if found is None or found.term < address.term or found.run != address.run:
             write_address(file, address)
         elif found.term == address.term:
             os.utime(file)

@@ -105,7 +105,7 @@ class Prober:
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if self._settings.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        self._paths.logs.mkdir(parents=True, exist_ok=True)
+        self._paths.logs.mkdir(exist_ok=True)
         with (self._paths.logs / LOG_NAME).open("ab") as out:
             self._log_from = out.tell()
             self._process = await asyncio.create_subprocess_exec(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,18 @@ from websockets.exceptions import WebSocketException
 from launcher import protocol
 from launcher.journal import JournalError, read_journal
 from launcher.ledger import Ledger
-from launcher.paths import Address, RunPaths, controller_lives, find_controller, host_name, read_address
+from launcher.paths import (
+    CONNECT_SECONDS,
+    Address,
+    RunPaths,
+    beats,
+    controller_lives,
+    find_controller,
+    host_name,
+    is_foreign,
+    read_address,
+    read_own_address,
+)
 from launcher.roles import user_name
 
 T = TypeVar("T")
@@ -36,6 +48,10 @@ class ClientError(Exception):
     """The controller cannot be reached, or refuses; the message says why and what to do."""
 
 
+class CopyError(ClientError):
+    """The directory is a copy of a run whose controller lives."""
+
+
 class SilentError(ClientError):
     """The controller lives and does not answer."""
 
@@ -45,24 +61,34 @@ Looks = Literal["never", "when over", "always"]
 
 
 async def reach_controller(
-    paths: RunPaths, attempt: Callable[[Address], Awaitable[T]], *, start: bool, looks: Looks = "never"
+    paths: RunPaths, attempt: Callable[[Address], Awaitable[T]], *, start: bool, looks: Looks = "never", resumes: bool = False
 ) -> T | None:
     """What `attempt` makes of the controller's address; a controller is started where none lives, if it may be.
 
-    None where there is no controller and the run is to be shown from its files. Raises ClientError where there is no run, no
+    A copy of a live run gets a controller, and becomes a run of its own, only where it `resumes`. None where there is no controller
+    and the run is to be shown from its files. Raises ClientError where there is no run, no
     controller, or one that this machine cannot reach.
     """
     if not paths.is_run():
         raise ClientError(f"{paths.root}: not a run directory (midwatch ps lists the runs)")
+    if not resumes and (original := await asyncio.to_thread(find_original, paths)) is not None:
+        if looks == "always":
+            return None
+        raise CopyError(
+            f"{paths.root}: this is a copy of {original.path}, whose controller lives on {original.host}, and the copy does not "
+            f"steer it (midwatch resume {paths.root} makes the copy a run of its own)"
+        )
     deadline = time.monotonic() + ANSWER_SECONDS
     started: Starting | None = None
     while True:
-        address = read_address(paths.address)
+        address = read_own_address(paths)
         with contextlib.suppress(*UNREACHABLE):
             if address is not None:
                 return await attempt(address)
         if started is None:
             where = await asyncio.to_thread(find_controller, paths, write=looks == "never")
+            if where == "nowhere" and start and address is not None and address.host != host_name():
+                where = "elsewhere" if await asyncio.to_thread(beats, paths) else where  # its last one may only look old
             if where == "nowhere" and await asyncio.to_thread(shows_files, paths, looks):
                 return None
             if where == "nowhere" and not start:
@@ -107,6 +133,27 @@ def stopped_words(address: Address) -> str:
     return ""
 
 
+def find_original(paths: RunPaths) -> Address | None:
+    """The living controller of the run that this directory is a copy of; None where it is no copy, or nobody lives there."""
+    address = read_address(paths.address)
+    if address is None or not is_foreign(paths, address):
+        return None
+    original = RunPaths(Path(address.path))
+    own = read_own_address(original) if original.is_run() else None
+    if own is not None and own.run == address.run:
+        return own if controller_lives(original) else None
+    return address if _listens(address) else None
+
+
+def _listens(address: Address) -> bool:
+    """Whether anybody listens at an address of this machine."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as wire:
+        wire.settimeout(CONNECT_SECONDS)
+        wire.connect(address.url.removeprefix("unix:"))
+        return True
+    return False
+
+
 NOBODY = 65534
 """Owner of what root makes on storage that does not trust root; and of what comes from users this machine does not know."""
 
@@ -145,7 +192,7 @@ def start_controller(directory: Path) -> Starting:
     paths = RunPaths(directory)
     file = paths.logs / "controller.log"
     try:
-        paths.logs.mkdir(parents=True, exist_ok=True)
+        paths.logs.mkdir(exist_ok=True)
         with file.open("ab") as out:
             begin = out.tell()
             process = subprocess.Popen(

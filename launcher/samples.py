@@ -168,7 +168,7 @@ class Samples:
         """The next rollout's chunk: the one at hand while it has room, else a new one."""
         if self._handle is None or self._rollouts >= CHUNK:
             path = self._folder / f"{self._term:06d}-{self._written:05d}.jsonl"
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, PRIVATE_FILE)
             if self._handle is not None:
                 self._full.append(self._handle)

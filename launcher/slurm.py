@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from launcher.directory import DirectoryId
 from launcher.paths import PUBLIC_FILE, RunPaths, host_name, read_address, write_atomically
 from launcher.reach import Looks
 from launcher.recipe import Recipe
@@ -64,6 +65,8 @@ class Job(msgspec.Struct, frozen=True):
     id: str
     submitted: bool = True
     """By Midwatch; else somebody else made the allocation."""
+    directory: DirectoryId | None = None
+    """The run directory that it is the job of; filled in when it is written."""
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -103,13 +106,16 @@ def own_allocation() -> str | None:
 
 
 def read_job(paths: RunPaths) -> Job | None:
+    """The job of this directory; that of a run which this one was copied from is not."""
     try:
-        return msgspec.json.decode(paths.job.read_bytes(), type=Job)
+        job = msgspec.json.decode(paths.job.read_bytes(), type=Job)
+        return job if job.directory is None or job.directory.same(DirectoryId.of(paths.root)) else None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 
 def write_job(paths: RunPaths, job: Job) -> None:
+    job = msgspec.structs.replace(job, directory=DirectoryId.of(paths.root))
     if read_job(paths) != job:
         write_atomically(paths.job, msgspec.json.encode(job), mode=PUBLIC_FILE)
 
@@ -119,7 +125,7 @@ def write_job(paths: RunPaths, job: Job) -> None:
 
 def submit(paths: RunPaths, recipe: Recipe, *, resume: str = "") -> Job:
     """Writes the script and hands it to sbatch; `resume` names who asks that a run that was stopped go on. Raises SlurmError."""
-    paths.logs.mkdir(parents=True, exist_ok=True)
+    paths.logs.mkdir(exist_ok=True)
     write_atomically(paths.batch_script, script(paths.root.resolve(), recipe).encode())  # its lines may hold secrets
     said = _ask("sbatch", "--parsable", str(paths.batch_script), *([f"resume={resume}"] if resume else []))
     job = Job(said.split()[-1].partition(";")[0] if said.split() else "")

@@ -28,6 +28,13 @@ from trainer.manifest import FILE_NAME, PIECE, CheckpointError, Chunk, Entry, Fi
 from trainer.sink import BLOCK, Sink, blocks
 
 
+def make_below(root: Path, place: Path) -> None:
+    """Makes a directory inside a run directory. One that was deleted or moved is not made again. Raises OSError."""
+    for each in reversed([place, *place.parents]):
+        if each != root and each.is_relative_to(root):
+            each.mkdir(exist_ok=True)
+
+
 class Abandoned(CheckpointError):
     """The save was given up on purpose."""
 
@@ -57,7 +64,7 @@ class Writer(StorageWriter):
         if is_coordinator:
             shutil.rmtree(self._directory, ignore_errors=True)
             try:
-                self._directory.mkdir(parents=True)
+                make_below(self._directory.parents[1], self._directory)
             except OSError as error:
                 raise CheckpointError(f"{self._directory}: cannot be made: {error.strerror}") from None
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from launcher.protocol import PHASES
 
 _LAYOUT = struct.Struct("<QdIf")
-"""Step, the time of the beat in seconds since the epoch, the phase's place in PHASES, and the rank's own seconds a step."""
+"""Step, the time of the beat by the machine's monotonic clock, the phase's place in PHASES, and the rank's own seconds a step."""
 
 
 class Heartbeat:
     """Beats into a few bytes of shared memory: no system call, so it may beat at every boundary."""
 
-    def __init__(self, file: Path | None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, file: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._phase = 0
         self.own = 0.0

@@ -29,7 +29,7 @@ class LogLink:
     def __init__(self, root: Path, keep: int) -> None:
         self._checkpoints, self._keep = root / "checkpoints", keep
         self._answers: queue.SimpleQueue[Committed | CommitRefused] = queue.SimpleQueue()
-        (root / "logs").mkdir(parents=True, exist_ok=True)
+        (root / "logs").mkdir(exist_ok=True)
         self._log: TextIO = (root / "logs" / "metrics.jsonl").open("a", encoding="utf-8")
 
     def send(self, body: RankBody) -> None:

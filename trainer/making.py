@@ -23,6 +23,7 @@ from shards.errors import ShardError
 from shards.spec import Build, Source
 from shards.spec import Tokenizer as TokenizerSpec
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
+from trainer.files import make_below
 from trainer.parallel import together
 from trainer.state import Files, checkpoint_id
 from trainer.training import Training
@@ -39,7 +40,7 @@ def keep(training: Training, made: Mapping[str, list[dict[str, Any]]]) -> bool:
 
     def write() -> None:
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            make_below(training.root, place)
             for part in PARTS[stage.objective]:
                 body = b"".join(msgspec.json.encode(record) + b"\n" for record in made.get(part, ()))
                 file = place / _name(part, number, at.lineage)

@@ -25,6 +25,7 @@ from shards.container import ColumnReader, ColumnWriter
 from shards.errors import ShardError
 from shards.feed import Batch
 from trainer.batch import Rows, may_trim, micro_batches, samples_a_replica, share
+from trainer.files import make_below
 from trainer.network import Network
 from trainer.objectives.dpo import responses
 from trainer.objectives.loss import last_place
@@ -128,7 +129,7 @@ def _write(training: Training, reference: Network, file: Path, count: int, read:
     with ExitStack() as kept:
         writer = None
         if world.leads:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_below(training.root, file.parent)
             writer = kept.enter_context(ColumnWriter(file, "uint32", FRAME_ITEMS))
         for start in range(0, count, stride):
             if training.boundary.peek():

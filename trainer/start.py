@@ -177,7 +177,7 @@ def _own_start(root: Path, world: World) -> Start:
     body = b""
     if world.leads:
         checkpoints = root / "checkpoints"
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(exist_ok=True)
         sweep(checkpoints)
         id = newest(checkpoints)
         states = {directory.name: state for directory, state in committed(checkpoints)}
@@ -212,7 +212,7 @@ def _link(recipe: Recipe, root: Path, world: World, start: Start, controlled: bo
         return Logged(LogLink(root, recipe.checkpoint.keep), seconds=recipe.report.seconds)
     hello = RankHello(
         version=VERSION,
-        run=recipe.run.name,
+        run=os.environ.get("MIDWATCH_RUN", ""),
         generation=start.generation,
         term=start.term,
         pid=os.getpid(),

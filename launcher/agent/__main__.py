@@ -8,17 +8,16 @@ an agent that is there already is named instead. `--step` does the same and stay
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
-import psutil
+import msgspec
 
 from launcher.agent.agent import Agent
+from launcher.agent.place import Place
 from launcher.joining import Joining, await_controller, read_key_file
 from launcher.keys import Identity, KeysError, store_identity
 from launcher.network import NetworkError
@@ -27,32 +26,6 @@ from launcher.recipe import RecipeError, load_recipe
 from launcher.signals import ignore_stray
 
 log = logging.getLogger("launcher.agent")
-
-
-class Place:
-    """One agent a run and node: held by a lock for as long as its process lives."""
-
-    def __init__(self, paths: RunPaths, node: str) -> None:
-        self._file = runtime_directory() / f"{paths.key}.{node.replace('/', '_')}.agent"
-        self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600)
-
-    def take(self) -> bool:
-        """Whether it was free."""
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def sign(self) -> str:
-        """Writes down who holds it, and gives that."""
-        said = json.dumps({"pid": os.getpid(), "created": psutil.Process().create_time()})
-        os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, said.encode(), 0)
-        return said
-
-    def holder(self) -> str:
-        return os.pread(self._handle, 1000, 0).decode(errors="replace")
 
 
 def main() -> int:
@@ -68,19 +41,21 @@ def main() -> int:
     paths, node = RunPaths(arguments.run), arguments.node
     log_file = paths.logs / node / "agent.log"
     try:
-        identity: Path | None = None
+        keys: Identity | None = None
         joining: Joining | None = None
         if arguments.join:
             key = read_key_file(arguments.key_file)
-            identity = _keep(key.identity, paths, node)
+            keys = key.identity
             joining = Joining(arguments.join, key.run_key)
         elif arguments.detach or arguments.step:
-            identity = _keep(Identity.decode(sys.stdin.buffer.readline()), paths, node)
+            keys = Identity.decode(sys.stdin.buffer.readline())
         recipe = load_recipe(paths.recipe)
         place = Place(paths, node)
         if not place.take():
-            print(place.holder(), flush=True)
+            holder = place.holder()
+            print(msgspec.json.encode(holder).decode() if holder is not None else "another agent is only starting", flush=True)
             return 0
+        identity = _keep(keys, place) if keys is not None else None  # the agent before this one has deleted its own by now
         if arguments.detach:
             _leave_for_the_background(log_file, place)
         elif arguments.step:
@@ -93,7 +68,7 @@ def main() -> int:
         )
         if joining is not None and identity is not None:
             await_controller(joining, paths, identity)
-        agent = Agent(paths, node, recipe, identity, joining)
+        agent = Agent(paths, node, recipe, identity, joining, leaves=lambda: place.sign(leaving=True))
     except (RecipeError, KeysError, NetworkError, OSError, ValueError) as error:
         print(error, file=sys.stderr, flush=True)
         return 2
@@ -102,9 +77,9 @@ def main() -> int:
     return agent.run()
 
 
-def _keep(identity: Identity, paths: RunPaths, node: str) -> Path:
+def _keep(identity: Identity, place: Place) -> Path:
     """Puts the keys into a file that only this user reads. Raises KeysError."""
-    file = runtime_directory() / f"{paths.key}.{node.replace('/', '_')}.identity"
+    file = runtime_directory() / f"{place.name}.identity"
     store_identity(identity, file)
     return file
 
@@ -126,7 +101,7 @@ def _leave_for_the_background(log_file: Path, place: Place) -> None:
 
 def _write_to(log_file: Path) -> None:
     """Everything said from now on goes there."""
-    log_file.parent.mkdir(parents=True, exist_ok=True)
+    log_file.parent.mkdir(exist_ok=True)
     out = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE_FILE)
     null = os.open(os.devnull, os.O_RDONLY)
     for handle, number in ((null, 0), (out, 1), (out, 2)):

@@ -14,8 +14,9 @@ import queue
 import struct
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from launcher import protocol as p
@@ -25,6 +26,8 @@ from launcher.agent.forkserver import ForkServers
 from launcher.agent.hangs import Hang, HangWatch
 from launcher.agent.probe import ProbePort
 from launcher.agent.stats import NodeReader
+from launcher.directory import DirectoryWatch
+from launcher.identity import run_id
 from launcher.joining import Joining, ways_to
 from launcher.link import Connection
 from launcher.network import address_of, address_that_reaches, interface_of, interface_problem
@@ -40,16 +43,30 @@ FORSAKEN_SECONDS = 60.0
 PARTING_SECONDS = 4.0
 """That an agent which is told to leave gives a controller out of reach, which may only just have been followed by another."""
 STATS_SECONDS = 1.0
+LOOK_SECONDS = 1.0
+"""Between two looks at the run directory."""
+MISSING_SECONDS = 5.0
+"""That it may be out of sight before it counts as moved or deleted."""
 LOOPBACK = "127.0.0.1"
 
 
 class Agent:
     """Obeys the controller, tells it how the node fares, and looks after the ranks when it is gone."""
 
-    def __init__(self, paths: RunPaths, node: str, recipe: Recipe, identity: Path | None, joining: Joining | None = None) -> None:
-        """Raises NetworkError where this node has no address for the others."""
+    def __init__(
+        self,
+        paths: RunPaths,
+        node: str,
+        recipe: Recipe,
+        identity: Path | None,
+        joining: Joining | None = None,
+        leaves: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`leaves` is called when it begins to leave. Raises NetworkError where this node has no address for the others."""
         self._paths, self._node, self._recipe, self._identity = paths, node, recipe, identity
-        self._joining = joining
+        self._joining, self._leaves = joining, leaves
+        self._run = joining.run_key if joining is not None else run_id(paths)
+        self._directory = DirectoryWatch(paths.root, MISSING_SECONDS)
         self._told_to_leave = self._turned_away = False
         self._orders: queue.Queue[p.Message | None] = queue.Queue()
         self._leaving = threading.Event()
@@ -63,7 +80,7 @@ class Agent:
         self._address = self._find_address()
         self._probe = ProbePort(self._address) if self._address != LOOPBACK else None
         self._link = Connection(
-            "agent-link", paths.address, self._hello, self._opened, self._orders.put, self._refused, identity, joining
+            "agent-link", paths.address, self._hello, self._opened, self._orders.put, self._refused, identity, joining, self._run
         )
         interface = interface_of(self._address) if self._address != LOOPBACK else None
         self._rank_environment = {**rank_environment(recipe.cluster.threads, interface), **recipe.cluster.env}
@@ -95,6 +112,8 @@ class Agent:
         threading.Thread(target=_import_torch, name="import-torch", daemon=True).start()
         stats = threading.Thread(target=self._report_stats, name="stats", daemon=True)
         stats.start()
+        directory = threading.Thread(target=self._watch_directory, name="directory", daemon=True)
+        directory.start()
         try:
             while not self._leaving.is_set():
                 try:
@@ -106,14 +125,17 @@ class Agent:
                     self._obey(order)
         finally:
             self._leaving.set()
+            self._leaves()
             self._end_ranks()
             if self._fork_servers is not None:
                 self._fork_servers.close()
-            self._link.close()
+            stats.join(timeout=5)
+            directory.join(timeout=5)
+            self._reader.close()
+            self._directory.close()
+            self._link.close()  # late: that it is closed tells the controller that this node has nothing left
             if self._probe is not None:
                 self._probe.close()
-            stats.join(timeout=5)
-            self._reader.close()
             os.close(self._guard_handle)
             sockets = self._heartbeat.parent.glob(f"{self._heartbeat.stem}.w*")
             for file in [self._guard, *self._beats(), *sockets, *([self._identity] if self._identity is not None else [])]:
@@ -136,7 +158,7 @@ class Agent:
         group = self._ranks()
         return p.AgentHello(
             version=p.VERSION,
-            run=self._joining.run_key if self._joining is not None else self._paths.key,
+            run=self._run,
             node=self._node,
             pid=os.getpid(),
             generation=group.generation if group is not None else self._ended.generation if self._ended is not None else 0,
@@ -169,6 +191,7 @@ class Agent:
             taken = self._take_stacks(order.generation)
             self._link.send(p.StacksTaken(generation=order.generation, file=taken[0], stuck=taken[1]))
         elif isinstance(order, p.Leave):
+            self._leaves()
             self._wait_for_ranks(10)
             self._leaving.set()
 
@@ -182,6 +205,7 @@ class Agent:
             **gather.environment,
             "MIDWATCH_GENERATION": str(generation),
             "MIDWATCH_GUARD": str(self._guard),
+            "MIDWATCH_RUN": self._run,
         }
         if self._identity is not None:
             environment["MIDWATCH_IDENTITY"] = str(self._identity)
@@ -190,7 +214,7 @@ class Agent:
             self._tell_ended(generation, False, (), problem, certain=True)
             return
         logs = self._paths.logs / self._node
-        logs.mkdir(parents=True, exist_ok=True)
+        logs.mkdir(exist_ok=True)
         for file in self._beats():
             file.unlink(missing_ok=True)
         shown = presentable({**os.environ, **environment})
@@ -202,7 +226,7 @@ class Agent:
         self._group = group = RankGroup(
             gather,
             self._paths.root,
-            self._paths.key,
+            self._run,
             logs,
             environment,
             self._heartbeat,
@@ -234,6 +258,14 @@ class Agent:
 
     # Looking after
 
+    def _watch_directory(self) -> None:
+        """Leaves, and ends the ranks, when the run directory is no longer at its path: their work cannot be stored."""
+        while not self._leaving.wait(LOOK_SECONDS):
+            if lost := self._directory.lost():
+                log.error("%s: ending the ranks and leaving", lost)
+                self.leave()
+                return
+
     def _check_forsaken(self) -> None:
         """Ends what neither the controller nor progress speaks for."""
         since = self._link.lost_since
@@ -247,7 +279,7 @@ class Agent:
                 return  # nobody but the operator would start it again
             log.warning("no controller for %d s and no ranks: leaving", FORSAKEN_SECONDS)
             self._leaving.set()
-        elif time.time() - max((when for _, when, _, _ in map(_read_beat, self._beats())), default=0.0) > FORSAKEN_SECONDS:
+        elif time.monotonic() - max((beat.moved for beat in map(_read_beat, self._beats())), default=0.0) > FORSAKEN_SECONDS:
             log.warning("no controller and no step for %d s: ending the ranks", FORSAKEN_SECONDS)
             self._end_ranks()
 
@@ -259,12 +291,12 @@ class Agent:
         while not self._leaving.wait(STATS_SECONDS):
             group = self._ranks()
             generation = group.generation if group is not None else 0
-            ranks = tuple(
+            beats = tuple(
                 p.RankBeat(rank, pid, *_read_beat(self._heartbeat.with_name(f"{self._heartbeat.name}.{rank}")))
                 for rank, pid in (group.pids().items() if group is not None else ())
             )
-            self._link.send(self._reader.read(ranks, generation))
-            hang = self._hangs.see(generation, ranks) if ranks else None
+            self._link.send(self._reader.read(tuple(map(_by_the_clock, beats)), generation))
+            hang = self._hangs.see(generation, beats) if beats else None
             if hang is not None and generation != self._hung:
                 self._hung = generation
                 self._tell_hung(generation, hang)
@@ -292,12 +324,28 @@ class Agent:
         return str(taken.file.relative_to(self._paths.root)), taken.stuck
 
 
-def _read_beat(file: Path) -> tuple[int, float, str, float]:
-    """Step, time by the clock, phase and own seconds a step as of a rank's last move; nothing where it has not moved yet."""
+class Beat(NamedTuple):
+    """What a rank's file says of its last move; zeros where it has not moved yet. Its fields are RankBeat's."""
+
+    step: int = 0
+    moved: float = 0.0
+    """By the clock that only runs on, which all processes of a machine share and nobody sets."""
+    phase: str = p.PHASES[0]
+    own: float = 0.0
+    """Its own seconds a step."""
+
+
+def _by_the_clock(beat: p.RankBeat) -> p.RankBeat:
+    """As the controller gets it: with the time of the move by the node's wall clock as that is set now."""
+    when = time.time() - (time.monotonic() - beat.time) if beat.time else 0.0
+    return p.RankBeat(beat.rank, beat.pid, beat.step, when, beat.phase, beat.own)
+
+
+def _read_beat(file: Path) -> Beat:
     with contextlib.suppress(OSError, struct.error, IndexError):
-        step, when, phase, own = struct.unpack("<QdIf", file.read_bytes()[:24])
-        return int(step), float(when), p.PHASES[phase], float(own)
-    return 0, 0.0, p.PHASES[0], 0.0
+        step, moved, phase, own = struct.unpack("<QdIf", file.read_bytes()[:24])
+        return Beat(int(step), float(moved), p.PHASES[phase], float(own))
+    return Beat()
 
 
 def _import_torch() -> None:

@@ -22,10 +22,12 @@ class StartError(Exception):
 
 
 class Started(NamedTuple):
-    """An agent that was started, or found: its process number on its node, and when the process began, by the node's clock."""
+    """An agent that was started, or found: its process number on its node, and its birth (launcher.processes)."""
 
     pid: int
-    created: float
+    birth: str
+    found: bool = False
+    """It was there already, as far as that can be told."""
 
 
 class Backend(Protocol):

@@ -6,15 +6,15 @@ import os
 import subprocess
 import sys
 
-import psutil
-
 from launcher import journal as j
+from launcher.agent.place import holder_of
 from launcher.backends import FIRST_SECONDS, Started, StartError
 from launcher.paths import RunPaths, host_name
+from launcher.processes import birth_of, lives
 
 
 class LocalBackend:
-    """Starts the agent in a session of its own and tells by process number and time of creation whether it lives."""
+    """Starts the agent in a session of its own, and tells by process number and birth whether it lives."""
 
     patience, lacking = FIRST_SECONDS, ""
 
@@ -28,7 +28,10 @@ class LocalBackend:
     async def start(self, node: str) -> Started:
         directory = self._paths.logs / node
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            there = holder_of(self._paths, node)
+            if there is not None:
+                return Started(there.pid, there.birth, found=True)
+            directory.mkdir(exist_ok=True)
             with (directory / "agent.log").open("ab") as out:
                 process = subprocess.Popen(
                     [self._python, "-P", "-m", "launcher.agent", str(self._paths.root.resolve()), "--node", node],
@@ -40,19 +43,14 @@ class LocalBackend:
                     env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 )
             _children.append(process)
-            return Started(process.pid, psutil.Process(process.pid).create_time())
-        except (OSError, psutil.Error) as error:
+            return Started(process.pid, birth_of(process.pid))
+        except OSError as error:
             raise StartError(f"the agent of {node} cannot be started: {error}") from None
 
     def alive(self, agent: j.AgentStarted) -> bool | None:
         for child in _children:
             child.poll()
-        try:
-            process = psutil.Process(agent.pid)
-            same = abs(process.create_time() - agent.created) < 1.0
-            return bool(same and process.status() != psutil.STATUS_ZOMBIE)
-        except psutil.Error:
-            return False
+        return lives(agent.pid, agent.birth)
 
 
 _children: list[subprocess.Popen[bytes]] = []

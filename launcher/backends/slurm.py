@@ -87,7 +87,7 @@ class SlurmBackend:
     def _start(self, node: str, command: list[str], stdin: bytes, unwanted: threading.Event) -> Started:
         log = self._paths.logs / node / "srun.log"
         try:
-            log.parent.mkdir(parents=True, exist_ok=True)
+            log.parent.mkdir(exist_ok=True)
             with log.open("ab") as errors:
                 before = errors.tell()
                 srun = subprocess.Popen(
@@ -117,7 +117,7 @@ class SlurmBackend:
 
     def alive(self, agent: j.AgentStarted) -> bool | None:
         known = self._steps.get(agent.node)
-        if known is None or known.agent != (agent.pid, agent.created):
+        if known is None or known.agent[:2] != (agent.pid, agent.birth):
             return None
         return known.srun.poll() is None
 
@@ -146,6 +146,6 @@ def _first_words(srun: subprocess.Popen[bytes], stdin: bytes, unwanted: threadin
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     srun.wait(5)
                 break
-            if b'"created"' in said and said.endswith(b"\n"):
+            if b'"birth"' in said and said.endswith(b"\n"):
                 break
     return said.decode(errors="replace")

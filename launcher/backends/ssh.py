@@ -50,7 +50,7 @@ def started(node: str, status: int, stdout: str, stderr: str) -> Started:
     for line in reversed(stdout.splitlines()):  # login scripts may have said something before
         try:
             said = json.loads(line)
-            return Started(int(said["pid"]), float(said["created"]))
+            return Started(int(said["pid"]), str(said["birth"]))
         except (ValueError, TypeError, KeyError):
             continue
     words = [line.strip() for line in stderr.splitlines() if line.strip()]

@@ -35,7 +35,8 @@ def steer(arguments: argparse.Namespace) -> int:
     root = find_anywhere(arguments.run)
 
     async def give() -> p.CommandView:
-        async with Client(root, start=_wakes(root, arguments.command)) as client:
+        resumes = arguments.command == "resume"
+        async with Client(root, start=_wakes(root, arguments.command), resumes=resumes) as client:
             return await client.command(verb, values, wait=not arguments.no_wait)
 
     view = asyncio.run(give())

@@ -40,7 +40,7 @@ def submit_run(paths: RunPaths) -> SlurmRun:
 
 def _unmake(paths: RunPaths) -> None:
     """Takes away a run directory in which nothing has happened yet."""
-    for file in (paths.recipe, paths.batch_script):
+    for file in (paths.recipe, paths.record, paths.batch_script):
         file.unlink(missing_ok=True)
     for directory in (*paths.directories, paths.root):
         with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from launcher.identity import claim
 from launcher.journal import JournalError, read_journal
 from launcher.ledger import Ledger
 from launcher.paths import PRIVATE_FILE, RunPaths, cache_directory, controller_lives, write_atomically
@@ -41,6 +42,7 @@ def prepare(recipe_file: Path, directory: Path | None) -> RunPaths:
         write_atomically(paths.recipe, dump_recipe(recipe).encode(), PRIVATE_FILE if operators is not None else 0o600)
         if operators is not None:
             os.chown(paths.recipe, -1, operators)
+        claim(paths, ())
     except OSError as error:
         raise RecipeError(f"{paths.root}: cannot be made: {error.strerror}") from None
     remember(paths.root)
@@ -94,6 +96,7 @@ def remember(root: Path) -> None:
     """Notes where a run lies, so that `ps` and names find it."""
     paths = RunPaths(root.absolute())
     with contextlib.suppress(OSError):
+        (cache_directory() / "runs").mkdir(parents=True, exist_ok=True)
         write_atomically(cache_directory() / "runs" / paths.key, str(paths.root).encode())
 
 

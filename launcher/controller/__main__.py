@@ -22,6 +22,7 @@ from launcher.controller import recovery
 from launcher.controller.batch import Batch
 from launcher.controller.building import Building
 from launcher.controller.commits import Commits
+from launcher.controller.copies import settle_copy
 from launcher.controller.dispatch import Dispatch
 from launcher.controller.generations import Generations
 from launcher.controller.listener import Listener, ListenError
@@ -37,6 +38,8 @@ from launcher.controller.stragglers import Stragglers
 from launcher.controller.versions import installed_versions
 from launcher.controller.view import View
 from launcher.controller.watching import Watching, action
+from launcher.directory import DirectoryId
+from launcher.identity import claim
 from launcher.keys import KeysError, RunKeys
 from launcher.metrics.store import Metrics
 from launcher.paths import (
@@ -61,6 +64,8 @@ BEAT_SECONDS = 3.0
 """Between two signs of life on the storage that the run's machines share."""
 MOST_FILES = 65536
 """Handles that are asked for where the system allows it: a connection takes one, and the usual 1,024 are too few for many nodes."""
+FAREWELL_SECONDS = 0.2
+"""For the last words to agents, before their connections are closed."""
 LINGER_SECONDS = 3.0
 """How long a finished run is served after its last client has gone."""
 
@@ -75,16 +80,19 @@ async def serve(paths: RunPaths) -> int:
         log.info("another controller lives; leaving the run to it")
         return 0
     journal = j.Journal(paths.journal, time.time(), host_name(), os.getpid(), installed_versions(), recovery.floors(paths))
-    index = cache_directory() / f"{paths.key}.metrics.sqlite"
+    claimed = claim(paths, journal.entries)
+    index = cache_directory() / f"{claimed.run}.metrics.sqlite"
     index.parent.mkdir(parents=True, exist_ok=True)
     metrics = Metrics.open(paths.metrics, index, journal.term)
-    office = Office(paths, recipe, journal, metrics)
+    office = Office(paths, recipe, journal, metrics, run=claimed.run)
     recovery.report_losses(office)
     if not office.ledger.started:
-        office.record(run_began(recipe.run.name, recipe, text, office.clock()))
+        office.record(run_began(recipe.run.name, recipe, text, office.clock(), office.run))
+    elif claimed.original is not None:
+        settle_copy(office, claimed.original)
     note_change(office)
     term = Term(office)
-    server = await term.door.listen(room / f"{paths.key}.{journal.term}.sock")
+    server = await term.door.listen(room / f"{office.run}.{journal.term}.sock")
     socket = server.sockets[0].getsockname()
     listener: Listener | None = None
     remotes: tuple[str, ...] = ()
@@ -103,6 +111,9 @@ async def serve(paths: RunPaths) -> int:
             generation=office.ledger.generation,
             remote=remotes[0] if remotes else "",
             also=remotes[1:],
+            run=office.run,
+            directory=DirectoryId.of(paths.root),
+            path=str(paths.root.resolve()),
         )
         write_address(paths.address, address)
         term.generations.on_begun = lambda: _note_generation(paths, address, office.ledger.generation)
@@ -122,6 +133,7 @@ async def serve(paths: RunPaths) -> int:
         with contextlib.suppress(OSError):
             metrics.close()
         office.samples.close()
+        office.directory.close()
         journal.close()
         lock.release()
     return 0
@@ -225,8 +237,10 @@ class Term:
             self.stragglers.look()
             self._office.retry_backlog()
             self.dispatch.look()
-            if not self._office.paths.is_run():
-                raise j.Ousted("the run directory is gone")
+            if lost := self._office.directory.lost():
+                self.generations.abandon(lost)
+                await asyncio.sleep(FAREWELL_SECONDS)
+                raise j.Ousted(lost)
             if (self._office.paths.journal / f"{self._office.term + 1:06d}.log").exists():
                 raise j.Ousted("a later term has begun")
             if beat % 4 == 0:
@@ -247,11 +261,11 @@ class Term:
         idle = 0.0
         while idle < LINGER_SECONDS:
             resting = office.state in ("finished", "failed") or (office.state == "released" and not office.ledger.generation_live)
-            over = (resting or office.over.is_set()) and not office.unwritten
-            idle = idle + 0.25 if over and self.door.clients == 0 else 0.0
+            waited_for = self.door.clients or self.generations.parting or office.ledger.resumes() or office.unwritten
+            idle = idle + 0.25 if (resting or office.over.is_set()) and not waited_for else 0.0
             await asyncio.sleep(0.25)
         self.generations.dismiss()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(FAREWELL_SECONDS)
 
     def _rule_fires(self, rule: Watch, step: int, seen: str) -> None:
         office = self._office

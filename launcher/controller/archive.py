@@ -28,6 +28,7 @@ from launcher.controller.office import Office
 from launcher.controller.peers import Roles, quiet
 from launcher.controller.queries import Queries
 from launcher.controller.view import View
+from launcher.identity import run_id
 from launcher.metrics.store import Metrics
 from launcher.paths import Address, RunPaths, cache_directory, host_name, read_address
 from launcher.recipe import load_recipe
@@ -66,7 +67,7 @@ class Archive:
         journal = _PastJournal(paths.journal)
         self._newest = journal.entries[-1][1].time if journal.entries else time.time()
         recipe = load_recipe(paths.recipe)
-        metrics = Metrics.read(paths.metrics, cache_directory() / f"{paths.key}.metrics.sqlite")
+        metrics = Metrics.read(paths.metrics, cache_directory() / f"{run_id(paths) or paths.key}.metrics.sqlite")
         self.office = _ArchiveOffice(paths, recipe, journal, metrics, clock=lambda: self._newest)
         self.office.restore()
         there = files.listed(paths.checkpoints) or frozenset()

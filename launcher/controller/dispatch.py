@@ -37,6 +37,8 @@ _NODE_MARKS: dict[Verb, Literal["in use", "drained", "quarantined"]] = {
 }
 _REGROUPING = ("regroup", "node-drain")
 """Commands after which the ranks leave with a checkpoint, to be gathered anew."""
+_STOPPING = ("stop", "stop-now", "release")
+"""Commands that a stopped run has carried out."""
 
 
 class Dispatch:
@@ -49,9 +51,13 @@ class Dispatch:
         self._wake = asyncio.Event()
         self.holding = False
         """The ranks are to wait until the journal can be written again."""
+        self._stopped_at: tuple[int, dict[str, Any]] | None = None
+        """Step and checkpoint at which the ranks leave for a stop or a release that is not done yet."""
         self.on_rollback: Callable[[], None] = lambda: None
         generations.on_training = self._ranks_train
+        generations.on_stopping = self._stopping
         generations.on_stopped = self._stopped
+        generations.on_failed = self._start_failed
         generations.on_grow = self._grow
         office.state_listeners.append(self._wake.set)  # a command that waits may be refused now, or be due
 
@@ -169,6 +175,9 @@ class Dispatch:
         view = office.ledger.commands.get(outcome.number)
         if view is None or view.state not in ("queued", "sent"):
             return
+        if outcome.ok and view.verb in _STOPPING:
+            self._stopped_at = (outcome.step, outcome.detail)
+            return  # the ranks are about to leave; it is done when they have
         lineage = office.ledger.rollbacks.get(outcome.number)
         before: tuple[j.Entry, ...] = ()
         if view.verb == "rollback":
@@ -196,6 +205,7 @@ class Dispatch:
         """Ends the commands that an earlier generation was sent and whose effect this one has started from.
 
         A rollback: its lineage was journaled, and the restart has followed it. An advance: its stage's end was committed.
+        A resume: there are ranks again, and they do not hold.
         """
         office = self._office
         ledger = office.ledger
@@ -208,6 +218,9 @@ class Dispatch:
                 detail: dict[str, Any] = {"lineage": lineage.id, "step": lineage.fork_step, "by": "restart"}
                 self._end(command, "done", step=lineage.fork_step, detail=detail)
                 self.on_rollback()
+            elif command.verb == "resume":
+                step = start.step if start is not None else 0
+                self._end(command, "done", step=step, detail={"generation": ledger.generation})
             elif command.verb == "advance" and start is not None and start.ended and start.time >= command.time:
                 self._end(command, "done", step=start.step, detail={"checkpoint": start.id, "by": "restart"})
 
@@ -243,19 +256,41 @@ class Dispatch:
     def _ranks_train(self) -> None:
         self._wake.set()
 
-    def _stopped(self) -> None:
-        """The run is closed: what asked for it is done, what else was in line is not."""
+    def _stopping(self) -> None:
+        """The ranks have ended for a stop: what else was in line is not done. What comes from now on waits for the agents' end."""
         for command in self._office.ledger.open_commands():
-            if command.verb in ("stop", "stop-now", "release"):
-                self._end(command, "done", step=self._office.live.step)
-            else:
+            if command.verb not in _STOPPING:
                 self._end(command, "cancelled", reason="the run was stopped")
+
+    def _stopped(self) -> None:
+        """Agents and ranks have ended: what asked for it is done."""
+        step, detail = self._stopped_at or (self._office.live.step, {})
+        self._stopped_at = None
+        for command in self._office.ledger.open_commands():
+            if command.verb in _STOPPING:
+                self._end(command, "done", step=step, detail=detail)
+        self._wake.set()
+
+    def _start_failed(self, reason: str) -> None:
+        """No ranks will come: a resume that waits for them has failed."""
+        for command in self._office.ledger.open_commands():
+            if self._waits_for_start(command):
+                self._end(command, "failed", reason=reason)
+        self._wake.set()
+
+    def _waits_for_start(self, command: CommandView) -> bool:
+        """Whether it is a resume that is done when the next ranks are there."""
+        ledger = self._office.ledger
+        old = not ledger.generation_live or ledger.sent_in.get(command.number, 0) < ledger.generation
+        return command.verb == "resume" and command.state == "sent" and old
 
     def ranks_ended(self, cause: str, step: int, checkpoint: str | None) -> None:
         """The ranks left by themselves: whoever asked for that has got it."""
+        if cause in ("stopped", "stopped-now"):
+            self._stopped_at = self._stopped_at or (step, {"checkpoint": checkpoint} if checkpoint else {})
+            return
+        self._stopped_at = None
         verbs = {
-            "stopped": ("stop",),
-            "stopped-now": ("stop-now", "stop"),
             "released": ("release",),
             "regrouped": _REGROUPING,
         }.get(cause, ())
@@ -269,6 +304,7 @@ class Dispatch:
 
     async def run(self) -> None:
         """Works through the line for as long as the controller lives."""
+        self._wake.set()  # a controller before this one may have left commands in line
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -289,8 +325,17 @@ class Dispatch:
         for command in self._office.ledger.open_commands():
             if command.state == "queued":
                 return command
+            if self._waits_for_start(command):
+                return self._next_beside_a_start()
             if command.verb != "checkpoint":
                 return None
+        return None
+
+    def _next_beside_a_start(self) -> CommandView | None:
+        """The first command that need not wait for the ranks that are being started, as a stop, or a node that is added."""
+        for command in self._office.ledger.open_commands():
+            if command.state == "queued" and TABLE[cast(Verb, command.verb)][self._office.state][0] in (Doing.NOW, Doing.SHAPE):
+                return command
         return None
 
     async def _carry_out(self, command: CommandView) -> bool:
@@ -424,8 +469,8 @@ class Dispatch:
         office = self._office
         restart = office.ledger.restart_point()
         step = restart.step if restart is not None else 0
-        if command.verb == "resume":
-            self._end(command, "done", step=step)
+        if command.verb == "resume":  # it is done when the ranks are there
+            office.promise(j.CommandSent(time=office.clock(), number=command.number, generation=office.ledger.generation))
             self._generations.restart()
         elif command.verb == "set":
             problem = self._check(command)

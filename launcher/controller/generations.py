@@ -9,6 +9,7 @@ too many failures without a step between -> failed, and an operator decides
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -56,6 +57,8 @@ class Generations:
     def __init__(self, office: Office, commits: Commits, building: Building, pool: Pool) -> None:
         self._office, self._commits, self._building, self._pool = office, commits, building, pool
         self._work: asyncio.Task[None] | None = None
+        self._parting: asyncio.Task[None] | None = None
+        """Waits for the agents to end after a stop."""
         self._failures = 0
         self._progressed = False
         self._trained = False
@@ -76,7 +79,11 @@ class Generations:
         self._hang = Hanging(office, pool, self.ranks_hang)
         self.on_training: Callable[[], None] = lambda: None
         self.on_begun: Callable[[], None] = lambda: None
+        self.on_stopping: Callable[[], None] = lambda: None
         self.on_stopped: Callable[[], None] = lambda: None
+        """The ranks have ended for a stop; then the agents have, too."""
+        self.on_failed: Callable[[str], None] = lambda _: None
+        """The run has failed, and nothing starts until an operator decides."""
         self.on_grow: Callable[[str], None] = lambda _: None
         """Asked for when there are nodes that the generation could have and has not; the word names them."""
 
@@ -98,6 +105,10 @@ class Generations:
             self._work.add_done_callback(self._begun)
         elif ledger.state in ("building", "starting", "training", "paused", "recovering"):
             self.begin("crash" if ledger.generation else "start")
+        elif ledger.state == "released" and any(c.verb in ("stop", "stop-now") for c in ledger.open_commands()):
+            self._send_agents_away()
+        elif ledger.state in ("released", "failed") and ledger.resumes():
+            self.restart()
 
     async def _reunite(self) -> None:
         """Waits for an agent of the living generation; where all are gone, its ranks are too."""
@@ -127,7 +138,7 @@ class Generations:
         error = task.exception()
         if error is not None:
             log.error("gathering the ranks failed", exc_info=error)
-            self._office.change_state("failed", f"internal error: {error!r}; see controller.log")
+            self._failed(f"internal error: {error!r}; see controller.log")
 
     async def _begin(self, cause: Cause) -> None:
         office = self._office
@@ -152,6 +163,8 @@ class Generations:
         except TooFewNodes as error:
             self._fail(str(error))
             return
+        while office.directory.missing():  # its checkpoints are out of sight; the controller ends if that lasts
+            await asyncio.sleep(0.2)
         await recovery.adopt(office)
         while problem := await check_restart_point(office, self._commits, thorough=self._failures > 0):
             if not office.live.storage_fault:
@@ -185,7 +198,11 @@ class Generations:
 
     def _fail(self, problem: str) -> None:
         self._office.note("alarm", problem)
-        self._office.change_state("failed", problem)
+        self._failed(problem)
+
+    def _failed(self, reason: str) -> None:
+        self._office.change_state("failed", reason)
+        self.on_failed(reason)
 
     def _gather(self, start: Start, nodes: tuple[str, ...]) -> None:
         """Raises JournalError, and nothing is begun, where the journal cannot be written."""
@@ -464,6 +481,8 @@ class Generations:
     def stop(self, force: bool = False) -> None:
         """Ends the run without the ranks' help, where there are none or they do not answer."""
         office = self._office
+        if self.parting:
+            return
         if self._work is not None and not self._work.done():
             self._work.cancel()
         if office.ledger.generation_live and any(self._pool.connected(n) for n in office.ledger.generation_nodes):
@@ -503,9 +522,9 @@ class Generations:
         """Whether ranks of the living generation are on the node."""
         return self._member(node)
 
-    def rival(self, hello: AgentHello) -> str | None:
-        """Where the node's agent is, if another than this one is there and speaks."""
-        return self._pool.rival(hello)
+    def address(self, node: str) -> str:
+        """Where the node's agent is, as it has said."""
+        return self._pool.address(node)
 
     @property
     def generation(self) -> int:
@@ -515,6 +534,21 @@ class Generations:
         """Sends the agents away; a resume starts new ones."""
         self._pool.dismiss(Leave())
 
+    def abandon(self, why: str) -> None:
+        """The run's directory is no longer at its path: agents and ranks end. What lies in the directory says so, if it can."""
+        office, ledger = self._office, self._office.ledger
+        if self._work is not None:
+            self._work.cancel()
+        if ledger.generation_live:
+            self._end_ranks(why)
+        self.dismiss()
+        with contextlib.suppress(j.JournalError):
+            office.note("alarm", f"{why}; the ranks are ended")
+            if ledger.generation_live:
+                self._generation_ended("the run directory was moved or deleted")
+            if office.state not in ("finished", "failed", "released"):
+                office.change_state("released", "its directory was moved; resume goes on from the newest checkpoint")
+
     # Inside
 
     def _busy(self) -> bool:
@@ -523,11 +557,11 @@ class Generations:
     def _after_failure(self, reason: str, *, certain: bool = False) -> None:
         office = self._office
         if certain:
-            office.change_state("failed", f"{reason}; another start would end in the same way")
+            self._failed(f"{reason}; another start would end in the same way")
             return
         self._failures = 1 if self._progressed else self._failures + 1
         if self._failures > office.recipe.run.restarts:
-            office.change_state("failed", f"{self._failures} starts in a row failed without a step; the last one: {reason}")
+            self._failed(f"{self._failures} starts in a row failed without a step; the last one: {reason}")
         else:
             self.begin("crash")
 
@@ -540,9 +574,30 @@ class Generations:
         )
 
     def _stopped(self) -> None:
+        """The ranks have ended; who asked for the stop is answered when the agents have ended, too."""
         office = self._office
         failed = f" (it had failed: {office.ledger.reason})" if office.state == "failed" else ""
         office.change_state("released", f"stopped; resume goes on from the newest checkpoint{failed}")
-        self.on_stopped()
+        self.on_stopping()
+        self._send_agents_away()
+
+    def _send_agents_away(self) -> None:
+        self._parting = asyncio.create_task(self._part(), name="parting")
+
+    @property
+    def parting(self) -> bool:
+        """Whether a stop waits for the agents' end."""
+        return self._parting is not None and not self._parting.done()
+
+    async def _part(self) -> None:
+        left = await self._pool.part(Leave())
         self.dismiss()
+        try:
+            if left:
+                self._office.note(
+                    "warning", f"the agent of {left} does not say that it has ended; it ends when it is in reach again"
+                )
+            self.on_stopped()
+        except j.Ousted:
+            pass
         self._office.over.set()

@@ -15,6 +15,8 @@ from typing import Literal
 import msgspec
 
 from launcher import journal as j
+from launcher.directory import DirectoryWatch
+from launcher.identity import claim
 from launcher.ledger import Ledger
 from launcher.metrics.store import Metrics
 from launcher.paths import RunPaths, mount_of
@@ -24,6 +26,8 @@ from launcher.samples import Samples
 
 log = logging.getLogger("launcher.controller")
 
+MISSING_SECONDS = 2.0
+"""That the run directory may be out of sight before it counts as moved or deleted."""
 BALLAST_BYTES = 256 * 1024
 """Kept free beside the journal, so that it can still be written when the disk is full."""
 
@@ -72,9 +76,18 @@ class Office:
     """Shared by all parts of one controller; lives in one event loop, so nothing in it is locked."""
 
     def __init__(
-        self, paths: RunPaths, recipe: Recipe, journal: j.Journal, metrics: Metrics, clock: Callable[[], float] = time.time
+        self,
+        paths: RunPaths,
+        recipe: Recipe,
+        journal: j.Journal,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+        run: str | None = None,
     ) -> None:
         self.paths, self.recipe, self.journal, self.metrics, self.clock = paths, recipe, journal, metrics, clock
+        self.run = run if run is not None else claim(paths, journal.entries).run
+        """The run's id."""
+        self.directory = DirectoryWatch(paths.root, MISSING_SECONDS)
         self.ledger = Ledger()
         for term, entry in journal.entries:
             self.ledger.apply(term, entry)

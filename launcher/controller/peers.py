@@ -7,8 +7,11 @@ import logging
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.office import Live
 from launcher.roles import is_member, user_name
@@ -18,6 +21,9 @@ quiet = logging.getLogger("launcher.controller.wire")
 """For what websockets says of each broken connection: it goes nowhere, for those that matter are counted here."""
 quiet.addHandler(logging.NullHandler())
 quiet.propagate = False
+
+PROOF_SECONDS = 5.0
+"""That a peer has to answer a ping when another wants to take its place."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,38 @@ class Roles:
             return Peer(user_name(uid), commands=True, works=True)
         member = self.operators is not None and await asyncio.to_thread(is_member, uid, self.operators)  # it may ask a directory
         return Peer(user_name(uid), commands=member, works=False)
+
+
+class Rivals:
+    """Which connection speaks for what; nobody takes the place of a connection whose peer still answers."""
+
+    def __init__(self) -> None:
+        self._present: dict[Hashable, ServerConnection] = {}
+
+    async def admit(self, what: Hashable, connection: ServerConnection) -> bool:
+        """Whether the connection speaks for it from now on; False where another one does, and answers a ping."""
+        while (other := self._present.get(what)) is not None:
+            if await _answers(other):
+                return False
+            if self._present.get(what) is other:
+                del self._present[what]
+        self._present[what] = connection
+        return True
+
+    def left(self, what: Hashable, connection: ServerConnection) -> None:
+        if self._present.get(what) is connection:
+            del self._present[what]
+
+
+async def _answers(connection: ServerConnection) -> bool:
+    """Whether the peer at the other end answers; the connection of one that does not is ended."""
+    try:
+        async with asyncio.timeout(PROOF_SECONDS):
+            await (await connection.ping())
+        return True
+    except (ConnectionClosed, TimeoutError):
+        connection.transport.abort()
+        return False
 
 
 class Refusals:

@@ -40,6 +40,8 @@ RECONNECT_SECONDS = 3.0
 """That agents of a living generation have to come back to a new controller before others are started."""
 PATIENCE_SECONDS = 5.0
 """That nodes beyond the fewest are waited for."""
+PART_SECONDS = 15.0
+"""That agents have to end when they are sent away."""
 LOOK_SECONDS = 50e-6
 """A node, between two looks at all of them: many that come at once are looked at together."""
 
@@ -59,6 +61,8 @@ class Member:
     starting: asyncio.Task[None] | None = None
     started: float = 0.0
     """When an agent was started that has not come yet; 0: none was."""
+    found: bool = False
+    """That agent was there before: it may have been about to leave."""
     failures: int = 0
     """Of tries to start one, in a row."""
     next_try: float = 0.0
@@ -85,6 +89,8 @@ class Pool:
         """When it last looked after the nodes, and since when it has done so in time."""
         self.wanted = False
         """Whether the run needs its nodes; a released one does not."""
+        self._parting: Message | None = None
+        """What agents are told that come while all are sent away."""
         for name in backend.nodes:
             self._member(name)
 
@@ -102,6 +108,8 @@ class Pool:
         member.send, member.hello, member.heard = send, hello, time.monotonic()
         member.started, member.failures, member.problem, member.refusal = 0.0, 0, "", ""
         self._answered(member)
+        if self._parting is not None:
+            send(self._parting)
         node = self._office.live.nodes[hello.node]
         node.pid, node.reachable, node.problem = hello.pid, True, ""
         self._tell_change()
@@ -135,14 +143,6 @@ class Pool:
             log.warning("%s", problem)
         member.problem = self._office.live.nodes[member.name].problem = problem
 
-    def rival(self, hello: AgentHello) -> str | None:
-        """Where the agent of that name is, if it is another one, connected, and heard of just now."""
-        member = self._members.get(hello.node)
-        if member is None or member.send is None or member.hello is None or time.monotonic() - member.heard > SILENT_SECONDS:
-            return None
-        same = (member.hello.pid, member.hello.address) == (hello.pid, hello.address)
-        return None if same else member.hello.address
-
     def send(self, name: str, message: Message) -> bool:
         """Whether there is a connection to send over."""
         member = self._members.get(name)
@@ -156,6 +156,11 @@ class Pool:
         found = self._members[name].hello
         assert found is not None
         return found
+
+    def address(self, name: str) -> str:
+        """Where a node's agent is, as it has said."""
+        found = self._members[name].hello if name in self._members else None
+        return found.address if found is not None else "an address that it has not told yet"
 
     def connected(self, name: str) -> bool:
         member = self._members.get(name)
@@ -176,6 +181,31 @@ class Pool:
                 member.send = None
                 self._office.live.nodes[member.name].reachable = False
         self._tell_change()
+
+    async def part(self, message: Message) -> str:
+        """Sends all agents away and waits until they have ended; names those of which that is not known in time."""
+        self.wanted, self._parting = False, message
+        there = [m for m in self._members.values() if not self._parted(m)]
+        for member in self._members.values():
+            if member.starting is not None:
+                member.starting.cancel()
+        for member in there:
+            if member.send is not None:
+                member.send(message)
+        deadline = time.monotonic() + PART_SECONDS
+        try:
+            while left := [m.name for m in there if not self._parted(m)]:
+                if time.monotonic() > deadline:
+                    return ", ".join(left)
+                await asyncio.sleep(0.05)
+            return ""
+        finally:
+            self._parting = None
+
+    def _parted(self, member: Member) -> bool:
+        """Its connection is closed, which an agent does last, and its process has ended where that can be told from here."""
+        agent = self._office.ledger.agents.get(member.name)
+        return member.send is None and (agent is None or not self._backend.alive(agent))
 
     # Which nodes there are
 
@@ -282,11 +312,14 @@ class Pool:
         alive = before is not None and self._backend.alive(before)
         try:
             if member.started and alive is False:
-                raise StartError(f"the agent of {member.name} ended at once; see logs/{member.name}/agent.log")
+                member.started = 0.0
+                if not member.found:
+                    raise StartError(f"the agent of {member.name} ended at once; see logs/{member.name}/agent.log")
             if not (member.started and alive):
                 started = await self._backend.start(member.name)
-                if before is None or (before.pid, before.created) != started:
-                    office.record(j.AgentStarted(time=office.clock(), node=member.name, pid=started.pid, created=started.created))
+                member.found = started.found
+                if before is None or (before.pid, before.birth) != started[:2]:
+                    office.record(j.AgentStarted(time=office.clock(), node=member.name, pid=started.pid, birth=started.birth))
             if member.started and time.monotonic() - member.started > ANSWER_SECONDS:
                 raise StartError(f"the agent of {member.name} runs and does not answer; see logs/{member.name}/agent.log")
             member.started = member.started or time.monotonic()

@@ -32,8 +32,8 @@ def fingerprint(text: str) -> str:
     return hashlib.blake2b(json.dumps(leaves).encode(), digest_size=16).hexdigest()
 
 
-def run_began(name: str, recipe: Recipe, text: str, now: float) -> j.RunBegan:
-    return j.RunBegan(time=now, name=name, recipe=recipe.digest(), file=fingerprint(text), stated=stated(text))
+def run_began(name: str, recipe: Recipe, text: str, now: float, id: str) -> j.RunBegan:
+    return j.RunBegan(time=now, name=name, recipe=recipe.digest(), id=id, file=fingerprint(text), stated=stated(text))
 
 
 def note_change(office: Office) -> None:

@@ -23,7 +23,7 @@ from launcher.controller.clients import Clients
 from launcher.controller.dispatch import Dispatch
 from launcher.controller.generations import Generations
 from launcher.controller.office import Office
-from launcher.controller.peers import Peer, Refusals, Roles, quiet
+from launcher.controller.peers import Peer, Refusals, Rivals, Roles, quiet
 from launcher.controller.preferring import Preferring
 from launcher.controller.probing import Probing
 from launcher.controller.queries import Queries
@@ -68,6 +68,7 @@ class Doorkeeper:
         self._operators = group_id(group, str(office.paths.recipe)) if group is not None else None
         self._roles = Roles(os.getuid(), self._operators)
         self.refusals = Refusals(office.live)
+        self._rivals = Rivals()
         self._waiting = 0
         self.publish = self._clients.publish
 
@@ -102,6 +103,8 @@ class Doorkeeper:
 
     async def serve(self, connection: ServerConnection, peer: Peer) -> None:
         """Talks with one peer until it leaves or is turned away."""
+        if self._office.directory.missing():
+            return  # a moment out of sight, or the end of this controller: either way the peer comes again
         try:
             hello = await self._hello(connection, peer)
             if isinstance(hello, p.ClientHello):
@@ -111,7 +114,7 @@ class Doorkeeper:
             elif not peer.works:
                 raise Unwelcome(f"you are {peer.name}; agents and ranks of this run are {user_name(self._roles.owner)}'s alone")
             elif isinstance(hello, p.RankHello):
-                await self._serve_rank(connection, hello)
+                await self._serve_rank(connection, hello, peer)
             elif peer.node is not None and hello.node != peer.node:
                 raise Unwelcome(f"this key is of the node {peer.node}, not of {hello.node}")
             else:
@@ -168,18 +171,31 @@ class Doorkeeper:
 
     # Ranks
 
-    async def _serve_rank(self, connection: ServerConnection, hello: p.RankHello) -> None:
+    async def _serve_rank(self, connection: ServerConnection, hello: p.RankHello, peer: Peer) -> None:
+        """Talks with rank 0, which is on the first node of the living generation and connected once a channel."""
         ledger = self._office.ledger
         problem = ""
         if hello.version != p.VERSION:
             problem = f"version {hello.version} of the protocol, {p.VERSION} is spoken here"
-        elif hello.run != self._office.recipe.run.name:
+        elif hello.run != self._office.run:
             problem = "another run's rank"
         elif hello.generation != ledger.generation or not ledger.generation_live:
             problem = f"generation {hello.generation} is over"
         if problem:
             await connection.send(p.encode(p.Refused(reason=problem)))
             return
+        first = ledger.generation_nodes[0]
+        if peer.node not in (None, first):
+            raise Unwelcome(f"rank 0 of generation {hello.generation} is on {first}, and this key is of the node {peer.node}")
+        place = (hello.generation, hello.channel)
+        if not await self._rivals.admit(place, connection):
+            raise Unwelcome(f"rank 0 of generation {hello.generation} is connected already, and answers")
+        try:
+            await self._talk_with_rank(connection, hello)
+        finally:
+            self._rivals.left(place, connection)
+
+    async def _talk_with_rank(self, connection: ServerConnection, hello: p.RankHello) -> None:
         control = hello.channel == "control"
         source = f"{hello.generation}/{hello.channel}"
         acknowledged = self._reports.acknowledged() if control else 0
@@ -236,7 +252,7 @@ class Doorkeeper:
 
     async def _serve_agent(self, connection: ServerConnection, hello: p.AgentHello) -> None:
         rival = False
-        if hello.version != p.VERSION or hello.run != self._office.paths.key:
+        if hello.version != p.VERSION or hello.run != self._office.run:
             reason = (
                 "another run's agent"
                 if hello.version == p.VERSION
@@ -245,16 +261,23 @@ class Doorkeeper:
                     "install the same version on the node"
                 )
             )
-        elif (address := self._generations.rival(hello)) is not None:
+        elif not await self._rivals.admit(hello.node, connection):
+            address = self._generations.address(hello.node)
             reason = f"the node {hello.node} has an agent already, at {address}; give each its own name (--node)"
             rival = True
         else:
             reason = ""
         if reason:
-            if hello.run == self._office.paths.key and not rival:
+            if hello.run == self._office.run and not rival:
                 self._generations.agent_refused(hello.node, reason)
             await connection.send(p.encode(p.Refused(reason=reason)))
             return
+        try:
+            await self._talk_with_agent(connection, hello)
+        finally:
+            self._rivals.left(hello.node, connection)
+
+    async def _talk_with_agent(self, connection: ServerConnection, hello: p.AgentHello) -> None:
         await connection.send(p.encode(p.AgentWelcome(term=self._office.term)))
         send = self._sender(connection)
         self._generations.agent_came(hello, send)

@@ -64,7 +64,7 @@ def compose(office: Office, *, repeats: bool) -> Start:
         lr_scale=lineage.lr_scale if at_fork else 1.0,
         applied=min(open_numbers) - 1 if open_numbers else ledger.newest_command,
         replays=ledger.replays(step),
-        paused=ledger.held,
+        paused=ledger.held and not ledger.resumes(),
     )
 
 

@@ -89,7 +89,7 @@ class ChunkWriter:
 
     def __init__(self, folder: Path, term: int) -> None:
         """Raises FileExistsError when the term already has a chunk: two controllers believe they hold it."""
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         self.path = folder / f"{term:06d}.chunk"
         self._file = self.path.open("xb", buffering=1 << 20)
         self.offset = 0

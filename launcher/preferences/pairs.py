@@ -26,6 +26,8 @@ def export(directory: Path, to: Path | None = None) -> Counter[str]:
         counts[record if isinstance(record, str) else "pairs"] += 1
         if not isinstance(record, str):
             lines.append(msgspec.json.encode(record) + b"\n")
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(to if to is not None else directory / EXPORTED, b"".join(lines), mode=PUBLIC_FILE)
     return counts
 

@@ -58,7 +58,7 @@ class Lines:
 
     def __init__(self, file: Path) -> None:
         """Raises OSError."""
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(exist_ok=True)
         found = read(file)
         self.records = found.records
         self.notes: list[str] = []
@@ -107,7 +107,7 @@ class Store:
     def __init__(self, directory: Path, annotator: str, holder: str) -> None:
         """holder: who writes, in words for whoever is refused meanwhile. Raises PreferenceError and OSError."""
         check_name(annotator)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
         self.annotator = annotator
         self._lock = _take(directory / f".{annotator}.lock", annotator, holder)
         try:

@@ -23,6 +23,8 @@ from launcher.checkpoints import MANIFEST
 from launcher.controller import __main__ as controller
 from launcher.controller import recovery
 from launcher.controller.office import Office
+from launcher.directory import DirectoryId
+from launcher.identity import RunRecord
 from launcher.metrics.store import Metrics
 from launcher.paths import RunPaths
 from launcher.recipe import Recipe, Watch, dump_recipe, parse_recipe
@@ -57,6 +59,8 @@ global_batch = 1
 mixture = { text = 1.0 }
 """
 NODE = "node"
+RUN = "desk"
+"""The run's id, here the same as its name."""
 
 
 def write_checkpoint(root: Path, directory: str, id: str, generation: int = 1, **state: object) -> str:
@@ -94,7 +98,7 @@ class NoProcesses:
         self.started += 1
         self.living = True
         asyncio.get_running_loop().call_soon(self.came)
-        return Started(4242, 1.0)
+        return Started(4242, "birth")
 
     def alive(self, agent: j.AgentStarted) -> bool | None:
         return self.living
@@ -121,6 +125,9 @@ class Desk:
         self.paths = RunPaths(root)
         self.paths.create()
         self.paths.recipe.write_text(dump_recipe(recipe))
+        if not self.paths.record.exists():
+            record = RunRecord(id=RUN, directory=DirectoryId.of(root), path=str(root))
+            self.paths.record.write_bytes(msgspec.json.encode(record))
         self.now = 1000.0
         self.journal = j.Journal(self.paths.journal, self.now, "host", 1, None, recovery.floors(self.paths))
         self.metrics = Metrics.open(self.paths.metrics, root / "index.sqlite", self.journal.term)
@@ -132,6 +139,9 @@ class Desk:
         self.reports = self.term.door._reports
         self.backend: NoProcesses = self.generations._pool._backend  # type: ignore[assignment]
         self.backend.came = self.agent_comes
+        self._agent_send: Callable[[p.Message], None] = self._tell_agent
+        self.agents_leave = True
+        """Whether agents that are sent away leave at once."""
         self.agent: list[p.Message] = []
         """What the agent was told."""
         self.rank: list[p.Message] = []
@@ -167,7 +177,7 @@ class Desk:
     async def close(self) -> None:
         """As a kill would: nothing more is written."""
         assert self._work is not None
-        for task in (self._work, self.generations._work):
+        for task in (self._work, self.generations._work, self.generations._parting):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -181,12 +191,24 @@ class Desk:
         held = self.ledger.generation if self.ledger.generation_live else 0
         hello = p.AgentHello(
             version=p.VERSION,
-            run=self.paths.key,
+            run=self.office.run,
             node=node,
             pid=4242,
             generation=held if generation is None else generation,
         )
-        self.generations.agent_came(hello, self.agent.append)
+        self.generations.agent_came(hello, self._agent_send)
+
+    def _tell_agent(self, message: p.Message) -> None:
+        """Takes what the agent is told; one that is sent away leaves."""
+        self.agent.append(message)
+        if isinstance(message, p.Leave):
+            asyncio.get_running_loop().call_soon(self._agent_leaves)
+
+    def _agent_leaves(self) -> None:
+        if self.agents_leave:
+            self.backend.living = False
+            for node in list(self.office.live.nodes):
+                self.generations.agent_went(node, self._agent_send)
 
     def ranks_die(self, reason: str = "killed") -> None:
         self.generations.ranks_ended(NODE, p.RanksEnded(generation=self.ledger.generation, ok=False, reason=reason))

@@ -6,16 +6,17 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
-from launcher_desk import NODE, Desk, desk_at, make_recipe
+from launcher_desk import NODE, Desk, InstantData, desk_at, make_recipe
 
 from launcher import checkpoints as files
 from launcher import journal as j
 from launcher import protocol as p
 from launcher.commands import OPS, STATES, TABLE, VERBS, Doing, check_arguments, describe
+from launcher.controller import pool as pool_module
 from launcher.recipe import Watch
 
 At = Callable[..., Any]
@@ -25,6 +26,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "rollback": {"checkpoint": "a", "skip": 3, "lr_scale": 0.5},
     "set": {"key": "lr", "value": 0.01},
     "cancel": {"id": "nobody"},
+}
+ENDS: dict[str, Literal["stopped", "stopped-now", "released"]] = {
+    "stop": "stopped",
+    "stop-now": "stopped-now",
+    "release": "released",
 }
 NODE_VERBS = [verb for verb in VERBS if verb.startswith("node-")]
 CELLS = [(verb, state) for verb in VERBS for state in STATES if verb not in NODE_VERBS]
@@ -73,6 +79,10 @@ async def test_each_command_does_in_each_state_what_the_table_says(verb: p.Verb,
             assert (desk.orders[-1].number, desk.orders[-1].op) == (command.number, OPS[verb])
             assert desk.view(command).state == "sent"
             desk.answers(desk.orders[-1], step=25)
+            if verb in ENDS:
+                assert desk.view(command).state == "sent", "the ranks are still there"
+                desk.says(p.Ended(cause=ENDS[verb], step=25))
+                await desk.until(lambda: desk.view(command).state == "done")
             assert desk.view(command).state == "done"
             assert desk.view(command).step == 25
         else:
@@ -128,8 +138,8 @@ async def test_the_last_node_and_one_that_nobody_knows_cannot_be_drained(at: At)
 
 
 async def shaped(desk: Desk, verb: str, command: p.CommandView, starts: int) -> None:
-    """Without ranks: done at once, and the next start goes by it."""
-    await desk.until(lambda: desk.view(command).state == "done")
+    """Without ranks: done at once, or, a resume, when there are ranks; and the next start goes by it."""
+    await desk.until(lambda: desk.view(command).state == ("sent" if verb == "resume" else "done"))
     if desk.ledger.generation_live:
         desk.ranks_die("ended")
     if desk.ledger.state == "released" and verb != "resume":
@@ -143,8 +153,9 @@ async def shaped(desk: Desk, verb: str, command: p.CommandView, starts: int) -> 
         assert start.lineage.cause == "rollback"
     elif verb == "set":
         assert [(r.key, r.value) for r in start.replays] == [("lr", 0.01)]
-    assert start.applied >= command.number
+    assert start.applied >= command.number or verb == "resume"
     await desk.trains()
+    assert desk.view(command).state == "done"
     assert not desk.orders, "nothing is left to order"
 
 
@@ -417,24 +428,78 @@ async def test_a_controller_that_a_stopped_run_is_resumed_on_stays_for_it(at: At
         desk.saves("s", 25)
         desk.says(p.Ended(cause="stopped", step=25, checkpoint="s"))
         assert desk.ledger.state == "released"
-        assert desk.office.over.is_set()
-        desk.backend.living = False
+        await desk.until(desk.office.over.is_set)
         desk.give("resume")
         await desk.until(lambda: len(desk.starts) == 2)
         assert not desk.office.over.is_set()
 
 
-async def test_a_run_resumed_at_once_after_a_stop_gets_an_agent_that_is_not_on_its_way_out(at: At) -> None:
+@pytest.mark.parametrize("verb", ["stop", "stop-now"])
+async def test_a_stop_is_done_when_the_agents_have_ended_and_a_resume_when_there_are_ranks(verb: p.Verb, at: At) -> None:
     async with at("training") as desk:
-        desk.give("stop-now")
-        desk.says(p.Ended(cause="stopped-now", step=25))
-        assert desk.agent[-1] == p.Leave()
-        desk.give("resume")
+        desk.agents_leave = False
+        stop = desk.give(verb)
+        await desk.until(lambda: desk.orders)
+        desk.saves("s", 25)
+        desk.says(p.Ended(cause="stopped" if verb == "stop" else "stopped-now", step=25, checkpoint="s"))
+        await desk.until(lambda: desk.agent[-1] == p.Leave())
+        resume = desk.give("resume")
         await asyncio.sleep(0.05)
-        assert len(desk.starts) == 1, "the agent still lives, but has been sent away"
-        desk.backend.living = False
+        assert [desk.view(c).state for c in (stop, resume)] == ["sent", "queued"], "the agent has been sent away, and lives"
+        assert len(desk.starts) == 1
+        desk.agents_leave = True
+        desk._agent_leaves()
         await desk.until(lambda: len(desk.starts) == 2)
-        assert desk.backend.started == 2
+        assert (desk.view(stop).state, desk.view(stop).detail) == ("done", {"checkpoint": "s"})
+        assert desk.view(resume).state == "sent" and desk.backend.started == 2
+        desk.rank_comes()
+        assert (desk.view(resume).state, desk.view(resume).detail) == ("done", {"generation": 2})
+        assert not desk.orders[1:], "the new ranks do not hold, so there is nothing to resume"
+
+
+async def test_a_stop_whose_agent_does_not_end_is_done_in_time_and_says_so(at: At, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "PART_SECONDS", 0.2)
+    async with at("training") as desk:
+        desk.agents_leave = False
+        stop = desk.give("stop-now")
+        desk.says(p.Ended(cause="stopped-now", step=25))
+        await desk.until(lambda: desk.view(stop).state == "done")
+        notes = [e.text for _, e in desk.journal.entries if isinstance(e, j.Noted)]
+        assert any(f"the agent of {NODE}" in text for text in notes)
+
+
+async def test_a_resume_that_waits_for_ranks_lets_a_stop_pass_and_ends_with_it(at: At) -> None:
+    async with at("released") as desk:
+        InstantData.done.clear()
+        resume = desk.give("resume")
+        await desk.until(lambda: desk.view(resume).state == "sent")
+        stop = desk.give("stop")
+        await desk.until(lambda: desk.view(stop).state == "done")
+        assert desk.view(resume).state == "cancelled"
+
+
+async def test_a_resume_whose_start_fails_has_failed_with_its_reason(at: At) -> None:
+    async with at("failed") as desk:
+        resume = desk.give("resume")
+        for start in (3, 4):
+            await desk.until(lambda start=start: len(desk.starts) == start)
+            desk.ranks_die("no memory")
+        await desk.until(lambda: desk.view(resume).state == "failed")
+        assert "no memory" in desk.view(resume).reason
+
+
+@pytest.mark.parametrize("state", ["released", "failed"])
+async def test_a_resume_outlives_the_controller_that_took_it(state: p.State, at: At) -> None:
+    async with at(state) as desk:
+        desk.generations.restart = lambda: None  # type: ignore[method-assign]  # it dies before it has done more
+        resume = desk.give("resume")
+        await desk.until(lambda: desk.view(resume).state == "sent")
+        number = desk.ledger.generation
+    async with at() as later:
+        later.agent_comes(0)
+        await later.until(lambda: later.ledger.generation == number + 1 and later.starts)
+        later.rank_comes()
+        assert later.view(resume).state == "done"
 
 
 async def test_a_fork_that_is_gone_is_said_and_not_trained_without(at: At) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pytest
-from launcher_desk import Desk, desk_at
+from launcher_desk import NODE, Desk, desk_at
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidMessage, WebSocketException
 
@@ -31,7 +31,7 @@ from launcher.controller import peers as peers_module
 from launcher.controller import server as server_module
 from launcher.controller.listener import Listener, ListenError
 from launcher.controller.peers import Refusals
-from launcher.keys import Identity, RunKeys, client_context, store_identity
+from launcher.keys import ANY_NODE, Identity, RunKeys, client_context, store_identity
 from launcher.link import RankLink, Spool
 from launcher.paths import Address, RunPaths, write_address
 from launcher.recipe import Cluster
@@ -57,12 +57,14 @@ class Remote:
         return await connect(self.url, ssl=context, server_hostname="controller", proxy=None, compression=None, **more)
 
     async def hello(self, hello: p.Message, identity: Identity | None = None) -> tuple[ClientConnection, p.Message]:
+        if identity is None and isinstance(hello, p.RankHello):
+            identity = self.keys.issue("agent", NODE)
         connection = await self.connect(identity)
         await connection.send(p.encode(hello))
         return connection, p.decode(await asyncio.wait_for(connection.recv(), 5))
 
     def agent(self, node: str = "n1", **changes: Any) -> p.AgentHello:
-        fields = {"version": p.VERSION, "run": self.desk.paths.key, "node": node, "pid": 1, "generation": 0}
+        fields = {"version": p.VERSION, "run": self.desk.office.run, "node": node, "pid": 1, "generation": 0}
         return p.AgentHello(**(fields | changes))
 
     @property
@@ -157,8 +159,69 @@ async def test_an_agent_may_not_speak_for_another_node_and_nobody_commands_over_
         assert remote.desk.ledger.commands == {}
 
 
+async def test_only_the_node_of_rank_0_speaks_as_rank_0(at: Open) -> None:
+    """A key of another node of the run gets no order, and what it says is not taken in."""
+    async with at("training") as remote:
+        desk = remote.desk
+        hello = p.RankHello(version=p.VERSION, run="desk", generation=1, term=1, pid=1, world=1)
+        for channel in ("control", "telemetry"):
+            posing = msgspec.structs.replace(hello, channel=channel)
+            connection, answer = await remote.hello(posing, remote.keys.issue("agent", "n2"))
+            assert isinstance(answer, p.Refused) and f"is on {NODE}, and this key is of the node n2" in answer.reason
+            assert await ended(connection) == []
+        await remote.counts(2)
+        desk.give("pause")
+        await desk.until(lambda: desk.orders)
+        assert desk.ledger.state == "training" and desk.ledger.generation_live
+
+
+@pytest.mark.parametrize("channel", ["control", "telemetry"])
+async def test_a_second_rank_0_takes_the_place_of_the_first_only_when_that_is_dead(
+    channel: str, at: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers_module, "PROOF_SECONDS", 0.5)
+    async with at("starting") as remote:
+        hello = p.RankHello(version=p.VERSION, run="desk", generation=1, term=1, pid=1, world=1, channel=channel)  # type: ignore[arg-type]
+        first, welcome = await remote.hello(hello)
+        assert isinstance(welcome, p.RankWelcome)
+        second, answer = await remote.hello(msgspec.structs.replace(hello, pid=2))
+        assert isinstance(answer, p.Refused) and "connected already" in answer.reason
+        assert await ended(second) == []
+        phase = p.Phase(phase="training", step=0, stage="first", stage_step=0, lineage=1)
+        if channel == "control":  # the first is still who is listened to, and told
+            await first.send(p.encode(p.Numbered(number=1, body=phase)))
+            assert p.decode(await first.recv()) == p.Ack(number=1)
+            remote.desk.give("pause")
+            assert isinstance(p.decode(await first.recv()), p.Order)
+        first.transport.pause_reading()  # cut off: it hears nothing, and nothing is heard of it
+        third, welcome = await remote.hello(msgspec.structs.replace(hello, pid=3))
+        assert isinstance(welcome, p.RankWelcome)
+        first.transport.abort()
+        await third.close()
+
+
+async def test_a_second_agent_of_a_node_takes_the_place_of_the_first_only_when_that_is_dead(
+    at: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers_module, "PROOF_SECONDS", 0.5)
+    async with at("training") as remote:
+        first, welcome = await remote.hello(remote.agent())
+        assert isinstance(welcome, p.AgentWelcome)
+        await asyncio.sleep(0.1)
+        for address in ("127.0.0.1", "10.0.0.9"):  # even one that says that it is the same
+            second, answer = await remote.hello(remote.agent(address=address))
+            assert isinstance(answer, p.Refused) and "has an agent already, at 127.0.0.1" in answer.reason
+            await second.close()
+        first.transport.pause_reading()
+        third, welcome = await remote.hello(remote.agent(pid=2))
+        assert isinstance(welcome, p.AgentWelcome)
+        first.transport.abort()
+        await third.close()
+
+
 async def test_without_a_key_or_with_another_runs_or_the_controllers_nobody_comes_in(at: Open, tmp_path: Path) -> None:
     async with at() as remote:
+        (tmp_path / "other").mkdir()
         others = RunKeys.ensure(RunPaths(tmp_path / "other"))
         stranger = others.issue("agent", "n1")
         ours = remote.keys.issue("agent", "n1")
@@ -321,14 +384,14 @@ async def test_hundreds_of_agents_are_served_at_once_and_none_is_taken_for_a_str
 ) -> None:
     async with at() as remote:
         monitor = resident()
-        contexts = [client_context(remote.keys.issue("agent", f"n{k}")) for k in range(8)]
+        contexts = [client_context(remote.keys.issue("agent", ANY_NODE)) for _ in range(8)]
         gate = asyncio.Semaphore(32)
 
         async def come(k: int) -> ClientConnection:
             async with gate:
                 more = {"ssl": contexts[k % 8], "server_hostname": "controller", "proxy": None, "compression": None}
                 connection = await connect(remote.url, open_timeout=30, ping_interval=None, close_timeout=0.1, **more)
-                await connection.send(p.encode(remote.agent(f"n{k % 8}")))
+                await connection.send(p.encode(remote.agent(f"n{k}")))
                 assert isinstance(p.decode(await connection.recv()), p.AgentWelcome)
                 return connection
 
@@ -442,7 +505,7 @@ class Relay:
             loop.call_later(self._delay, sink.close)
 
 
-def identity_file(remote: Remote, node: str = "n1") -> Path:
+def identity_file(remote: Remote, node: str = NODE) -> Path:
     file = Path(os.environ["XDG_RUNTIME_DIR"]) / f"{node}.identity"
     store_identity(remote.keys.issue("agent", node), file)
     return file
@@ -522,7 +585,7 @@ async def test_a_link_that_is_cut_without_a_word_is_noticed_on_both_sides(at: Op
         network = Relay(remote.place)
         address = elsewhere(remote, await network.open())
         link = Connection(
-            "a", address, remote.agent, lambda _: None, lambda _: None, lambda _: None, identity=identity_file(remote)
+            "a", address, remote.agent, lambda _: None, lambda _: None, lambda _: None, identity=identity_file(remote, "n1")
         )
         link.start()
         await remote.desk.until(lambda: link.lost_since is None and "n1" in remote.desk.office.live.nodes)

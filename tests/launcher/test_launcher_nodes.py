@@ -34,7 +34,7 @@ class Cluster:
         for node in nodes:
             send = self._sends[node] = self.told.setdefault(node, []).append
             hello = p.AgentHello(
-                version=p.VERSION, run=self.desk.paths.key, node=node, pid=1, generation=generation, address=f"10.0.0.{node[-1]}"
+                version=p.VERSION, run=self.desk.office.run, node=node, pid=1, generation=generation, address=f"10.0.0.{node[-1]}"
             )
             self.desk.generations.agent_came(hello, send)
 

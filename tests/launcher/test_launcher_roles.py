@@ -131,7 +131,7 @@ async def test_an_operator_of_the_group_watches_and_commands_under_their_own_nam
 @as_root
 async def test_an_operator_is_neither_agent_nor_rank_and_who_is_not_of_the_group_is_nothing(at: Open) -> None:
     async with at("nogroup") as served:
-        agent = p.AgentHello(version=p.VERSION, run=served.desk.paths.key, node="n", pid=1, generation=0)
+        agent = p.AgentHello(version=p.VERSION, run=served.desk.office.run, node="n", pid=1, generation=0)
         assert (await speak("nobody", served.path, agent))[0].startswith("Refused you are nobody; agents and ranks")
         rank = p.RankHello(version=p.VERSION, run="desk", generation=1, term=1, pid=1, world=1)
         assert (await speak("nobody", served.path, rank))[0].startswith("Refused you are nobody; agents and ranks")

@@ -10,6 +10,7 @@ import pytest
 
 from launcher.backends import StartError
 from launcher.backends.joining import JoiningBackend
+from launcher.directory import DirectoryId
 from launcher.joining import Joining, check_url, make_key, read_key_file, ways_to
 from launcher.keys import KeysError
 from launcher.paths import Address, RunPaths
@@ -70,7 +71,7 @@ def test_a_run_remembers_its_job(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     assert read_job(paths) is None and elsewhere(tmp_path) is None
     write_job(paths, Job("12", submitted=False))
-    assert read_job(paths) == Job("12", submitted=False)
+    assert read_job(paths) == Job("12", submitted=False, directory=DirectoryId.of(paths.root))
     assert elsewhere(tmp_path) is None, "what lives in somebody else's allocation is found as any run is"
     paths.job.write_text("nonsense")
     assert read_job(paths) is None

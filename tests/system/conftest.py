@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.harness import Run, recipe_text
+from tests.system.preload import built
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +52,15 @@ def make_run(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[[
 @pytest.fixture
 def run(make_run: Callable[[str], Run]) -> Run:
     return make_run("run")
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> Path:
+    """A file that says by how many seconds the clock is wrong, read by a library that is loaded before the C library."""
+    built("clock", tmp_path)
+    file = tmp_path / "clock"
+    file.write_text("0")
+    return file
 
 
 @pytest.fixture(scope="session")

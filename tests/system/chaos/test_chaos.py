@@ -41,14 +41,6 @@ def hosts(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host
 
 
 @pytest.fixture
-def clock(tmp_path: Path) -> Path:
-    """A file that says by how many seconds the controller's clock is wrong."""
-    file = tmp_path / "clock"
-    file.write_text("0")
-    return file
-
-
-@pytest.fixture
 def errors(tmp_path: Path) -> Path:
     """A file that says with which error the controller's writes to the journal fail."""
     file = tmp_path / "errors"
@@ -59,7 +51,7 @@ def errors(tmp_path: Path) -> Path:
 def begin(make_run: Callable[[str], Run], data: Path, hosts: Hosts, disk: Path, clock: Path, errors: Path) -> Run:
     run = make_run("chaos")
     run.root = disk / f"run-{os.getpid()}-{random.getrandbits(32):08x}"
-    libraries = " ".join(built(name, clock.parent) for name in ("clock", "disk"))
+    libraries = f"{clock.parent / 'clock.so'} {built('disk', clock.parent)}"
     files = {"CLOCK_FILE": str(clock), "DISK_FILE": str(errors)}
     run.environment = {**run.environment, **files, "LD_PRELOAD": libraries}
     options = ", ".join(f'"{o}"' for o in hosts.options)
