@@ -321,7 +321,7 @@ class Client:
                 self._problem = started.failure()
             due = not starting and time.monotonic() >= next_start and paths.is_run()
             with contextlib.suppress(ClientError):
-                due = due and not await asyncio.to_thread(controller_lives, paths)
+                due = due and not await asyncio.to_thread(controller_lives, paths, write=self._looks == "never")
                 if due and await asyncio.to_thread(shows_files, paths, self._looks):
                     return await self._connect_archive(paths)
                 if due and self._start and other_owner(paths) is None:

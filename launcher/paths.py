@@ -274,9 +274,9 @@ def find_controller(paths: RunPaths, *, write: bool = True) -> Whereabouts:
     return "elsewhere" if answers else "nowhere"
 
 
-def controller_lives(paths: RunPaths) -> bool:
-    """Whether a controller of the run lives, on this machine or another."""
-    return find_controller(paths) != "nowhere"
+def controller_lives(paths: RunPaths, *, write: bool = True) -> bool:
+    """Whether a controller of the run lives, on this machine or another; `write` as for `find_controller`."""
+    return find_controller(paths, write=write) != "nowhere"
 
 
 def beats(paths: RunPaths, seconds: float = WATCH_SECONDS) -> bool:

@@ -19,6 +19,7 @@ import msgspec
 from launcher import protocol as p
 from launcher.paths import RunPaths
 from launcher.recipe import Recipe
+from launcher.signals import send_signal
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,7 @@ class Prober:
         process.stdin.close()
         done, _ = await asyncio.wait([reading], timeout=END_SECONDS)
         if not done:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            send_signal(process, signal.SIGKILL)
             await reading
 
     async def _start(self) -> None:
@@ -136,8 +136,7 @@ class Prober:
             pass
         except p.ProtocolError as error:
             said = f"it said what is no message ({error})"
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            send_signal(process, signal.SIGKILL)
         status = await process.wait()
         if self._process is not process:
             return  # it was idle, and what is open now is another's

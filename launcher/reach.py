@@ -86,9 +86,14 @@ async def reach_controller(
             if address is not None:
                 return await attempt(address)
         if started is None:
-            where = await asyncio.to_thread(find_controller, paths, write=looks == "never")
-            if where == "nowhere" and start and address is not None and address.host != host_name():
-                where = "elsewhere" if await asyncio.to_thread(beats, paths) else where  # its last one may only look old
+            try:
+                where = await asyncio.to_thread(find_controller, paths, write=looks == "never")
+                if where == "nowhere" and start and address is not None and address.host != host_name():
+                    where = "elsewhere" if await asyncio.to_thread(beats, paths) else where  # its last one may only look old
+            except OSError as error:  # there is no room, or no right, to try the run's lock
+                if looks == "never":
+                    raise ClientError(f"{error.filename or paths.root}: {error.strerror or error}") from None
+                where = "nowhere"
             if where == "nowhere" and await asyncio.to_thread(shows_files, paths, looks):
                 return None
             if where == "nowhere" and not start:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import shlex
+import signal
 import socket
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from websockets.exceptions import InvalidMessage, WebSocketException
 
 from launcher import protocol
 from launcher.reach import Looks
+from launcher.signals import send_signal
 
 OPEN_SECONDS = 60.0
 """Login included, which may ask for a second factor."""
@@ -125,13 +127,11 @@ class SshWay:
         """Ends ssh, which ends the relay."""
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+            send_signal(process, signal.SIGTERM)
             try:
                 await asyncio.wait_for(process.wait(), 2)
             except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+                send_signal(process, signal.SIGKILL)
                 await process.wait()
         if self._listening is not None:
             self._listening.cancel()

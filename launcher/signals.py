@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 import signal
 
 STRAY = (
@@ -27,3 +30,14 @@ def ignore_stray() -> None:
     """Ignored, not handled: a handler would interrupt system calls in libraries, and would not be inherited."""
     for number in STRAY:
         signal.signal(number, signal.SIG_IGN)
+
+
+def send_signal(process: asyncio.subprocess.Process, number: int) -> None:
+    """Signals a child of asyncio's; nothing where it has ended.
+
+    Not by its own `terminate` and `kill`: they ask whether it lives in a way that takes its exit status from asyncio, which then
+    warns of an "Unknown child process".
+    """
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)

@@ -158,7 +158,7 @@ def line_of(root: Path) -> RunLine:
     """A run as its journal tells it, with no controller's help."""
     paths = RunPaths(root)
     ledger = read_ledger(root)
-    alive = controller_lives(paths)
+    alive = controller_lives(paths, write=False)
     step = max((c.step for c in ledger.checkpoints.values()), default=0)
     return RunLine(root.name, str(root), ledger.state, ledger.reason, step, alive, ledger.started or time.time())
 

@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosed
 from launcher import checkpoints as files
 from launcher import journal as j
 from launcher import protocol as p
+from launcher.controller.clients import refused_command
 from launcher.controller.commits import Commits
 from launcher.controller.office import Office
 from launcher.controller.peers import Roles, quiet
@@ -72,8 +73,7 @@ class Archive:
         self.office.restore()
         there = files.listed(paths.checkpoints) or frozenset()
         self.office.ledger.missing = frozenset(id for id in self.office.ledger.checkpoints if id not in there)
-        on_line = [c.step for c in self.office.ledger.checkpoints.values() if c.on_line]
-        self.office.live.step = max([self.office.live.step, *on_line])
+        self.office.live.step = max(self.office.live.step, _last_step(journal.entries))
         self._view = View(self.office)
         self._queries = Queries(self.office, Commits(self.office), self._view)
 
@@ -106,15 +106,28 @@ class Archive:
             if hello.subscribe:
                 await connection.send(p.encode(await asyncio.to_thread(self.snapshot)))
             async for frame in connection:
-                await connection.send(p.encode(await self._answer(p.decode(frame))))
+                await connection.send(p.encode(await self._answer(p.decode(frame), peer.name)))
         except (ConnectionClosed, p.ProtocolError):
             return
 
-    async def _answer(self, message: p.Message) -> p.Message:
+    async def _answer(self, message: p.Message, author: str) -> p.Message:
+        if isinstance(message, p.Command):
+            return p.CommandReply(command=refused_command(message, author, time.time(), NO_CONTROLLER))
         try:
             return await self._queries.answer(message)
         except p.ProtocolError:
             return p.Refused(id=getattr(message, "id", 0), reason=f"{NO_CONTROLLER}; midwatch resume starts one")
+
+
+def _last_step(entries: list[tuple[int, j.Entry]]) -> int:
+    """The last step that the journal knows of on the line in force."""
+    step = 0
+    for _, entry in entries:
+        if isinstance(entry, j.LineageOpened):
+            step = entry.lineage.fork_step
+        elif isinstance(entry, j.GenerationEnded | j.CheckpointCommitted):
+            step = max(step, entry.step)
+    return step
 
 
 @contextlib.asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from launcher.controller.office import Office
 from launcher.paths import write_atomically
 from launcher.recipe import Recipe
 from launcher.recipe.supply import shortages
+from launcher.signals import send_signal
 from shards import build as builder
 from shards.commands import BUSY
 from shards.errors import ShardError
@@ -99,8 +101,7 @@ class Building:
             status = await process.wait()
             said = (await errors).decode(errors="replace").strip()
         except asyncio.CancelledError:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+            send_signal(process, signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), 5)
             raise

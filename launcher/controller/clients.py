@@ -80,7 +80,7 @@ class Clients:
                 message = p.decode(frame)
                 if isinstance(message, p.Command):
                     if hello.read_only:
-                        refused = _refused(message, author, office.clock(), "this client is read-only")
+                        refused = refused_command(message, author, office.clock(), "this client is read-only")
                         await connection.send(p.encode(p.CommandReply(command=refused)))
                         continue
                     task = asyncio.create_task(self._command(connection, message, author))
@@ -126,7 +126,7 @@ class Clients:
             office.over.set()
             return
         except j.JournalError as error:
-            view = _refused(command, author, office.clock(), str(error))
+            view = refused_command(command, author, office.clock(), str(error))
         if command.wait and view.state in ("queued", "sent"):
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.setdefault(view.number, []).append(future)
@@ -155,7 +155,7 @@ async def _hand_on(answers: asyncio.Queue[p.ProbeAnswer], connection: ServerConn
             await connection.send(p.encode(await answers.get()))
 
 
-def _refused(command: p.Command, author: str, now: float, reason: str) -> p.CommandView:
+def refused_command(command: p.Command, author: str, now: float, reason: str) -> p.CommandView:
     """The answer to a command that was not even taken in."""
     return p.CommandView(
         id=command.id,

@@ -375,7 +375,9 @@ class Generations:
         silent = [n for n in self._office.ledger.generation_nodes if n not in self._told]
         lost = {n: self._pool.lost(n)[1] for n in silent}
         return {
-            n: why or f"the connection to the agent of {n} broke" for n, why in lost.items() if why or not self._pool.connected(n)
+            n: why or f"the agent of {n} is gone (its connection broke)"
+            for n, why in lost.items()
+            if why or not self._pool.connected(n)
         }
 
     def _count_against(self, node: str, reason: str) -> None:

@@ -342,3 +342,28 @@ async def test_a_spare_does_not_take_the_place_of_a_node_out_of_reach_while_step
         desk.generations.look()
         await asyncio.sleep(0.02)
     assert desk.ledger.generation_live and not desk.orders
+
+
+async def test_nodes_that_are_not_up_yet_are_waited_for_past_all_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is there; of the others one does not answer, and comes later than the patience that a first start has."""
+    monkeypatch.setattr(launcher_desk.NoProcesses, "nodes", ("n1", "n2"))
+    monkeypatch.setattr(launcher_desk.NoProcesses, "patience", 0.5)
+    monkeypatch.setattr(launcher_desk.NoProcesses, "alive", lambda *_: None)
+    monkeypatch.setattr(pool_module, "PATIENCE_SECONDS", 0.2)
+    reachable = False
+
+    async def start(self: Any, node: str) -> Started:
+        if node == "n2" and not reachable:
+            raise StartError("n2: it does not answer", out_of_reach=True)
+        raise StartError("n2: there is no Python there")
+
+    monkeypatch.setattr(launcher_desk.NoProcesses, "start", start)
+    recipe = make_recipe()
+    spread = msgspec.structs.replace(recipe.cluster, backend="ssh", hosts=("n1", "n2"), nodes=2)
+    async with desk_at(tmp_path / "run", monkeypatch, None, msgspec.structs.replace(recipe, cluster=spread)) as desk:
+        Cluster(desk).come("n1")
+        await asyncio.sleep(2.0)
+        assert desk.ledger.state == "starting" and "n2: it does not answer" in desk.ledger.reason
+        reachable = True  # and what is wrong there now will not pass by itself
+        await looked(desk, lambda: desk.ledger.state == "failed")
+        assert "there is no Python there" in desk.ledger.reason

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -274,3 +275,25 @@ def test_many_nodes_that_are_fine_are_one_line(node: Findings) -> None:
     assert "gpu-000, gpu-010, gpu-020, gpu-030, gpu-040 and 5 more" in " ".join(" ".join(lines).split())
     fine = shown([NodeReport(f"gpu-{i:03d}", node, 0.0) for i in range(100)])
     assert fine.strip() == "100 of 100 nodes are fine"
+
+
+def test_a_full_directory_for_sockets_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a node, and on the machine that checks, whatever the backend."""
+    place = Path(tempfile.mkdtemp(prefix="mw-"))  # a socket's path must be short
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+        found = look()
+        assert "cannot be written (No space left on device)" in found.runtime
+        report = judge(Visit("a", found), Cluster(), found, "", tmp_path / "seen" / "x")
+        assert any(note.what == "node" and "No space left" in note.text for note in report.notes)
+        recipe = tmp_path / "r.toml"
+        recipe.write_text(recipe_text(tmp_path / "data"))
+        done = subprocess.run([MIDWATCH, "check", str(recipe)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and "No space left" in done.stderr and "XDG_RUNTIME_DIR" in done.stderr, done
+        monkeypatch.delenv("XDG_RUNTIME_DIR")
+        assert look().runtime == ""
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+        place.rmdir()

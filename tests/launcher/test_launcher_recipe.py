@@ -439,3 +439,29 @@ def test_numbers_of_nodes_that_are_rounded_down_are_told() -> None:
     for whole in ("nodes = 12", 'nodes = "12:12"'):
         assert not any("stand by" in w for w in warnings(parse_recipe(SPREAD.replace('nodes = "12:16"', whole))))
     assert not any("stand by" in w for w in warnings(parse_recipe(SPREAD.replace("tensor = 4", "tensor = 2"))))
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "problem"),
+    [
+        ('time = "4"', "sbatch.time: the time limit 4 is 240 s"),
+        ('time = "00:04:59"', "is 299 s"),
+        ('time = "1-0"\nlines = ["--gres=gpu:1", "--time=0:05:00"]', "sbatch.lines.1: the time limit 0:05:00 is 300 s"),
+        ('lines = ["-t 3:30"]', "is 210 s"),
+        ('time = "soon"', "'soon' is no time limit"),
+        ('time = "6"', ""),
+        ('time = "4"\nsignal_seconds = 60', ""),
+        ('time = "4"\nlines = ["--time=1-00"]', ""),
+        ('time = "UNLIMITED"', ""),
+    ],
+)
+def test_a_time_limit_that_leaves_no_time_to_train_is_refused_with_its_line(sbatch: str, problem: str) -> None:
+    text = GOOD + f'\n[cluster]\nbackend = "slurm"\nnodes = 1\n[cluster.sbatch]\n{sbatch}\n'
+    if not problem:
+        parse_recipe(text)
+        return
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(text)
+    assert problem in str(error.value)
+    line = next(n for n, each in enumerate(text.splitlines(), 1) if each.startswith(sbatch.splitlines()[-1]))
+    assert str(error.value).startswith(f"recipe.toml:{line}: [cluster] sbatch.")

@@ -63,6 +63,8 @@ def test_a_standing_in_words() -> None:
     waits = Standing("PENDING", "Resources", "2026-01-02T03:04:05")
     assert str(waits) == "pending (Resources), expected to start 2026-01-02 03:04:05"
     assert not waits.over and not waits.runs
+    held = str(Standing("PENDING", "JobHeldUser", "2026-01-02T03:04:05"))
+    assert held == "pending (JobHeldUser), and does not start by itself: it is held; scontrol release JOB lets it start"
     assert str(Standing("RUNNING", "None", "2026-01-02T03:04:05")) == "running"
     assert Standing("TIMEOUT").over and Standing("RUNNING").runs and not Standing("COMPLETING").over
 

@@ -132,6 +132,14 @@ def test_what_ssh_says_is_put_in_a_sentence(stderr: str, why: Why, said: str) ->
     assert "Authorised" not in str(error)
 
 
+def test_a_login_shell_that_lets_nobody_in_is_named() -> None:
+    error = explain("a", Result(1, "This account is currently not available.\n", ""))
+    assert error is not None and error.why == "permission" and not error.out_of_reach
+    assert "login shell" in str(error) and "chsh" in str(error)
+    assert explain("a", Result(1, "", "module not known")) is None
+    assert "/bin/false" in Result(1, "", "").last_words
+
+
 async def test_setup_lines_shape_the_program_but_neither_eat_its_input_nor_mix_into_its_output(ssh: Ssh) -> None:
     setup = ("read line || echo no input for setup", "export COLOUR='deep blue'", "echo noise")
     program = "import os, sys; print(os.environ['COLOUR'], sys.argv[1], sys.stdin.read())"

@@ -1,0 +1,43 @@
+"""The headless reporter says that its link is down, why, and that it is back."""
+
+from __future__ import annotations
+
+import json
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launcher.remote import RemoteRun
+from tui import headless
+from tui.headless import Reporter
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_link_that_is_down_is_told_with_its_reason_and_when_it_is_back(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(headless, "LINK_SECONDS", 0.05)
+    reporter = Reporter(RemoteRun("far", None, "run"), as_json, (), False)
+    client: Any = SimpleNamespace(trouble="")
+
+    def told() -> str:
+        reporter._tell_link(client)
+        return capsys.readouterr().out
+
+    reporter._link(True)
+    assert told() == ""
+    reporter._link(False)
+    assert told() == "", "the next controller may be on its way"
+    time.sleep(0.1)
+    first = told()
+    assert "connection to ssh://far/run has been lost" in first and "trying again" in first
+    assert told() == "", "once"
+    client.trouble = "far: ssh: connect to host far port 22: No route to host"
+    assert "No route to host" in told()
+    reporter._link(True)
+    back = told()
+    assert "is back" in back and told() == ""
+    if as_json:
+        assert [json.loads(line)["link"] for line in (first, back)] == ["lost", "back"]
