@@ -149,7 +149,11 @@ def is_foreign(paths: RunPaths, address: Address) -> bool:
 
 
 def write_atomically(file: Path, content: bytes, mode: int = 0o600) -> None:
-    """Replaces a file so that a reader sees the old or the new content, and nothing between. Its directory must be there."""
+    """Replaces a file so that a reader sees the old or the new content, and nothing between.
+
+    Makes its directory and nothing above that: a run directory that was deleted or moved must not be made again.
+    """
+    file.parent.mkdir(exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(handle, "wb") as out:
