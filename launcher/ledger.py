@@ -68,6 +68,8 @@ class Ledger:
     """Highest number that a lineage ever had; abandoned ones count."""
     checkpoints: dict[str, CheckpointView] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    committed_after: dict[str, int] = field(default_factory=dict)
+    """Number of the newest command when each checkpoint was committed: their order, whatever the clock says."""
     commands: dict[int, CommandView] = field(default_factory=dict)
     newest_command: int = 0
     """Highest number that a command ever had."""
@@ -232,12 +234,14 @@ class Ledger:
         )
         self.checkpoints[entry.id] = msgspec.structs.replace(view, on_line=self._on_line(view))
         self.digests[entry.id] = entry.digest
+        self.committed_after[entry.id] = self.newest_command
         if entry.generation == self.generation:
             self.generation_commits.append(entry.id)
 
     def _on_CheckpointPruned(self, entry: j.CheckpointPruned) -> None:
         self.checkpoints.pop(entry.id, None)
         self.digests.pop(entry.id, None)
+        self.committed_after.pop(entry.id, None)
 
     def _on_GoldenMarked(self, entry: j.GoldenMarked) -> None:
         if entry.id in self.checkpoints:

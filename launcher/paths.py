@@ -258,6 +258,12 @@ def beats(paths: RunPaths, seconds: float = WATCH_SECONDS) -> bool:
     return False
 
 
+def shows_life(paths: RunPaths) -> bool:
+    """Whether the controller of the address has shown a sign of life just now."""
+    age = _seconds_since_beat(paths.address)
+    return abs(age) <= STALE_SECONDS if age is not None else beats(paths)
+
+
 def beat(file: Path, address: Address) -> None:
     """A controller's sign of life: the address file is as new as can be. One that was lost is written anew."""
     with contextlib.suppress(OSError):

@@ -138,7 +138,7 @@ class Theatre:
                 file.write(bytes(65536))
 
     def _forge_rank(self, host: str) -> None:
-        """A node that has not rank 0 poses as it, and would end the run."""
+        """A node that does not have rank 0 poses as it, to get its orders."""
         run, paths = self.run, RunPaths(self.run.root)
         ledger, address = run.ledger(), read_address(paths.address)
         if address is None or not address.remote or host == ledger.generation_nodes[0]:
@@ -146,14 +146,14 @@ class Theatre:
         context = client_context(RunKeys.ensure(paths).issue("agent", host))
         generation = ledger.generation
         hello = p.RankHello(version=p.VERSION, run=run_id(paths), generation=generation, term=ledger.term, pid=1, world=2)
-        with contextlib.suppress(OSError, WebSocketException):
-            with connect(address.remote, ssl=context, server_hostname=CONTROLLER_NAME, proxy=None, open_timeout=20) as forged:
-                forged.send(p.encode(hello))
-                answer = p.decode(forged.recv(timeout=20))
-                if not isinstance(answer, p.Refused):
-                    forged.send(p.encode(p.Numbered(number=10**6, body=p.Ended(cause="finished", step=1))))
-                    time.sleep(1.0)
-                    raise AssertionError(f"a key of {host} spoke as rank 0 of {ledger.generation_nodes[0]}: {answer}")
+        with (
+            contextlib.suppress(OSError, WebSocketException),
+            connect(address.remote, ssl=context, server_hostname=CONTROLLER_NAME, proxy=None, open_timeout=20) as forged,
+        ):
+            forged.send(p.encode(hello))
+            answer = p.decode(forged.recv(timeout=20))
+            if not isinstance(answer, p.Refused):
+                raise AssertionError(f"a key of {host} spoke as rank 0 of {ledger.generation_nodes[0]}: {answer}")
 
     def _copy(self) -> None:
         """The run directory is copied, and the copy is told to stop."""
