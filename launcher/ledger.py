@@ -88,6 +88,8 @@ class Ledger:
     missing: frozenset[str] = frozenset()
     """Checkpoints that were out of sight at the last look; of the moment, not of the journal."""
     alarms: list[Alarm] = field(default_factory=list)
+    committed_after: dict[str, int] = field(default_factory=dict)
+    """Number of the newest command when each checkpoint was committed: their order, whatever the clock says."""
     commands: dict[int, CommandView] = field(default_factory=dict)
     newest_command: int = 0
     """Highest number that a command ever had."""
@@ -277,11 +279,12 @@ class Ledger:
         if not view.on_line:
             self.left_line[entry.id] = entry.time
         self.digests[entry.id] = entry.digest
+        self.committed_after[entry.id] = self.newest_command
         if entry.generation == self.generation:
             self.generation_commits.append(entry.id)
 
     def _on_CheckpointPruned(self, entry: j.CheckpointPruned) -> None:
-        for kept in (self.checkpoints, self.digests, self.damaged, self.left_line):
+        for kept in (self.checkpoints, self.digests, self.damaged, self.left_line, self.committed_after):
             kept.pop(entry.id, None)
 
     def _on_CheckpointDamaged(self, entry: j.CheckpointDamaged) -> None:

@@ -168,10 +168,11 @@ def is_foreign(paths: RunPaths, address: Address) -> bool:
 
 
 def write_atomically(file: Path, content: bytes, mode: int = 0o600) -> None:
-    """Replaces a file so that a reader sees the old or the new content, and nothing between. Its directory must be there.
+    """Replaces a file so that a reader sees the old or the new content, and nothing between. mode: less what the umask takes.
 
-    mode: less what the umask takes.
+    Makes its directory and nothing above that: a run directory that was deleted or moved must not be made again.
     """
+    file.parent.mkdir(exist_ok=True)
     name = file.parent / f".{file.name}.{secrets.token_hex(6)}"
     handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
@@ -290,6 +291,12 @@ def beats(paths: RunPaths, seconds: float = WATCH_SECONDS) -> bool:
                 if os.fstat(opened.fileno()).st_mtime_ns != before:
                     return True
     return False
+
+
+def shows_life(paths: RunPaths) -> bool:
+    """Whether the controller of the address has shown a sign of life just now; where the clocks disagree, whether it shows one."""
+    age = _seconds_since_beat(paths.address, write=False)
+    return (age is not None and abs(age) <= STALE_SECONDS) or beats(paths)
 
 
 def beat(file: Path, address: Address) -> None:

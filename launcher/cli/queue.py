@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from launcher.cli.runs import find_run, read_ledger
-from launcher.paths import RunPaths, read_address
+from launcher.paths import RunPaths, read_address, shows_life
 from launcher.reach import ClientError
 from launcher.recipe import RecipeError, load_recipe
 from launcher.slurm import SlurmError, SlurmRun, Standing, cancel, elsewhere, own_allocation, read_job, standing, submit
@@ -59,7 +59,7 @@ def wait_in_queue(run: SlurmRun, *, as_json: bool, owns: bool) -> int | None:
                 log = RunPaths(run.root).logs / "slurm.log"
                 print(f"midwatch: the job {run.job} has ended ({now}); see {log}", file=sys.stderr)
                 return FAILED
-            if now.runs and (_term(run.root) > term or _beats(run.root)):
+            if now.runs and (_term(run.root) > term or shows_life(RunPaths(run.root))):
                 return None
             if str(now) != told:
                 told = str(now)
@@ -137,13 +137,6 @@ def _tell(run: SlurmRun, now: Standing, as_json: bool) -> None:
 def _term(root: Path) -> int:
     address = read_address(RunPaths(root).address)
     return address.term if address is not None else 0
-
-
-def _beats(root: Path) -> bool:
-    """Whether the controller of the address lives: one that has gone leaves it with the oldest of times."""
-    with contextlib.suppress(OSError):
-        return time.time() - RunPaths(root).address.stat().st_mtime < 20
-    return False
 
 
 def _interrupt(number: int, frame: object) -> None:

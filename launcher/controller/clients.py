@@ -121,6 +121,8 @@ class Clients:
     async def _command(self, connection: ServerConnection, command: p.Command, author: str) -> None:
         office = self._office
         try:
+            if missing := office.directory.missing():
+                raise j.JournalError(missing)
             view = office.as_durable(self._dispatch.accept(command, author))
         except j.Ousted:
             office.over.set()

@@ -221,7 +221,12 @@ class Dispatch:
             elif command.verb == "resume":
                 step = start.step if start is not None else 0
                 self._end(command, "done", step=step, detail={"generation": ledger.generation})
-            elif command.verb == "advance" and start is not None and start.ended and start.time >= command.time:
+            elif (
+                command.verb == "advance"
+                and start is not None
+                and start.ended
+                and ledger.committed_after.get(start.id, 0) >= command.number
+            ):
                 self._end(command, "done", step=start.step, detail={"checkpoint": start.id, "by": "restart"})
 
     def _settle_without_ranks(self) -> None:

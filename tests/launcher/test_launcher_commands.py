@@ -616,10 +616,12 @@ async def test_a_rollback_that_was_never_journaled_as_a_lineage_is_done_by_the_n
         assert desk.orders[-1].number == view.number
 
 
-async def test_an_advance_whose_stage_was_ended_before_a_crash_does_not_end_the_next_one_too(at: At) -> None:
+@pytest.mark.parametrize("step", [0.0, -3600.0], ids=["", "the clock is set back"])
+async def test_an_advance_whose_stage_was_ended_before_a_crash_does_not_end_the_next_one_too(step: float, at: At) -> None:
     async with at("training") as desk:
         view = desk.give("advance")
         await desk.until(lambda: desk.orders)
+        desk.now += step
         desk.saves("end", 26, ended=True)
         desk.rank.clear()
         desk.ranks_die()

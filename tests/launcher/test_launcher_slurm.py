@@ -11,6 +11,7 @@ import pytest
 from launcher.backends import StartError
 from launcher.backends.joining import JoiningBackend
 from launcher.directory import DirectoryId
+from launcher.identity import claim
 from launcher.joining import Joining, check_url, make_key, read_key_file, ways_to
 from launcher.keys import KeysError
 from launcher.paths import Address, RunPaths
@@ -97,11 +98,15 @@ def test_a_node_that_joins_tries_what_was_announced_and_what_it_was_told() -> No
 
 def test_a_key_file_is_for_its_owner_alone(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path / "run")
+    paths.create()
+    with pytest.raises(KeysError, match="no id of its own"):
+        make_key(paths, "n1")
+    run = claim(paths, ()).run
     file = tmp_path / "key"
     file.touch(mode=0o600)
     file.write_bytes(make_key(paths, "n1"))
     key = read_key_file(file)
-    assert (key.run, key.run_key) == (str(paths.root), paths.key) and "PRIVATE" not in repr(key)
+    assert (key.run, key.run_key) == (str(paths.root), run) and "PRIVATE" not in repr(key)
     for mode in (0o644, 0o604, 0o660, 0o620):
         file.chmod(mode)
         with pytest.raises(KeysError, match="others can read"):

@@ -17,8 +17,13 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import psutil
+from websockets.exceptions import WebSocketException
+from websockets.sync.client import connect
 
-from launcher.paths import read_address
+from launcher import protocol as p
+from launcher.identity import run_id
+from launcher.keys import CONTROLLER_NAME, RunKeys, client_context
+from launcher.paths import RunPaths, read_address
 from tests.system.harness import Run
 from tests.system.hosts import Hosts
 
@@ -38,6 +43,7 @@ MILD = frozenset(
     {
         *("controller killed", "controller stopped", "agent stopped", "sshd killed", "slow link", "disk full", "clock", "scan"),
         *("journal errs", "journal full", "checkpoints away"),
+        *("rank forged", "directory copied"),
     }
 )
 """Faults through which the ranks train on, or only wait: none of them may cost a generation."""
@@ -77,6 +83,9 @@ class Theatre:
             "slow link": (lambda h: self.hosts.delay(h, 500, 10), self.hosts.mend),
             "scan": (lambda _: self._scan(), None),
             "power lost everywhere": (lambda _: self._kill_all(), lambda _: self._restart_all()),
+            "rank forged": (self._forge_rank, None),
+            "directory copied": (lambda _: self._copy(), None),
+            "directory moved": (lambda _: run.root.rename(self._moved), lambda _: self._move_back()),
         }
         if errors is not None:
             self._acts["journal errs"] = (lambda _: self._write(errors, errno.EIO), lambda _: self._write(errors, 0))
@@ -161,6 +170,42 @@ class Theatre:
         with self._ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(65536))
+
+    def _forge_rank(self, host: str) -> None:
+        """A node that does not have rank 0 poses as it, to get its orders."""
+        run, paths = self.run, RunPaths(self.run.root)
+        ledger, address = run.ledger(), read_address(paths.address)
+        if address is None or not address.remote or host == ledger.generation_nodes[0]:
+            return
+        context = client_context(RunKeys.ensure(paths).issue("agent", host))
+        generation = ledger.generation
+        hello = p.RankHello(version=p.VERSION, run=run_id(paths), generation=generation, term=ledger.term, pid=1, world=2)
+        with (
+            contextlib.suppress(OSError, WebSocketException),
+            connect(address.remote, ssl=context, server_hostname=CONTROLLER_NAME, proxy=None, open_timeout=20) as forged,
+        ):
+            forged.send(p.encode(hello))
+            answer = p.decode(forged.recv(timeout=20))
+            if not isinstance(answer, p.Refused):
+                raise AssertionError(f"a key of {host} spoke as rank 0 of {ledger.generation_nodes[0]}: {answer}")
+
+    def _copy(self) -> None:
+        """The run directory is copied, and the copy is told to stop."""
+        copy = self.run.root.with_name(f"{self.run.root.name}-copy")
+        subprocess.run(["cp", "-r", str(self.run.root), str(copy)], check=False, capture_output=True)  # files come and go
+        try:
+            done = self.run.midwatch("pause", str(copy), timeout=90)
+            assert done.returncode != 0 and "done" not in done.stdout, f"a copy steered the original: {done.stdout}"
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+
+    @property
+    def _moved(self) -> Path:
+        return self.run.root.with_name(f"{self.run.root.name}-moved")
+
+    def _move_back(self) -> None:
+        assert not self.run.root.exists(), f"somebody made the directory again: {list(self.run.root.rglob('*'))}"
+        self._moved.rename(self.run.root)
 
     def _scan(self) -> None:
         """Strangers at the controller's port: connects, garbage, half a handshake."""

@@ -75,7 +75,7 @@ class Play:
         run.midwatch(verb, str(run.root), *arguments, "--no-wait")
 
     def _recover(self, step: int, faults: tuple[Fault, ...]) -> None:
-        """A few steps beyond the newest there were; whoever paused is answered by a resume, as an operator would."""
+        """A few steps beyond the newest there were; a run that was paused, or moved and ended, is resumed, as an operator would."""
         run = self._theatre.run
         told = ", ".join(map(str, faults))
         deadline = time.monotonic() + RECOVER_SECONDS
@@ -85,7 +85,7 @@ class Play:
                 seen = run.wait(lambda s: s.state in ("training", "paused", "failed", "finished", "released"), 30)
             except (AssertionError, ClientError, TimeoutError):
                 continue
-            if seen.state == "paused":
+            if seen.state == "paused" or (seen.state == "released" and any(f.kind == "directory moved" for f in faults)):
                 run.midwatch("resume", str(run.root), timeout=60)
             elif seen.state != "training":
                 raise AssertionError(f"after {told} the run is {seen.state}: {seen.reason}\n{run.story()}")

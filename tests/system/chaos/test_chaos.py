@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from tests.system.chaos.faults import Theatre
 from tests.system.chaos.invariants import broken
 from tests.system.chaos.play import Play
-from tests.system.harness import Run, recipe_text
+from tests.system.harness import Run, gone, recipe_text
 from tests.system.hosts import Hosts, require
 from tests.system.preload import built
 
@@ -84,10 +85,29 @@ def ends_as_if_nothing_had_been(run: Run, make_run: Callable[[str], Run], data: 
 def test_a_few_faults(make_run: Callable[[str], Run], data: Path, hosts: Hosts, disk: Path, clock: Path, errors: Path) -> None:
     run = begin(make_run, data, hosts, disk, clock, errors)
     play = Play(Theatre(run, hosts, disk, clock, errors), seed=int(os.environ.get("CHAOS_SEED", "11")))
-    for kinds in (("rank killed",), ("controller killed", "scan"), ("link cut",), ("journal errs", "checkpoints away")):
+    for kinds in (
+        ("rank killed",),
+        ("controller killed", "scan", "rank forged", "clock"),
+        ("link cut",),
+        ("journal errs", "checkpoints away"),
+    ):
         print(play.act(*kinds))
     assert broken(run) == []
     ends_as_if_nothing_had_been(run, make_run, data)
+
+
+@pytest.mark.soak
+def test_no_host_keeps_a_process_of_a_deleted_run(
+    make_run: Callable[[str], Run], data: Path, hosts: Hosts, disk: Path, clock: Path, errors: Path
+) -> None:
+    run = begin(make_run, data, hosts, disk, clock, errors)
+    run.wait_step(20)
+    before = [run.controller(), *run.agents(), *run.ranks(), *run.forks()]
+    deadline = time.monotonic() + 20
+    while run.root.exists() and time.monotonic() < deadline:
+        shutil.rmtree(run.root, ignore_errors=True)  # whoever writes while it is deleted makes it fail
+        time.sleep(0.05)
+    assert gone(before, 20) and not run.root.exists()
 
 
 @pytest.mark.soak
