@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 
 from trainer.early import call_itself, guard, redirect
+
+CERTAIN_STATUS = 78
+"""`launcher.protocol`'s: the next start would end in the same way."""
 
 
 def rank(arguments: list[str]) -> int:
@@ -14,7 +18,11 @@ def rank(arguments: list[str]) -> int:
     call_itself(f"rank-{os.environ.get('RANK', '0')}")
     redirect()
     guard()
-    from trainer.start import main
+    try:
+        from trainer.start import main
+    except ImportError:  # launcher.protocol, which names this status, may be what is missing
+        traceback.print_exc()
+        return CERTAIN_STATUS
 
     status = main(arguments)
     logging.shutdown()

@@ -62,8 +62,8 @@ def _explained(root: Path) -> int:
         _main(root)
     except (RecipeError, ShardError, CheckpointError) as error:
         log.error("%s", error)
-        if isinstance(error, RecipeError | MismatchError):
-            return CERTAIN_STATUS
+        if isinstance(error, MismatchError) or (isinstance(error, RecipeError) and os.access(root / "recipe.toml", os.R_OK)):
+            return CERTAIN_STATUS  # not so where the storage is away, which may come back
         return 1 if isinstance(error, CheckpointError) else 2
     except ImportError as error:
         log.exception("this rank lacks software:")

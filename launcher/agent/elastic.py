@@ -43,6 +43,10 @@ START_KEY = "midwatch/start"
 MONITOR_SECONDS = 0.1
 SHUTDOWN_SECONDS = 5
 STORE_SECONDS = 20
+LOG_TAIL_BYTES = 16 * 1024
+
+
+_LOG_PREFIX = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ (?:ERROR|CRITICAL|WARNING|INFO) +")
 
 
 class ControlledRendezvous(RendezvousHandler):
@@ -261,10 +265,19 @@ class RankGroup:
         if ended.message or ended.code <= 0:
             return ended
         try:
-            lines = (self._logs / f"{ended.rank}.log").read_bytes()[-4096:].decode(errors="replace").splitlines()
+            text = (self._logs / f"{ended.rank}.log").read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
         except OSError:
             return ended
-        return RankExit(ended.rank, ended.code, next((line.strip()[:300] for line in reversed(lines) if line.strip()), ""))
+        return RankExit(ended.rank, ended.code, last_words(text))
+
+
+def last_words(text: str) -> str:
+    """The last line of a rank's log without its time, and where the code was if that line ends a traceback."""
+    last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+    begin = text.rfind("Traceback (most recent call last):")
+    ends_it = begin >= 0 and [line for line in text[begin:].splitlines()[1:] if line.strip() and line[0] != " "][:1] == [last]
+    message = _LOG_PREFIX.sub("", last.strip())[:300]
+    return message + (_place(text[begin:]) if ends_it else "")
 
 
 def _exits(result: RunResult) -> tuple[RankExit, ...]:
@@ -274,14 +287,18 @@ def _exits(result: RunResult) -> tuple[RankExit, ...]:
 
 
 def _with_place(failure: ProcessFailure) -> str:
-    """What a rank's exception says, and the line of code that raised it; of code that is not installed, where there is any."""
-    message = _first_line(failure.message)
+    """What a rank's exception says, and the line of code that raised it."""
     data = failure.error_file_data.get("message")
-    stack = str(data.get("extraInfo", {}).get("py_callstack", "")) if isinstance(data, dict) else ""
+    if not isinstance(data, dict):
+        return _first_line(failure.message)
+    return _first_line(str(data.get("message", ""))) + _place(str(data.get("extraInfo", {}).get("py_callstack", "")))
+
+
+def _place(stack: str) -> str:
+    """` (FILE:LINE)` of the innermost frame of a traceback; of code that is not installed, where there is any."""
     frames = re.findall(r'^  File "([^"]+)", line (\d+)', stack, re.MULTILINE)
     own = [frame for frame in frames if "-packages/" not in frame[0] and not frame[0].startswith(("<", sys.base_prefix))]
-    place = (own or frames)[-1:]
-    return f"{message} ({place[0][0]}:{place[0][1]})" if message and place else message
+    return "".join(f" ({file}:{line})" for file, line in (own or frames)[-1:])
 
 
 def _first_line(message: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -128,3 +129,25 @@ def test_told_to_leave_it_waits_a_little_for_the_next_controller_unless_told_aga
         assert time.monotonic() - began >= soonest, "a new controller may be on its way"
         running.join(15)
         assert not running.is_alive()
+
+
+def test_a_ranks_exception_is_told_with_the_line_of_code_that_is_not_installed(tmp_path: Path) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from launcher.agent.elastic import _with_place, last_words
+
+    stack = (
+        'Traceback (most recent call last):\n  File "/x/site-packages/trainer/loop.py", line 7, in train\n    go()\n'
+        '  File "/home/ann/reward.py", line 12, in score\n    raise ValueError("no")\n'
+        '  File "/x/site-packages/torch/nn.py", line 9, in call\n    deep()\nValueError: no\n'
+    )
+    file = tmp_path / "error.json"
+    file.write_text(json.dumps({"message": {"message": "ValueError: no", "extraInfo": {"py_callstack": stack, "timestamp": "1"}}}))
+    assert _with_place(ProcessFailure(0, 1, 1, str(file))) == "ValueError: no (/home/ann/reward.py:12)"
+    assert (
+        last_words("2026-01-02 03:04:05,678 ERROR   this rank ends on an error:\n" + stack)
+        == "ValueError: no (/home/ann/reward.py:12)"
+    )
+    assert last_words(stack + "2026-01-02 03:04:05,678 ERROR   recipe.toml:3: no\n") == "recipe.toml:3: no"
+    assert last_words("") == ""
+    assert _with_place(ProcessFailure(0, 1, -9, str(tmp_path / "none"))) == ""

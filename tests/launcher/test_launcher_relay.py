@@ -251,6 +251,20 @@ async def test_relay_starts_a_controller_where_none_lives(at: Open) -> None:
     psutil.Process(pid).wait(10)
 
 
+async def test_a_run_without_a_controller_is_looked_at_through_ssh_and_a_command_wakes_one(at: Open) -> None:
+    async with at("finished") as served:
+        root = served.desk.paths.root
+    async with Client(RemoteRun("head", None, str(root)), subscribe=True, looks="when over") as client:
+        assert client.welcome is not None and client.welcome.archived
+        lines = (await client.ask(p.JournalQuery(id=0), p.JournalReply)).lines
+        assert not any("term 2 began" in line.text for line in lines)
+        view = await client.command("golden", {"checkpoint": "b"}, timeout=30)
+        assert view.state == "done" and client.welcome is not None and client.welcome.term == 2
+        pid = json.loads(served.desk.paths.address.read_text())["pid"]
+    psutil.Process(pid).terminate()
+    psutil.Process(pid).wait(10)
+
+
 def test_relay_says_why_it_cannot_in_one_line_and_nothing_on_its_output(tmp_path: Path) -> None:
     done = midwatch("relay", "nosuch", stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
