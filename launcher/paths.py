@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from shards.decoding import DecodeError, json_as
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -109,8 +111,8 @@ class Address(msgspec.Struct, frozen=True):
 def read_address(file: Path) -> Address | None:
     """The address in a file; None where there is none that can be read."""
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Address)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return json_as(file.read_bytes(), Address)
+    except (OSError, DecodeError):
         return None
 
 

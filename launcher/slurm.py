@@ -19,6 +19,7 @@ import msgspec
 from launcher.paths import RunPaths, host_name, read_address, write_atomically
 from launcher.recipe import Recipe
 from launcher.remote import RemoteRun
+from shards.decoding import DecodeError, json_as
 
 ASK_SECONDS = 30.0
 """That Slurm's commands have; a controller that is busy answers late."""
@@ -89,8 +90,8 @@ def own_allocation() -> str | None:
 
 def read_job(paths: RunPaths) -> Job | None:
     try:
-        return msgspec.json.decode(paths.job.read_bytes(), type=Job)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return json_as(paths.job.read_bytes(), Job)
+    except (OSError, DecodeError):
         return None
 
 
