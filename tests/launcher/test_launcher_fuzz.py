@@ -29,7 +29,7 @@ from launcher.recipe.hf_files import INDEX, SINGLE
 from launcher.samples import Samples, Written
 from launcher.ssh import Result
 from tests.examples import example
-from tests.fuzzing import Subject, holds, scratch
+from tests.fuzzing import COUNT, Subject, holds, scratch
 from tests.hugging_face import LLAMA, RECIPES, write_llama
 
 HF_CONFIGS: dict[str, dict[str, Any]] = {
@@ -87,7 +87,7 @@ def fuzz_recipe(tmp_path: Path) -> Subject:
 
     seeds = [recipe.read_bytes() for recipe in sorted(RECIPES.glob("*.toml"))]
     seeds = [raw for raw in seeds if b"hf:" not in raw]
-    return Subject("recipe", seeds, load, (RecipeError,), "toml", names="recipe.toml", lines=60)
+    return Subject("recipe", seeds, load, (RecipeError,), "toml", names="recipe.toml", lines=60, quick=300)
 
 
 def fuzz_hugging_face(tmp_path: Path, what: str) -> Subject:
@@ -116,7 +116,7 @@ def fuzz_hugging_face(tmp_path: Path, what: str) -> Subject:
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(json.loads(header), SINGLE)}
     configs = [(place / "config.json").read_bytes() for place in places.values()]
     seeds = {"config.json": configs, INDEX: [json.dumps(index).encode()], SINGLE: [header]}
-    return Subject(what, seeds[what], load, (RecipeError,), "json", seal=seal, names="recipe.toml:")
+    return Subject(what, seeds[what], load, (RecipeError,), "json", seal=seal, names="recipe.toml:", quick=300)
 
 
 def fuzz_journal(tmp_path: Path) -> Subject:
@@ -279,3 +279,11 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
 def test_a_damaged_or_hostile_input_loads_or_is_refused_by_name(tmp_path: Path, name: str) -> None:
     with scratch(tmp_path) as place:
         holds(SUBJECTS[name](place))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_thousands_of_damaged_or_hostile_inputs_load_or_are_refused_by_name(tmp_path: Path, name: str, seed: int) -> None:
+    with scratch(tmp_path) as place:
+        holds(SUBJECTS[name](place), COUNT, seed)

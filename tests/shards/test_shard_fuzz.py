@@ -24,7 +24,7 @@ from shards.spec import Build, Data, Source, decode_build
 from shards.spec import Tokenizer as TokenizerSpec
 from shards.templates import NAMED, Template
 from shards.tokenizer import RESERVED, Tokenizer, piece_count, read_model, train
-from tests.fuzzing import Subject, attack, holds, scratch
+from tests.fuzzing import COUNT, Subject, attack, holds, scratch
 
 TALK: list[Message] = [("user", "What?"), ("assistant", "That.")]
 TEXT = ["The river rises in the mountains and flows north.\nif a == b:\n\treturn 日本"] * 20
@@ -132,7 +132,7 @@ def fuzz_tokenizer_json(place: Path, what: str) -> Subject:
         use(read_model(file), str(file))
 
     seeds = [seed] if what == file.name else [json.dumps(config).encode()]
-    return Subject(what, seeds, load, (ShardError, ChatError), "json", names="")
+    return Subject(what, seeds, load, (ShardError, ChatError), "json", quick=400)
 
 
 def fuzz_tokenizer_model(place: Path) -> Subject:
@@ -155,7 +155,7 @@ def fuzz_template(place: Path) -> Subject:
         tokenizer = Tokenizer(model, "tokenizer", Template("file", jinja, "chat.jinja"))
         tokenizer.chat(TALK)
 
-    return Subject("template", [jinja.encode() for jinja in NAMED.values()], load, (ShardError, ChatError))
+    return Subject("template", [jinja.encode() for jinja in NAMED.values()], load, (ShardError, ChatError), quick=500)
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
@@ -173,6 +173,14 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
 def test_a_damaged_or_hostile_input_loads_or_is_refused_by_name(tmp_path: Path, name: str) -> None:
     with scratch(tmp_path) as place:
         holds(SUBJECTS[name](place))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_thousands_of_damaged_or_hostile_inputs_load_or_are_refused_by_name(tmp_path: Path, name: str, seed: int) -> None:
+    with scratch(tmp_path) as place:
+        holds(SUBJECTS[name](place), COUNT, seed)
 
 
 TURNS = (

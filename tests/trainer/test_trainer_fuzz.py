@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import xxhash
 
-from tests.fuzzing import Subject, holds, scratch
+from tests.fuzzing import COUNT, Subject, holds, scratch
 from trainer import manifest
 from trainer.generate.request import Request
 from trainer.generate.served import Lines, Server, ServerError
@@ -111,6 +111,14 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
 def test_a_damaged_or_hostile_input_loads_or_is_refused_by_name(tmp_path: Path, name: str) -> None:
     with scratch(tmp_path) as place:
         holds(SUBJECTS[name](place))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_thousands_of_damaged_or_hostile_inputs_load_or_are_refused_by_name(tmp_path: Path, name: str, seed: int) -> None:
+    with scratch(tmp_path) as place:
+        holds(SUBJECTS[name](place), COUNT, seed)
 
 
 def repeated(*parts: bytes, pause: float = 0.0) -> Callable[[socket.socket], None]:

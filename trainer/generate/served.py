@@ -240,7 +240,11 @@ class Server:
             seconds = f"{self._timeout:g} s"
             raise self._error(place, f"did not answer within {seconds}", "look at its log, or raise [generate] timeout") from None
         except (OSError, http.client.HTTPException) as error:
-            why = f"{error.strerror or error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            why = (
+                f"{error.strerror or error}"
+                if isinstance(error, OSError)
+                else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            )
             raise self._error(
                 place, f"cannot be asked ({why})", f"start it with {self._weights}, or correct [generate] url"
             ) from None
