@@ -14,6 +14,8 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from shards.decoding import UNDECODABLE, brief
+
 MANIFEST = "manifest.msgpack"
 RECORD = "record.json"
 """What the journal says of a checkpoint, in its own directory: it outlives the journal."""
@@ -52,6 +54,9 @@ class Manifest(msgspec.Struct, frozen=True):
 class CheckpointError(Exception):
     """A checkpoint cannot be used; the message names the file and why."""
 
+    def __init__(self, message: object) -> None:
+        super().__init__(brief(message))
+
 
 def read_manifest(directory: Path, digest: str | None = None) -> Manifest:
     """Reads a manifest; with a digest, only if it is the very one. Raises CheckpointError."""
@@ -65,7 +70,7 @@ def read_manifest(directory: Path, digest: str | None = None) -> Manifest:
         raise CheckpointError(f"{file}: is not what was committed (hash {found}, journal {digest})")
     try:
         manifest = msgspec.msgpack.decode(content, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise CheckpointError(f"{file}: not a manifest: {error}") from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"{file}: format {manifest.format} is not known to this version")

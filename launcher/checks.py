@@ -19,6 +19,7 @@ import psutil
 from launcher.preflight import Findings, look
 from launcher.recipe import Cluster, Recipe
 from launcher.ssh import Result, Ssh, SshError, remote_command
+from shards.decoding import DecodeError, json_as
 
 VISIT_SECONDS = 45.0
 MOST_SKEW, WARN_SKEW = 5.0, 1.0
@@ -111,8 +112,8 @@ async def _visit(ssh: Ssh, host: str, cluster: Cluster, words: list[str]) -> Vis
 def understand(result: Result) -> Findings | Note:
     """What a node's preflight has said, between whatever its login scripts said; a note where that is nothing."""
     for line in reversed(result.stdout.splitlines()):
-        with contextlib.suppress(msgspec.DecodeError):
-            return msgspec.json.decode(line, type=Findings)
+        with contextlib.suppress(DecodeError):
+            return json_as(line, Findings)
     said = result.last_words
     if "No module named" in said:
         return Note("problem", "midwatch", f"Midwatch is not installed for its Python, or is another version ({said})", _INSTALL)

@@ -15,6 +15,7 @@ import msgspec
 from launcher import journal as j
 from launcher.directory import DirectoryId
 from launcher.paths import PUBLIC_FILE, RunPaths, write_atomically
+from shards.decoding import DecodeError, json_as
 
 
 class RunRecord(msgspec.Struct, frozen=True):
@@ -36,8 +37,8 @@ class Identity(NamedTuple):
 
 def read_record(paths: RunPaths) -> RunRecord | None:
     try:
-        return msgspec.json.decode(paths.record.read_bytes(), type=RunRecord)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return json_as(paths.record.read_bytes(), RunRecord)
+    except (OSError, DecodeError):
         return None
 
 

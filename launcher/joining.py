@@ -21,6 +21,7 @@ import msgspec
 from launcher.identity import run_id
 from launcher.keys import ANY_NODE, CONTROLLER_NAME, Identity, KeysError, RunKeys, client_context, load_identity
 from launcher.paths import Address, RunPaths, read_address
+from shards.decoding import DecodeError, json_as
 
 RETRY_SECONDS = 2.0
 CONNECT_SECONDS = 5.0
@@ -70,8 +71,8 @@ def read_key_file(file: Path) -> KeyFile:
     if stat.S_ISREG(status.st_mode) and status.st_mode & (0o037 if lenient else 0o077):
         raise KeysError(f"{file}: others can read this key (chmod 600 {file}; in a pod: defaultMode: 0400)")
     try:
-        return msgspec.json.decode(content, type=KeyFile)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        return json_as(content, KeyFile)
+    except DecodeError:
         raise KeysError(f"{file}: holds no key of a run (midwatch node key RUN [NODE] > FILE makes one)") from None
 
 

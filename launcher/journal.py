@@ -529,7 +529,7 @@ def _parse(content: bytes) -> Iterator[tuple[int, Entry | None]]:
             if int(line[:8], 16) != zlib.crc32(line[9:]):
                 raise ValueError
             yield start, _decoder.decode(line[9:])
-        except (ValueError, msgspec.DecodeError):
+        except (ValueError, RecursionError):
             yield start, None
 
 

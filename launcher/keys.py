@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Literal, cast
 import msgspec
 
 from launcher.paths import RunPaths, write_atomically
+from shards.decoding import DecodeError, json_as
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -62,8 +63,8 @@ class Identity(msgspec.Struct, frozen=True):
     def decode(cls, line: bytes) -> Identity:
         """Raises KeysError; what was read is not repeated in the message."""
         try:
-            return msgspec.json.decode(line, type=cls)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            return json_as(line, cls)
+        except DecodeError:
             raise KeysError("an identity was expected, and what came is none") from None
 
 

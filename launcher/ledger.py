@@ -341,7 +341,7 @@ class Ledger:
         if name == "golden":
             golden = [c for c in on_line if c.golden]
             return golden[-1] if golden else "no checkpoint on this line is golden; mark one with: golden ID"
-        if name.isdigit():
+        if name.isdecimal() and len(name) < 20:
             at = [c for c in on_line if c.step == int(name)]
             if at:
                 return at[-1]
@@ -355,7 +355,9 @@ class Ledger:
         while current is not None:
             segments.append(Segment(current.id, current.fork_step if current.parent is not None else -1, last))
             last = current.fork_step if last is None else min(last, current.fork_step)
-            current = self.lineages.get(current.parent) if current.parent is not None else None
+            # A parent is older than its child; a journal that says otherwise must not lead round in a circle.
+            parent = current.parent
+            current = self.lineages.get(parent) if parent is not None and parent < current.id else None
         segments.reverse()
         return segments
 

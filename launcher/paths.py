@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from launcher.directory import DirectoryId
+from shards.decoding import DecodeError, json_as
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ class Address(msgspec.Struct, frozen=True):
 def read_address(file: Path) -> Address | None:
     """The address in a file; None where there is none that can be read."""
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Address)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return json_as(file.read_bytes(), Address)
+    except (OSError, DecodeError):
         return None
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from shards.decoding import UNDECODABLE, brief
+
 VERSION = 2
 MAX_FRAME = 16 * 1024 * 1024
 """Bytes of the largest frame that is accepted."""
@@ -1118,8 +1120,8 @@ def decode(frame: bytes | str) -> Message:
         raise ProtocolError("a text frame where a binary one was expected")
     try:
         return _decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(str(error)) from None
+    except UNDECODABLE as error:
+        raise ProtocolError(brief(error)) from None
 
 
 LENGTH_BYTES = 4

@@ -23,6 +23,7 @@ import msgspec
 from launcher.metrics.columns import Segment
 from launcher.paths import PRIVATE_FILE, write_atomically
 from launcher.protocol import Sampled, SampleQuery, SampleReply, SampleView
+from shards.decoding import UNDECODABLE
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Samples:
     def _read(self, path: Path) -> list[Kept]:
         found, offset = [], 0
         for line in path.read_bytes().split(b"\n"):
-            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            with contextlib.suppress(*UNDECODABLE):
                 found.append(_kept(path.name, offset, len(line), _decoder.decode(line)))
                 self._newest[found[-1].source] = max(self._newest.get(found[-1].source, 0), found[-1].number)
             offset += len(line) + 1
@@ -274,7 +275,7 @@ class Samples:
                 continue
             if len(contents.get(kept.chunk, b"")) < kept.offset + kept.length:
                 contents[kept.chunk] = self._content(kept.chunk)
-            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            with contextlib.suppress(*UNDECODABLE):
                 written = _decoder.decode(contents[kept.chunk][kept.offset : kept.offset + kept.length])
                 yield kept, written.prompt, written.text
 

@@ -21,6 +21,7 @@ from launcher.paths import PUBLIC_FILE, RunPaths, host_name, read_address, write
 from launcher.reach import Looks
 from launcher.recipe import Recipe
 from launcher.remote import RemoteRun
+from shards.decoding import DecodeError, json_as
 
 ASK_SECONDS = 30.0
 """That Slurm's commands have; a controller that is busy answers late."""
@@ -108,9 +109,9 @@ def own_allocation() -> str | None:
 def read_job(paths: RunPaths) -> Job | None:
     """The job of this directory; that of a run which this one was copied from is not."""
     try:
-        job = msgspec.json.decode(paths.job.read_bytes(), type=Job)
+        job = json_as(paths.job.read_bytes(), Job)
         return job if job.directory is None or job.directory.same(DirectoryId.of(paths.root)) else None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except (OSError, DecodeError):
         return None
 
 

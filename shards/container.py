@@ -24,6 +24,7 @@ import numpy.typing as npt
 import xxhash
 import zstandard
 
+from shards.decoding import Count
 from shards.errors import ShardError
 
 Array = npt.NDArray[Any]
@@ -45,8 +46,8 @@ class ColumnFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     file: str  # name within the manifest's directory
     dtype: str  # uint8, uint16, uint32 or uint64, little-endian
-    items: int  # numbers in it
-    bytes: int  # size of the file
+    items: Count  # numbers in it
+    bytes: Count  # size of the file
     hash: str  # xxh3_128 of the whole file, hex
     table: str  # xxh3_128 of its seek table (skippable header to footer), hex: checked whenever it is opened
 
@@ -206,6 +207,7 @@ class ColumnReader:
     def __init__(
         self, path: Path, dtype: str, frame_items: int, *, known: ColumnFile | None = None, cache: Cache | None = None
     ) -> None:
+        self._handle = -1
         self.path = path
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.frame_items = frame_items
@@ -216,7 +218,6 @@ class ColumnReader:
         self._latest = -1, self._nothing  # the frame that was asked for last, which mostly is asked for again
         self._run = 0  # frames asked for one after the other; of several threads' reading it is a guess
         self._header = b""  # of a frame that was found well; all whole ones of a writer begin alike
-        self._handle = -1
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

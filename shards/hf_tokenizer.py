@@ -10,11 +10,15 @@ import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from shards.decoding import DecodeError, json_value
 from shards.errors import SpecError
 
 CONFIG = "tokenizer_config.json"
+Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31 - 1)]
 FALLBACKS = {
     "bos": ("<s>", "<|begin_of_text|>", "[BOS]", "<bos>", "<|endoftext|>"),
     "eos": ("</s>", "<|end_of_text|>", "[EOS]", "<eos>", "<|endoftext|>"),
@@ -30,16 +34,13 @@ META_SPACE = "\u2581"
 
 def bundle(path: Path) -> bytes:
     """The bundle of a tokenizer.json and what lies beside it. Raises SpecError."""
+    tokenizer, beside = _object(path), path.parent / CONFIG
+    config = _object(beside) if beside.exists() else {}
     try:
-        tokenizer = json.loads(path.read_bytes())
-        config = json.loads((path.parent / CONFIG).read_bytes()) if (path.parent / CONFIG).exists() else {}
-    except OSError as error:
-        raise SpecError(f"tokenizer: {error.filename or path}: {error.strerror} (correct the path)") from None
-    except (ValueError, RecursionError) as error:
-        raise SpecError(f"tokenizer: {path} or {CONFIG} beside it: is not JSON: {error} (fetch it again)") from None
-    if not isinstance(tokenizer, dict) or not isinstance(config, dict) or "model" not in tokenizer:
-        raise SpecError(f"tokenizer: {path}: is not a tokenizer.json (fetch it again)")
-    added = {token["content"] for token in tokenizer.get("added_tokens") or []}
+        ids_in(tokenizer)
+        added = {token.content for token in added_tokens(tokenizer)}
+    except ValueError as error:
+        raise SpecError(f"tokenizer: {path}: is not a tokenizer.json: {error} (fetch it again)") from None
     special: dict[str, str] = {}
     for name in ("bos", "eos", "pad", "unk"):
         token = config.get(f"{name}_token")
@@ -52,11 +53,42 @@ def bundle(path: Path) -> bytes:
     return json.dumps({"tokenizer": tokenizer, "special": special}, ensure_ascii=False, sort_keys=True).encode()
 
 
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json_value(path.read_bytes())
+    except OSError as error:
+        raise SpecError(f"tokenizer: {path}: {error.strerror} (correct the path)") from None
+    except DecodeError as error:
+        raise SpecError(f"tokenizer: {path}: is {error} (fetch it again)") from None
+    if not isinstance(found, dict):
+        raise SpecError(f"tokenizer: {path}: is not a JSON object (fetch it again)")
+    return found
+
+
+class AddedToken(msgspec.Struct):
+    """What counts here of an entry of `added_tokens`."""
+
+    id: Id
+    content: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+class _Vocabulary(msgspec.Struct):
+    vocab: dict[str, Id] | list[Any]
+
+
+def added_tokens(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
+    """Raises ValueError."""
+    return msgspec.convert(tokenizer.get("added_tokens") or [], list[AddedToken])
+
+
 def ids_in(tokenizer: Mapping[str, Any]) -> int:
-    """One more than the highest id of a tokenizer.json."""
-    vocab = tokenizer["model"]["vocab"]
+    """One more than the highest id of a tokenizer.json. Raises ValueError."""
+    vocab = msgspec.convert(tokenizer.get("model"), _Vocabulary).vocab
     highest = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
-    return 1 + max([highest, *(int(token["id"]) for token in tokenizer.get("added_tokens") or [])])
+    return 1 + max([highest, *(token.id for token in added_tokens(tokenizer))])
 
 
 class JsonModel:
@@ -69,7 +101,7 @@ class JsonModel:
         except ImportError:
             raise SpecError(f"{where}: a tokenizer.json needs the package `tokenizers` (pip install 'midwatch[train]')") from None
         try:
-            content = json.loads(model)
+            content = json_value(model)
             tokenizer, self.special = content["tokenizer"], dict(content["special"])
             self._size = ids_in(tokenizer)
             self._model: Any = Tokenizer.from_str(json.dumps(tokenizer))
@@ -77,11 +109,11 @@ class JsonModel:
             raise SpecError(f"{where}: not a tokenizer.json that `tokenizers` can read: {error} (fetch it again)") from None
         self._model.no_truncation()
         self._model.no_padding()
-        added = tokenizer.get("added_tokens") or []
-        self._control = {int(token["id"]) for token in added if token.get("special")}
-        self.added = {str(token["content"]): int(token["id"]) for token in added}
-        self.swallows = {str(token["content"]): (bool(token.get("lstrip")), bool(token.get("rstrip"))) for token in added}
-        control = next((token["content"] for token in added if token.get("special") and not token.get("rstrip")), "")
+        added = added_tokens(tokenizer)
+        self._control = {token.id for token in added if token.special}
+        self.added = {token.content: token.id for token in added}
+        self.swallows = {token.content: (token.lstrip, token.rstrip) for token in added}
+        control = next((token.content for token in added if token.special and not token.rstrip), "")
         alone, behind = self.encode("a"), self.encode(control + "a")
         self.spaces_each = behind[-len(alone) :] == alone
         """Whether a text behind a special token gets a space put before it like one that begins a document, if that does."""
@@ -207,7 +239,14 @@ def _normalizer(spec: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def parse(model: bytes) -> tuple[list[tuple[str, float, int]], int, dict[str, Any]]:
-    """(piece, score, kind) of each id, the kind of the model, and its normalizer: sentencepiece_model.proto."""
+    """(piece, score, kind) of each id, the kind of the model, and its normalizer: sentencepiece_model.proto. Raises SpecError."""
+    try:
+        return _parse(model)
+    except (LookupError, ValueError, TypeError, struct.error) as error:
+        raise SpecError(f"tokenizer: not a SentencePiece model: {type(error).__name__}: {error} (give a .model file)") from None
+
+
+def _parse(model: bytes) -> tuple[list[tuple[str, float, int]], int, dict[str, Any]]:
     pieces: list[tuple[str, float, int]] = []
     kind, spec = 1, {"charsmap": b"", "dummy_prefix": True, "extra_whitespaces": True}
     for field, value in _fields(model):
@@ -254,6 +293,6 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 def with_reserved(tokenizer: Mapping[str, Any], reserved: Iterable[tuple[int, str]]) -> dict[str, Any]:
     """A tokenizer.json with the reserved tokens that it lacks."""
-    have = {int(token["id"]) for token in tokenizer.get("added_tokens") or []}
+    have = {token.id for token in added_tokens(tokenizer)}
     added = [added_token(number, name) for number, name in sorted(reserved) if number not in have]
     return dict(tokenizer) | {"added_tokens": [*(tokenizer.get("added_tokens") or []), *added]}

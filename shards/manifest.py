@@ -13,11 +13,13 @@ import msgspec
 import numpy as np
 import xxhash
 
-from shards.container import ColumnFile, ColumnReader, write_atomically
+from shards.container import DTYPES, ColumnFile, ColumnReader, write_atomically
+from shards.decoding import Count, DecodeError, json_as, shown
 from shards.errors import ShardError
 from shards.spec import Kind
 
 FORMAT = 1
+MOST_FRAME_ITEMS = 1 << 24  # `frame_tokens` is at most this
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "held_out")
 
@@ -25,8 +27,8 @@ SPLITS = ("train", "held_out")
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One shard: its columns, files of equal standing. Documents never cross shards."""
 
-    tokens: int
-    documents: int
+    tokens: Count
+    documents: Count
     columns: dict[str, ColumnFile]  # "tokens"; "ends": a document's end, in tokens of this shard; "mask": see Manifest
 
 
@@ -39,13 +41,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     kind: Kind
     origin: str  # where the text came from
     tokenizer: str  # xxh3_128 of the tokenizer's model file, and of its chat template if that is not the default one, hex
-    vocab: int  # ids of the tokenizer
+    vocab: Count  # ids of the tokenizer
     dtype: str  # of the tokens: uint16 up to 65,536 ids, else uint32
-    frame_items: int  # items in a zstd frame
-    tokens: int
-    documents: int
-    text_bytes: int  # bytes of UTF-8 that the tokens stand for
-    rejected: dict[str, int]  # records that were left out, by reason; of the whole source, the same in both splits
+    frame_items: Count  # items in a zstd frame
+    tokens: Count
+    documents: Count
+    text_bytes: Count  # bytes of UTF-8 that the tokens stand for
+    rejected: dict[str, Count]  # records that were left out, by reason; of the whole source, the same in both splits
     shards: tuple[Shard, ...]
     # The mask column: for sft 1 where the assistant speaks, else 0; for preference 0 prompt, 1 chosen, 2 rejected.
     digest: str = ""
@@ -71,23 +73,51 @@ def load(directory: Path) -> Manifest:
     except OSError as error:
         raise ShardError(f"{path}: {error.strerror} (build the shards, or correct the path)") from None
     try:
-        version = msgspec.json.decode(raw, type=_Version).format
+        version = json_as(raw, _Version).format
         if version != FORMAT:
             raise ShardError(f"{path}: format {version}, this release reads format {FORMAT} (build the shards again)")
-        manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        manifest = json_as(raw, Manifest)
+    except DecodeError as error:
         raise ShardError(f"{path}: not a manifest: {error} (restore it, or build the shards again)") from None
     if manifest.computed_digest() != manifest.digest:
         raise ShardError(f"{path}: its content does not match its digest (restore it, or build the shards again)")
-    for shard in manifest.shards:
-        for column in shard.columns.values():
-            if "/" in column.file or column.file.startswith("."):
-                raise ShardError(f"{path}: names a file outside its directory: {column.file}")
+    problem = _contradiction(manifest)
+    if problem:
+        raise ShardError(f"{path}: {problem} (restore it, or build the shards again)")
     return manifest
 
 
 class _Version(msgspec.Struct):
     format: int
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """What of a manifest contradicts the rest of it, or cannot be; a digest that is right says only who wrote it."""
+    if manifest.split not in SPLITS or not 1 <= manifest.frame_items <= MOST_FRAME_ITEMS:
+        return f"split {shown(manifest.split)} in frames of {manifest.frame_items} items is none that was written"
+    for number, shard in enumerate(manifest.shards):
+        problem = _shard_problem(shard, manifest)
+        if problem:
+            return f"shard {number}: {problem}"
+    for what in ("tokens", "documents"):
+        if sum(getattr(shard, what) for shard in manifest.shards) != getattr(manifest, what):
+            return f"its {what} are not those of its shards together"
+    return None
+
+
+def _shard_problem(shard: Shard, manifest: Manifest) -> str | None:
+    items = {"tokens": shard.tokens, "ends": shard.documents, "mask": shard.tokens}
+    needed = {"tokens", "ends"} if manifest.kind == "text" else set(items)
+    if not needed <= shard.columns.keys() <= items.keys():
+        return f"its columns are {shown(sorted(shard.columns))}, those of {manifest.kind} are {', '.join(sorted(needed))}"
+    for name, column in shard.columns.items():
+        if "/" in column.file or column.file.startswith(".") or not column.file.isprintable() or not 0 < len(column.file) < 256:
+            return f"names a file outside its directory: {shown(column.file)}"
+        if column.dtype not in (DTYPES if name != "tokens" else (manifest.dtype,)) or column.dtype not in DTYPES:
+            return f"column {name} is of type {shown(column.dtype)}"
+        if column.items != items[name]:
+            return f"column {name} has {column.items} items, not {items[name]}"
+    return None
 
 
 def verify(directory: Path, *, full: bool = True, tell: Callable[[int], None] = lambda count: None) -> Iterator[str]:

@@ -11,9 +11,12 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
+from shards.decoding import brief
 from shards.errors import SpecError
 from shards.templates import Template
 
+LONGEST_TEMPLATE = 1 << 20
+"""Characters; the longest in use have some ten thousand."""
 TODAY = datetime(2024, 7, 26)
 """The date that Llama 3's own templates take where they are told none."""
 
@@ -29,8 +32,14 @@ class Renderer:
         """Raises SpecError for what is not Jinja."""
         import jinja2
 
+        from shards.sandbox import bounded
+
+        self._bounded = bounded
         self.template = template
         self._names = dict(names)
+        where = f"tokenizer: template: {template.where}"
+        if len(template.jinja) > LONGEST_TEMPLATE:
+            raise SpecError(f"{where}: is longer than {LONGEST_TEMPLATE:,} characters (name another template)")
         try:
             self._compiled = _environment().from_string(template.jinja)
         except jinja2.TemplateSyntaxError as error:
@@ -38,8 +47,10 @@ class Renderer:
             raise SpecError(
                 f"tokenizer: template: {template.where}:{error.lineno}: is not Jinja: {error.message} ({way})"
             ) from None
-        except RecursionError:
-            raise SpecError(f"tokenizer: template: {template.where}: is nested too deeply (name another template)") from None
+        except (RecursionError, MemoryError):
+            raise SpecError(f"{where}: is nested too deeply (name another template)") from None
+        except Exception as error:  # of Python's compiler, which Jinja gives its own code, or of a filter that is not there
+            raise SpecError(f"{where}: cannot be used: {brief(error)} (name another template)") from None
 
     def __call__(self, messages: Sequence[Mapping[str, str]], prompt: bool, tags: tuple[str, str] = ("", "")) -> str:
         """The conversation's text. prompt: open a turn for the assistant; tags: put around `{% generation %}` blocks.
@@ -47,12 +58,15 @@ class Renderer:
         Raises ChatError.
         """
         given: dict[str, Any] = {"tools": None, "documents": None, "generation_begins": tags[0], "generation_ends": tags[1]}
+        given |= self._names
         try:
-            text: str = self._compiled.render(
-                messages=[dict(message) for message in messages], add_generation_prompt=prompt, **given, **self._names
+            copies = [dict(message) for message in messages]
+            characters = sum(len(part) for message in copies for part in message.values())
+            text: str = self._bounded(
+                lambda: self._compiled.render(messages=copies, add_generation_prompt=prompt, **given), characters
             )
         except Exception as error:  # a template can fail in any way that a program can
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(brief(error).split()) or type(error).__name__
             raise ChatError(f"the template refuses it: {reason}") from None
         return text
 
@@ -62,7 +76,8 @@ def _environment() -> Any:
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from shards.sandbox import BoundedEnvironment
 
     class Generation(Extension):
         """`{% generation %}`: what the assistant says, marked by whoever wrote the template."""
@@ -96,8 +111,8 @@ def _environment() -> Any:
     def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = tojson
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.add_filter("tojson", tojson)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["namespace"] = Namespace
     environment.globals["strftime_now"] = TODAY.strftime

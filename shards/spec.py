@@ -296,9 +296,9 @@ def _check_made_of(data: Data, where: str) -> None:
 
 
 def _check_fitting(source: Source, where: str) -> None:
-    defaults = {field.name: field.default for field in msgspec.structs.fields(Source)}
+    defaults = Source(name="", kind="text", origin="text")
     for key, origins in FITTING.items():
-        if getattr(source, key) != defaults[key] and source.origin not in origins:
+        if getattr(source, key) != getattr(defaults, key) and source.origin not in origins:
             raise SpecError(f"{where}: {key} is for origin {', '.join(origins)} (drop it)")
     kinds = LAYOUT_KINDS[source.layout]
     if source.kind not in kinds:

@@ -11,7 +11,6 @@ nothing between the parts. Others bring special tokens of their own, which are r
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -25,6 +24,7 @@ import sentencepiece
 import xxhash
 
 from shards.chat import Chat, Markers, Message, trained
+from shards.decoding import json_value
 from shards.errors import ShardError, SpecError
 from shards.hf_tokenizer import JsonModel, bundle, ids_in
 from shards.rendering import Renderer
@@ -256,9 +256,15 @@ def _loaded(model: bytes, where: str) -> Any:
     if is_json(model):
         return JsonModel(model, where)
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
-        raise SpecError(f"{where}: not a SentencePiece model (give a .model file, or leave path out)") from None
+        found = sentencepiece.SentencePieceProcessor(model_proto=model)
+        size = found.get_piece_size()
+        found.id_to_piece(list(range(size)))  # pieces that are not UTF-8 are not found out before they are used
+        whole = 0 <= found.unk_id() < size
+    except (RuntimeError, ValueError, IndexError):
+        whole = False
+    if not whole:
+        raise SpecError(f"{where}: not a SentencePiece model (give a .model file, or leave path out)")
+    return found
 
 
 def is_json(model: bytes) -> bool:
@@ -294,7 +300,7 @@ def piece_count(path: Path) -> int:
     """Ids of a tokenizer that is brought along, without the reserved ones that it lacks. Raises SpecError."""
     model = read_model(path)
     if is_json(model):
-        return ids_in(json.loads(model)["tokenizer"])
+        return ids_in(json_value(model)["tokenizer"])
     count: int = _loaded(model, str(path)).get_piece_size()
     return count
 

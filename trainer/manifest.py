@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 import xxhash
 
+from shards.decoding import UNDECODABLE, brief
+
 FORMAT = 2
 """2: queries, keys and values of a group of heads lie together; one step count for all parameters."""
 FILE_NAME = "manifest.msgpack"
@@ -35,6 +37,9 @@ ITEM_BYTES = {
 
 class CheckpointError(Exception):
     """A checkpoint cannot be read or written; the message names the file, what is wrong, and the way out."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(brief(message))
 
 
 class MismatchError(CheckpointError):
@@ -84,7 +89,7 @@ def read(directory: Path) -> tuple[Manifest, str]:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror} (use another checkpoint)") from None
     try:
         manifest = msgspec.msgpack.decode(raw, type=Manifest)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
         raise CheckpointError(f"{file}: is not a manifest: {error} (use another checkpoint)") from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"{file}: format {manifest.format}, this release reads format {FORMAT}")

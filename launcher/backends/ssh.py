@@ -6,7 +6,7 @@ starting twice is harmless.
 
 from __future__ import annotations
 
-import json
+import msgspec
 
 from launcher import journal as j
 from launcher.backends import FIRST_SECONDS, Started, StartError
@@ -14,6 +14,7 @@ from launcher.keys import RunKeys
 from launcher.paths import RunPaths
 from launcher.recipe import Cluster
 from launcher.ssh import SILENT, Ssh, SshError, remote_command
+from shards.decoding import Count, DecodeError, json_as
 
 START_SECONDS = 60.0
 
@@ -45,13 +46,18 @@ class SshBackend:
         return None
 
 
+class _Said(msgspec.Struct):
+    pid: Count
+    birth: str
+
+
 def started(node: str, status: int, stdout: str, stderr: str) -> Started:
     """What `launcher.agent --detach` has said. Raises StartError where that is no agent."""
     for line in reversed(stdout.splitlines()):  # login scripts may have said something before
         try:
-            said = json.loads(line)
-            return Started(int(said["pid"]), str(said["birth"]))
-        except (ValueError, TypeError, KeyError):
+            said = json_as(line, _Said)
+        except DecodeError:
             continue
+        return Started(said.pid, said.birth)
     words = [line.strip() for line in stderr.splitlines() if line.strip()]
     raise StartError(f"{node}: the agent does not start (status {status}): {words[-1] if words else SILENT}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import signal
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from launcher.recipe.supply import shortages
 from launcher.signals import send_signal
 from shards import build as builder
 from shards.commands import BUSY
+from shards.decoding import DecodeError, json_as
 from shards.errors import ShardError
 from shards.spec import Build
 
@@ -113,15 +113,23 @@ class Building:
 
     def _progress(self, line: bytes) -> None:
         try:
-            said = json.loads(line)
-            done, total = float(said.get("done") or 0), float(said.get("total") or 0)
-            text = f"{said['phase']}: {said.get('message') or ''}".strip(" :")
-            part = _overall(str(said["phase"]), str(said.get("message") or ""), done / total if total else 0.0)
-            before = self._office.live.building[0] if self._office.live.building else 0.0
-            self._office.live.building = (max(part, before), text)  # a build that cleans goes through some phases sooner
-        except (ValueError, TypeError, KeyError):
+            said = json_as(line, _Said)
+        except DecodeError:
             return
+        text = f"{said.phase}: {said.message or ''}".strip(" :")
+        part = _overall(said.phase, said.message or "", said.done / said.total if said.done and said.total else 0.0)
+        before = self._office.live.building[0] if self._office.live.building else 0.0
+        self._office.live.building = (max(part, before), text)  # a build that cleans goes through some phases sooner
         self._office.touch()
+
+
+class _Said(msgspec.Struct):
+    """A line of the build's progress."""
+
+    phase: str
+    message: str | None = None
+    done: float | None = None
+    total: float | None = None
 
 
 _PHASES = {"read": (0.0, 0.2), "tokenizer": (0.2, 0.45), "encode": (0.45, 0.95), "verify": (0.95, 1.0)}

@@ -21,6 +21,7 @@ from launcher import journal as j
 from launcher.controller.office import Office
 from launcher.metrics.columns import Segment
 from launcher.paths import RunPaths, mount_of, read_address
+from shards.decoding import DecodeError, json_as
 
 log = logging.getLogger("launcher.controller")
 
@@ -170,9 +171,8 @@ def _record(office: Office, manifest: files.Manifest) -> None:
 def _own_record(office: Office, id: str, digest: str) -> j.CheckpointCommitted | None:
     """What the journal has said of it, by the copy in its directory."""
     try:
-        content = (office.paths.checkpoints / id / files.RECORD).read_bytes()
-        entry = msgspec.json.decode(content, type=j.CheckpointCommitted)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        entry = json_as((office.paths.checkpoints / id / files.RECORD).read_bytes(), j.CheckpointCommitted)
+    except (OSError, DecodeError):
         return None
     return entry if entry.id == id and entry.digest == digest else None
 

@@ -12,6 +12,7 @@ Reading ends at the first frame that is short or fails its check: the torn tail 
 after it was never acknowledged, so its source sends it again.
 """
 
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ from typing import NamedTuple
 import msgspec
 import xxhash
 
+from shards.decoding import UNDECODABLE, Count, Int64, brief
+
+log = logging.getLogger(__name__)
+
 HEADER = struct.Struct("<II")
 MAX_BODY = 64 << 20  # a larger length is damage, not data
 
@@ -28,9 +33,9 @@ MAX_BODY = 64 << 20  # a larger length is damage, not data
 class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The metrics of one step. `time` is Unix seconds; `tokens` counts from the run's first step."""
 
-    lineage: int
-    step: int
-    tokens: int
+    lineage: Int64
+    step: Int64
+    tokens: Int64
     time: float
     values: dict[str, float]
 
@@ -39,7 +44,7 @@ class Frame(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Rows as one source sent them; (source, number) names the frame for ever."""
 
     source: str
-    number: int
+    number: Count
     rows: list[Row]
 
 
@@ -68,7 +73,13 @@ def read_frames(path: Path, offset: int = 0) -> Iterator[tuple[Frame, Mark]]:
             if len(body) < length or xxhash.xxh32_intdigest(body) != check:
                 return
             offset += HEADER.size + length
-            yield _decoder.decode(body), Mark(offset, header)
+            try:
+                frame = _decoder.decode(body)
+            except UNDECODABLE as error:
+                # Whole, and yet no frame of ours: another version's, or somebody else's. What follows it may be read.
+                log.warning("%s: the frame before byte %d is passed over: %s", path, offset, brief(error))
+                frame = Frame("", 0, [])
+            yield frame, Mark(offset, header)
 
 
 def holds(path: Path, mark: Mark) -> bool:

@@ -11,6 +11,7 @@ import xxhash
 from launcher.preferences.records import Prompt, Turn, key_of
 from launcher.preferences.store import PreferenceError
 from launcher.recipe import Recipe
+from shards.decoding import UNDECODABLE
 from shards.errors import ShardError
 from shards.mixing import covers
 from shards.records import Document
@@ -51,7 +52,7 @@ def of_file(file: Path) -> list[Prompt]:
 def _of_line(line: str) -> Prompt | str:
     try:
         record = msgspec.json.decode(line) if line.startswith("{") else line
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         return "begins as an object and is not JSON"
     said = record if isinstance(record, str) else record.get("prompt", record.get("messages"))
     if isinstance(said, str):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from launcher.preferences.records import NAME, Decision, Pair, Record, Undo, standing
+from shards.decoding import UNDECODABLE
 
 DRAWN = "pairs-drawn.jsonl"
 EXPORTED = "pairs.jsonl"
@@ -48,7 +49,7 @@ def read(file: Path) -> Found:
     for line in content[:whole].splitlines():
         try:
             records.append(_decoder.decode(line))
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNDECODABLE:
             damaged += 1
     return Found(records, whole, content[whole:], damaged)
 

@@ -7,7 +7,9 @@ from typing import Literal
 
 import msgspec
 
+from launcher.recipe.bounds import MOST_COUNT, bounded
 from launcher.recipe.hosts import expand
+from shards.decoding import shown
 
 
 class Sbatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,12 +130,11 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return int(low), int(high or low)
 
     def problems(self) -> list[tuple[str, str]]:
-        found = [(key, "must be at least 1") for key in ("ranks_per_node", "threads", "quarantine_after") if getattr(self, key) < 1]
-        found += [(key, "must be above 0") for key in ("hang_seconds", "hang_first_seconds") if getattr(self, key) <= 0]
-        if self.straggler_ratio <= 1:
+        found = bounded(self, 1, MOST_COUNT, ("ranks_per_node", "threads", "quarantine_after"))
+        keys = ("hang_seconds", "hang_first_seconds", "straggler_seconds")
+        found += [(key, "must be greater than 0") for key in keys if not getattr(self, key) > 0]
+        if not self.straggler_ratio > 1:
             found.append(("straggler_ratio", "must be greater than 1"))
-        if self.straggler_seconds <= 0:
-            found.append(("straggler_seconds", "must be greater than 0"))
         if not 0 <= self.port < 65536:
             found.append(("port", "must be between 0 and 65535"))
         if self.backend == "slurm":
@@ -146,11 +147,13 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             found.append(("hosts", 'the backend "ssh" needs hosts, as hosts = ["gpu-[01-16]"]'))
         if self.backend != "ssh" and hosts:
             found.append(("hosts", f'only the backend "ssh" takes hosts, and this is "{self.backend}"'))
-        if isinstance(self.nodes, str) and not re.fullmatch(r"\d+(:\d+)?", self.nodes):
-            return [*found, ("nodes", f'must be a number, or fewest and most as "12:16", but it is {self.nodes!r}')]
+        if isinstance(self.nodes, str) and not re.fullmatch(r"[0-9]{1,7}(:[0-9]{1,7})?", self.nodes):
+            return [*found, ("nodes", f'must be a number, or fewest and most as "12:16", but it is {shown(self.nodes)}')]
         low, high = self._bounds()
         if not 1 <= low <= high:
             found.append(("nodes", f"{self.nodes!r}: the fewest must be at least 1, and the most no fewer"))
+        elif high > MOST_COUNT:
+            found.append(("nodes", f"{high} nodes are more than any cluster has (at most {MOST_COUNT:,})"))
         elif self.backend == "ssh" and hosts and low > hosts:
             found.append(("nodes", f"at least {low} nodes are asked for, and there are {hosts} hosts"))
         elif self.backend == "local" and (low, high) != (1, 1):

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from launcher.recipe.bounds import MOST_COUNT, MOST_TOKENS, bounded
+
 
 class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Every rank has an engine with a whole copy of the model, or asks the user's server, for its share of the responses."""
@@ -32,8 +34,8 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds for the server to answer a request, or to load the weights."""
 
     def problems(self) -> list[tuple[str, str]]:
-        keys = ("running", "step_tokens", "cache_mb", "page")
-        found = [(key, "must be at least 1") for key in keys if getattr(self, key) is not None and getattr(self, key) < 1]
+        found = bounded(self, 1, MOST_COUNT, ("running", "page"))
+        found += bounded(self, 1, MOST_TOKENS, ("step_tokens", "cache_mb"))
         if not 0 < self.timeout < math.inf:
             found.append(("timeout", "must be greater than 0 and finite"))
         if self.engine == "own":

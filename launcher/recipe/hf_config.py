@@ -8,6 +8,43 @@ from typing import Any
 
 from launcher.recipe.hf_layout import ARCHITECTURES, Family
 from launcher.recipe.model import Model, Rope
+from shards.decoding import LARGEST, shown
+
+SIZES = frozenset(
+    [
+        "num_attention_heads",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "original_max_position_embeddings",
+        "n_embd",
+        "n_embed",
+        "n_layer",
+        "n_head",
+        "n_inner",
+        "n_positions",
+    ]
+)
+FACTORS = frozenset(
+    [
+        "rms_norm_eps",
+        "layer_norm_epsilon",
+        "rope_theta",
+        "factor",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "partial_rotary_factor",
+        "mscale",
+        "mscale_all_dim",
+    ]
+)
 
 
 class UnknownConfigError(Exception):
@@ -17,6 +54,7 @@ class UnknownConfigError(Exception):
 def model_keys(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
     """The family, and the keys of `[model]` with their values, `vocabulary` among them. Raises UnknownConfigError."""
     family = _family(config)
+    config = _typed(config)
     try:
         keys = {"llama": _from_llama, "gpt2": _from_gpt2, "bloom": _from_bloom}[family](config)
     except KeyError as error:
@@ -30,18 +68,53 @@ def model_keys(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
 def _family(config: Mapping[str, Any]) -> Family:
     kind = config.get("model_type")
     named = config.get("architectures") or []
+    if not isinstance(named, list):
+        raise UnknownConfigError(f"architectures is {shown(named)}, not a list")
     for family, architecture in ARCHITECTURES.items():
         if kind == family and (not named or architecture in named):
             return family
     found = named[0] if named else kind or "of no known kind"
-    raise UnknownConfigError(f"the model is {found}; those that can be read are {', '.join(ARCHITECTURES.values())}")
+    known, name = ", ".join(ARCHITECTURES.values()), found if isinstance(found, str) else shown(found)
+    raise UnknownConfigError(f"the model is {name}; those that can be read are {known}")
+
+
+def _typed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with sizes and factors that can be reckoned with; null is as if it were left out."""
+    given = dict(config)
+    for key in ("rope_parameters", "rope_scaling"):
+        if given.get(key):
+            if not isinstance(given[key], dict):
+                raise UnknownConfigError(f"{key} is {shown(given[key])}, not an object")
+            given[key] = _numbers(given[key], f"{key}.")
+    return _numbers(given, "")
+
+
+def _numbers(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    found = {}
+    for key, value in given.items():
+        if key in SIZES or key in FACTORS:
+            if value is None:
+                continue
+            whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+            if key in SIZES and not whole:
+                raise UnknownConfigError(f"{where}{key} is {shown(value)}, not a number of things")
+            if not whole and not (isinstance(value, float) and math.isfinite(value)):
+                raise UnknownConfigError(f"{where}{key} is {shown(value)}, not a finite number")
+        found[key] = value
+    return found
+
+
+def _share(whole: int, parts: int, what: str) -> int:
+    if parts < 1:
+        raise UnknownConfigError(f"it has {parts} {what}")
+    return whole // parts
 
 
 def _demand(config: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) -> None:
     """Settings of which only these values are known here, the first being what counts where it is left out."""
     for key, known in values.items():
         if config.get(key, known[0]) not in known:
-            raise UnknownConfigError(f"{key} is {config[key]!r}, and only {' or '.join(map(repr, known))} can be read")
+            raise UnknownConfigError(f"{key} is {shown(config[key])}, and only {' or '.join(map(repr, known))} can be read")
 
 
 def _from_llama(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +126,7 @@ def _from_llama(config: Mapping[str, Any]) -> dict[str, Any]:
         "width": width,
         "heads": heads,
         "kv_heads": config.get("num_key_value_heads") or heads,
-        "head_width": config.get("head_dim") or width // heads,
+        "head_width": config.get("head_dim") or _share(width, heads, "heads"),
         "hidden": config["intermediate_size"],
         "position": "rope",
         "norm": "rmsnorm",
@@ -76,6 +149,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
     given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0)
     kind = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(kind, str):
+        raise UnknownConfigError(f"rope type {shown(kind)} is not known")
     kind = "none" if kind == "default" else kind
     context = config.get("max_position_embeddings", 2048)
     original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or context
@@ -89,14 +164,14 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
         "proportional": {"factor": "factor", "partial_rotary_factor": "rotary_part"},
     }
     if kind not in known:
-        raise UnknownConfigError(f"rope type {kind!r} is not known; those that can be read are {', '.join(known)}")
+        raise UnknownConfigError(f"rope type {shown(kind)} is not known; those that can be read are {', '.join(known)}")
     part = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if kind != "proportional" and part not in (None, 1, 1.0):
-        raise UnknownConfigError(f"partial_rotary_factor is {part!r}, and only rope type 'proportional' has one")
+        raise UnknownConfigError(f"partial_rotary_factor is {shown(part)}, and only rope type 'proportional' has one")
     rope: dict[str, Any] = {"kind": kind, "original_context": context if kind == "dynamic" else original}
     rope |= {ours: given[theirs] for theirs, ours in known[kind].items() if given.get(theirs) is not None}
     if kind in ("yarn", "longrope") and given.get("factor") is None:
-        rope["factor"] = context / original
+        rope["factor"] = context / max(1, original)
     if kind == "yarn" and "attention_factor" not in rope and given.get("mscale") and given.get("mscale_all_dim"):
         rope["attention_factor"] = _mscale(rope["factor"], given["mscale"]) / _mscale(rope["factor"], given["mscale_all_dim"])
     return rope, theta
@@ -148,7 +223,7 @@ def _biased(layers: int, width: int, heads: int, eps: float) -> dict[str, Any]:
         "width": width,
         "heads": heads,
         "kv_heads": heads,
-        "head_width": width // heads,
+        "head_width": _share(width, heads, "heads"),
         "norm": "layernorm",
         "norm_place": "before",
         "norm_eps": float(eps),

@@ -11,13 +11,14 @@ import math
 import re
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
 from launcher.recipe.hf_config import UnknownConfigError, model_keys
 from launcher.recipe.hf_layout import Family, file_shapes, layout
 from launcher.recipe.model import Model
+from shards.decoding import Count, DecodeError, brief, json_value, shown
 
 PREFIX = "hf:"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -32,6 +33,9 @@ _PASSED_OVER = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias|.*\.rotary
 class DirectoryError(Exception):
     """The directory cannot be read; the message names the file, what is wrong and the way out."""
 
+    def __init__(self, message: object) -> None:
+        super().__init__(brief(message))
+
 
 class Stored(NamedTuple):
     """A tensor in a file, by the name it has there."""
@@ -40,6 +44,14 @@ class Stored(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+class _Tensor(msgspec.Struct):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=16)]
+    data_offsets: tuple[Count, Count]
 
 
 class Directory(NamedTuple):
@@ -63,7 +75,7 @@ def open_directory(path: Path) -> Directory:
         model = msgspec.convert(keys, Model)
     except UnknownConfigError as error:
         raise DirectoryError(f"{path / 'config.json'}: {error}") from None
-    except (msgspec.ValidationError, TypeError, ZeroDivisionError) as error:
+    except msgspec.ValidationError as error:
         raise DirectoryError(f"{path / 'config.json'}: is not the configuration of a {family}: {error}") from None
     problems = model.problems()
     if problems:
@@ -77,11 +89,11 @@ def open_directory(path: Path) -> Directory:
 
 def _json(file: Path, way: str) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
+        found = json_value(file.read_bytes())
     except OSError as error:
         raise DirectoryError(f"{file}: cannot be read: {error.strerror} ({way})") from None
-    except (ValueError, RecursionError) as error:
-        raise DirectoryError(f"{file}: is not JSON: {error} (fetch it again)") from None
+    except DecodeError as error:
+        raise DirectoryError(f"{file}: {error} (fetch it again)") from None
     if not isinstance(found, dict):
         raise DirectoryError(f"{file}: is not a JSON object (fetch it again)")
     return found
@@ -90,7 +102,7 @@ def _json(file: Path, way: str) -> dict[str, Any]:
 def _tensors(path: Path, family: Family) -> dict[str, Stored]:
     if (path / INDEX).exists():
         index = _json(path / INDEX, "fetch it again").get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(name, str) and "/" not in name for name in index.values()):
+        if not isinstance(index, dict) or not all(isinstance(name, str) and _is_name(name) for name in index.values()):
             raise DirectoryError(f"{path / INDEX}: has no weight_map of tensors to files beside it (fetch it again)")
         names = sorted(set(index.values()))
     elif (path / SINGLE).exists():
@@ -107,6 +119,11 @@ def _tensors(path: Path, family: Family) -> dict[str, Stored]:
     return found
 
 
+def _is_name(name: str) -> bool:
+    """Whether it can be that of a file in the same directory."""
+    return 0 < len(name) < 256 and "/" not in name and name.isprintable() and name not in (".", "..")
+
+
 def _header(file: Path) -> list[Stored]:
     """The tensors of one file; the file is as long as its header says."""
     try:
@@ -116,24 +133,25 @@ def _header(file: Path) -> list[Stored]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(size - 8, LONGEST_HEADER):
                 raise DirectoryError(f"{file}: is not a safetensors file, or is cut off (fetch it again)")
-            header = json.loads(source.read(length))
+            header = json_value(source.read(length))
     except OSError as error:
         raise DirectoryError(f"{file}: cannot be read: {error.strerror} (fetch it again)") from None
-    except (ValueError, RecursionError):
+    except DecodeError:
         raise DirectoryError(f"{file}: its header is not JSON (fetch it again)") from None
-    found, end = [], 0
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
     try:
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, stop = entry["data_offsets"]
-            stored = Stored(file, name, tuple(entry["shape"]), entry["dtype"])
-            if stored.dtype in ITEM_BYTES and stop - begin != math.prod(stored.shape) * ITEM_BYTES[stored.dtype]:
-                raise DirectoryError(f"{file}: tensor {name!r} has another number of bytes than its shape needs (fetch it again)")
-            found.append(stored)
-            end = max(end, stop)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        entries = msgspec.convert(header, dict[str, _Tensor])
+    except msgspec.ValidationError:
         raise DirectoryError(f"{file}: its header is not that of a safetensors file (fetch it again)") from None
+    found, end = [], 0
+    for name, entry in entries.items():
+        begin, stop = entry.data_offsets
+        stored = Stored(file, name, entry.shape, entry.dtype)
+        if begin > stop or (entry.dtype in ITEM_BYTES and stop - begin != math.prod(stored.shape) * ITEM_BYTES[stored.dtype]):
+            raise DirectoryError(f"{file}: tensor {shown(name)} has another number of bytes than its shape needs (fetch it again)")
+        found.append(stored)
+        end = max(end, stop)
     if size != 8 + length + end:
         raise DirectoryError(f"{file}: has {size} bytes where its header needs {8 + length + end} (fetch it again)")
     return found
@@ -148,13 +166,13 @@ def _check(path: Path, model: Model, family: Family, tensors: dict[str, Stored])
         stored = tensors[name]
         if stored.shape != shape:
             found, asked = list(stored.shape), list(shape)
-            said = f"{stored.file}: tensor {stored.name!r} is {found}, by config.json it is {asked}"
+            said = f"{stored.file}: tensor {shown(stored.name)} is {shown(found)}, by config.json it is {asked}"
             raise DirectoryError(f"{said} (fetch both again)")
         if stored.dtype not in ITEM_BYTES:
             way = f"only {', '.join(ITEM_BYTES)} can be read; dequantize it"
-            raise DirectoryError(f"{stored.file}: tensor {stored.name!r} is {stored.dtype} ({way})")
+            raise DirectoryError(f"{stored.file}: tensor {shown(stored.name)} is {shown(stored.dtype)} ({way})")
     for name, stored in tensors.items():
         spare = model.tied and name == "lm_head.weight"
         if name not in wanted and not spare and not _PASSED_OVER.fullmatch(name):
-            said = f"{stored.file}: tensor {stored.name!r} is left over: config.json has none such"
+            said = f"{stored.file}: tensor {shown(stored.name)} is left over: config.json has none such"
             raise DirectoryError(f"{said} (fetch both again)")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import math
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from launcher.recipe.probe import Probe
 from launcher.recipe.repeat import RepeatError, expanded
 from launcher.recipe.run import Checkpoint, Report, Run
 from launcher.recipe.stage import PARTS, Stage
+from launcher.recipe.toml import TomlError, dump_toml, parse_toml, too_large
 from launcher.recipe.watch import Watch
+from shards.decoding import brief, shown
 from shards.errors import SpecError
 from shards.mixing import covers
 from shards.spec import TEMPLATES, Build, Data, Source, Tokenizer
@@ -36,6 +38,9 @@ from shards.spec import check as check_build
 
 class RecipeError(Exception):
     """The recipe cannot be run; the message names file, line and the way out, one problem a line."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(brief(message))
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,19 +118,17 @@ def load_recipe(file: Path) -> Recipe:
 def parse_recipe(text: str, name: str = "recipe.toml", base: Path | None = None) -> Recipe:
     """Parses and checks a recipe's text. Raises RecipeError with every problem found."""
     try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        place = re.search(r"\(at line (\d+), column \d+\)", str(error))
-        message = re.sub(r"\s*\(at .*\)$", "", str(error))
-        raise RecipeError(f"{name}:{place.group(1) if place else text.count(chr(10)) + 1}: not valid TOML: {message}") from None
-    except RecursionError:
-        raise RecipeError(f"{name}: not valid TOML: nested too deeply") from None
+        raw = parse_toml(text)
+    except TomlError as error:
+        raise RecipeError(f"{name}:{error.line}: {error}" if error.line else f"{name}: {error}") from None
     lines = key_lines(text)
 
     def at(path: KeyPath) -> str:
         line = line_of(lines, path)
         return f"{name}:{line}" if line else name
 
+    for path, number in too_large(raw):
+        raise RecipeError(f"{at(path)}: {'.'.join(map(str, path))}: {shown(number)} does not fit in 64 bits (use less than 2^63)")
     try:
         raw = fill_in(raw, base)
     except OriginError as error:
@@ -287,9 +290,7 @@ def warnings(recipe: Recipe) -> list[str]:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML with every default written out; reads back as the same recipe."""
     raw: dict[str, Any] = msgspec.to_builtins(recipe)
-    out: list[str] = []
-    _dump_table((), raw, out)
-    return "\n".join(out).strip() + "\n"
+    return dump_toml(raw)
 
 
 def _absolute(recipe: Recipe, base: Path) -> Recipe:
@@ -338,7 +339,7 @@ def _explain(message: str, raw: dict[str, Any]) -> tuple[KeyPath, str]:
     choices = _choices_at(path)
     if choices:
         body = f"must be one of {', '.join(map(repr, choices))}"
-    return tuple(path), f"{label}: {body[0].lower()}{body[1:]}, but it is {_get(raw, path)!r}"
+    return tuple(path), f"{label}: {body[0].lower()}{body[1:]}, but it is {shown(_get(raw, path))}"
 
 
 def _get(raw: Any, path: list[str | int]) -> Any:
@@ -360,8 +361,13 @@ def _choices_at(path: list[str | int]) -> list[str]:
     return [str(value) for value in kind.values] if isinstance(kind, msgspec.inspect.LiteralType) else []
 
 
+@functools.cache
+def _recipe_type() -> msgspec.inspect.Type:
+    return msgspec.inspect.type_info(Recipe)
+
+
 def _type_at(path: list[str | int]) -> Any:
-    kind: Any = msgspec.inspect.type_info(Recipe)
+    kind: Any = _recipe_type()
     for part in path:
         if isinstance(part, int):
             kind = getattr(kind, "item_type", kind)
@@ -370,42 +376,3 @@ def _type_at(path: list[str | int]) -> Any:
         if isinstance(kind, msgspec.inspect.UnionType):
             kind = next((t for t in kind.types if isinstance(t, msgspec.inspect.StructType)), None)
     return kind
-
-
-def _dump_table(path: tuple[str, ...], table: dict[str, Any], out: list[str]) -> None:
-    tables = {k: v for k, v in table.items() if isinstance(v, dict) and path == ()}
-    arrays = {k: v for k, v in table.items() if isinstance(v, (list, tuple)) and v and all(isinstance(x, dict) for x in v)}
-    for key, value in table.items():
-        if key not in tables and key not in arrays and value is not None:
-            out.append(f"{_bare(key)} = {_toml(value)}")
-    for key, value in tables.items():
-        out += ["", f"[{'.'.join((*path, _bare(key)))}]"]
-        _dump_table((*path, _bare(key)), value, out)
-    for key, items in arrays.items():
-        for item in items:
-            out += ["", f"[[{'.'.join((*path, _bare(key)))}]]"]
-            _dump_table((*path, _bare(key)), item, out)
-
-
-def _bare(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return repr(value) if value == value and abs(value) != float("inf") else str(value)
-    if isinstance(value, str):
-        escaped = "".join(_ESCAPES.get(c, c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}") for c in value)
-        return f'"{escaped}"'
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_bare(k)} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
-    raise TypeError(type(value).__name__)
-
-
-_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}

@@ -7,6 +7,20 @@ from typing import Literal
 
 import msgspec
 
+MOST = {
+    "layers": 10_000,
+    "width": 1 << 24,
+    "heads": 1 << 14,
+    "kv_heads": 1 << 14,
+    "head_width": 1 << 20,
+    "hidden": 1 << 28,
+    "max_positions": 1 << 40,
+    "vocabulary": (1 << 31) - 1,
+}
+"""Sizes far beyond any model, within which every calculation from them is quick and small. Token ids are int32 in places."""
+MOST_HEADS = 1 << 20
+"""Heads of all layers together: the layout of a file names the rows of each."""
+
 
 class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How rotary positions are stretched past the length the model was first trained at."""
@@ -138,12 +152,14 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def problems(self) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out) for each impossible size."""
         found: list[tuple[str, str]] = []
-        for key in ("layers", "width", "heads"):
-            if getattr(self, key) < 1:
+        for key, most in MOST.items():
+            value = getattr(self, key)
+            if value is not None and value < 1:
                 found.append((key, "must be at least 1"))
-        for key in ("head_width", "hidden", "max_positions", "vocabulary"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                found.append((key, "must be at least 1"))
+            elif value is not None and value > most:
+                found.append((key, f"{value} is more than any model has (at most {most:,})"))
+        if not found and self.layers * self.heads > MOST_HEADS:
+            found.append(("heads", f"{self.heads} in each of {self.layers} layers are more than any model has"))
         if found:
             return found
         if self.head_width is None and self.width % self.heads:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from launcher.recipe.bounds import MOST_COUNT, bounded
 from launcher.recipe.model import Model
 
 
@@ -39,9 +40,9 @@ class Parallel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def problems(self, model: Model) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out), for a model whose own sizes are possible."""
-        found = [(key, "must be at least 1") for key in ("tensor", "pipeline") if getattr(self, key) < 1]
-        if self.shard is not None and self.shard < 1:
-            found.append(("shard", "must be at least 1"))
+        found = bounded(self, 1, MOST_COUNT, ("tensor", "pipeline", "shard"))
+        if self.virtual > MOST_COUNT:
+            found.append(("virtual", f"must be at most {MOST_COUNT:,}"))
         if self.schedule == "interleaved" and self.virtual < 2:
             found.append(("virtual", 'must be at least 2 (or use schedule = "1f1b")'))
         if found:

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from launcher.recipe.bounds import MOST_COUNT, MOST_TOKENS, bounded
+
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of a stage whose model learns from its own responses. Coefficients are of the papers that docs/post-training.md names."""
@@ -50,11 +52,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def problems(self) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out)."""
-        found = []
-        for key in ("prompts", "responses", "tokens", "epochs"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                found.append((key, "must be at least 1"))
+        found = bounded(self, 1, MOST_COUNT, ("prompts", "responses", "epochs"))
+        found += bounded(self, 1, MOST_TOKENS, ("tokens",))
         for key in ("temperature", "kl_target", "kl_horizon", "ratio_clip", "value_clip", "value_lr", "mismatch"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:

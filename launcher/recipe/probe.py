@@ -6,6 +6,8 @@ import re
 
 import msgspec
 
+from launcher.recipe.bounds import MOST_COUNT, bounded
+
 
 class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: str = "cpu"
@@ -18,8 +20,8 @@ class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Kept loaded: those used last."""
 
     def problems(self) -> list[tuple[str, str]]:
-        found = [(key, "must be at least 1") for key in ("threads", "checkpoints") if getattr(self, key) < 1]
-        if self.idle_seconds <= 0:
+        found = bounded(self, 1, MOST_COUNT, ("threads", "checkpoints"))
+        if not self.idle_seconds > 0:
             found.append(("idle_seconds", "must be above 0"))
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             found.append(("device", f'must be "cpu", "cuda" or "cuda:N", but it is "{self.device}"'))

@@ -15,6 +15,9 @@ from launcher.recipe.stage import Stage
 if TYPE_CHECKING:
     from launcher.recipe.load import Recipe
 
+MOST_TIMES = 1000
+"""Each round has stages and sources of its own, and a recipe is read in a moment."""
+
 Names = dict[str, str]
 """Of stages and sources: what each is called from here on."""
 
@@ -62,8 +65,8 @@ def _first(recipe: Recipe, index: int) -> int:
     names = [each.name for each in recipe.stage[: index + 1]]
     if stage.repeat.since not in names:
         raise RepeatError(index, f'stage "{stage.name}": repeat.since: "{stage.repeat.since}" is not an earlier stage')
-    if stage.repeat.times < 1:
-        raise RepeatError(index, f'stage "{stage.name}": repeat.times must be at least 1')
+    if not 1 <= stage.repeat.times <= MOST_TIMES:
+        raise RepeatError(index, f'stage "{stage.name}": repeat.times must be 1 to {MOST_TIMES}')
     return names.index(stage.repeat.since)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
+
+from launcher.recipe.bounds import MOST_COUNT, MOST_STEPS, bounded
 
 
 class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -15,7 +19,7 @@ class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def problems(self) -> list[tuple[str, str]]:
         if not self.name or any(c in self.name for c in "/\\\0\n") or self.name.startswith("."):
             return [("name", f"{self.name!r} cannot name a directory")]
-        return [("restarts", "must not be negative")] if self.restarts < 0 else []
+        return bounded(self, 0, MOST_COUNT, ("restarts",))
 
 
 class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,8 +33,11 @@ class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Write while training goes on."""
 
     def problems(self) -> list[tuple[str, str]]:
-        found = [(key, "must be at least 1") for key in ("every", "keep") if getattr(self, key) < 1]
-        return found if self.undone_hours >= 0 else [*found, ("undone_hours", "must not be negative")]
+        return [
+            *bounded(self, 1, MOST_STEPS, ("every",)),
+            *bounded(self, 1, MOST_COUNT, ("keep",)),
+            *bounded(self, 0, MOST_COUNT, ("undone_hours",)),
+        ]
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,4 +45,4 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shortest time between two lines of a headless report."""
 
     def problems(self) -> list[tuple[str, str]]:
-        return [] if self.seconds >= 0 else [("seconds", "must not be negative")]
+        return [] if 0 <= self.seconds < math.inf else [("seconds", "must not be negative, and finite")]

@@ -9,9 +9,11 @@ from typing import Literal
 import msgspec
 
 from launcher.recipe import mixture as mixtures
+from launcher.recipe.bounds import MOST_COUNT, MOST_STEPS, MOST_TOKENS, bounded
 from launcher.recipe.mixture import Anneal
 from launcher.recipe.model import Model, Rope
 from launcher.recipe.policy import Policy
+from shards.decoding import LARGEST
 from shards.mixing import Mixing, MixtureBy
 
 ObjectiveKind = Literal["text", "sft", "preference", "scored", "prompt"]
@@ -225,10 +227,12 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def problems(self) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out) for each impossible setting."""
         found: list[tuple[str, str]] = []
-        counts = ("steps", "context", "global_batch", "micro_batch", "eval_every", "context_parallel", "mlp_tile", "loss_tile")
-        for key in counts:
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                found.append((key, "must be at least 1"))
+        found += bounded(self, 1, MOST_STEPS, ("steps", "eval_every"))
+        found += bounded(self, 1, MOST_TOKENS, ("context", "global_batch", "micro_batch", "mlp_tile", "loss_tile"))
+        found += bounded(self, 1, MOST_COUNT, ("context_parallel",))
+        found += bounded(self, 0, MOST_COUNT, ("eval_samples", "sample_tokens"))
+        if not found and 2 * self.steps * self.global_batch * self.context > LARGEST:
+            found.append(("steps", "its tokens (steps x global_batch x context, twice for pairs) do not fit in 64 bits"))
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", self.name):
             found.append(("name", "is up to 100 letters, digits, `_`, `-` or `.`, and does not begin with `.`"))
         for key in ("lr", "clip", "eps"):
@@ -237,9 +241,6 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for key in ("weight_decay", "beta", "centre"):
             if not 0 <= getattr(self, key) < math.inf:
                 found.append((key, "must not be negative, and finite"))
-        for key in ("eval_samples", "sample_tokens"):
-            if getattr(self, key) < 0:
-                found.append((key, "must not be negative"))
         for key in ("min_lr_ratio", "label_smoothing"):
             if not 0 <= getattr(self, key) <= 1:
                 found.append((key, "must lie between 0 and 1"))

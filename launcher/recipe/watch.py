@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
+
+from launcher.recipe.bounds import MOST_COUNT, MOST_STEPS, bounded
 
 CONDITIONS = (
     "above", "below", "sigma", "not_finite", "change_above", "change_below", "ratio_above", "ratio_below",
@@ -42,12 +45,12 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """(key, what is wrong and the way out)."""
         found: list[tuple[str, str]] = []
         given = [key for key in CONDITIONS if getattr(self, key) is not None and getattr(self, key) is not False]
+        numbers = [key for key in given if key != "not_finite"]
+        found += [(key, "must be a finite number") for key in numbers if not math.isfinite(getattr(self, key))]
         if len(given) != 1:
             found.append(("metric", f"needs exactly one of {', '.join(CONDITIONS)}, but has {', '.join(given) or 'none'}"))
-        if self.window < 1:
-            found.append(("window", "must be at least 1"))
-        if self.over < 4:
-            found.append(("over", "must be at least 4"))
+        found += bounded(self, 1, MOST_COUNT, ("window",))
+        found += bounded(self, 4, MOST_COUNT, ("over",))
         return found
 
 
@@ -71,10 +74,8 @@ class Watch(Condition, frozen=True, kw_only=True, forbid_unknown_fields=True):
         found = [("name" if key == "metric" else key, message) for key, message in Condition.problems(self)]
         for other in self.others:
             found += [("and", f"{other.metric}: {key}: {message}") for key, message in other.problems()]
-        if self.steps < 1:
-            found.append(("steps", "must be at least 1"))
-        if self.lr_scale <= 0:
-            found.append(("lr_scale", "must be greater than 0"))
-        if self.skip < 0:
-            found.append(("skip", "must not be negative"))
+        found += bounded(self, 1, MOST_STEPS, ("steps",))
+        if not 0 < self.lr_scale < math.inf:
+            found.append(("lr_scale", "must be greater than 0 and finite"))
+        found += bounded(self, 0, MOST_STEPS, ("skip", "cooldown"))
         return found

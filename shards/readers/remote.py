@@ -14,6 +14,7 @@ from shards.readers.base import SPECIAL
 
 TRIES = 4  # of one read, and of a listing
 PAUSE = 0.2  # seconds before the second try; doubled before each further one
+REQUEST, CONNECT, SILENCE = 300.0, 30.0, 60.0  # seconds of one request to a web server, of its connecting, and between bytes
 STAMPS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created", "Last-Modified", "Content-MD5")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -26,8 +27,13 @@ def is_remote(path: str) -> bool:
 def filesystem(path: str, where: str) -> tuple[Any, str]:
     """fsspec's file system and the path within it. Raises SpecError."""
     core = need("fsspec.core", f"{where}: {path}")
+    options: dict[str, Any] = {}
+    if path.startswith(("http://", "https://")):
+        # Of a whole request, so that a server that drips is given up too; a file is gone on with from where it broke off.
+        timeout = need("aiohttp", f"{where}: {path}").ClientTimeout(total=REQUEST, sock_connect=CONNECT, sock_read=SILENCE)
+        options["client_kwargs"] = {"timeout": timeout}
     try:
-        fs, inner = core.url_to_fs(path)
+        fs, inner = core.url_to_fs(path, **options)
     except ImportError as error:
         raise SpecError(f"{where}: {path}: {error} (pip install it)") from None
     except ValueError as error:

@@ -24,6 +24,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from shards.decoding import UNDECODABLE, DecodeError, brief, json_as, shown
+from trainer.generate.bounded import OversizeError, bound_answer, read_answer
 from trainer.generate.request import Request, Response
 
 THREADS = "generate"
@@ -38,6 +40,9 @@ Found = TypeVar("Found")
 
 class ServerError(Exception):
     """The server is not there, refuses, or says what cannot be; the message names it and says the way out."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(brief(message))
 
 
 class _LogProbs(msgspec.Struct):
@@ -211,7 +216,7 @@ class Server:
             return Response(tokens, log_probs, "stop", version, version)
         if choice.finish_reason == "length" and len(tokens) == limit:
             return Response(tokens, log_probs, "length", version, version)
-        problem = f"ends a response of {len(tokens)} tokens, of {limit} at the most, with {choice.finish_reason!r}"
+        problem = f"ends a response of {len(tokens)} tokens, of {limit} at the most, with {shown(choice.finish_reason)}"
         raise wrong(problem, "look at its log, and resume to ask again")
 
     def _ask(self, lines: Lines, method: str, place: str, body: object = None) -> bytes:
@@ -223,16 +228,23 @@ class Server:
             connection.connect()
             assert connection.sock is not None
             with lines.hold(connection.sock):
-                connection.sock.settimeout(self._timeout)
+                bound_answer(connection, until, _LARGEST)
+                connection.sock.settimeout(max(0.001, until - time.monotonic()))
                 sent = None if body is None else msgspec.json.encode(body)
                 connection.request(method, self._path + place, sent, {"Content-Type": "application/json", "Connection": "close"})
                 answer = connection.getresponse()
-                found = self._all_of(answer, place, until)
+                found = read_answer(answer)
+        except OversizeError:
+            raise self._error(place, "does not come to an end", "is it vLLM?") from None
         except TimeoutError:
             seconds = f"{self._timeout:g} s"
             raise self._error(place, f"did not answer within {seconds}", "look at its log, or raise [generate] timeout") from None
         except (OSError, http.client.HTTPException) as error:
-            why = f"{error.strerror or error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            why = (
+                f"{error.strerror or error}"
+                if isinstance(error, OSError)
+                else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            )
             raise self._error(
                 place, f"cannot be asked ({why})", f"start it with {self._weights}, or correct [generate] url"
             ) from None
@@ -244,24 +256,10 @@ class Server:
             raise self._error(place, f"refuses: {answer.status} {_reason(found)}", "look at its log")
         return found
 
-    def _all_of(self, answer: http.client.HTTPResponse, place: str, until: float) -> bytes:
-        parts: list[bytes] = []
-        size = 0
-        while part := answer.read1(1 << 16):
-            size += len(part)
-            parts.append(part)
-            if time.monotonic() > until:
-                raise TimeoutError
-            if size > _LARGEST:
-                raise self._error(place, "does not come to an end", "is it vLLM?")
-        if answer.length:
-            raise http.client.IncompleteRead(b"".join(parts), answer.length)
-        return b"".join(parts)
-
     def _read(self, place: str, body: bytes, kind: type[Found]) -> Found:
         try:
-            return msgspec.json.decode(body, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            return json_as(body, kind)
+        except DecodeError as error:
             raise self._error(place, f"says what is not of the protocol ({error})", "is it vLLM?") from None
 
     def _error(self, place: str, problem: str, way_out: str) -> ServerError:
@@ -275,12 +273,12 @@ def _ids(choice: _Choice, log_probs: _LogProbs) -> list[int] | None:
     spelled = [token.removeprefix(_TOKEN_ID) for token in log_probs.tokens if token.startswith(_TOKEN_ID)]
     if not spelled or len(spelled) != len(log_probs.tokens) or not all(map(str.isdecimal, spelled)):
         return None
-    return [int(token) for token in spelled]
+    return [int(token) for token in spelled] if all(len(token) < 20 for token in spelled) else None
 
 
 def _reason(body: bytes) -> str:
     """What an error's body says, in a line."""
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+    with contextlib.suppress(*UNDECODABLE):
         told: Any = msgspec.json.decode(body)
         if isinstance(told, dict):
             error = told.get("error", told)
