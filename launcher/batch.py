@@ -19,6 +19,7 @@ from launcher.paths import RunPaths
 from launcher.reach import start_controller
 from launcher.recipe import RecipeError, load_recipe
 from launcher.slurm import BATCH_VARIABLE, RESUME_VARIABLE, SlurmError, requeue, submit
+from shards.terminal import write_error
 
 MOST_DEATHS = 5
 """Of controllers in a row that did not live for a minute."""
@@ -101,7 +102,7 @@ class Keeper:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} midwatch: {text}", file=sys.stderr, flush=True)
+    write_error(f"{time.strftime('%Y-%m-%d %H:%M:%S')} midwatch: {text}")
 
 
 def main() -> int:

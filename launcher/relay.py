@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launcher.paths import Address, RunPaths
 from launcher.reach import ClientError, reach_controller
+from shards.terminal import write_error
 
 ROOM = 256 * 1024
 """Bytes kept for a side that does not take them; then the other is read no further."""
@@ -25,7 +26,7 @@ def relay(root: Path, *, start: bool = True) -> int:
     try:
         wire = asyncio.run(reach_controller(RunPaths(root), _connect, start=start))
     except (ClientError, OSError) as error:
-        print(f"midwatch: {error}", file=sys.stderr)
+        write_error(f"midwatch: {error}")
         return 1
     with wire:
         pump(sys.stdin.fileno(), sys.stdout.fileno(), wire)

@@ -7,11 +7,12 @@ A snapshot from the controller replaces the one before it and is drawn at most F
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from launcher.terminal import write_error, write_out
 
 os.environ.setdefault("TEXTUAL_FPS", "15")  # kind to SSH; Textual reads it when imported
 os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
@@ -525,17 +526,17 @@ def run(directory: Path | RemoteRun, *, read_only: bool = False, prefer: protoco
     from launcher.paths import RunPaths
 
     if isinstance(directory, Path) and not RunPaths(directory).is_run():
-        print(f"midwatch: {directory}: not a run directory (midwatch ps lists the runs)", file=sys.stderr)
+        write_error(f"midwatch: {directory}: not a run directory (midwatch ps lists the runs)")
         return 2
     app = MidwatchApp(directory, read_only=read_only, prefer=prefer)
     app.run()
     if app.failure:
-        print(f"midwatch: {app.failure}", file=sys.stderr)
+        write_error(f"midwatch: {app.failure}")
         return 1
     if app.return_code:
         return app.return_code
     state = app.scene.snapshot.state if app.scene.snapshot is not None else ""
     over = state in ("finished", "failed", "released")
     goes_on = f"the run is {state}" if over else "detached: the run goes on"
-    print(f"{goes_on}{app.pending_words()} (midwatch attach {directory} comes back)")
+    write_out(f"{goes_on}{app.pending_words()} (midwatch attach {directory} comes back)")
     return 0

@@ -8,18 +8,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import time
 from pathlib import Path
-
-import msgspec
-from rich.console import Console
 
 from launcher import protocol as p
 from launcher.client import Client, ClientError
 from launcher.commands import describe
 from launcher.recipe import load_recipe, parse_recipe
 from launcher.remote import RemoteRun
+from launcher.terminal import make_console, write_error, write_json
 from tui.script import Entry
 
 FINISHED, FAILED, RULE_STOPPED, STOPPED = 0, 1, 3, 4
@@ -31,7 +28,7 @@ def report(directory: Path | RemoteRun, *, as_json: bool, script: tuple[Entry, .
     try:
         return asyncio.run(Reporter(directory, as_json, script or (), owns).follow())
     except ClientError as error:
-        print(f"midwatch: {error}", file=sys.stderr)
+        write_error(f"midwatch: {error}")
         return FAILED
 
 
@@ -44,7 +41,7 @@ class Reporter:
         self._asks = file is None or not os.access(file, os.R_OK)
         """The recipe is on another machine, or another user's: the controller tells it."""
         self._interval = load_recipe(file).report.seconds if file is not None and not self._asks else 1.0
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = make_console(soft_wrap=True)
         self._snapshot: p.Snapshot | None = None
         self._news = asyncio.Event()
         self._told_step = (-1, "")
@@ -166,20 +163,20 @@ class Reporter:
             return
         self._told_step, self._told_at = mark, time.monotonic()
         if self._json:
-            print(msgspec.json.encode(_row(snapshot)).decode(), flush=True)
+            write_json(_row(snapshot), flush=True)
         else:
             self._console.print(_line(snapshot))
 
     def _tell_event(self, event: p.JournalLine) -> None:
         if self._json:
-            print(msgspec.json.encode({"event": event}).decode(), flush=True)
+            write_json({"event": event}, flush=True)
         elif event.kind in ("sample", "outcome", "note", "lineage", "stage", "golden", "state") or event.level != "info":
             style = {"info": "dim", "warning": "yellow", "alarm": "bold red"}[event.level]
-            self._console.print(f"  {event.kind}: {event.text}", style=style, markup=False)
+            self._console.print(f"  {event.kind}: {event.text}", style=style)
 
     def _say(self, text: str) -> None:
         if not self._json:
-            self._console.print(f"  {text}", style="yellow", markup=False)
+            self._console.print(f"  {text}", style="yellow")
 
 
 def _row(snapshot: p.Snapshot) -> dict[str, object]:

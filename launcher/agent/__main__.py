@@ -7,7 +7,6 @@ an agent that is there already is named instead. `--step` does the same and stay
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import logging
@@ -24,6 +23,7 @@ from launcher.keys import Identity, KeysError, store_identity
 from launcher.network import NetworkError
 from launcher.paths import RunPaths, runtime_directory
 from launcher.recipe import RecipeError, load_recipe
+from shards.terminal import Parser, log_to_stderr, write_error, write_out
 
 log = logging.getLogger("launcher.agent")
 
@@ -55,7 +55,7 @@ class Place:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="midwatch-agent", description=__doc__)
+    parser = Parser(prog="midwatch-agent", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--node", required=True)
     parser.add_argument("--detach", action="store_true")
@@ -77,23 +77,21 @@ def main() -> int:
         recipe = load_recipe(paths.recipe)
         place = Place(paths, node)
         if not place.take():
-            print(place.holder(), flush=True)
+            write_out(place.holder(), flush=True)
             return 0
         if arguments.detach:
             _leave_for_the_background(log_file, place)
         elif arguments.step:
-            print(place.sign(), flush=True)
+            write_out(place.sign(), flush=True)
             _write_to(log_file)
         else:
             place.sign()
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
-        )
+        log_to_stderr("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
         if joining is not None and identity is not None:
             await_controller(joining, paths, identity)
         agent = Agent(paths, node, recipe, identity, joining)
     except (RecipeError, KeysError, NetworkError, OSError, ValueError) as error:
-        print(error, file=sys.stderr, flush=True)
+        write_error(error)
         return 2
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -114,7 +112,7 @@ def _leave_for_the_background(log_file: Path, place: Place) -> None:
     if os.fork():
         os.close(write)
         said = os.read(read, 1000)
-        os.write(1, said + b"\n")
+        write_out(said.decode(errors="replace"), flush=True)
         os._exit(0 if said else 1)
     os.close(read)
     os.setsid()

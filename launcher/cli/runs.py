@@ -27,15 +27,24 @@ class NoSuchRun(Exception):
 
 def prepare(recipe_file: Path, directory: Path | None) -> RunPaths:
     """Checks a recipe and what it needs, and makes a run directory for it. Raises RecipeError before anything is made."""
-    recipe = check_recipe(recipe_file)
+    return make_run(check_recipe(recipe_file), directory)
+
+
+def make_run(recipe: Recipe, directory: Path | None) -> RunPaths:
+    """Makes a run directory for a recipe that was checked. Raises RecipeError before anything is made."""
     root = directory if directory is not None else _free_directory(Path("runs"), recipe.run.name)
     if directory is not None and directory.exists() and any(directory.iterdir()):
         raise RecipeError(f"{directory}: is not empty; name a new directory, or `midwatch attach {directory}`")
     paths = RunPaths(root.absolute())
     recipe = with_data_directory(recipe, paths.root)
     try:
+        text = dump_recipe(recipe).encode()
+        str(paths.root).encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"{error.object[:200]}: holds a file name that is not UTF-8; rename that directory or file") from None
+    try:
         paths.create()
-        write_atomically(paths.recipe, dump_recipe(recipe).encode())
+        write_atomically(paths.recipe, text)
     except OSError as error:
         raise RecipeError(f"{paths.root}: cannot be made: {error.strerror}") from None
     remember(paths.root)

@@ -49,6 +49,7 @@ from launcher.paths import (
 from launcher.protocol import Command
 from launcher.recipe import Recipe, RecipeError, Watch, load_recipe
 from launcher.roles import group_id, socket_directory
+from shards.terminal import log_to_stderr
 
 log = logging.getLogger("launcher.controller")
 
@@ -258,9 +259,7 @@ class Term:
 
 
 def main() -> int:
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
-    )
+    log_to_stderr("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))

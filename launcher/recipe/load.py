@@ -27,6 +27,7 @@ from launcher.recipe.probe import Probe
 from launcher.recipe.repeat import RepeatError, expanded
 from launcher.recipe.run import Checkpoint, Report, Run
 from launcher.recipe.stage import PARTS, Stage
+from launcher.recipe.text import TextError, read_recipe_text
 from launcher.recipe.watch import Watch
 from shards.errors import SpecError
 from shards.mixing import covers
@@ -100,14 +101,20 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load_recipe(file: Path) -> Recipe:
-    """Reads and checks a recipe file; relative paths in it are taken from the file's directory. Raises RecipeError."""
+    """Reads and checks a recipe file. Raises RecipeError.
+
+    Relative paths in it are taken from the file's directory, or from the working directory where the recipe comes through a pipe.
+    """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_recipe_text(file)
+        base = file.resolve().parent if file.is_file() else Path.cwd()
     except FileNotFoundError:
         raise RecipeError(f"{file}: there is no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: cannot be read: {error}") from None
-    return parse_recipe(text, str(file), file.resolve().parent)
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except (TextError, ValueError) as error:  # ValueError: a name with a NUL byte
+        raise RecipeError(str(error) if isinstance(error, TextError) else f"{file}: no name of a file: {error}") from None
+    return parse_recipe(text, str(file), base)
 
 
 def parse_recipe(text: str, name: str = "recipe.toml", base: Path | None = None) -> Recipe:
