@@ -108,6 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from launcher.cli.queue import needs_job, submit_run, wait_in_queue
     from launcher.cli.runs import check_recipe, make_run
     from launcher.recipe import RecipeError, load_recipe, warnings
+    from launcher.signals import EndingSignals
 
     script = None
     if arguments.script is not None:
@@ -124,10 +125,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
         if not nodes_are_ready(recipe, directory):
             return 2
+    asked = arguments.headless or arguments.json or script is not None
+    owns = (asked or not _has_terminal()) and not arguments.detach
+    signals = EndingSignals() if owns else None  # before there is a run: no signal leaves one without an owner
     paths = make_run(recipe, directory)
     for warning in warnings(load_recipe(paths.recipe)):
         write_error(f"midwatch: warning: {warning}")
-    asked = arguments.headless or arguments.json or script is not None
+    if signals is not None and signals.waiting:
+        write_error(f"midwatch: stopped by a signal before the run was started; midwatch resume {paths.root} starts it")
+        return 4
     submitted = submit_run(paths) if needs_job(paths) else None
     if arguments.detach and not asked and submitted is not None:
         write_path(paths.root)
@@ -141,7 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     place: Path | RemoteRun = paths.root
     if submitted is not None:
-        if (left := wait_in_queue(submitted, as_json=arguments.json, owns=asked and not arguments.detach)) is not None:
+        if (left := wait_in_queue(submitted, as_json=arguments.json, signals=signals)) is not None:
             return left
         place = submitted
     else:
@@ -149,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if asked or not _has_terminal():
         from tui.headless import report
 
-        return report(place, as_json=arguments.json, script=script, owns=not arguments.detach)
+        return report(place, as_json=arguments.json, script=script, signals=signals)
     from tui.app import run
 
     return run(place)
@@ -163,14 +169,14 @@ def _attach(arguments: argparse.Namespace) -> int:
     root = find_anywhere(arguments.run)
     if isinstance(root, SlurmRun):
         remember(root.root)
-        if (left := wait_in_queue(root, as_json=arguments.json, owns=False)) is not None:
+        if (left := wait_in_queue(root, as_json=arguments.json)) is not None:
             return left
     if isinstance(root, Path):
         remember(root)
     if arguments.headless or arguments.json or not _has_terminal():
         from tui.headless import report
 
-        return report(root, as_json=arguments.json, script=None, owns=False)
+        return report(root, as_json=arguments.json, script=None)
     from tui.app import run
 
     return run(root, read_only=arguments.read_only)

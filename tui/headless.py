@@ -1,13 +1,19 @@
 """The headless reporter: a line a report interval, commands by script, and an exit status, for CI and for batch jobs.
 
-It owns its run unless told otherwise: SIGTERM or SIGINT stops the run with a checkpoint, a second one at once.
+It owns its run unless told otherwise: a signal that would end it stops the run with a checkpoint, a second one at once. So does
+the end of the process that reads its lines. Where they cannot be written for another reason (a full disk) it goes on without them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
+import select
 import signal
+import stat
+import sys
 import time
 from pathlib import Path
 
@@ -16,17 +22,23 @@ from launcher.client import Client, ClientError
 from launcher.commands import describe
 from launcher.recipe import load_recipe, parse_recipe
 from launcher.remote import RemoteRun
-from launcher.terminal import make_console, write_error, write_json
+from launcher.signals import EndingSignals
+from launcher.terminal import OutputError, discard_out, flush_out, indented, make_console, write_error, write_json
 from tui.script import Entry
 
 FINISHED, FAILED, RULE_STOPPED, STOPPED = 0, 1, 3, 4
 HOLD_SECONDS = 1.0
 
 
-def report(directory: Path | RemoteRun, *, as_json: bool, script: tuple[Entry, ...] | None, owns: bool) -> int:
-    """Follows a run to its end; the value is the exit status."""
+def report(
+    directory: Path | RemoteRun, *, as_json: bool, script: tuple[Entry, ...] | None, signals: EndingSignals | None = None
+) -> int:
+    """Follows a run to its end; the value is the exit status. signals: given where the reporter owns the run.
+
+    Raises OutputError where the run is another's and nobody reads the lines any more.
+    """
     try:
-        return asyncio.run(Reporter(directory, as_json, script or (), owns).follow())
+        return asyncio.run(Reporter(directory, as_json, script or (), signals).follow())
     except ClientError as error:
         write_error(f"midwatch: {error}")
         return FAILED
@@ -35,8 +47,10 @@ def report(directory: Path | RemoteRun, *, as_json: bool, script: tuple[Entry, .
 class Reporter:
     """One headless run."""
 
-    def __init__(self, directory: Path | RemoteRun, as_json: bool, script: tuple[Entry, ...], owns: bool) -> None:
-        self._directory, self._json, self._script, self._owns = directory, as_json, script, owns
+    def __init__(
+        self, directory: Path | RemoteRun, as_json: bool, script: tuple[Entry, ...], signals: EndingSignals | None
+    ) -> None:
+        self._directory, self._json, self._script, self._signals = directory, as_json, script, signals
         file = directory / "recipe.toml" if isinstance(directory, Path) else None
         self._asks = file is None or not os.access(file, os.R_OK)
         """The recipe is on another machine, or another user's: the controller tells it."""
@@ -47,27 +61,42 @@ class Reporter:
         self._told_step = (-1, "")
         self._told_at = 0.0
         self._told_event = -1
-        self._signals = 0
+        self._client: Client | None = None
+        self._stops: list[p.Verb] = []
+        """Given by this reporter, because of a signal or of its output."""
+        self._stopping: set[asyncio.Task[None]] = set()
+        self._muted = False
         self._failed_command = False
         self._held_at = float("-inf")
 
     async def follow(self) -> int:
+        if self._signals is not None:
+            self._signals.listen(self._signalled)
+            if self._stops:
+                write_error(f"midwatch: the run was not started; midwatch resume {self._directory} starts it")
+                return STOPPED
         async with Client(self._directory, subscribe=True, start=True, on_snapshot=self._take) as client:
+            self._client = client
+            for verb in self._stops:  # of signals that came before there was a connection
+                self._send(client, verb)
             if self._asks:
                 recipe = await client.ask(p.TextQuery(id=0, what="recipe"), p.TextReply)
                 self._interval = parse_recipe(recipe.text).report.seconds
-            if self._owns:
-                loop = asyncio.get_running_loop()
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    loop.add_signal_handler(number, self._signalled, client)
             worker = asyncio.create_task(self._work_off(client))
             try:
                 while (status := self._status()) is None:
+                    if not self._muted and reader_is_gone():
+                        self._output_fails(OutputError(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))))
                     if worker.done() and worker.exception() is not None:
                         raise worker.exception() or AssertionError
                     self._tell()
                     await self._next(0.25)
                 self._tell(last=True)
+            except Exception:
+                if self._signals is not None:  # never a run without an owner
+                    with contextlib.suppress(Exception):
+                        await asyncio.wait_for(client.command("stop", wait=False), 10)
+                raise
             finally:
                 worker.cancel()
         if status == FINISHED and self._failed_command:
@@ -103,11 +132,55 @@ class Reporter:
         ended = [c for c in snapshot.commands if c.verb in ("stop", "stop-now", "release") and c.state == "done"]
         return not ended or ended[-1].verb != "release"
 
-    def _signalled(self, client: Client) -> None:
-        self._signals += 1
-        verb: p.Verb = "stop" if self._signals == 1 else "stop-now"
-        self._say(f"signal: {describe(verb, {})}")
-        self._stopping = asyncio.create_task(client.command(verb, wait=False))
+    def _signalled(self, number: signal.Signals) -> None:
+        self._stop(number.name)
+
+    def _stop(self, why: str) -> None:
+        """The first time with a checkpoint, then at once."""
+        verb: p.Verb = "stop-now" if self._stops else "stop"
+        self._stops.append(verb)
+        write_error(f"midwatch: {why}: {describe(verb, {})}" + ("" if verb == "stop-now" else ", with a checkpoint"))
+        if self._client is not None:
+            self._send(self._client, verb)
+
+    def _send(self, client: Client, verb: p.Verb) -> None:
+        task = asyncio.create_task(self._command(client, verb))
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+
+    async def _command(self, client: Client, verb: p.Verb) -> None:
+        try:
+            view = await client.command(verb, wait=False)
+            problem = view.reason if view.state in ("refused", "failed") else ""
+        except ClientError as error:
+            problem = str(error)
+        if problem:
+            write_error(f"midwatch: {describe(verb, {})}: {problem}")
+
+    # Output
+
+    def _print(self, line: str | dict[str, object], style: str | None = None) -> None:
+        if self._muted:
+            return
+        try:
+            if isinstance(line, dict):
+                write_json(line, flush=True)
+            else:
+                self._console.print(line, style=style)
+                flush_out()
+        except OutputError as error:
+            self._output_fails(error)
+
+    def _output_fails(self, error: OutputError) -> None:
+        """Nobody reads: an owner stops the run, others leave. A full disk stops no training: it goes on without the lines."""
+        if error.reader_is_gone and self._signals is None:
+            raise error
+        self._muted = True
+        discard_out()
+        if not error.reader_is_gone:
+            write_error(f"midwatch: {error}; the run goes on, and nothing more is printed (midwatch journal shows it)")
+        elif not self._stops:
+            self._stop("nobody reads standard output any more")
 
     # The script
 
@@ -162,21 +235,30 @@ class Reporter:
         if (mark == self._told_step and not note) or (not last and time.monotonic() - self._told_at < self._interval):
             return
         self._told_step, self._told_at = mark, time.monotonic()
-        if self._json:
-            write_json(_row(snapshot), flush=True)
-        else:
-            self._console.print(_line(snapshot))
+        self._print(_row(snapshot) if self._json else _line(snapshot))
 
     def _tell_event(self, event: p.JournalLine) -> None:
         if self._json:
-            write_json({"event": event}, flush=True)
+            self._print({"event": event})
         elif event.kind in ("sample", "outcome", "note", "lineage", "stage", "golden", "state") or event.level != "info":
             style = {"info": "dim", "warning": "yellow", "alarm": "bold red"}[event.level]
-            self._console.print(f"  {event.kind}: {event.text}", style=style)
+            self._print(f"  {event.kind}: {indented(event.text)}", style)
 
     def _say(self, text: str) -> None:
         if not self._json:
-            self._console.print(f"  {text}", style="yellow")
+            self._print(f"  {text}", "yellow")
+
+
+def reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more; it shows before the next line is written."""
+    with contextlib.suppress(OSError, ValueError):
+        number = sys.stdout.fileno()
+        mode = os.fstat(number).st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+            poller = select.poll()
+            poller.register(number, 0)
+            return any(events & select.POLLERR for _, events in poller.poll(0))
+    return False
 
 
 def _row(snapshot: p.Snapshot) -> dict[str, object]:

@@ -13,6 +13,7 @@ from launcher.cli.runs import find_run, read_ledger
 from launcher.paths import RunPaths, read_address
 from launcher.reach import ClientError
 from launcher.recipe import RecipeError, load_recipe
+from launcher.signals import EndingSignals
 from launcher.slurm import SlurmError, SlurmRun, Standing, cancel, elsewhere, own_allocation, read_job, standing, submit
 from shards.terminal import write_error, write_json, write_out
 
@@ -46,9 +47,22 @@ def _unmake(paths: RunPaths) -> None:
             directory.rmdir()
 
 
-def wait_in_queue(run: SlurmRun, *, as_json: bool, owns: bool) -> int | None:
-    """Shows the queue until the controller is there; an exit status where it is not to come. Raises ClientError."""
+def wait_in_queue(run: SlurmRun, *, as_json: bool, signals: EndingSignals | None = None) -> int | None:
+    """Shows the queue until the controller is there; an exit status where it is not to come. Raises ClientError.
+
+    signals: of a caller that owns the run; each takes the job back. Else only SIGTERM and SIGINT end the wait, and the job stays.
+    """
+    if signals is not None:
+        with signals.interrupting():
+            return _wait_in_queue(run, as_json, owns=True)
     before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _wait_in_queue(run, as_json, owns=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait_in_queue(run: SlurmRun, as_json: bool, owns: bool) -> int | None:
     term = _term(run.root)  # that of the job before, where there was one
     told = ""
     try:
@@ -71,8 +85,6 @@ def wait_in_queue(run: SlurmRun, *, as_json: bool, owns: bool) -> int | None:
             ways = f"midwatch attach {run.root} waits for it, midwatch stop {run.root} takes it back"
             write_error(f"\nmidwatch: job {run.job} stays queued: {ways}")
         return STOPPED
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def ask_queue(arguments: argparse.Namespace) -> int | None:
