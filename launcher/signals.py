@@ -24,7 +24,7 @@ def handled() -> list[signal.Signals]:
 
 
 class EndingSignals:
-    """Takes the signals from the moment it is made; they wait until `listen` or `interrupting` acts on them.
+    """Takes the signals from the moment it is made; they wait until `call`, `listen` or `interrupting` acts on them.
 
     It must be made in the main thread. The handlers stay until the process ends.
     """
@@ -48,6 +48,11 @@ class EndingSignals:
         if now - self._last >= SAME_SECONDS:
             self._last = now
             self._react(signal.Signals(number))
+
+    def call(self, react: Callable[[signal.Signals], None]) -> None:
+        """Calls `react` in the signal handler itself for each request, those that wait first."""
+        self._react = react
+        self._hand_over()
 
     def listen(self, react: Callable[[signal.Signals], None]) -> None:
         """Calls `react` in the running event loop for each request, those that wait first."""
