@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from websockets.exceptions import WebSocketException
 from launcher import protocol
 from launcher.paths import Address, RunPaths, controller_lives, find_controller, read_address
 from launcher.roles import user_name
+from shards.terminal import safe
 
 T = TypeVar("T")
 
@@ -57,10 +59,20 @@ async def reach_controller(paths: RunPaths, attempt: Callable[[Address], Awaitab
             elif where == "silent":  # most likely it has just died there
                 deadline = max(deadline, time.monotonic() + 1)
         elif started.poll() is not None and started.returncode != 0 and not controller_lives(paths):
-            raise ClientError(f"the controller ended at once; see {log_file}") from None
+            raise ClientError(f"the controller ended at once{_last_error(log_file)} (see {log_file})") from None
         if time.monotonic() > deadline:
             raise ClientError(f"the controller does not answer; see {log_file}") from None
         await asyncio.sleep(0.05)
+
+
+def _last_error(log_file: Path) -> str:
+    """Why it ended, by the last line of its log, where that line tells of an error."""
+    with contextlib.suppress(OSError), log_file.open("rb") as opened:
+        opened.seek(max(0, opened.seek(0, os.SEEK_END) - 4096))
+        lines = opened.read().decode(errors="replace").strip().splitlines()
+        if lines and (found := re.search(r" ERROR +\S+: (.+)", lines[-1])):
+            return f": {safe(found.group(1))[:500]}"
+    return ""
 
 
 NOBODY = 65534

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import getpass
 import signal
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from launcher.cli.runs import find_run, read_ledger
 from launcher.paths import RunPaths, read_address
 from launcher.reach import ClientError
 from launcher.recipe import RecipeError, load_recipe
+from launcher.roles import own_name
 from launcher.signals import EndingSignals
 from launcher.slurm import SlurmError, SlurmRun, Standing, cancel, elsewhere, own_allocation, read_job, standing, submit
 from shards.terminal import write_error, write_json, write_out
@@ -119,7 +119,7 @@ def _resubmit(root: Path) -> int | None:
     if read_ledger(root).state == "finished":
         return None  # the controller says it best
     try:
-        job = submit(paths, load_recipe(paths.recipe), resume=getpass.getuser())
+        job = submit(paths, load_recipe(paths.recipe), resume=own_name())
     except SlurmError as error:
         raise ClientError(f"{root}: cannot be submitted: {error}") from None
     write_out(f"resume: submitted as job {job.id} (midwatch attach {root} waits for it)")

@@ -11,7 +11,7 @@ import msgspec
 
 from launcher.journal import JournalError, read_journal
 from launcher.ledger import Ledger
-from launcher.paths import RunPaths, cache_directory, controller_lives, write_atomically
+from launcher.paths import RunPaths, cache_directories, controller_lives, runtime_directory, write_atomically
 from launcher.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from launcher.remote import RemoteError, RemoteRun, parse_remote
 from launcher.roles import group_id
@@ -42,6 +42,12 @@ def make_run(recipe: Recipe, directory: Path | None) -> RunPaths:
         str(paths.root).encode()
     except UnicodeEncodeError as error:
         raise RecipeError(f"{error.object[:200]}: holds a file name that is not UTF-8; rename that directory or file") from None
+    try:
+        runtime_directory()
+    except OSError as error:
+        raise RecipeError(
+            f"{error.filename}: {error.strerror}: no place for the run's socket" if error.filename else str(error)
+        ) from None
     try:
         paths.create()
         write_atomically(paths.recipe, text)
@@ -97,19 +103,29 @@ def _free_directory(runs: Path, name: str) -> Path:
 def remember(root: Path) -> None:
     """Notes where a run lies, so that `ps` and names find it."""
     paths = RunPaths(root.absolute())
-    with contextlib.suppress(OSError):
-        write_atomically(cache_directory() / "runs" / paths.key, str(paths.root).encode())
+    for place in cache_directories():
+        with contextlib.suppress(OSError):
+            write_atomically(place / "runs" / paths.key, str(paths.root).encode())
+            return
 
 
 def known_runs() -> list[Path]:
     """Directories of all runs that this user has started here, newest first; those gone are left out."""
     found: dict[Path, float] = {}
-    for note in (cache_directory() / "runs").glob("[!.]*"):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            root = Path(note.read_text())
-            if RunPaths(root).is_run():
-                found[root] = RunPaths(root).recipe.stat().st_mtime
+    for place in cache_directories():
+        for note in _notes(place / "runs"):
+            with contextlib.suppress(OSError, ValueError):
+                root = Path(note.read_text(encoding="utf-8"))
+                if RunPaths(root).is_run():
+                    found[root] = RunPaths(root).recipe.stat().st_mtime
     return sorted(found, key=lambda r: -found[r])
+
+
+def _notes(directory: Path) -> list[Path]:
+    try:
+        return [note for note in directory.iterdir() if not note.name.startswith(".")]
+    except OSError:
+        return []
 
 
 def find_run(name: str | None) -> Path:

@@ -34,13 +34,13 @@ from launcher.controller.versions import installed_versions
 from launcher.controller.view import View
 from launcher.controller.watching import Watching, action
 from launcher.keys import KeysError, RunKeys
-from launcher.metrics.store import Metrics
+from launcher.metrics.store import Metrics, usable_index
 from launcher.paths import (
     Address,
     RunLock,
     RunPaths,
     beat,
-    cache_directory,
+    cache_directories,
     host_name,
     runtime_directory,
     say_farewell,
@@ -71,8 +71,7 @@ async def serve(paths: RunPaths) -> int:
         log.info("another controller lives; leaving the run to it")
         return 0
     journal = j.Journal(paths.journal, time.time(), host_name(), os.getpid(), installed_versions())
-    index = cache_directory() / f"{paths.key}.metrics.sqlite"
-    index.parent.mkdir(parents=True, exist_ok=True)
+    index = usable_index([place / f"{paths.key}.metrics.sqlite" for place in cache_directories()])
     metrics = Metrics.open(paths.metrics, index, journal.term)
     office = Office(paths, recipe, journal, metrics)
     for place in journal.damaged:
@@ -268,6 +267,12 @@ def main() -> int:
     except (RecipeError, j.JournalError, KeysError, ListenError, PermissionError) as error:
         log.error("%s", error)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            log.exception("the controller failed")
+        else:
+            log.error("%s: %s", error.filename, error.strerror)
+        return 1
     except Exception:
         log.exception("the controller failed")
         return 1

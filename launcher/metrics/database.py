@@ -54,7 +54,8 @@ class Database:
     """Opens or creates the index at `path`. Raises Damaged when what is there cannot be read."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if str(path) != ":memory:":
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
             self._open()
@@ -75,6 +76,10 @@ class Database:
                 raise Damaged(f"the index has format {version}, this version reads {FORMAT}")
         except sqlite3.DatabaseError as error:
             raise self._named(error) from error
+
+    def check_writable(self) -> None:
+        """Writes what is there already: a disk that is full or read-only shows now. Raises sqlite3.Error."""
+        self._execute(f"PRAGMA user_version = {FORMAT}")
 
     def lines(self) -> list[Line]:
         fields = "id, series, lineage, first, last, rows, top"

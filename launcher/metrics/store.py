@@ -27,6 +27,7 @@ from launcher.metrics.nodes import NODE, ROW, Table
 from launcher.metrics.pyramid import Pyramid
 from launcher.metrics.seen import Seen
 
+IN_MEMORY = Path(":memory:")
 FLUSH_VALUES = 1 << 17  # about 4 MiB of rows in memory
 
 log = logging.getLogger(__name__)
@@ -338,6 +339,26 @@ class Metrics:
 
 def _point(lineage: int, row: np.void) -> Point:
     return Point(lineage, int(row["step"]), float(row["value"]), int(row["tokens"]), float(row["time"]))
+
+
+def usable_index(places: Sequence[Path]) -> Path:
+    """The first place where an index can be kept; in memory where there is none. A run never waits for what can be rebuilt."""
+    for candidate in places:
+        try:
+            try:
+                database = Database(candidate)
+            except Damaged:
+                _remove(candidate)
+                database = Database(candidate)
+            try:
+                database.check_writable()
+            finally:
+                database.close()
+            return candidate
+        except (OSError, sqlite3.Error, Damaged) as error:
+            log.warning("%s: cannot be used (%s); another place is tried", candidate, error)
+    log.warning("the index of the metrics is kept in memory")
+    return IN_MEMORY
 
 
 def _remove(index: Path) -> None:

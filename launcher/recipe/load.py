@@ -27,7 +27,7 @@ from launcher.recipe.probe import Probe
 from launcher.recipe.repeat import RepeatError, expanded
 from launcher.recipe.run import Checkpoint, Report, Run
 from launcher.recipe.stage import PARTS, Stage
-from launcher.recipe.text import TextError, read_recipe_text
+from launcher.recipe.text import TextError, home_expanded, read_recipe_text
 from launcher.recipe.watch import Watch
 from shards.errors import SpecError
 from shards.mixing import covers
@@ -143,7 +143,10 @@ def parse_recipe(text: str, name: str = "recipe.toml", base: Path | None = None)
         path, message = _explain(str(error), raw)
         raise RecipeError(f"{at(path)}: {message}") from None
     if base is not None:
-        recipe = _absolute(recipe, base)
+        try:
+            recipe = _absolute(recipe, base)
+        except TextError as error:
+            raise RecipeError(f"{name}: {error}") from None
     try:
         recipe, originals = expanded(_with_table(recipe))
     except RepeatError as error:
@@ -301,7 +304,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _absolute(recipe: Recipe, base: Path) -> Recipe:
     def place(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str((base / Path(path).expanduser()).absolute())
+        return path if path is None or "://" in path else str((base / home_expanded(path)).absolute())
 
     sources = tuple(msgspec.structs.replace(s, path=place(s.path)) for s in recipe.data.source)
     clean = recipe.data.clean and recipe.data.clean.placed(lambda path: place(path) or "")

@@ -34,5 +34,13 @@ def read_recipe_text(file: Path) -> str:
         raise TextError(f"{file}:{_line(raw, error.start)}: is not UTF-8: byte 0x{wrong:02x} (save it as UTF-8)") from None
 
 
+def home_expanded(path: str) -> Path:
+    """The path with `~` or `~USER` replaced. Raises TextError where that home is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise TextError(f"{path}: there is no such home directory (name the directory in full)") from None
+
+
 def _line(raw: bytes, at: int) -> int:
     return raw.count(b"\n", 0, at) + 1
