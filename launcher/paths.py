@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import pwd
 import socket
 import stat
 import tempfile
@@ -157,8 +158,8 @@ def cache_directories() -> list[Path]:
     if os.path.isabs(base):  # a relative one is to be ignored, says the XDG specification
         places.append(Path(base) / "midwatch")
     else:
-        with contextlib.suppress(RuntimeError):  # no HOME, and a uid that the system does not know
-            home = Path.home()
+        with contextlib.suppress(KeyError):  # no HOME, and a uid that the system does not know
+            home = Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
             if home.is_absolute():
                 places.append(home / ".cache" / "midwatch")
     with contextlib.suppress(OSError):

@@ -203,6 +203,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(safe(message))
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Replaces argparse's own, which says nothing where the help cannot be written."""
+        if file is sys.stdout:
+            write_out(message, end="")
+        elif message:
+            write_error(message.removesuffix("\n"))
+
 
 class SafeFormatter(logging.Formatter):
     """Log lines hold text from others, and are read on terminals."""
