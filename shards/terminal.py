@@ -16,8 +16,10 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
@@ -104,7 +106,8 @@ def run_command(command: Callable[[], int]) -> int:
     open_streams()
     try:
         try:
-            return command()
+            with _unwinding():
+                return command()
         finally:
             flush_out()
     except KeyboardInterrupt:
@@ -114,6 +117,27 @@ def run_command(command: Callable[[], int]) -> int:
         if not error.reader_is_gone:
             write_error(f"midwatch: {error}")
         return 1
+
+
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as an exception does, so that bars show the cursor again and children end too."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_out(text: object = "", *, end: str = "\n", to: TextIO | None = None, flush: bool = False) -> None:

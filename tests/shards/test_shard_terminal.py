@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +136,43 @@ def test_closed_streams_are_as_if_nobody_listened(closed: str, tmp_path: Path) -
     body = "t.write_out('x') or t.write_error('y') or sys.stdin.read() or open('/dev/null').fileno() < 3 or 0"
     done = run(body, f"$RUN {closed}", tmp_path)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+
+
+BAR = """
+import time
+from shards.progress import Progress, Screen
+
+def work():
+    with Screen() as screen:
+        screen(Progress("verify", 1, 10, "bytes", 1.0, None, "shards"))
+        time.sleep(60)
+    return 0
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_under_a_bar_shows_the_cursor_again(number: signal.Signals, tmp_path: Path) -> None:
+    script = tmp_path / "bar.py"
+    script.write_text(BAR + "\nfrom shards.terminal import run_command\nimport sys\nsys.exit(run_command(work))\n")
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={"PATH": "/usr/bin:/bin", "TERM": "xterm", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    os.close(slave)
+    seen = b""
+    while b"verify" not in seen:
+        seen += os.read(master, 1 << 16)
+    process.send_signal(number)
+    assert process.wait(20) == (130 if number == signal.SIGINT else 128 + number)
+    with contextlib.suppress(OSError):  # the terminal's other end is closed
+        while chunk := os.read(master, 1 << 16):
+            seen += chunk
+    os.close(master)
+    assert seen.rfind(b"\x1b[?25h") > seen.rfind(b"\x1b[?25l") >= 0 and b"Traceback" not in seen
 
 
 def test_a_path_is_exact_in_a_pipe(tmp_path: Path) -> None:
