@@ -16,7 +16,9 @@ import errno
 import logging
 import os
 import re
+import select
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -180,6 +182,18 @@ def flush_out() -> None:
         sys.stdout.flush()
     except OSError as error:
         raise OutputError(error) from None
+
+
+def reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more; it shows before the next line is written."""
+    with contextlib.suppress(OSError, ValueError):
+        number = sys.stdout.fileno()
+        mode = os.fstat(number).st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+            poller = select.poll()
+            poller.register(number, 0)
+            return any(events & select.POLLERR for _, events in poller.poll(0))
+    return False
 
 
 def discard_out() -> None:

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import signal
-import sys
 import termios
 import threading
 from collections.abc import Callable
@@ -41,15 +40,18 @@ def _decoder(encoding: str) -> Callable[[], codecs.IncrementalDecoder]:
 setattr(linux_driver, "getincrementaldecoder", _decoder)  # noqa: B010  # the driver offers no other way to choose the handler
 
 
+def _terminal() -> int:
+    """Standard error, or standard output where messages go to a file."""
+    return 2 if os.isatty(2) else 1
+
+
 class ScreenDriver(linux_driver.LinuxDriver):
-    """Draws on standard error, or on standard output where messages go to a file."""
+    """Textual's own, with the encoding of the terminal and with what is pasted made safe."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        stream = sys.__stderr__ if sys.__stderr__ is not None and sys.__stderr__.isatty() else sys.__stdout__
-        if stream is not None:
-            encoding = "utf-8" if UNICODE else "ascii"  # the terminal's, whatever PYTHONIOENCODING says of files
-            self._file = open(stream.fileno(), "w", encoding=encoding, errors="replace", closefd=False)  # noqa: SIM115
+        encoding = "utf-8" if UNICODE else "ascii"  # the terminal's, whatever PYTHONIOENCODING says of files
+        self._file = open(_terminal(), "w", encoding=encoding, errors="replace", closefd=False)  # noqa: SIM115
 
     def process_message(self, message: Message) -> None:
         if isinstance(message, Paste):
@@ -90,7 +92,7 @@ class ScreenExit:
 
     def _leave_at_once(self) -> None:
         with contextlib.suppress(OSError, termios.error, AttributeError):
-            os.set_blocking(2, False)
-            os.write(2 if os.isatty(2) else 0, RESTORE.encode())
+            os.set_blocking(_terminal(), False)
+            os.write(_terminal(), RESTORE.encode())
             termios.tcsetattr(0, termios.TCSANOW, self._attributes)
         os._exit(128 + (self.number or 0))

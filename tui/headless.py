@@ -10,10 +10,7 @@ import asyncio
 import contextlib
 import errno
 import os
-import select
 import signal
-import stat
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +20,7 @@ from launcher.commands import describe
 from launcher.recipe import load_recipe, parse_recipe
 from launcher.remote import RemoteRun
 from launcher.signals import EndingSignals
-from launcher.terminal import OutputError, discard_out, flush_out, indented, make_console, write_error, write_json
+from launcher.terminal import OutputError, discard_out, flush_out, indented, make_console, reader_is_gone, write_error, write_json
 from tui.script import Entry
 
 FINISHED, FAILED, RULE_STOPPED, STOPPED = 0, 1, 3, 4
@@ -247,18 +244,6 @@ class Reporter:
     def _say(self, text: str) -> None:
         if not self._json:
             self._print(f"  {text}", "yellow")
-
-
-def reader_is_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads any more; it shows before the next line is written."""
-    with contextlib.suppress(OSError, ValueError):
-        number = sys.stdout.fileno()
-        mode = os.fstat(number).st_mode
-        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-            poller = select.poll()
-            poller.register(number, 0)
-            return any(events & select.POLLERR for _, events in poller.poll(0))
-    return False
 
 
 def _row(snapshot: p.Snapshot) -> dict[str, object]:

@@ -15,7 +15,7 @@ from launcher.recipe import RecipeError, load_recipe
 from launcher.roles import own_name
 from launcher.signals import EndingSignals
 from launcher.slurm import SlurmError, SlurmRun, Standing, cancel, elsewhere, own_allocation, read_job, standing, submit
-from shards.terminal import write_error, write_json, write_out
+from shards.terminal import OutputError, discard_out, reader_is_gone, write_error, write_json, write_out
 
 POLL_SECONDS = 2.0
 """Between two questions to Slurm while a job waits: its controller has other work."""
@@ -74,9 +74,20 @@ def _wait_in_queue(run: SlurmRun, as_json: bool, owns: bool) -> int | None:
                 return FAILED
             if now.runs and (_term(run.root) > term or _beats(run.root)):
                 return None
-            if str(now) != told:
+            gone = owns and reader_is_gone()
+            if str(now) != told and not gone:
                 told = str(now)
-                _tell(run, now, as_json)
+                try:
+                    _tell(run, now, as_json)
+                except OutputError as error:
+                    if not owns:
+                        raise
+                    gone = error.reader_is_gone  # a full disk takes no job back
+            if gone:
+                discard_out()
+                write_error("midwatch: nobody reads standard output any more")
+                _cancel(run)
+                return STOPPED
             time.sleep(0.3 if now.runs else POLL_SECONDS)
     except KeyboardInterrupt:
         if owns:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from launcher.cli import queue
 from launcher.signals import ENDING, EndingSignals, handled
+from launcher.slurm import SlurmRun, Standing
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +78,40 @@ def test_a_wait_is_interrupted_by_a_signal_before_it_and_in_it() -> None:
     with pytest.raises(KeyboardInterrupt), signals.interrupting():
         os.kill(os.getpid(), signal.SIGTERM)
     assert not signals.waiting
+
+
+class Queue:
+    """Slurm, as far as a waiting job needs it: the job stays queued until it is taken back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+        self.cancelled: list[str] = []
+        self._happens = happens
+        monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
+        monkeypatch.setattr(queue, "standing", self._standing)
+        monkeypatch.setattr(queue, "cancel", self.cancelled.append)
+
+    def _standing(self, job: str) -> Standing:
+        self._happens()
+        return Standing("PENDING", "Resources")
+
+
+def test_an_owner_that_a_signal_ends_takes_its_job_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = Queue(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    run = SlurmRun("job 7", None, str(tmp_path), "7")
+    assert queue.wait_in_queue(run, as_json=False, signals=EndingSignals(Clock())) == 4
+    assert slurm.cancelled == ["7"]
+
+
+def test_an_owner_whose_lines_nobody_reads_takes_its_job_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = Queue(monkeypatch, lambda: None)
+    monkeypatch.setattr(queue, "reader_is_gone", lambda: True)
+    monkeypatch.setattr(queue, "discard_out", lambda: None)
+    run = SlurmRun("job 7", None, str(tmp_path), "7")
+    assert queue.wait_in_queue(run, as_json=False, signals=EndingSignals(Clock())) == 4
+    assert slurm.cancelled == ["7"]
+
+
+def test_a_watcher_that_a_signal_ends_leaves_the_job_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = Queue(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert queue.wait_in_queue(SlurmRun("job 7", None, str(tmp_path), "7"), as_json=False) == 4
+    assert slurm.cancelled == []
