@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.cli.parser import make_parser
+from shards.terminal import run_command, write_error, write_out, write_path
 
 if TYPE_CHECKING:
     from launcher.remote import RemoteRun
@@ -17,23 +18,21 @@ STEERING = ("pause", "resume", "checkpoint", "golden", "ungolden", "rollback", "
 
 
 def main() -> int:
+    return run_command(_command)
+
+
+def _command() -> int:
     parser = make_parser()
     arguments = parser.parse_args()
     if arguments.version:
         from importlib.metadata import version
 
-        print(f"midwatch {version('midwatch')}")
+        write_out(f"midwatch {version('midwatch')}")
         return 0
     if arguments.command is None:
         parser.print_help()
         return 2
-    try:
-        return _hand_over(arguments)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return _hand_over(arguments)
 
 
 def _hand_over(arguments: argparse.Namespace) -> int:
@@ -73,10 +72,17 @@ def _hand_over(arguments: argparse.Namespace) -> int:
             return control.steer(arguments)
         return control.COMMANDS[arguments.command](arguments)
     except (RecipeError, NoSuchRun) as error:
-        print(f"midwatch: {error}", file=sys.stderr)
+        write_error(f"midwatch: {error}")
         return 2
-    except (ClientError, PermissionError) as error:
-        print(f"midwatch: {error}", file=sys.stderr)
+    except ClientError as error:
+        write_error(f"midwatch: {error}")
+        return 1
+    except UnicodeEncodeError as error:  # of an argument or a directory: messages and files hold UTF-8
+        write_error(f"midwatch: {error.object[:200]}: is not UTF-8 (give or rename it as UTF-8)")
+        return 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        write_error(f"midwatch: {place}{error.strerror or error}")
         return 1
 
 
@@ -91,7 +97,7 @@ def _shards(arguments: argparse.Namespace) -> int:
         try:
             recipe = with_data_directory(check_recipe(Path(arguments.recipe)), Path("runs").absolute() / "run")
         except RecipeError as error:
-            print(f"midwatch: {error}", file=sys.stderr)
+            write_error(f"midwatch: {error}")
             return 2
         assert recipe.data.dir is not None
         arguments.build = recipe.build(recipe.data.dir)
@@ -100,8 +106,9 @@ def _shards(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from launcher.cli.queue import needs_job, submit_run, wait_in_queue
-    from launcher.cli.runs import check_recipe, prepare
+    from launcher.cli.runs import check_recipe, make_run
     from launcher.recipe import RecipeError, load_recipe, warnings
+    from launcher.signals import EndingSignals
 
     script = None
     if arguments.script is not None:
@@ -112,28 +119,34 @@ def _run(arguments: argparse.Namespace) -> int:
         except ScriptError as error:
             raise RecipeError(f"--script: {error}") from None
     directory = Path(arguments.dir) if arguments.dir else None
-    if not arguments.no_check and (recipe := check_recipe(Path(arguments.recipe))).cluster.backend == "ssh":
+    recipe = check_recipe(Path(arguments.recipe))  # once: it may be a pipe
+    if not arguments.no_check and recipe.cluster.backend == "ssh":
         from launcher.cli.check import nodes_are_ready
 
         if not nodes_are_ready(recipe, directory):
             return 2
-    paths = prepare(Path(arguments.recipe), directory)
-    for warning in warnings(load_recipe(paths.recipe)):
-        print(f"midwatch: warning: {warning}", file=sys.stderr)
     asked = arguments.headless or arguments.json or script is not None
+    owns = (asked or not _has_terminal()) and not arguments.detach
+    signals = EndingSignals() if owns else None  # before there is a run: no signal leaves one without an owner
+    paths = make_run(recipe, directory)
+    for warning in warnings(load_recipe(paths.recipe)):
+        write_error(f"midwatch: warning: {warning}")
+    if signals is not None and signals.waiting:
+        write_error(f"midwatch: stopped by a signal before the run was started; midwatch resume {paths.root} starts it")
+        return 4
     submitted = submit_run(paths) if needs_job(paths) else None
     if arguments.detach and not asked and submitted is not None:
-        print(paths.root)
+        write_path(paths.root)
         return 0
     if arguments.detach and not asked:
         from launcher.reach import start_controller, wait_for_controller
 
         wait_for_controller(paths, start_controller(paths.root))
-        print(paths.root)
+        write_path(paths.root)
         return 0
     place: Path | RemoteRun = paths.root
     if submitted is not None:
-        if (left := wait_in_queue(submitted, as_json=arguments.json, owns=asked and not arguments.detach)) is not None:
+        if (left := wait_in_queue(submitted, as_json=arguments.json, signals=signals)) is not None:
             return left
         place = submitted
     else:
@@ -141,7 +154,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if asked or not _has_terminal():
         from tui.headless import report
 
-        return report(place, as_json=arguments.json, script=script, owns=not arguments.detach)
+        return report(place, as_json=arguments.json, script=script, signals=signals)
     from tui.app import run
 
     return run(place)
@@ -155,14 +168,14 @@ def _attach(arguments: argparse.Namespace) -> int:
     root = find_anywhere(arguments.run)
     if isinstance(root, SlurmRun):
         remember(root.root)
-        if (left := wait_in_queue(root, as_json=arguments.json, owns=False)) is not None:
+        if (left := wait_in_queue(root, as_json=arguments.json)) is not None:
             return left
     if isinstance(root, Path):
         remember(root)
     if arguments.headless or arguments.json or not _has_terminal():
         from tui.headless import report
 
-        return report(root, as_json=arguments.json, script=None, owns=False)
+        return report(root, as_json=arguments.json, script=None)
     from tui.app import run
 
     return run(root, read_only=arguments.read_only)
@@ -176,7 +189,7 @@ def _prefer(arguments: argparse.Namespace) -> int:
         return tell(arguments)
     begin = begin_of(arguments)
     if not _has_terminal():
-        print("midwatch: prefer needs a terminal to show the answers on (--export and --agreement need none)", file=sys.stderr)
+        write_error("midwatch: prefer needs a terminal to show the answers on (--export and --agreement need none)")
         return 2
     from tui.app import run
 
@@ -192,10 +205,9 @@ def _warn_of_logout() -> None:
     from launcher.logout import kills_at_logout
 
     if kills_at_logout():
-        print(
+        write_error(
             "midwatch: warning: this system ends a user's processes at logout; to keep the run:\n"
-            "  systemd-run --user --scope midwatch run ...   (and, once: loginctl enable-linger)",
-            file=sys.stderr,
+            "  systemd-run --user --scope midwatch run ...   (and, once: loginctl enable-linger)"
         )
 
 

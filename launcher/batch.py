@@ -21,6 +21,7 @@ from launcher.recipe import RecipeError, load_recipe
 from launcher.recipe.cluster import limit_seconds
 from launcher.signals import ignore_stray
 from launcher.slurm import BATCH_VARIABLE, RESUME_VARIABLE, SlurmError, requeue, submit, time_limit
+from shards.terminal import write_error
 
 MOST_DEATHS = 5
 """Of controllers in a row that did not live for a minute."""
@@ -116,7 +117,7 @@ class Keeper:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} midwatch: {text}", file=sys.stderr, flush=True)
+    write_error(f"{time.strftime('%Y-%m-%d %H:%M:%S')} midwatch: {text}")
 
 
 def main() -> int:

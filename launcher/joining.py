@@ -10,7 +10,6 @@ import os
 import socket
 import ssl
 import stat
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from launcher.identity import run_id
 from launcher.keys import ANY_NODE, CONTROLLER_NAME, Identity, KeysError, RunKeys, client_context, load_identity
 from launcher.paths import Address, RunPaths, read_address
 from shards.decoding import DecodeError, json_as
+from shards.terminal import write_error
 
 RETRY_SECONDS = 2.0
 CONNECT_SECONDS = 5.0
@@ -112,5 +112,5 @@ def await_controller(joining: Joining, paths: RunPaths, identity: Path) -> None:
                 why = why or f"{way}: {error.strerror or error}"
         if why != told:
             told = why
-            print(f"waiting for the controller ({why})", file=sys.stderr, flush=True)
+            write_error(f"waiting for the controller ({why})")
         time.sleep(RETRY_SECONDS)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import pwd
 import secrets
 import socket
 import stat
@@ -208,7 +209,7 @@ def mount_of(path: Path) -> str:
 def runtime_directory() -> Path:
     """The user's directory for sockets (0700), short enough for a socket's path. Raises PermissionError if it is another's."""
     base = os.environ.get("XDG_RUNTIME_DIR")
-    usable = base and len(base) < 60 and os.access(base, os.W_OK)
+    usable = base and os.path.isabs(base) and len(base) < 60 and os.access(base, os.W_OK | os.X_OK)
     directory = Path(base) / "midwatch" if base and usable else Path("/tmp") / f"midwatch-{os.getuid()}"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.lstat()
@@ -217,10 +218,23 @@ def runtime_directory() -> Path:
     return directory
 
 
-def cache_directory() -> Path:
-    """Local disk for indexes that can be rebuilt."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "midwatch"
+def cache_directories() -> list[Path]:
+    """Places for what can be made again (indexes, where runs lie), the preferred one first; none of them need be writable.
+
+    The user's cache, and for users without a home, or with one that cannot be written, their directory for sockets.
+    """
+    places: list[Path] = []
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):  # a relative one is to be ignored, says the XDG specification
+        places.append(Path(base) / "midwatch")
+    else:
+        with contextlib.suppress(KeyError):  # no HOME, and a uid that the system does not know
+            home = Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+            if home.is_absolute():
+                places.append(home / ".cache" / "midwatch")
+    with contextlib.suppress(OSError):
+        places.append(runtime_directory() / "cache")
+    return places
 
 
 class RunLock:

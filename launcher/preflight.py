@@ -5,7 +5,6 @@ It needs Python and Midwatch's files alone: where a package is missing, that is 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import getpass
@@ -23,6 +22,8 @@ import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+
+from shards.terminal import Parser, write_error, write_out
 
 PACKAGES = ("launcher", "shards", "trainer")
 """What runs on nodes: their files are what must be the same everywhere."""
@@ -262,7 +263,7 @@ async def _call_one(address: str) -> Call:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="launcher.preflight", description="What this node is and has.")
+    parser = Parser(prog="launcher.preflight", description="What this node is and has.")
     parser.add_argument("--json", action="store_true", help="one JSON line")
     parser.add_argument("--storage", type=Path, help="a file on the run's storage that the checking side wrote")
     parser.add_argument("--call", action="append", default=[], metavar="HOST:PORT", help="where the checking side listens")
@@ -270,12 +271,12 @@ def main() -> int:
     try:
         found = asdict(look(arguments.storage, tuple(arguments.call)))
     except Exception as error:
-        print(f"preflight failed: {type(error).__name__}: {error}", file=sys.stderr)
+        write_error(f"preflight failed: {type(error).__name__}: {error}")
         return 1
     if arguments.json:
-        print(json.dumps(found), flush=True)
+        write_out(json.dumps(found), flush=True)
     else:
-        print("\n".join(f"{key}: {value}" for key, value in found.items()))
+        write_out("\n".join(f"{key}: {value}" for key, value in found.items()))
     return 0
 
 

@@ -20,6 +20,7 @@ from launcher import protocol as p
 from launcher.paths import RunPaths
 from launcher.recipe import Recipe
 from launcher.signals import send_signal
+from shards.terminal import safe
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class Prober:
             opened.seek(max(self._log_from, size - LAST_BYTES))
             lines = opened.read().decode(errors="replace").strip().splitlines()
             if lines:
-                return f": {''.join(c for c in lines[-1] if c.isprintable())[:MOST_SAID]} ({file})"
+                return f": {safe(lines[-1])[:MOST_SAID]} ({file})"
         return f" ({file})"
 
 

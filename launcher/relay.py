@@ -17,6 +17,7 @@ from launcher.journal import JournalError
 from launcher.paths import Address, RunPaths
 from launcher.reach import ClientError, Looks, reach_controller
 from launcher.recipe import RecipeError
+from shards.terminal import write_error
 
 ROOM = 256 * 1024
 """Bytes kept for a side that does not take them; then the other is read no further."""
@@ -36,7 +37,7 @@ def relay(root: Path, *, start: bool = True, looks: Looks = "never") -> int:
             with wire:
                 pump(sys.stdin.fileno(), sys.stdout.fileno(), wire)
     except (ClientError, RecipeError, JournalError, OSError) as error:
-        print(f"midwatch: {error}", file=sys.stderr)
+        write_error(f"midwatch: {error}")
         return 1
     return 0
 

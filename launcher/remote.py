@@ -22,6 +22,7 @@ from websockets.exceptions import InvalidMessage, WebSocketException
 from launcher import protocol
 from launcher.reach import Looks
 from launcher.signals import send_signal
+from shards.terminal import safe
 
 OPEN_SECONDS = 60.0
 """Login included, which may ask for a second factor."""
@@ -155,7 +156,7 @@ class SshWay:
         host = self._remote.host
         if status in (None, 0) and not self._said and isinstance(error, InvalidMessage):
             return f"{host}: what came is no controller: do login scripts there print something? (try: ssh -T {host} true)"
-        last = "".join(c for c in (self._said[-1] if self._said else "") if c.isprintable())[:300]
+        last = safe(self._said[-1] if self._said else "")[:300]
         last = last.removeprefix("midwatch: ")
         if status == 127:
             return f"{host}: {last or 'midwatch is not found'} ({PROGRAM_VARIABLE} may name the command there, with its directory)"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from shards.commands import add_commands, run
+from shards.terminal import Parser, run_command
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m shards", description="Text to tokens to shards.")
+    parser = Parser(prog="python -m shards", description="Text to tokens to shards.")
     add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
-    return run(parser.parse_args())
+    return run_command(lambda: run(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from typing import Literal, TextIO
+from typing import Literal
 
 import msgspec
+
+from shards.terminal import make_console, safe, write_json
 
 Phase = Literal["read", "clean", "tokenizer", "encode", "verify", "count", "compare", "merge", "done"]
 INTERVAL = 0.25  # seconds between reports of one phase
@@ -56,14 +57,9 @@ class Meter:
         self._report(Progress(self._phase, done, total, self._unit, round(rate, 1), left and round(left, 1), self._message))
 
 
-def json_lines(stream: TextIO) -> Report:
-    """One JSON object a line."""
-
-    def report(progress: Progress) -> None:
-        stream.write(msgspec.json.encode(progress).decode() + "\n")
-        stream.flush()
-
-    return report
+def print_progress(progress: Progress) -> None:
+    """One JSON object a line on standard output. Raises OutputError."""
+    write_json(progress, flush=True)
 
 
 class Screen:
@@ -72,17 +68,16 @@ class Screen:
     transient: nothing is left of the bar when it ends.
     """
 
-    def __init__(self, stream: TextIO = sys.stderr, *, transient: bool = False) -> None:
-        from rich.console import Console
+    def __init__(self, *, transient: bool = False) -> None:
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
         from rich.table import Column
 
-        self._console = Console(file=stream)
+        self._console = make_console(stderr=True)
         said = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=3))
         speed = TextColumn("{task.fields[speed]}", markup=False, table_column=Column(no_wrap=True, justify="right", width=14))
         self._bars = Bars(
-            said, BarColumn(None, table_column=Column(ratio=2)), TextColumn("{task.percentage:>3.0f}%"), speed,
+            said, BarColumn(None, table_column=Column(ratio=2)), TextColumn("{task.percentage:>3.0f}%", markup=False), speed,
             TimeRemainingColumn(), console=self._console, disable=not self.is_terminal, transient=transient, expand=True,
         )  # fmt: skip
         self._task = self._bars.add_task("", total=None, speed="")
@@ -93,9 +88,9 @@ class Screen:
         return self._console.is_terminal
 
     def __call__(self, progress: Progress) -> None:
-        said = f"{progress.phase}: {progress.message}"
+        said = safe(f"{progress.phase}: {progress.message}")
         if said != self._shown and not self.is_terminal:
-            self._console.print(said, highlight=False, soft_wrap=True, markup=False)
+            self._console.print(said, soft_wrap=True)
         if said != self._shown:
             self._bars.reset(self._task, description=said, total=progress.total)
         self._shown = said

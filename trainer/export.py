@@ -5,7 +5,6 @@ What it is read from is verified first; what it writes appears whole, under its 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import math
@@ -27,6 +26,7 @@ from launcher.recipe.hf_files import INDEX, SINGLE
 from launcher.recipe.hf_layout import ARCHITECTURES, SCORING, Family, Part, file_shapes, layout, misfits
 from launcher.recipe.model import Model
 from shards.errors import ShardError
+from shards.terminal import Parser, run_command, write_error, write_path
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenizer import Tokenizer
 from trainer import hf_tokenizer, manifest
@@ -48,7 +48,7 @@ class ExportError(Exception):
 
 def main(arguments: list[str]) -> int:
     """The exit status: 0 written, 1 refused or failed, 2 the arguments or the recipe are wrong."""
-    parser = argparse.ArgumentParser(prog="midwatch export")
+    parser = Parser(prog="midwatch export")
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoint", default="latest")
     parser.add_argument("--to", type=Path, required=True)
@@ -56,12 +56,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--file-bytes", type=int, default=SHARD_BYTES)
     given = parser.parse_args(arguments)
     try:
-        print(export(given.run, given.checkpoint, given.to, given.dtype, given.file_bytes))
+        write_path(export(given.run, given.checkpoint, given.to, given.dtype, given.file_bytes))
     except (RecipeError, ExportError, CheckpointError, ShardError, hf_tokenizer.TokenizerError) as error:
-        print(f"midwatch: {error}", file=sys.stderr)
+        write_error(f"midwatch: {error}")
         return 2 if isinstance(error, RecipeError) else 1
     except OSError as error:
-        print(f"midwatch: {error.filename or given.to}: {error.strerror} (make room or access)", file=sys.stderr)
+        write_error(f"midwatch: {error.filename or given.to}: {error.strerror} (make room or access)")
         return 1
     return 0
 
@@ -243,4 +243,4 @@ def _gathered(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +27,7 @@ from launcher.protocol import (
     Sampled,
     StageBorder,
 )
+from shards.terminal import log_to_stderr
 from trainer.reporting import Link
 
 log = logging.getLogger("trainer")
@@ -41,10 +41,10 @@ _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "alarm": logging.ER
 
 def begin() -> None:
     """Sends this process's log to standard error; warnings, and the stack of a crash below Python, go there too."""
-    logging.basicConfig(level=logging.INFO, format=FORMAT, stream=sys.stderr, force=True)
+    log_to_stderr(FORMAT)
     logging.captureWarnings(True)
     logging.getLogger("websockets").setLevel(logging.WARNING)
-    faulthandler.enable(sys.stderr)
+    faulthandler.enable()
 
 
 def describe_order(order: Order) -> str:

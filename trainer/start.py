@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from launcher.recipe import Recipe, RecipeError, load_recipe
 from shards.build import build as build_shards
 from shards.build import is_built
 from shards.errors import ShardError
+from shards.terminal import write_error
 from trainer.loglink import LogLink, committed, newest, sweep
 from trainer.loop import train
 from trainer.manifest import CheckpointError, MismatchError
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     CERTAIN_STATUS: the recipe, the software or the checkpoint's model is wrong, so that every start would end so.
     """
     if len(arguments) != 1:
-        print("usage: torchrun --nproc-per-node=N -m trainer RUN", file=sys.stderr)
+        write_error("usage: torchrun --nproc-per-node=N -m trainer RUN")
         return 2
     root = Path(arguments[0])
     begin()

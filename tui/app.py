@@ -7,11 +7,12 @@ A snapshot from the controller replaces the one before it and is drawn at most F
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from launcher.terminal import write_error, write_out
 
 os.environ.setdefault("TEXTUAL_FPS", "15")  # kind to SSH; Textual reads it when imported
 os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
@@ -367,6 +368,12 @@ class MidwatchApp(App[int]):
     def do_detach(self) -> None:
         self.exit(0)
 
+    def end_soon(self, status: int) -> None:
+        """Leaves the terminal as it was and ends with this status. It may be called from a signal handler."""
+        if self._loop is None:
+            raise SystemExit(status)  # it has not begun: the terminal is untouched
+        self._loop.call_soon_threadsafe(self.exit, None, status)
+
     async def do_prompt(self) -> None:
         await self.open_prompt(":")
 
@@ -522,21 +529,30 @@ def _make(name: str) -> View:
 
 
 def run(directory: Path | RemoteRun, *, read_only: bool = False, prefer: protocol.PreferenceBegin | None = None) -> int:
-    """Attaches the screen to a run. Returns 0 when the operator detaches, 1 where the controller is not to be had, 2 for no run."""
+    """Attaches the screen to a run. Returns 0 when the operator detaches, 1 where the controller is not to be had, 2 for no run.
+
+    A signal ends the screen with 128 and its number, as it would a program that does not handle it; the run goes on.
+    """
     from launcher.paths import RunPaths
+    from tui.driver import ScreenDriver, ScreenExit
 
     if isinstance(directory, Path) and not RunPaths(directory).is_run():
-        print(f"midwatch: {directory}: not a run directory (midwatch ps lists the runs)", file=sys.stderr)
+        write_error(f"midwatch: {directory}: not a run directory (midwatch ps lists the runs)")
         return 2
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)  # they would hold the size for good; the terminal tells it, and each change
     app = MidwatchApp(directory, read_only=read_only, prefer=prefer)
-    app.run()
+    app.driver_class = ScreenDriver
+    with ScreenExit(app) as ended:
+        app.run()
     if app.failure:
-        print(f"midwatch: {app.failure}", file=sys.stderr)
+        write_error(f"midwatch: {app.failure}")
         return 1
-    if app.return_code:
+    if app.return_code and ended.number is None:
         return app.return_code
     state = app.scene.snapshot.state if app.scene.snapshot is not None else ""
     over = state in ("finished", "failed", "released")
     goes_on = f"the run is {state}" if over else "detached: the run goes on"
-    print(f"{goes_on}{app.pending_words()} (midwatch attach {directory} comes back)")
-    return 0
+    because = f"{ended.number.name}: " if ended.number is not None else ""
+    write_out(f"{because}{goes_on}{app.pending_words()} (midwatch attach {directory} comes back)")
+    return app.return_code or 0

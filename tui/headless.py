@@ -1,25 +1,26 @@
 """The headless reporter: a line a report interval, commands by script, and an exit status, for CI and for batch jobs.
 
-It owns its run unless told otherwise: SIGTERM or SIGINT stops the run with a checkpoint, a second one at once.
+It owns its run unless told otherwise: a signal that would end it stops the run with a checkpoint, a second one at once. So does
+the end of the process that reads its lines. Where they cannot be written for another reason (a full disk) it goes on without them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import signal
-import sys
 import time
 from pathlib import Path
-
-import msgspec
-from rich.console import Console
 
 from launcher import protocol as p
 from launcher.client import Client, ClientError
 from launcher.commands import describe
 from launcher.recipe import load_recipe, parse_recipe
 from launcher.remote import RemoteRun
+from launcher.signals import EndingSignals
+from launcher.terminal import OutputError, discard_out, flush_out, indented, make_console, reader_is_gone, write_error, write_json
 from tui.script import Entry
 
 FINISHED, FAILED, RULE_STOPPED, STOPPED = 0, 1, 3, 4
@@ -28,25 +29,32 @@ LINK_SECONDS = 3.0
 """That a connection may be broken before it is said."""
 
 
-def report(directory: Path | RemoteRun, *, as_json: bool, script: tuple[Entry, ...] | None, owns: bool) -> int:
-    """Follows a run to its end; the value is the exit status."""
+def report(
+    directory: Path | RemoteRun, *, as_json: bool, script: tuple[Entry, ...] | None, signals: EndingSignals | None = None
+) -> int:
+    """Follows a run to its end; the value is the exit status. signals: given where the reporter owns the run.
+
+    Raises OutputError where the run is another's and nobody reads the lines any more.
+    """
     try:
-        return asyncio.run(Reporter(directory, as_json, script or (), owns).follow())
+        return asyncio.run(Reporter(directory, as_json, script or (), signals).follow())
     except ClientError as error:
-        print(f"midwatch: {error}", file=sys.stderr)
+        write_error(f"midwatch: {error}")
         return FAILED
 
 
 class Reporter:
     """One headless run."""
 
-    def __init__(self, directory: Path | RemoteRun, as_json: bool, script: tuple[Entry, ...], owns: bool) -> None:
-        self._directory, self._json, self._script, self._owns = directory, as_json, script, owns
+    def __init__(
+        self, directory: Path | RemoteRun, as_json: bool, script: tuple[Entry, ...], signals: EndingSignals | None
+    ) -> None:
+        self._directory, self._json, self._script, self._signals = directory, as_json, script, signals
         file = directory / "recipe.toml" if isinstance(directory, Path) else None
         self._asks = file is None or not os.access(file, os.R_OK)
         """The recipe is on another machine, or another user's: the controller tells it."""
         self._interval = load_recipe(file).report.seconds if file is not None and not self._asks else 1.0
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = make_console(soft_wrap=True)
         self._snapshot: p.Snapshot | None = None
         self._news = asyncio.Event()
         self._told_step = (-1, "")
@@ -55,30 +63,45 @@ class Reporter:
         self._lost_at: float | None = None
         """Since when the connection is broken."""
         self._link_told = ""
-        self._signals = 0
+        self._client: Client | None = None
+        self._stops: list[p.Verb] = []
+        """Given by this reporter, because of a signal or of its output."""
+        self._stopping: set[asyncio.Task[None]] = set()
+        self._muted = False
         self._failed_command = False
         self._held_at = float("-inf")
 
     async def follow(self) -> int:
+        if self._signals is not None:
+            self._signals.listen(self._signalled)
+            if self._stops:
+                write_error(f"midwatch: the run was not started; midwatch resume {self._directory} starts it")
+                return STOPPED
         async with Client(
             self._directory, subscribe=True, start=True, looks="when over", on_snapshot=self._take, on_link=self._link
         ) as client:
+            self._client = client
+            for verb in self._stops:  # of signals that came before there was a connection
+                self._send(client, verb)
             if self._asks:
                 recipe = await client.ask(p.TextQuery(id=0, what="recipe"), p.TextReply)
                 self._interval = parse_recipe(recipe.text).report.seconds
-            if self._owns:
-                loop = asyncio.get_running_loop()
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    loop.add_signal_handler(number, self._signalled, client)
             worker = asyncio.create_task(self._work_off(client))
             try:
                 while (status := self._status()) is None:
+                    if not self._muted and reader_is_gone():
+                        self._output_fails(OutputError(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))))
                     if worker.done() and worker.exception() is not None:
                         raise worker.exception() or AssertionError
                     self._tell()
                     self._tell_link(client)
                     await self._next(0.25)
                 self._tell(last=True)
+            except Exception:
+                if self._signals is not None:  # never a run without an owner
+                    with contextlib.suppress(Exception):
+                        await asyncio.wait_for(client.command("stop", wait=False), 10)
+                raise
             finally:
                 worker.cancel()
         if status == FINISHED and self._failed_command:
@@ -114,11 +137,55 @@ class Reporter:
         ended = [c for c in snapshot.commands if c.verb in ("stop", "stop-now", "release") and c.state == "done"]
         return not ended or ended[-1].verb != "release"
 
-    def _signalled(self, client: Client) -> None:
-        self._signals += 1
-        verb: p.Verb = "stop" if self._signals == 1 else "stop-now"
-        self._say(f"signal: {describe(verb, {})}")
-        self._stopping = asyncio.create_task(client.command(verb, wait=False))
+    def _signalled(self, number: signal.Signals) -> None:
+        self._stop(number.name)
+
+    def _stop(self, why: str) -> None:
+        """The first time with a checkpoint, then at once."""
+        verb: p.Verb = "stop-now" if self._stops else "stop"
+        self._stops.append(verb)
+        write_error(f"midwatch: {why}: {describe(verb, {})}" + ("" if verb == "stop-now" else ", with a checkpoint"))
+        if self._client is not None:
+            self._send(self._client, verb)
+
+    def _send(self, client: Client, verb: p.Verb) -> None:
+        task = asyncio.create_task(self._command(client, verb))
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+
+    async def _command(self, client: Client, verb: p.Verb) -> None:
+        try:
+            view = await client.command(verb, wait=False)
+            problem = view.reason if view.state in ("refused", "failed") else ""
+        except ClientError as error:
+            problem = str(error)
+        if problem:
+            write_error(f"midwatch: {describe(verb, {})}: {problem}")
+
+    # Output
+
+    def _print(self, line: str | dict[str, object], style: str | None = None) -> None:
+        if self._muted:
+            return
+        try:
+            if isinstance(line, dict):
+                write_json(line, flush=True)
+            else:
+                self._console.print(line, style=style)
+                flush_out()
+        except OutputError as error:
+            self._output_fails(error)
+
+    def _output_fails(self, error: OutputError) -> None:
+        """Nobody reads: an owner stops the run, others leave. A full disk stops no training: it goes on without the lines."""
+        if error.reader_is_gone and self._signals is None:
+            raise error
+        self._muted = True
+        discard_out()
+        if not error.reader_is_gone:
+            write_error(f"midwatch: {error}; the run goes on, and nothing more is printed (midwatch journal shows it)")
+        elif not self._stops:
+            self._stop("nobody reads standard output any more")
 
     # The script
 
@@ -173,17 +240,14 @@ class Reporter:
         if (mark == self._told_step and not note) or (not last and time.monotonic() - self._told_at < self._interval):
             return
         self._told_step, self._told_at = mark, time.monotonic()
-        if self._json:
-            print(msgspec.json.encode(_row(snapshot)).decode(), flush=True)
-        else:
-            self._console.print(_line(snapshot))
+        self._print(_row(snapshot) if self._json else _line(snapshot))
 
     def _tell_event(self, event: p.JournalLine) -> None:
         if self._json:
-            print(msgspec.json.encode({"event": event}).decode(), flush=True)
+            self._print({"event": event})
         elif event.kind in ("sample", "outcome", "note", "lineage", "stage", "golden", "state") or event.level != "info":
             style = {"info": "dim", "warning": "yellow", "alarm": "bold red"}[event.level]
-            self._console.print(f"  {event.kind}: {event.text}", style=style, markup=False)
+            self._print(f"  {event.kind}: {indented(event.text)}", style)
 
     def _link(self, up: bool) -> None:
         self._lost_at = None if up else time.monotonic()
@@ -205,13 +269,13 @@ class Reporter:
 
     def _print_link(self, link: str, text: str) -> None:
         if self._json:
-            print(msgspec.json.encode({"link": link, "text": text}).decode(), flush=True)
+            self._print({"link": link, "text": text})
         else:
-            self._console.print(f"  {text}", style="yellow", markup=False)
+            self._print(f"  {text}", "yellow")
 
     def _say(self, text: str) -> None:
         if not self._json:
-            self._console.print(f"  {text}", style="yellow", markup=False)
+            self._print(f"  {text}", "yellow")
 
 
 def _row(snapshot: p.Snapshot) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """docs/keys.md, from the table of keys: `python -m tui.manual` prints it, and a test holds the file to it."""
 
+from launcher.terminal import write_out
 from tui import keys
 from tui.commandline import USAGE
 
@@ -39,4 +40,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    write_out(page(), end="")

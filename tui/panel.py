@@ -16,6 +16,7 @@ from textual.selection import Selection
 from textual.strip import Strip
 from textual.widget import Widget
 
+from launcher.terminal import safe
 from tui.chart.ink import STYLES, Ink
 from tui.chart.text import SECOND, plain
 from tui.words import UNICODE
@@ -194,7 +195,7 @@ class Panel(Widget):
         return strip.apply_offsets(0, number)
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
-        return selection.extract("\n".join(text(line) for line in self.lines)).replace(SECOND, ""), "\n"
+        return safe(selection.extract("\n".join(text(line) for line in self.lines)).replace(SECOND, ""), lines=True), "\n"
 
     def selection_updated(self, selection: Selection | None) -> None:
         self.refresh()

@@ -7,7 +7,6 @@ an agent that is there already is named instead. `--step` does the same and stay
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -24,13 +23,14 @@ from launcher.network import NetworkError
 from launcher.paths import PRIVATE_FILE, RunPaths, runtime_directory
 from launcher.recipe import RecipeError, load_recipe
 from launcher.signals import ignore_stray
+from shards.terminal import Parser, log_to_stderr, write_error, write_out
 
 log = logging.getLogger("launcher.agent")
 
 
 def main() -> int:
     ignore_stray()  # before anything is started: ranks and what forks them inherit it
-    parser = argparse.ArgumentParser(prog="midwatch-agent", description=__doc__)
+    parser = Parser(prog="midwatch-agent", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--node", required=True)
     parser.add_argument("--detach", action="store_true")
@@ -53,24 +53,23 @@ def main() -> int:
         place = Place(paths, node)
         if not place.take():
             holder = place.holder()
-            print(msgspec.json.encode(holder).decode() if holder is not None else "another agent is only starting", flush=True)
+            words = msgspec.json.encode(holder).decode() if holder is not None else "another agent is only starting"
+            write_out(words, flush=True)
             return 0
         identity = _keep(keys, place) if keys is not None else None  # the agent before this one has deleted its own by now
         if arguments.detach:
             _leave_for_the_background(log_file, place)
         elif arguments.step:
-            print(place.sign(), flush=True)
+            write_out(place.sign(), flush=True)
             _write_to(log_file)
         else:
             place.sign()
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
-        )
+        log_to_stderr("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
         if joining is not None and identity is not None:
             await_controller(joining, paths, identity)
         agent = Agent(paths, node, recipe, identity, joining, leaves=lambda: place.sign(leaving=True))
     except (RecipeError, KeysError, NetworkError, OSError, ValueError) as error:
-        print(error, file=sys.stderr, flush=True)
+        write_error(error)
         return 2
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.leave_when_told() if arguments.step else agent.leave())
@@ -90,7 +89,7 @@ def _leave_for_the_background(log_file: Path, place: Place) -> None:
     if os.fork():
         os.close(write)
         said = os.read(read, 1000)
-        os.write(1, said + b"\n")
+        write_out(said.decode(errors="replace"), flush=True)
         os._exit(0 if said else 1)
     os.close(read)
     os.setsid()

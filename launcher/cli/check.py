@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +15,7 @@ from launcher.checks import RUNTIME_WAY, NodeReport, What, check_nodes, ready
 from launcher.cli.runs import check_recipe
 from launcher.preflight import Findings, runtime_problem
 from launcher.recipe import Recipe, RecipeError, warnings
+from shards.terminal import make_console, write_error, write_json, write_out
 
 MANY = 20
 """Nodes beyond this number are shown only where something is to be said of them."""
@@ -32,21 +31,17 @@ def check(arguments: argparse.Namespace) -> int:
     here = runtime_problem()
     good = (ready(reports, recipe.fewest_nodes) if reports else True) and not here
     if arguments.json:
-        print(
-            msgspec.json.encode(
-                {"recipe": arguments.recipe, "good": good, "warnings": told, "here": here, "nodes": reports}
-            ).decode()
-        )
+        write_json({"recipe": arguments.recipe, "good": good, "warnings": told, "here": here, "nodes": reports})
         return 0 if good else 2
     for warning in told:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"{arguments.recipe}: good ({len(recipe.stage)} stages, {recipe.total_steps} steps)")
+        write_error(f"warning: {warning}")
+    write_out(f"{arguments.recipe}: good ({len(recipe.stage)} stages, {recipe.total_steps} steps)")
     if reports:
-        render(reports, Console())
+        render(reports, make_console())
     if here:
-        print(f"midwatch: this machine's directory for sockets: {here}\n    {RUNTIME_WAY}", file=sys.stderr)
+        write_error(f"midwatch: this machine's directory for sockets: {here}\n    {RUNTIME_WAY}")
     elif not good:
-        print(f"midwatch: {refusal(reports, recipe)}", file=sys.stderr)
+        write_error(f"midwatch: {refusal(reports, recipe)}")
     return 0 if good else 2
 
 
@@ -54,10 +49,10 @@ def nodes_are_ready(recipe: Recipe, directory: Path | None) -> bool:
     """Before a run: checks its nodes and shows them, on stderr, where something is to be said."""
     reports = visit(recipe, directory)
     if any(report.level for report in reports):
-        render(reports, Console(stderr=True))
+        render(reports, make_console(stderr=True))
     if ready(reports, recipe.fewest_nodes):
         return True
-    print(f"midwatch: {refusal(reports, recipe)}; to start nevertheless: --no-check", file=sys.stderr)
+    write_error(f"midwatch: {refusal(reports, recipe)}; to start nevertheless: --no-check")
     return False
 
 
@@ -94,10 +89,10 @@ def render(reports: Sequence[NodeReport], console: Console) -> None:
             table.add_row(report.host, Text(_word(report), style=_STYLES[report.level]), *_cells(report))
         console.print(table)
     for line in advice(reports):
-        console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+        console.print(line, soft_wrap=not console.is_terminal)
     if len(reports) > MANY:
         fine = sum(r.level is None for r in reports)
-        console.print(f"{fine} of {len(reports)} nodes are fine", highlight=False)
+        console.print(f"{fine} of {len(reports)} nodes are fine")
 
 
 def advice(reports: Sequence[NodeReport]) -> list[str]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from launcher import protocol as p
 from launcher.cli.runs import NoSuchRun, RunLine, find_anywhere, find_run, known_runs, line_of
@@ -22,6 +19,7 @@ from launcher.paths import RunPaths
 from launcher.reach import Looks, SilentError
 from launcher.recipe import RecipeError
 from launcher.remote import RemoteRun
+from shards.terminal import indented, make_console, write_error, write_json, write_out
 
 T = TypeVar("T")
 
@@ -41,9 +39,9 @@ def steer(arguments: argparse.Namespace) -> int:
 
     view = asyncio.run(give())
     if arguments.json:
-        print(msgspec.json.encode(view).decode())
+        write_json(view)
     else:
-        print(outcome_text(view))
+        write_out(outcome_text(view))
     return 0 if view.state in ("done", "queued", "sent") else 1
 
 
@@ -86,14 +84,14 @@ def outcome_text(view: p.CommandView) -> str:
 def ps(arguments: argparse.Namespace) -> int:
     lines = [_line(root) for root in known_runs()]
     if arguments.json:
-        print(msgspec.json.encode(lines).decode())
+        write_json(lines)
         return 0
     table = Table(box=None, pad_edge=False)
     for column in ("RUN", "STATE", "STEP", "CONTROLLER", "DIRECTORY"):
         table.add_column(column, overflow="fold")
     for line in lines:
         table.add_row(line.name, line.state, f"{line.step}", "lives" if line.controller else "-", line.directory)
-    Console().print(table)
+    make_console().print(table)
     return 0
 
 
@@ -115,21 +113,19 @@ def status(arguments: argparse.Namespace) -> int:
         silent = str(error)
         snapshot = asyncio.run(archived_snapshot(root, silent))
     if arguments.json:
-        print(msgspec.json.encode(snapshot).decode())
+        write_json(snapshot)
     else:
         print_status(snapshot)
     return 1 if silent else 0
 
 
 def print_status(snapshot: p.Snapshot) -> None:
-    console = Console()
+    console = make_console()
     reason = f" ({snapshot.reason})" if snapshot.reason else ""
     doing = p.PHASE_WORDS.get(snapshot.phase, snapshot.phase) if snapshot.state == "training" else ""
     phase = f", {doing}" if doing not in ("", "training") else ""
-    console.print(
-        f"{snapshot.run}: [bold]{snapshot.state}[/]{escape(reason)}{phase}, step {snapshot.step} of {snapshot.total_steps}",
-        highlight=False,
-    )
+    rest = f"{reason}{phase}, step {snapshot.step} of {snapshot.total_steps}"
+    console.print(Text.assemble(f"{snapshot.run}: ", (snapshot.state, "bold"), rest))
     table = Table(box=None, pad_edge=False)
     for column in ("STAGE", "OBJECTIVE", "STATE", "STEP", "PRODUCT"):
         table.add_column(column)
@@ -138,12 +134,10 @@ def print_status(snapshot: p.Snapshot) -> None:
     console.print(table)
     golden = [c.id for c in snapshot.checkpoints if c.golden]
     newest = snapshot.checkpoints[-1].id if snapshot.checkpoints else "none"
-    console.print(
-        f"checkpoints {len(snapshot.checkpoints)}, newest {newest}, golden {', '.join(golden) or 'none'}", highlight=False
-    )
+    console.print(f"checkpoints {len(snapshot.checkpoints)}, newest {newest}, golden {', '.join(golden) or 'none'}")
     for command in snapshot.commands:
         if command.state in ("queued", "sent"):
-            console.print(f"waiting: #{command.number} {outcome_text(command)}", highlight=False, markup=False)
+            console.print(f"waiting: #{command.number} {outcome_text(command)}")
 
 
 async def snapshot_of(root: Path | RemoteRun) -> p.Snapshot:
@@ -182,13 +176,13 @@ def journal(arguments: argparse.Namespace) -> int:
     lines = asyncio.run(ask()).lines
     if arguments.json:
         for line in lines:
-            print(msgspec.json.encode(line).decode())
+            write_json(line)
         return 0
     from datetime import datetime
 
     for line in lines:
         when = datetime.fromtimestamp(line.time).strftime("%Y-%m-%d %H:%M:%S")
-        print(f"{when}  {line.author or '-':<10} {line.kind:<10} {line.text}")
+        write_out(f"{when}  {line.author or '-':<10} {line.kind:<10} {indented(line.text)}")
     return 0
 
 
@@ -202,13 +196,13 @@ def metrics(arguments: argparse.Namespace) -> int:
 
     reply = asyncio.run(ask())
     if arguments.json:
-        print(msgspec.json.encode({"names": reply.names, "rows": reply.rows}).decode())
+        write_json({"names": reply.names, "rows": reply.rows})
     elif not arguments.names:
-        print("\n".join(reply.names))
+        write_out("\n".join(reply.names))
     else:
         for name, rows in reply.rows.items():
             for row in rows:
-                print(f"{name}  lineage {row.lineage}  step {row.step}  {row.value:g}")
+                write_out(f"{name}  lineage {row.lineage}  step {row.step}  {row.value:g}")
     return 0
 
 
@@ -235,7 +229,7 @@ def completion(arguments: argparse.Namespace) -> int:
 
     from launcher.cli.parser import make_parser
 
-    print(shtab.complete(make_parser(), shell=arguments.shell))
+    write_out(shtab.complete(make_parser(), shell=arguments.shell))
     return 0
 
 
@@ -270,10 +264,10 @@ def relay(arguments: argparse.Namespace) -> int:
             root, start=job is None or job.id != own_allocation(), looks=looks
         )  # a step's would end with this connection
     except OSError as error:
-        print(f"midwatch: srun cannot be started: {error.strerror}", file=sys.stderr)
+        write_error(f"midwatch: srun cannot be started: {error.strerror}")
         return 1
     except (NoSuchRun, SlurmError) as error:
-        print(f"midwatch: {error}", file=sys.stderr)
+        write_error(f"midwatch: {error}")
         return 1
 
 

@@ -9,6 +9,7 @@ import sys
 from launcher.cli.runs import find_run, read_ledger
 from launcher.paths import RunPaths
 from launcher.recipe import load_recipe
+from shards.terminal import write_error
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -19,7 +20,7 @@ def export(arguments: argparse.Namespace) -> int:
     if ledger.checkpoints:  # else the run has no controller, and what it knows is in its directory
         found = ledger.find(name)
         if isinstance(found, str):
-            print(f"midwatch: {found}", file=sys.stderr)
+            write_error(f"midwatch: {found}")
             return 1
         name = found.id
     python = load_recipe(paths.recipe).cluster.python or sys.executable

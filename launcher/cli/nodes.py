@@ -8,8 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-import msgspec
-from rich.console import Console
 from rich.table import Table
 
 from launcher import protocol as p
@@ -18,6 +16,7 @@ from launcher.cli.runs import find_anywhere, find_run
 from launcher.joining import check_url, make_key, read_key_file
 from launcher.keys import KeysError
 from launcher.paths import RunPaths, host_name
+from shards.terminal import make_console, write_error, write_json, write_out
 
 
 def node(arguments: argparse.Namespace) -> int:
@@ -32,17 +31,17 @@ def node(arguments: argparse.Namespace) -> int:
 def agent(arguments: argparse.Namespace) -> int:
     """Becomes the agent of this machine; returns only where it cannot."""
     if problem := check_url(arguments.join):
-        print(f"midwatch: {problem}", file=sys.stderr)
+        write_error(f"midwatch: {problem}")
         return 2
     try:
         key = read_key_file(Path(arguments.key_file))
     except KeysError as error:
-        print(f"midwatch: {error}", file=sys.stderr)
+        write_error(f"midwatch: {error}")
         return 2
     paths = RunPaths(Path(arguments.run or key.run).absolute())
     if not paths.is_run():
         way = "the run's directory must lie on storage that all nodes share; --run names it where that is mounted elsewhere"
-        print(f"midwatch: {paths.root}: there is no run here ({way})", file=sys.stderr)
+        write_error(f"midwatch: {paths.root}: there is no run here ({way})")
         return 2
     words = ["-P", "-m", "launcher.agent", str(paths.root), "--node", arguments.node or host_name()]
     words += ["--join", arguments.join, "--key-file", os.path.abspath(arguments.key_file)]
@@ -53,29 +52,26 @@ def _key(arguments: argparse.Namespace) -> int:
     try:
         key = make_key(RunPaths(find_run(arguments.run)), arguments.node)
     except KeysError as error:
-        print(f"midwatch: {error}", file=sys.stderr)
+        write_error(f"midwatch: {error}")
         return 1
     if sys.stdout.isatty():
-        print(
-            "midwatch: a key is secret and not for the screen; give it a file: (umask 077; midwatch node key ... > FILE)",
-            file=sys.stderr,
-        )
+        write_error("midwatch: a key is secret and not for the screen; give it a file: (umask 077; midwatch node key ... > FILE)")
         return 2
-    print(key.decode())
+    write_out(key.decode())
     return 0
 
 
 def _list(arguments: argparse.Namespace) -> int:
     nodes = asyncio.run(control.snapshot_of(find_anywhere(arguments.run))).nodes
     if arguments.json:
-        print(msgspec.json.encode(nodes).decode())
+        write_json(nodes)
         return 0
     table = Table(box=None, pad_edge=False)
     for column in ("NODE", "STATE", "RANKS", "CPU", "MEMORY", "GPUS", "FAILURES", "NOTE"):
         table.add_column(column, overflow="fold")
     for view in nodes:
         table.add_row(view.name, view.state, _ranks(view), *_figures(view.stats), str(view.failures or ""), view.note)
-    Console().print(table)
+    make_console().print(table)
     return 0
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import msgspec
-from rich.console import Console
-
 from launcher.plan import Assumptions, PlanError, find_accelerator, plan_budget, plan_recipe
 from launcher.plan.accelerators import DEFAULT
 from launcher.recipe import RecipeError, load_recipe
+from shards.terminal import make_console, write_json
 
 _OF_A_RECIPE = ("pipeline", "micro_batches", "virtual")
 _OF_A_BUDGET = ("days", "params", "tokens")
@@ -41,11 +39,11 @@ def _of_recipe(arguments: argparse.Namespace) -> int:
         ),
     )
     if arguments.json:
-        print(msgspec.json.encode(found).decode())
+        write_json(found)
         return 0
     from launcher.cli.plan_tables import render_plan
 
-    render_plan(found, arguments.recipe, Console(highlight=False))
+    render_plan(found, arguments.recipe, make_console())
     return 0
 
 
@@ -64,11 +62,11 @@ def _of_budget(arguments: argparse.Namespace) -> int:
         tokens=arguments.tokens,
     )
     if arguments.json:
-        print(msgspec.json.encode(found).decode())
+        write_json(found)
         return 0
     from launcher.cli.plan_tables import render_budget
 
-    render_budget(found, arguments.gpu is None, Console(highlight=False))
+    render_budget(found, arguments.gpu is None, make_console())
     return 0
 
 

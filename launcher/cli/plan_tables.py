@@ -275,4 +275,4 @@ def _table(console: Console, title: str, about: str, columns: Sequence[str]) -> 
 
 
 def _say(console: Console, line: str | Text) -> None:
-    console.print(line, markup=False, soft_wrap=not console.is_terminal)
+    console.print(line, soft_wrap=not console.is_terminal)

@@ -10,8 +10,6 @@ import uuid
 from collections import Counter
 from pathlib import Path
 
-import msgspec
-
 from launcher import protocol as p
 from launcher.cli.runs import find_anywhere, find_run
 from launcher.client import Client, ClientError
@@ -21,6 +19,7 @@ from launcher.preferences.pairs import export
 from launcher.preferences.prompts import of_file
 from launcher.preferences.store import PreferenceError, all_decisions, check_name
 from launcher.remote import RemoteRun
+from shards.terminal import write_json, write_out
 
 LEFT_OUT = {
     "tie": "ties",
@@ -39,11 +38,14 @@ def tell(arguments: argparse.Namespace) -> int:
             counts = export(directory, Path(arguments.export))
         except OSError as error:
             raise ClientError(f"{arguments.export}: {error.strerror}") from None
-        print(f"{arguments.export}: {_counted(counts)}")
+        write_out(f"{arguments.export}: {_counted(counts)}")
         return 0
     run = find_anywhere(arguments.run)
     found = measure(all_decisions(RunPaths(run).preferences)) if isinstance(run, Path) else asyncio.run(_ask(run))
-    print(msgspec.json.encode(found).decode() if arguments.json else "\n".join(report(found)))
+    if arguments.json:
+        write_json(found)
+    else:
+        write_out("\n".join(report(found)))
     return 0
 
 

@@ -26,6 +26,7 @@ from launcher.paths import RunPaths, controller_lives
 from launcher.prober import Prober
 from launcher.recipe import load_recipe
 from launcher.remote import RemoteRun
+from shards.terminal import write_error, write_json, write_out
 
 Answers = Callable[[p.ProbeAsk], AsyncGenerator[p.ProbeAnswer]]
 CONNECT_SECONDS = 90.0
@@ -52,27 +53,30 @@ def probe(arguments: argparse.Namespace) -> int:
     with Way(find_anywhere(arguments.run)) as way:
         if arguments.prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
             return Talk(ask, lambda asked, out: show(way.answers(asked), asked, out)).run()
-        prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+        try:
+            prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+        except UnicodeDecodeError as error:
+            write_error(f"midwatch: standard input is not UTF-8: byte 0x{error.object[error.start]:02x} (convert the prompt)")
+            return 2
         ask = msgspec.structs.replace(ask, prompt=prompt)
         if arguments.json:
             return _show_json(way.answers(ask))
         try:
-            problems, _ = show(way.answers(ask), ask, sys.stdout)
+            problems, _ = show(way.answers(ask), ask)
         except KeyboardInterrupt:
-            print()
+            write_out()
             return 130
         return 1 if problems else 0
 
 
-def show(answers: Iterator[p.ProbeAnswer], ask: p.ProbeAsk, out: TextIO) -> tuple[int, list[str]]:
-    """Writes answers as they come, the second after the first; how many failed, and their texts."""
+def show(answers: Iterator[p.ProbeAnswer], ask: p.ProbeAsk, out: TextIO | None = None) -> tuple[int, list[str]]:
+    """Writes answers (to standard output by default) as they come, the second after the first; how many failed, and their texts."""
     texts, held = [""] * len(ask.checkpoints), [""] * len(ask.checkpoints)
     ended: dict[int, p.ProbeEnd] = {}
     now = 0
 
     def write(words: str) -> None:
-        out.write(words)
-        out.flush()
+        write_out(words, end="", to=out, flush=True)
 
     def finish() -> None:
         """The first that is not written yet has ended: those that follow, as far as they are."""
@@ -81,8 +85,7 @@ def show(answers: Iterator[p.ProbeAnswer], ask: p.ProbeAsk, out: TextIO) -> tupl
             if texts[now] and not texts[now].endswith("\n"):
                 write("\n")
             if ended[now].problem:
-                out.flush()
-                print(f"midwatch: {ended[now].problem}", file=sys.stderr)
+                write_error(f"midwatch: {ended[now].problem}")
             elif len(texts) > 1:
                 write(f"--- {_figures(ended[now])}\n")
             now += 1
@@ -122,8 +125,8 @@ def _show_json(answers: Iterator[p.ProbeAnswer]) -> int:
             told["tokens_per_second"] = answer.tokens_per_second
             status |= bool(answer.problem)
             if answer.problem:
-                print(f"midwatch: {answer.problem}", file=sys.stderr)
-        print(msgspec.json.encode(told).decode(), flush=True)
+                write_error(f"midwatch: {answer.problem}")
+        write_json(told, flush=True)
     return status
 
 

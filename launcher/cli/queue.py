@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import getpass
-import json
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +12,10 @@ from launcher.cli.runs import find_run, read_ledger
 from launcher.paths import RunPaths, read_address, shows_life
 from launcher.reach import ClientError
 from launcher.recipe import RecipeError, load_recipe
+from launcher.roles import own_name
+from launcher.signals import EndingSignals
 from launcher.slurm import SlurmError, SlurmRun, Standing, cancel, elsewhere, own_allocation, read_job, standing, submit
+from shards.terminal import OutputError, discard_out, reader_is_gone, write_error, write_json, write_out
 
 POLL_SECONDS = 2.0
 """Between two questions to Slurm while a job waits: its controller has other work."""
@@ -34,7 +34,7 @@ def submit_run(paths: RunPaths) -> SlurmRun:
     except SlurmError as error:
         _unmake(paths)
         raise RecipeError(f"the run cannot be submitted: {error}") from None
-    print(f"midwatch: submitted as job {job.id}", file=sys.stderr)
+    write_error(f"midwatch: submitted as job {job.id}")
     return SlurmRun(f"job {job.id}", None, str(paths.root.resolve()), job.id)
 
 
@@ -47,9 +47,22 @@ def _unmake(paths: RunPaths) -> None:
             directory.rmdir()
 
 
-def wait_in_queue(run: SlurmRun, *, as_json: bool, owns: bool) -> int | None:
-    """Shows the queue until the controller is there; an exit status where it is not to come. Raises ClientError."""
+def wait_in_queue(run: SlurmRun, *, as_json: bool, signals: EndingSignals | None = None) -> int | None:
+    """Shows the queue until the controller is there; an exit status where it is not to come. Raises ClientError.
+
+    signals: of a caller that owns the run; each takes the job back. Else only SIGTERM and SIGINT end the wait, and the job stays.
+    """
+    if signals is not None:
+        with signals.interrupting():
+            return _wait_in_queue(run, as_json, owns=True)
     before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _wait_in_queue(run, as_json, owns=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait_in_queue(run: SlurmRun, as_json: bool, owns: bool) -> int | None:
     term = _term(run.root)  # that of the job before, where there was one
     told = ""
     try:
@@ -57,23 +70,32 @@ def wait_in_queue(run: SlurmRun, *, as_json: bool, owns: bool) -> int | None:
             now = _standing(run)
             if now.over:
                 log = RunPaths(run.root).logs / "slurm.log"
-                print(f"midwatch: the job {run.job} has ended ({now}); see {log}", file=sys.stderr)
+                write_error(f"midwatch: the job {run.job} has ended ({now}); see {log}")
                 return FAILED
             if now.runs and (_term(run.root) > term or shows_life(RunPaths(run.root))):
                 return None
-            if str(now) != told:
+            gone = owns and reader_is_gone()
+            if str(now) != told and not gone:
                 told = str(now)
-                _tell(run, now, as_json)
+                try:
+                    _tell(run, now, as_json)
+                except OutputError as error:
+                    if not owns:
+                        raise
+                    gone = error.reader_is_gone  # a full disk takes no job back
+            if gone:
+                discard_out()
+                write_error("midwatch: nobody reads standard output any more")
+                _cancel(run)
+                return STOPPED
             time.sleep(0.3 if now.runs else POLL_SECONDS)
     except KeyboardInterrupt:
         if owns:
             _cancel(run)
         else:
             ways = f"midwatch attach {run.root} waits for it, midwatch stop {run.root} takes it back"
-            print(f"\nmidwatch: job {run.job} stays queued: {ways}", file=sys.stderr)
+            write_error(f"\nmidwatch: job {run.job} stays queued: {ways}")
         return STOPPED
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def ask_queue(arguments: argparse.Namespace) -> int | None:
@@ -95,7 +117,10 @@ def ask_queue(arguments: argparse.Namespace) -> int | None:
         return 0
     if arguments.command == "status":
         said = {"run": root.name, "state": read_ledger(root).state, "job": run.job, "queue": str(now), "controller": False}
-        print(json.dumps(said) if arguments.json else f"{root.name}: job {run.job} is {now}")
+        if arguments.json:
+            write_json(said)
+        else:
+            write_out(f"{root.name}: job {run.job} is {now}")
         return 0
     raise ClientError(f"job {run.job} is {now}; the run goes on when it begins")
 
@@ -105,10 +130,10 @@ def _resubmit(root: Path) -> int | None:
     if read_ledger(root).state == "finished":
         return None  # the controller says it best
     try:
-        job = submit(paths, load_recipe(paths.recipe), resume=getpass.getuser())
+        job = submit(paths, load_recipe(paths.recipe), resume=own_name())
     except SlurmError as error:
         raise ClientError(f"{root}: cannot be submitted: {error}") from None
-    print(f"resume: submitted as job {job.id} (midwatch attach {root} waits for it)")
+    write_out(f"resume: submitted as job {job.id} (midwatch attach {root} waits for it)")
     return 0
 
 
@@ -124,14 +149,14 @@ def _cancel(run: SlurmRun) -> None:
         cancel(run.job)
     except SlurmError as error:
         raise ClientError(str(error)) from None
-    print(f"midwatch: job {run.job} is taken back; midwatch resume {run.root} submits it again", file=sys.stderr)
+    write_error(f"midwatch: job {run.job} is taken back; midwatch resume {run.root} submits it again")
 
 
 def _tell(run: SlurmRun, now: Standing, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"queue": {"job": run.job, "state": now.state, "reason": now.reason, "start": now.start}}), flush=True)
+        write_json({"queue": {"job": run.job, "state": now.state, "reason": now.reason, "start": now.start}}, flush=True)
     else:
-        print(f"job {run.job} is {now}", flush=True)
+        write_out(f"job {run.job} is {now}", flush=True)
 
 
 def _term(root: Path) -> int:

@@ -13,7 +13,7 @@ import msgspec
 from launcher.identity import claim
 from launcher.journal import JournalError, read_journal
 from launcher.ledger import Ledger
-from launcher.paths import PRIVATE_FILE, RunPaths, cache_directory, controller_lives, write_atomically
+from launcher.paths import PRIVATE_FILE, RunPaths, cache_directories, controller_lives, runtime_directory, write_atomically
 from launcher.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from launcher.remote import RemoteError, RemoteRun, parse_remote
 from launcher.roles import group_id
@@ -29,17 +29,32 @@ class NoSuchRun(Exception):
 
 def prepare(recipe_file: Path, directory: Path | None) -> RunPaths:
     """Checks a recipe and what it needs, and makes a run directory for it. Raises RecipeError before anything is made."""
-    recipe = check_recipe(recipe_file)
+    return make_run(check_recipe(recipe_file), directory)
+
+
+def make_run(recipe: Recipe, directory: Path | None) -> RunPaths:
+    """Makes a run directory for a recipe that was checked. Raises RecipeError before anything is made."""
     root = directory if directory is not None else _free_directory(Path("runs"), recipe.run.name)
     if directory is not None and directory.exists() and any(directory.iterdir()):
         raise RecipeError(f"{directory}: is not empty; name a new directory, or `midwatch attach {directory}`")
     paths = RunPaths(root.absolute())
     recipe = with_data_directory(recipe, paths.root)
     group = recipe.cluster.operators
-    operators = group_id(group, str(recipe_file)) if group is not None else None
+    operators = group_id(group, recipe.run.name) if group is not None else None
+    try:
+        text = dump_recipe(recipe).encode()
+        str(paths.root).encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"{error.object[:200]}: holds a file name that is not UTF-8; rename that directory or file") from None
+    try:
+        runtime_directory()
+    except OSError as error:
+        raise RecipeError(
+            f"{error.filename}: {error.strerror}: no place for the run's socket" if error.filename else str(error)
+        ) from None
     try:
         paths.create(operators)
-        write_atomically(paths.recipe, dump_recipe(recipe).encode(), PRIVATE_FILE if operators is not None else 0o600)
+        write_atomically(paths.recipe, text, PRIVATE_FILE if operators is not None else 0o600)
         if operators is not None:
             os.chown(paths.recipe, -1, operators)
         claim(paths, ())
@@ -95,20 +110,30 @@ def _free_directory(runs: Path, name: str) -> Path:
 def remember(root: Path) -> None:
     """Notes where a run lies, so that `ps` and names find it."""
     paths = RunPaths(root.absolute())
-    with contextlib.suppress(OSError):
-        (cache_directory() / "runs").mkdir(parents=True, exist_ok=True)
-        write_atomically(cache_directory() / "runs" / paths.key, str(paths.root).encode())
+    for place in cache_directories():
+        with contextlib.suppress(OSError):
+            (place / "runs").mkdir(parents=True, exist_ok=True)
+            write_atomically(place / "runs" / paths.key, str(paths.root).encode())
+            return
 
 
 def known_runs() -> list[Path]:
     """Directories of all runs that this user has started here, newest first; those gone are left out."""
     found: dict[Path, float] = {}
-    for note in (cache_directory() / "runs").glob("[!.]*"):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            root = Path(note.read_text())
-            if RunPaths(root).is_run():
-                found[root] = RunPaths(root).recipe.stat().st_mtime
+    for place in cache_directories():
+        for note in _notes(place / "runs"):
+            with contextlib.suppress(OSError, ValueError):
+                root = Path(note.read_text(encoding="utf-8"))
+                if RunPaths(root).is_run():
+                    found[root] = RunPaths(root).recipe.stat().st_mtime
     return sorted(found, key=lambda r: -found[r])
+
+
+def _notes(directory: Path) -> list[Path]:
+    try:
+        return [note for note in directory.iterdir() if not note.name.startswith(".")]
+    except OSError:
+        return []
 
 
 def find_run(name: str | None) -> Path:

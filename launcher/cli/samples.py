@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
-
-import msgspec
-from rich.console import Console
 
 from launcher import protocol as p
 from launcher.cli.runs import find_anywhere
 from launcher.client import Client
+from shards.terminal import make_console, write_error, write_json
 
 
 def samples(arguments: argparse.Namespace) -> int:
     """Prints them in the order asked for."""
     if arguments.limit < 1:
-        print("midwatch: --limit must be at least 1", file=sys.stderr)
+        write_error("midwatch: --limit must be at least 1")
         return 2
     root = find_anywhere(arguments.run)
 
@@ -42,17 +39,17 @@ def samples(arguments: argparse.Namespace) -> int:
     found = asyncio.run(ask())
     if arguments.json:
         for sample in found:
-            print(msgspec.json.encode(sample).decode())
+            write_json(sample)
         return 0
-    console = Console(highlight=False)
+    console = make_console()
     for number, sample in enumerate(found):
         if number:
             console.print()
-        console.print(_heading(sample), style="bold", markup=False)
-        console.print(_safe(sample.prompt), style="cyan", markup=False)
-        console.print(_safe(sample.text), markup=False)
+        console.print(_heading(sample), style="bold")
+        console.print(sample.prompt, style="cyan")
+        console.print(sample.text)
     if not found:
-        print("midwatch: there are no such samples yet", file=sys.stderr)
+        write_error("midwatch: there are no such samples yet")
     return 0
 
 
@@ -62,8 +59,3 @@ def _heading(sample: p.SampleView) -> str:
     parts += [f"KL {sample.kl:.4g}"] if sample.kl is not None else []
     parts += [f"{sample.tokens} tokens"] if sample.tokens is not None else []
     return ", ".join(parts)
-
-
-def _safe(text: str) -> str:
-    """A model may write what a terminal would take for an order."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)

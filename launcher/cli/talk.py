@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
 import msgspec
 
 from launcher import protocol as p
+from shards.terminal import write_out
 
 HELP = """\
 /checkpoint ID      talk to another one: its id, a step, newest or golden
@@ -20,13 +20,13 @@ HELP = """\
 /quit               or Ctrl-D; Ctrl-C ends an answer
 a line that is to begin with / begins with //"""
 
-Show = Callable[[p.ProbeAsk, TextIO], tuple[int, list[str]]]
+Show = Callable[[p.ProbeAsk, TextIO | None], tuple[int, list[str]]]
 """Writes the answers to an ask; how many failed, and their texts."""
 NUMBERS: dict[str, type[Any]] = {"temperature": float, "top_p": float, "top_k": int, "limit": int, "seed": int}
 
 
 class Talk:
-    def __init__(self, ask: p.ProbeAsk, show: Show, read: Callable[[str], str] = input, out: TextIO = sys.stdout) -> None:
+    def __init__(self, ask: p.ProbeAsk, show: Show, read: Callable[[str], str] = input, out: TextIO | None = None) -> None:
         """ask: the settings to begin with. read: a line, after a prompt."""
         self._ask, self._show, self._read, self._out = ask, show, read, out
         self._turns: list[list[p.ProbeTurn]] = [[] for _ in ask.checkpoints]
@@ -36,13 +36,16 @@ class Talk:
         if self._read is input:
             import readline  # noqa: F401  # it edits what `input` reads
 
-        print(f"talking to {' and '.join(self._ask.checkpoints)}; /help lists what else there is, Ctrl-D ends", file=self._out)
+        write_out(f"talking to {' and '.join(self._ask.checkpoints)}; /help lists what else there is, Ctrl-D ends", to=self._out)
         while True:
             try:
                 line = self._read("> ")
             except (EOFError, KeyboardInterrupt):
-                print(file=self._out)
+                write_out(to=self._out)
                 return 0
+            except UnicodeDecodeError:
+                write_out("that line is not UTF-8; set the terminal or the locale to UTF-8", to=self._out)
+                continue
             if line.strip() == "/quit":
                 return 0
             if line.startswith("/") and not line.startswith("//"):
@@ -59,7 +62,7 @@ class Talk:
         try:
             failed, texts = self._show(ask, self._out)
         except KeyboardInterrupt:
-            print(" (stopped)", file=self._out)
+            write_out(" (stopped)", to=self._out)
             return
         if not failed:
             said = p.ProbeTurn("user", ask.prompt)
@@ -79,14 +82,14 @@ class Talk:
             try:
                 self._set(**{name: NUMBERS[name](value)})
             except ValueError:
-                print(f"/{name}: {value!r} is not a number", file=self._out)
+                write_out(f"/{name}: {value!r} is not a number", to=self._out)
         elif name == "clear":
             self._turns = [[] for _ in self._ask.checkpoints]
         elif name == "again" and self._ask.prompt:
             self._set(seed=self._ask.seed + 1)
             self._answer()
         else:
-            print(HELP, file=self._out)
+            write_out(HELP, to=self._out)
 
     def _choose(self, *checkpoints: str) -> None:
         """What was said to others is not this one's conversation."""

@@ -41,13 +41,13 @@ from launcher.controller.watching import Watching, action
 from launcher.directory import DirectoryId
 from launcher.identity import claim
 from launcher.keys import KeysError, RunKeys
-from launcher.metrics.store import Metrics
+from launcher.metrics.store import Metrics, usable_index
 from launcher.paths import (
     Address,
     RunLock,
     RunPaths,
     beat,
-    cache_directory,
+    cache_directories,
     host_name,
     runtime_directory,
     say_farewell,
@@ -57,6 +57,7 @@ from launcher.protocol import Command
 from launcher.recipe import Recipe, RecipeError, Watch, load_recipe
 from launcher.roles import group_id, socket_directory
 from launcher.signals import ignore_stray
+from shards.terminal import log_to_stderr
 
 log = logging.getLogger("launcher.controller")
 
@@ -81,8 +82,7 @@ async def serve(paths: RunPaths) -> int:
         return 0
     journal = j.Journal(paths.journal, time.time(), host_name(), os.getpid(), installed_versions(), recovery.floors(paths))
     claimed = claim(paths, journal.entries)
-    index = cache_directory() / f"{claimed.run}.metrics.sqlite"
-    index.parent.mkdir(parents=True, exist_ok=True)
+    index = usable_index([place / f"{claimed.run}.metrics.sqlite" for place in cache_directories()])
     metrics = Metrics.open(paths.metrics, index, journal.term)
     office = Office(paths, recipe, journal, metrics, run=claimed.run)
     recovery.report_losses(office)
@@ -280,9 +280,7 @@ class Term:
 
 
 def main() -> int:
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
-    )
+    log_to_stderr("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
     ignore_stray()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -292,6 +290,12 @@ def main() -> int:
     except (RecipeError, j.JournalError, KeysError, ListenError, PermissionError) as error:
         log.error("%s", error)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            log.exception("the controller failed")
+        else:
+            log.error("%s: %s", error.filename, error.strerror)
+        return 1
     except Exception:
         log.exception("the controller failed")
         return 1

@@ -31,7 +31,7 @@ from launcher.controller.queries import Queries
 from launcher.controller.view import View
 from launcher.identity import run_id
 from launcher.metrics.store import Metrics
-from launcher.paths import Address, RunPaths, cache_directory, host_name, read_address
+from launcher.paths import Address, RunPaths, cache_directories, host_name, read_address
 from launcher.recipe import load_recipe
 
 NO_CONTROLLER = "no controller is running"
@@ -68,7 +68,9 @@ class Archive:
         journal = _PastJournal(paths.journal)
         self._newest = journal.entries[-1][1].time if journal.entries else time.time()
         recipe = load_recipe(paths.recipe)
-        metrics = Metrics.read(paths.metrics, cache_directory() / f"{run_id(paths) or paths.key}.metrics.sqlite")
+        index = f"{run_id(paths) or paths.key}.metrics.sqlite"
+        found = [place / index for place in cache_directories() if (place / index).is_file()]
+        metrics = Metrics.read(paths.metrics, found[0] if found else Path(index))
         self.office = _ArchiveOffice(paths, recipe, journal, metrics, clock=lambda: self._newest)
         self.office.restore()
         there = files.listed(paths.checkpoints) or frozenset()

@@ -15,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.office import Live
 from launcher.roles import is_member, user_name
+from shards.terminal import safe
 
 log = logging.getLogger("launcher.controller")
 quiet = logging.getLogger("launcher.controller.wire")
@@ -113,6 +114,6 @@ class Refusals:
         if self._lines > self.LINES:
             self._silent += 1
             return
-        told = "".join(c if c.isprintable() else "?" for c in reason[:200])
+        told = safe(reason[:200])
         rest = "; more are only counted for a while" if self._lines == self.LINES else ""
         log.warning("a peer (%s) is turned away: %s%s", who, told, rest)

@@ -93,6 +93,10 @@ class Database:
         finally:
             other.close()
 
+    def check_writable(self) -> None:
+        """Writes what is there already: a disk that is full or read-only shows now. Raises sqlite3.Error."""
+        self._execute(f"PRAGMA user_version = {FORMAT}")
+
     def lines(self) -> list[Line]:
         fields = "id, series, lineage, first, last, rows, top"
         return [Line(*row) for row in self._select(f"SELECT {fields} FROM line")]

@@ -354,6 +354,26 @@ def _point(lineage: int, row: np.void) -> Point:
     return Point(lineage, int(row["step"]), float(row["value"]), int(row["tokens"]), float(row["time"]))
 
 
+def usable_index(places: Sequence[Path]) -> Path:
+    """The first place where an index can be kept; in memory where there is none. A run never waits for what can be rebuilt."""
+    for candidate in places:
+        try:
+            try:
+                database = Database(candidate)
+            except Damaged:
+                _remove(candidate)
+                database = Database(candidate)
+            try:
+                database.check_writable()
+            finally:
+                database.close()
+            return candidate
+        except (OSError, sqlite3.Error, Damaged) as error:
+            log.warning("%s: cannot be used (%s); another place is tried", candidate, error)
+    log.warning("the index of the metrics is kept in memory")
+    return MEMORY
+
+
 def _remove(index: Path) -> None:
     for suffix in ("", "-wal", "-shm"):
         Path(f"{index}{suffix}").unlink(missing_ok=True)

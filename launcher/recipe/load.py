@@ -27,6 +27,7 @@ from launcher.recipe.probe import Probe
 from launcher.recipe.repeat import RepeatError, expanded
 from launcher.recipe.run import Checkpoint, Report, Run
 from launcher.recipe.stage import PARTS, Stage
+from launcher.recipe.text import TextError, home_expanded, read_recipe_text
 from launcher.recipe.toml import TomlError, dump_toml, parse_toml, too_large
 from launcher.recipe.watch import Watch
 from shards.decoding import brief, shown
@@ -105,14 +106,20 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load_recipe(file: Path) -> Recipe:
-    """Reads and checks a recipe file; relative paths in it are taken from the file's directory. Raises RecipeError."""
+    """Reads and checks a recipe file. Raises RecipeError.
+
+    Relative paths in it are taken from the file's directory, or from the working directory where the recipe comes through a pipe.
+    """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_recipe_text(file)
+        base = file.resolve().parent if file.is_file() else Path.cwd()
     except FileNotFoundError:
         raise RecipeError(f"{file}: there is no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: cannot be read: {error}") from None
-    return parse_recipe(text, str(file), file.resolve().parent)
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except (TextError, ValueError) as error:  # ValueError: a name with a NUL byte
+        raise RecipeError(str(error) if isinstance(error, TextError) else f"{file}: no name of a file: {error}") from None
+    return parse_recipe(text, str(file), base)
 
 
 def parse_recipe(text: str, name: str = "recipe.toml", base: Path | None = None) -> Recipe:
@@ -139,7 +146,10 @@ def parse_recipe(text: str, name: str = "recipe.toml", base: Path | None = None)
         path, message = _explain(str(error), raw)
         raise RecipeError(f"{at(path)}: {message}") from None
     if base is not None:
-        recipe = _absolute(recipe, base)
+        try:
+            recipe = _absolute(recipe, base)
+        except TextError as error:
+            raise RecipeError(f"{name}: {error}") from None
     try:
         recipe, originals = expanded(_with_table(recipe))
     except RepeatError as error:
@@ -295,7 +305,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _absolute(recipe: Recipe, base: Path) -> Recipe:
     def place(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str((base / Path(path).expanduser()).absolute())
+        return path if path is None or "://" in path else str((base / home_expanded(path)).absolute())
 
     sources = tuple(msgspec.structs.replace(s, path=place(s.path)) for s in recipe.data.source)
     clean = recipe.data.clean and recipe.data.clean.placed(lambda path: place(path) or "")

@@ -10,6 +10,7 @@ import msgspec
 from launcher.recipe.hf_files import PREFIX, Directory, DirectoryError, open_directory
 from launcher.recipe.lines import Path as KeyPath
 from launcher.recipe.model import Model, Rope
+from launcher.recipe.text import TextError, home_expanded
 from shards.errors import ShardError
 
 FREE = ("from", "dtype", "float8", "compile")
@@ -29,7 +30,10 @@ def directory_of(source: str) -> Path:
     """The directory of `hf:DIR`. Raises DirectoryError for anything else."""
     if not source.startswith(PREFIX) or source == PREFIX:
         raise DirectoryError(f'"{source}" is not "{PREFIX}DIR", a Hugging Face directory')
-    return Path(source.removeprefix(PREFIX)).expanduser()
+    try:
+        return home_expanded(source.removeprefix(PREFIX))
+    except TextError as error:
+        raise DirectoryError(str(error)) from None
 
 
 def fill_in(raw: dict[str, Any], base: Path | None) -> dict[str, Any]:
@@ -83,10 +87,10 @@ def _tokenizer(given: Any, found: Directory, base: Path | None) -> Any:
         given["path"] = str(files[0])
     from shards.tokenizer import piece_count  # SentencePiece takes a while to import
 
-    file = Path(given["path"]) if base is None else base / Path(given["path"]).expanduser()
     try:
+        file = Path(given["path"]) if base is None else base / home_expanded(given["path"])
         ids = piece_count(file)
-    except ShardError as error:
+    except (ShardError, TextError) as error:
         raise OriginError(("tokenizer", "path"), f"[tokenizer] path: {error}") from None
     rows = found.keys["vocabulary"]
     if ids > rows:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from shards.errors import BusyError, ShardError, SpecError
+from shards.terminal import write_error
 
 __all__ = ["BUSY", "add_commands", "run"]
 
@@ -73,14 +72,11 @@ def run(args: argparse.Namespace) -> int:
         command: Callable[[argparse.Namespace], int] = args.shards_command
         return command(args)
     except SpecError as error:
-        print(f"error: {error}", file=sys.stderr)
+        write_error(f"error: {error}")
         return 2
     except BusyError as error:
-        print(f"error: {error}", file=sys.stderr)
+        write_error(f"error: {error}")
         return BUSY
     except ShardError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the interpreter flushes it once more at exit
+        write_error(f"error: {error}")
         return 1

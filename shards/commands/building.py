@@ -10,10 +10,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from shards.errors import SpecError
 from shards.spec import Build, decode_build
+from shards.terminal import OutputError, write_error, write_path
 
 PARENT_LOOK = 0.5  # seconds between looks whether the parent still lives
 
@@ -24,7 +24,7 @@ class Stopped(BaseException):
 
 def main(args: argparse.Namespace) -> int:
     from shards.build import build
-    from shards.progress import Report, Screen, json_lines
+    from shards.progress import Progress, Report, Screen, print_progress
 
     if args.workers is not None and args.workers < 0:
         raise SpecError(f"--workers is {args.workers} (use 0 or more)")
@@ -32,12 +32,11 @@ def main(args: argparse.Namespace) -> int:
     try:
         with _stoppable(watch_parent=args.json):
             if args.json:
-                lines = json_lines(sys.stdout)
 
-                def report(progress: Any) -> None:
+                def report(progress: Progress) -> None:
                     try:
-                        lines(progress)
-                    except BrokenPipeError:
+                        print_progress(progress)
+                    except OutputError:
                         raise Stopped from None
 
                 build(spec, report, args.workers)
@@ -46,9 +45,9 @@ def main(args: argparse.Namespace) -> int:
                     shown: Report = screen
                     build(spec, shown, args.workers)
                 if args.recipe is not None:
-                    print(spec.out)
+                    write_path(spec.out)
     except (Stopped, KeyboardInterrupt):
-        print(f"stopped; the same command goes on from what {spec.out} has", file=sys.stderr)
+        write_error(f"stopped; the same command goes on from what {spec.out} has")
         return 1
     return 0
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shards.commands.output import print_json
 from shards.container import Array
 from shards.corpus import Corpus, sources
 from shards.errors import SpecError
+from shards.terminal import make_console, safe, write_json, write_out
 from shards.tokenizer import FILE_NAME, Tokenizer
 
 STYLES = {0: "dim", 1: "green", 2: "red"}
@@ -52,9 +52,9 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         plain = {"source": name, "split": split, "start": parts[0].start if parts else 0, "ids": ids}
         whole = "".join(tokenizer.decode(part.ids, reserved=True) for part in parts)
-        print_json({**plain, "text": whole, "parts": [_plain(part, tokenizer) for part in parts]})
+        write_json({**plain, "text": whole, "parts": [_plain(part, tokenizer) for part in parts]})
     elif args.ids:
-        print(*ids)
+        write_out(" ".join(map(str, ids)))
     else:
         _print(parts, tokenizer, always=args.sample is not None)
     return 0
@@ -144,26 +144,24 @@ def _plain(part: Part, tokenizer: Tokenizer) -> dict[str, object]:
 
 def _print(parts: list[Part], tokenizer: Tokenizer, *, always: bool) -> None:
     """always: documents are told apart in a pipe too."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    console = make_console()
     for number, part in enumerate(parts):
         if console.is_terminal:
             console.rule(Text(part.title, style="dim"), style="dim", align="left")
         elif always or (number and part.mask is not None):
-            print(f"--- {part.title}")
+            write_out(f"--- {part.title}")
         for kind, ids in _runs(part):
             text = tokenizer.decode(ids, reserved=True)
             if part.mask is not None and console.is_terminal and console.color_system is not None:
-                # What the text has of terminals' own commands is not obeyed: rich takes them out.
-                console.print(Text(text, style=STYLES[kind]), end="", soft_wrap=True)
+                console.print(Text(safe(text, lines=True), style=STYLES[kind]), end="", soft_wrap=True)
             else:
                 left, right = MARKS[kind] if part.mask is not None else ("", "")
                 shown = f"{left}{text}{right}"
                 if console.is_terminal:
-                    console.print(Text(shown), end="", soft_wrap=True)
+                    console.print(Text(safe(shown, lines=True)), end="", soft_wrap=True)
                 else:
-                    print(shown, end="")
+                    write_out(shown, end="")
         if console.is_terminal or always or part.mask is not None or number == len(parts) - 1:
-            print()
+            write_out()

@@ -10,11 +10,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from shards.commands.output import print_json, working
+from shards.commands.output import working
 from shards.corpus import Corpus, sources
 from shards.errors import ShardError, SpecError
 from shards.manifest import FILE_NAME as MANIFEST
 from shards.manifest import SPLITS, Manifest, load
+from shards.terminal import write_json, write_out
 from shards.tokenizer import FILE_NAME, Tokenizer
 
 CHUNK = 1024  # documents compared at a time
@@ -56,13 +57,13 @@ def main(args: argparse.Namespace) -> int:
             found += _first_document(name, a, b, tell)
             done += min(manifests[name][0].documents, manifests[name][1].documents)
     if args.json:
-        print_json({"same": not found, "differences": found})
+        write_json({"same": not found, "differences": found})
     elif not found:
-        print(f"the same: {len(both)} manifests, every hash in them, tokenizer and spec")
+        write_out(f"the same: {len(both)} manifests, every hash in them, tokenizer and spec")
     else:
         for each in found:
             line = f"{each.what}: {_said(each.a)} -> {_said(each.b)}"
-            print(line if len(line) <= LINE else f"{each.what}\n  - {_said(each.a)}\n  + {_said(each.b)}")
+            write_out(line if len(line) <= LINE else f"{each.what}\n  - {_said(each.a)}\n  + {_said(each.b)}")
     return 1 if found else 0
 
 

@@ -10,10 +10,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shards.commands.output import directories, print_json, print_table, short, size, working
+from shards.commands.output import directories, print_table, short, size, working
 from shards.corpus import Corpus
 from shards.errors import SpecError
 from shards.progress import Meter
+from shards.terminal import write_json, write_out
 from shards.tokenizer import FILE_NAME, Tokenizer
 
 CHUNK = 1 << 20  # tokens read at a time
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     vocabulary = None if used is None else _vocabulary(corpora[0], used)
     if args.json:
         found: list[dict[str, Any]] = [msgspec.to_builtins(entry) for entry in entries]
-        print_json(found if vocabulary is None else [{**entry, "vocabulary": vocabulary} for entry in found])
+        write_json(found if vocabulary is None else [{**entry, "vocabulary": vocabulary} for entry in found])
         return 0
     _show(entries)
     if vocabulary is not None:
@@ -140,8 +141,8 @@ def _show(entries: list[Entry]) -> None:
     print_table(columns, rows)
     reasons = {each.source: each.rejected for each in entries if each.rejected}
     for source, rejected in reasons.items():
-        print(f"left out of {source}: " + ", ".join(f"{reason}: {count:,}" for reason, count in rejected.items()))
-    print()
+        write_out(f"left out of {source}: " + ", ".join(f"{reason}: {count:,}" for reason, count in rejected.items()))
+    write_out()
     rows = [
         [
             each.source, each.split, *(f"{length:,}" for length in each.length_min_median_p90_max),
@@ -152,7 +153,7 @@ def _show(entries: list[Entry]) -> None:
     context = f"{entries[0].context:,}"
     columns = ["source", "split", "min>", "median>", "90 %>", "max>", "in a window>", "longer>"]
     print_table(columns, rows, f"documents' tokens, and documents in a window of {context} or longer")
-    print()
+    write_out()
     for each in entries:
         if each.split == "train" and each.lengths:
             most = max(each.lengths.values())
@@ -161,15 +162,15 @@ def _show(entries: list[Entry]) -> None:
                 for top, count in each.lengths.items()
             ]
             print_table(["tokens>", "documents", ">"], bars, f"lengths of {each.source}")
-            print()
+            write_out()
 
 
 def _show_vocabulary(found: dict[str, Any]) -> None:
     used = found["ids"] - found["never"]
-    print(f"vocabulary: {used:,} of {found['ids']:,} ids come; {found['half']:,} ids make half of all tokens")
+    write_out(f"vocabulary: {used:,} of {found['ids']:,} ids come; {found['half']:,} ids make half of all tokens")
     if found["never_first"]:
         names = " ".join(repr(piece) for _, piece in found["never_first"])
-        print(f"never: {found['never']:,} ids, the first {names}")
+        write_out(f"never: {found['never']:,} ids, the first {names}")
     rows = [
         [f"{number}", repr(piece), short(count), f"{100 * count / found['tokens']:.1f} %"] for number, piece, count in found["top"]
     ]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from shards.commands.output import directories, print_json, print_table, size
+from shards.commands.output import directories, print_table, size
+from shards.terminal import write_json, write_out
 
 
 def main(args: argparse.Namespace) -> int:
@@ -15,7 +16,7 @@ def main(args: argparse.Namespace) -> int:
 
     found = [(directory, load(directory)) for directory in directories(Path(args.path))]
     if args.json:
-        print_json([{"path": str(directory), **msgspec.to_builtins(manifest)} for directory, manifest in found])
+        write_json([{"path": str(directory), **msgspec.to_builtins(manifest)} for directory, manifest in found])
         return 0
     rows = []
     for _, manifest in found:
@@ -26,6 +27,6 @@ def main(args: argparse.Namespace) -> int:
         ])  # fmt: skip
     print_table(["source", "split", "kind", "documents>", "tokens>", "shards>", "size>", "left out>", "digest"], rows)
     origins = {manifest.source: manifest.origin for _, manifest in found}
-    print()
+    write_out()
     print_table(["source", "from"], [[name, origin] for name, origin in origins.items()])
     return 0

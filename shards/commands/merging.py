@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from shards.commands.output import print_json, size, working
+from shards.commands.output import size, working
 from shards.container import ColumnFile
 from shards.corpus import sources
 from shards.errors import ShardError, SpecError
@@ -23,6 +23,7 @@ from shards.manifest import SPLITS, Manifest, Shard, load, verify
 from shards.progress import Meter
 from shards.spec import Build
 from shards.templates import FILE_NAME as TEMPLATE_FILE
+from shards.terminal import write_json, write_out
 from shards.tokenizer import FILE_NAME, Tokenizer
 
 ALIKE = ("kind", "dtype", "frame_items", "vocab")
@@ -51,20 +52,20 @@ def main(args: argparse.Namespace) -> int:
         shutil.rmtree(being_made, ignore_errors=True)
     told = {name: {"tokens": each.tokens, "documents": each.documents, "shards": len(each.shards)} for name, each in made.items()}
     if args.json:
-        print_json({"out": str(out), "sources": told, "fits_recipe": fits})
+        write_json({"out": str(out), "sources": told, "fits_recipe": fits})
         return 0
     for name, each in made.items():
         several = len(found[name]) > 1
-        print(
+        write_out(
             f"{name}: {each.tokens:,} tokens, {each.documents:,} documents" + (f", of {len(found[name])} builds" if several else "")
         )
-    print(f"{out} is whole: {sum(each.tokens for each in made.values()):,} tokens")
+    write_out(f"{out} is whole: {sum(each.tokens for each in made.values()):,} tokens")
     if fits:
         listed = ", ".join(fits)
-        print(f"a recipe with the sources {listed}, in this order, and the [tokenizer] of {builds[0]}")
-        print("may have it as its [data] dir")
+        write_out(f"a recipe with the sources {listed}, in this order, and the [tokenizer] of {builds[0]}")
+        write_out("may have it as its [data] dir")
     else:
-        print("no recipe describes it: of one source it has several builds, or they were built with other settings")
+        write_out("no recipe describes it: of one source it has several builds, or they were built with other settings")
     return 0
 
 

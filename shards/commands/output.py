@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from shards.errors import SpecError
+from shards.terminal import make_console, safe, write_error
 
 if TYPE_CHECKING:
     from shards.progress import Meter, Phase
@@ -31,7 +30,7 @@ def directories(path: Path) -> list[Path]:
 
     marker = read_marker(path)
     if marker is not None and not marker.done:
-        print(f"note: {path}: its build is not done: some sources are not here yet", file=sys.stderr)
+        write_error(f"note: {path}: its build is not done: some sources are not here yet")
     return found
 
 
@@ -64,13 +63,8 @@ def short(count: float) -> str:
     return f"{count:,.3g}T"
 
 
-def print_json(value: Any) -> None:
-    print(msgspec.json.encode(value).decode())
-
-
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
     """A table; a column whose name ends in > is aligned right."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -79,6 +73,5 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         right = column.endswith(">")
         table.add_column(column.rstrip(">"), justify="right" if right else "left", overflow="fold", no_wrap=right)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console = Console()
-    Console(width=None if console.is_terminal else PIPE_WIDTH).print(table)
+        table.add_row(*(Text(safe(cell)) for cell in row))
+    make_console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

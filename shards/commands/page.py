@@ -6,8 +6,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
-from rich.markup import escape
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +14,7 @@ from rich.text import Text
 from shards.commands.output import short, size
 from shards.pipeline.funnel import Count, Funnel, Sample
 from shards.pipeline.reporting import Report, SourceReport
+from shards.terminal import make_console
 
 BAR = 16  # cells; a line with a rule's long name still fits 80 columns
 SHOWN = 160  # characters of a sample
@@ -38,7 +38,7 @@ def page(report: Report, samples: int) -> RenderableType:
 
 def write_html(report: Report, path: Path, samples: int) -> None:
     """The same page as a file for a browser."""
-    console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
+    console = make_console(record=True, width=120, file=io.StringIO(), force_terminal=True)
     console.print(page(report, samples))
     path.write_text(console.export_html(inline_styles=True), encoding="utf-8")
 
@@ -83,7 +83,7 @@ def _counts(title: str, counts: dict[str, Count]) -> Table:
     if sized:
         table.add_column("text", justify="right")
     for reason, count in sorted(counts.items(), key=lambda item: (-item[1].documents, item[0])):
-        table.add_row(escape(reason), f"{count.documents:,}", *([size(count.bytes)] if sized else []))
+        table.add_row(reason, f"{count.documents:,}", *([size(count.bytes)] if sized else []))
     return table
 
 

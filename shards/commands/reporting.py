@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from shards.commands.output import print_json
 from shards.errors import SpecError
+from shards.terminal import make_console, write_json
 
 
 def main(args: argparse.Namespace) -> int:
     """The page on the terminal, as JSON, or as a file for a browser."""
-    from rich.console import Console
-
     from shards.commands.page import page, write_html
     from shards.pipeline.reporting import load
 
@@ -20,13 +19,12 @@ def main(args: argparse.Namespace) -> int:
         raise SpecError(f"--samples is {args.samples} (use 0 or more)")
     report = load(Path(args.path))
     if args.json:
-        print_json(report)
+        write_json(report)
     elif args.html is not None:
         try:
             write_html(report, Path(args.html), args.samples)
         except OSError as error:
             raise SpecError(f"--html {args.html}: {error.strerror} (name a file that can be written)") from None
     else:
-        console = Console()
-        Console(width=None if console.is_terminal else 120).print(page(report, args.samples))
+        make_console(width=None if sys.stdout.isatty() else 120).print(page(report, args.samples))
     return 0

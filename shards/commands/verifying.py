@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from pathlib import Path
 
-from shards.commands.output import directories, print_json, size, working
+from shards.commands.output import directories, size, working
 from shards.errors import ShardError
+from shards.terminal import write_error, write_json, write_out
 
 
 def main(args: argparse.Namespace) -> int:
@@ -32,12 +32,12 @@ def main(args: argparse.Namespace) -> int:
             for message in verify(place, full=not args.quick, tell=tell):
                 bad.append(message)
                 if not args.json:
-                    print(message, file=sys.stderr)
+                    write_error(message)
     if args.json:
-        print_json({"checked": [str(place) for place in places], "bad": bad})
+        write_json({"checked": [str(place) for place in places], "bad": bad})
     elif bad:
-        print(f"damaged: {len(bad)} faults in {len(places)} manifests and their shards, named above")
+        write_out(f"damaged: {len(bad)} faults in {len(places)} manifests and their shards, named above")
     else:
         how = "sizes and seek tables of" if args.quick else "every byte of"
-        print(f"whole: {how} {len(places)} manifests and all their shards, {size(total)}")
+        write_out(f"whole: {how} {len(places)} manifests and all their shards, {size(total)}")
     return 1 if bad else 0

@@ -285,6 +285,68 @@ def test_the_runtime_directory_is_the_users_alone(tmp_path: Path, monkeypatch: p
         runtime_directory()
 
 
+def test_a_relative_runtime_directory_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "here")
+    assert runtime_directory() == Path(f"/tmp/midwatch-{os.getuid()}"), "a controller has another working directory"
+
+
+@pytest.mark.parametrize("home", [None, "", "relative", "/proc/no/home"])
+def test_without_a_home_runs_are_remembered_beside_the_sockets(
+    home: str | None, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(uid: int) -> object:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    made = prepare(recipe, tmp_path / "run")
+    assert find_run("run") == made.root and known_runs() == [made.root]
+    assert {p for p in set(tmp_path.rglob("*")) - before if "cache" in p.name} == set(), "none in the working directory"
+    assert list((runtime_directory() / "cache" / "runs").iterdir())
+
+
+def test_a_home_that_is_not_known_is_told_of(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + '[tokenizer]\npath = "~nobody-of-that-name/t.model"\n')
+    done = midwatch("check", str(recipe))
+    assert done.returncode == 2 and "~nobody-of-that-name/t.model: there is no such home directory" in done.stderr
+
+
+def test_a_directory_whose_name_is_not_utf8_is_told_of_before_anything_is_made(recipe: Path, tmp_path: Path) -> None:
+    place = tmp_path / "caf\udce9"
+    done = midwatch("run", str(recipe), "--dir", str(place), "--headless")
+    assert (done.returncode, place.exists()) == (2, False)
+    assert "caf\\xe9: holds a file name that is not UTF-8; rename" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["ps"], ["ps", "--json"], ["check", "RECIPE"], ["run", "--help"], ["--version"]], ids=" ".join)
+def test_a_full_disk_under_any_command_is_a_plain_reason(words: list[str], recipe: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-P", "-m", "midwatch", *(str(recipe) if word == "RECIPE" else word for word in words)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "midwatch: standard output cannot be written: No space left on device\n")
+
+
+def test_arguments_are_quoted_safely_in_errors() -> None:
+    bad_option = ["logs", "--nosuch\u202e"]
+    for words in (["\x1b]0;t\x07"], ["status", "\x1b[2J"], bad_option, ["check", "r\x1b[2J.toml"], ["set", "r", "k", "\x1b"]):
+        done = midwatch(*words)
+        assert done.returncode == 2 and "\\" in done.stderr
+        assert not {"\x1b", "\x07", "\u202e"} & set(done.stderr), done.stderr
+
+
+def test_logs_are_shown_and_not_obeyed(recipe: Path, tmp_path: Path) -> None:
+    paths = prepare(recipe, tmp_path / "run")
+    (paths.logs / "n").mkdir()
+    (paths.logs / "n" / "0.log").write_bytes(b"\x1b[31mred\x1b[0m \x1b]52;c;bHM=\x07 wrong\rright \xe9\n")
+    done = midwatch("logs", str(paths.root), "--file", "n/0.log")
+    assert done.stdout == "red \\x1b]52;c;bHM=\\x07 wrong\nright \ufffd\n"
+
+
 def test_writing_atomically_leaves_the_old_or_the_new_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "f"
     write_atomically(file, b"old")

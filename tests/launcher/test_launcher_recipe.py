@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,12 +184,46 @@ def test_lines_are_right_for_inline_tables_dotted_and_quoted_keys() -> None:
         parse_recipe(table)
 
 
-def test_a_recipe_that_is_not_there_or_not_text_is_told_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        ("[run]\n".encode("utf-16"), r":1: is UTF-16 \(save it as UTF-8\)"),
+        ("[run]\n".encode("utf-16-be"), r":1: holds a NUL byte \(is it UTF-16"),
+        (b"[run]\nname = 'a\0b'\n", r":2: holds a NUL byte"),
+        (b"[run]\r\n\r\nname = 'caf\xe9'\r\n", r":3: is not UTF-8: byte 0xe9 \(save it as UTF-8\)"),
+        (b"[run]\nname = 'a\x1b[2Jb'\n", r":2: not valid TOML: Illegal character '\\x1b'"),
+        (b"#" * (16 << 20) + b"##", r"is larger than 16 MiB"),
+    ],
+)
+def test_a_file_that_is_no_utf8_text_is_refused_by_its_line(raw: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(raw)
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize("change", [lambda raw: b"\xef\xbb\xbf" + raw, lambda raw: raw.replace(b"\n", b"\r\n")])
+def test_a_byte_order_mark_and_the_line_ends_of_windows_change_nothing(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    plain, other = tmp_path / "plain.toml", tmp_path / "other.toml"
+    plain.write_text(GOOD)
+    other.write_bytes(change(GOOD.encode()))
+    assert load_recipe(other) == load_recipe(plain)
+
+
+def test_a_recipe_comes_through_a_pipe_once_and_its_paths_are_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    read, write = os.pipe()
+    os.write(write, GOOD.replace('origin = "stdlib-topics"', 'origin = "text"\npath = "corpus/*.txt"').encode())
+    os.close(write)
+    recipe = load_recipe(Path(f"/dev/fd/{read}"))
+    os.close(read)
+    assert recipe.data.source[0].path == str(tmp_path / "corpus/*.txt")
+
+
+def test_a_recipe_that_is_not_there_is_told_of(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path / "none.toml")
-    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="cannot be read"):
-        load_recipe(tmp_path / "bytes.toml")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path)
 

@@ -7,11 +7,12 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.system.harness import MIDWATCH, Run, recipe_text
+from tests.system.harness import MIDWATCH, Run, gone, recipe_text
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "15: checkpoint, golden; 25: pause; 27: resume; 35: rollback golden --skip 3 --lr-scale 0.5; 65: advance"
@@ -107,6 +108,55 @@ def test_a_signal_stops_with_a_checkpoint_and_status_4_and_resume_goes_on(run: R
     assert stop.state == "done" and stop.detail["checkpoint"] in run.ledger().checkpoints
     run.done("resume")
     assert run.wait_step(stop.step + 5).lineage == 1
+
+
+def begin(run: Run, data: Path, *, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    file = run.root.parent / "r.toml"
+    file.write_text(recipe_text(data, steps=20_000))
+    words = [MIDWATCH, "run", str(file), "--dir", str(run.root), "--headless"]
+    return subprocess.Popen(words, env=run.environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def until(condition: Callable[[], object], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_batch_systems_signal_stops_with_a_checkpoint_and_a_full_disk_under_the_lines_stops_nothing(run: Run, data: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = begin(run, data, stdout=full.fileno())
+    until((run.root / "control/address").exists)
+    run.wait_step(3)
+    process.send_signal(signal.SIGUSR1)
+    _, told = process.communicate(timeout=60)
+    stop = next(c for c in run.ledger().commands.values() if c.verb == "stop")
+    assert (process.returncode, stop.state) == (4, "done") and "SIGUSR1: stop, with a checkpoint" in told
+    assert stop.detail["checkpoint"] in run.ledger().checkpoints
+    assert told.count("No space left on device; the run goes on, and nothing more is printed") == 1
+
+
+def test_a_run_whose_lines_nobody_reads_any_more_is_stopped_with_a_checkpoint(run: Run, data: Path) -> None:
+    process = begin(run, data)
+    until((run.root / "control/address").exists)
+    run.wait_step(3)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait(60) == 4 and "nobody reads standard output any more: stop, with a checkpoint" in told
+    stop = next(c for c in run.ledger().commands.values() if c.verb == "stop")
+    assert stop.state == "done" and stop.detail["checkpoint"] in run.ledger().checkpoints
+    assert gone([*run.ranks(), *run.agents()], 10)
+
+
+def test_a_signal_while_the_run_is_being_started_leaves_nothing_running(run: Run, data: Path) -> None:
+    process = begin(run, data)
+    until((run.root / "recipe.toml").exists)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 4, told
+    assert not run.ranks() and not run.agents()
 
 
 def test_a_watch_rule_that_stops_the_run_ends_with_3(run: Run, data: Path) -> None:

@@ -14,6 +14,8 @@ import threading
 from functools import partial
 from pathlib import Path
 
+from shards.terminal import log_to_stderr
+
 NICE = 10
 
 
@@ -23,7 +25,7 @@ def main(arguments: list[str]) -> int:
     os.nice(NICE)
     with contextlib.suppress(OSError):  # should memory run out, the ranks are not who pays
         Path("/proc/self/oom_score_adj").write_text("1000")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr, force=True)
+    log_to_stderr("%(asctime)s %(levelname)-7s %(message)s")
     asks = _listen()
 
     import torch

@@ -8,6 +8,7 @@ from typing import Any
 from rich.segment import Segment
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
+from textual.content import Content
 from textual.events import Click, Key
 from textual.message import Message
 from textual.screen import ModalScreen
@@ -16,6 +17,7 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from launcher.protocol import Verb
+from launcher.terminal import safe
 from tui.chart.ink import STYLES, Ink
 from tui.panel import Line, Panel
 from tui.scene import Scene
@@ -96,7 +98,7 @@ class Dialog(ModalScreen[Answer | None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(id="box") as box:
-            box.border_title = self.heading
+            box.border_title = Content(safe(self.heading))
             yield from self.parts()
             yield self.told
             yield from self.entries()

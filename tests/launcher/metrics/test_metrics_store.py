@@ -1,5 +1,6 @@
 """What is acknowledged stays: through kills, torn tails, resends, and the loss of the index."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from launcher.metrics.chunks import ChunkWriter, Frame, Row, encode, read_frames
 from launcher.metrics.columns import Segment
 from launcher.metrics.seen import Seen
-from launcher.metrics.store import Metrics
+from launcher.metrics.store import MEMORY, Metrics, usable_index
 
 PATH = [Segment(0, -1, None)]
 
@@ -137,7 +138,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from launcher.metrics.chunks import Frame, Row
-from launcher.metrics.store import Metrics
+from launcher.metrics.store import MEMORY, Metrics, usable_index
 import launcher.metrics.store as module
 module.FLUSH_VALUES = 500
 folder = Path(sys.argv[1])
@@ -224,3 +225,18 @@ def test_a_negative_step_is_refused_by_name(tmp_path: Path) -> None:
     store = opened(tmp_path, 1)
     with pytest.raises(ValueError, match="rank0/3: a step is negative"):
         store.add(frame(3, step=-1))
+
+
+def test_an_index_is_kept_where_it_can_be_and_else_in_memory(tmp_path: Path) -> None:
+    missing, damaged, good = Path("/proc/none/a.sqlite"), tmp_path / "b.sqlite", tmp_path / "c" / "c.sqlite"
+    damaged.write_bytes(b"no database" * 1000)
+    assert usable_index([missing, good]) == good
+    assert usable_index([missing, damaged, good]) == damaged, "it is rebuilt"
+    assert usable_index([missing]) == usable_index([]) == MEMORY
+
+
+def test_an_index_in_memory_answers_as_one_on_disk_does(tmp_path: Path) -> None:
+    with contextlib.closing(Metrics.open(tmp_path / "metrics", MEMORY, 1)) as metrics:
+        metrics.add(frame(1, step=1))
+        metrics.flush()
+        assert metrics.last("loss", 5) and not list(Path().glob(":memory:*"))
