@@ -201,6 +201,12 @@ class Noted(_Entry, frozen=True):
     level: Literal["info", "warning", "alarm"]
     text: str
     step: int | None = None
+    rule: str = ""
+    """Watch rule that raised it; empty: none did."""
+    value: float | None = None
+    """Of the rule's metric."""
+    threshold: str = ""
+    """What the rule compares the value with, as `above 4`."""
 
 
 Entry = (

@@ -10,9 +10,10 @@ from typing import Literal, cast
 
 import msgspec
 
+from launcher import alarms
 from launcher import journal as j
 from launcher.metrics.columns import Segment
-from launcher.protocol import CheckpointView, CommandView, Lineage, Replay, Sampled, State
+from launcher.protocol import Alarm, CheckpointView, CommandView, Lineage, Replay, Sampled, State
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Ledger:
     versions: dict[str, str] = field(default_factory=dict)
     changes: tuple[str, ...] = ()
     data_seconds: float | None = None
+    alarms: dict[str, Alarm] = field(default_factory=dict)
+    """Every alarm by its key, repeats counted; those acknowledged are among them."""
     generation_environment: dict[str, str] = field(default_factory=dict)
     _left: dict[int, tuple[int, dict[str, float]]] = field(default_factory=dict)
     """For each lineage that one in force was left for: that one, and the settings that were asked for then."""
@@ -117,6 +120,10 @@ class Ledger:
 
     def _on_StateChanged(self, entry: j.StateChanged) -> None:
         self.state, self.reason = cast(State, entry.state), entry.reason
+        if entry.state == "failed":
+            self._raise_alarm(entry, f"failed: {entry.reason}" if entry.reason else "failed", None)
+        else:
+            self.alarms.pop(alarms.FAILED, None)
 
     def _on_DataBuilt(self, entry: j.DataBuilt) -> None:
         self.data_seconds = entry.seconds
@@ -132,6 +139,17 @@ class Ledger:
 
     def _on_NodeFailed(self, entry: j.NodeFailed) -> None:
         self.node(entry.node).failures += 1
+        self._raise_alarm(entry, f"{entry.node} failed: {entry.reason}", None)
+
+    def _on_Noted(self, entry: j.Noted) -> None:
+        if entry.level == "alarm":
+            self._raise_alarm(entry, entry.text, entry.step)
+
+    def _raise_alarm(self, entry: j.StateChanged | j.NodeFailed | j.Noted, text: str, step: int | None) -> None:
+        """Adds an alarm, or counts one more repeat. What lies on a line that was rolled back is no repeat's beginning."""
+        path = self.path()
+        on_line = lambda alarm: alarm.step is None or _on_path(path, alarm.lineage, alarm.step)  # noqa: E731
+        alarms.add(self.alarms, entry, text, step, self.lineage, on_line)
 
     def _on_RanksEnvironment(self, entry: j.RanksEnvironment) -> None:
         self.node(entry.node).environment = entry.environment
@@ -181,6 +199,8 @@ class Ledger:
             self.applied = max(self.applied, entry.number)
         if entry.state == "done" and command.verb in ("pause", "resume", "release"):
             self.held = command.verb == "pause"
+        if command.verb == "acknowledge" and entry.state == "done":
+            alarms.acknowledge(self.alarms, entry.detail.get("alarms", ()), entry.author)
         if command.verb == "set" and entry.state == "done":
             key, value = str(command.arguments["key"]), float(command.arguments["value"])
             self.sets.append((self.lineage, entry.step or 0, key, value))
@@ -326,6 +346,10 @@ class Ledger:
                 last = max(ends, key=lambda c: c.time)
                 record = replace(_ended(record, last.time, last.step), product=last.id)
         return record
+
+    def standing_alarms(self) -> list[Alarm]:
+        """Alarms that nobody has acknowledged, the newest first."""
+        return sorted((a for a in self.alarms.values() if not a.acknowledged), key=lambda a: a.last_time, reverse=True)
 
     def open_commands(self) -> list[CommandView]:
         """Commands not yet ended, oldest first."""

@@ -34,6 +34,7 @@ Verb = Literal[
     "node-drain",
     "node-add",
     "node-quarantine",
+    "acknowledge",
 ]
 
 
@@ -948,6 +949,31 @@ class CheckpointView(msgspec.Struct, frozen=True, kw_only=True):
     loss: float | None = None
 
 
+class Alarm(msgspec.Struct, frozen=True, kw_only=True):
+    """An alarm and its repeats, until somebody acknowledges it."""
+
+    key: str
+    """What `acknowledge` names it by."""
+    text: str
+    """Of the newest repeat."""
+    rule: str = ""
+    """Watch rule that raised it; empty: none did."""
+    value: float | None = None
+    """Of the rule's metric, at the newest repeat."""
+    threshold: str = ""
+    """What the rule compares it with, as `above 4`."""
+    step: int | None = None
+    """Of the first one on the line in force; None: it concerns no step."""
+    lineage: int = 0
+    time: float
+    """Of the first one, likewise."""
+    last_step: int | None = None
+    last_time: float
+    count: int = 1
+    acknowledged: bool = False
+    acknowledged_by: str = ""
+
+
 class Straggler(msgspec.Struct, frozen=True, array_like=True):
     """A rank that has been slower than the others for some time."""
 
@@ -1018,6 +1044,8 @@ class Snapshot(_Lenient, frozen=True, kw_only=True):
     """There have been so many: another number means that there are new ones."""
     phase_since: float = 0.0
     """When the ranks went over to their phase."""
+    alarms: tuple[Alarm, ...] = ()
+    """Those that nobody has acknowledged, the newest first."""
 
 
 Message = (

@@ -21,7 +21,7 @@ from launcher.remote import RemoteRun
 
 T = TypeVar("T")
 
-WAKES_CONTROLLER = ("resume", "rollback", "set", "stop", "golden", "ungolden", "node-add")
+WAKES_CONTROLLER = ("resume", "rollback", "set", "stop", "golden", "ungolden", "node-add", "acknowledge")
 """Commands for which a controller is started where none lives."""
 
 
@@ -59,6 +59,8 @@ def command_of(arguments: argparse.Namespace) -> tuple[p.Verb, dict[str, Any]]:
         return name, {"checkpoint": arguments.checkpoint}
     if name == "cancel":
         return "cancel", {"id": arguments.id}
+    if name == "acknowledge":
+        return "acknowledge", {"alarm": arguments.alarm}
     if name.startswith("node-"):
         return name, {"node": arguments.node}
     return name, {}
@@ -122,6 +124,9 @@ def status(arguments: argparse.Namespace) -> int:
     console.print(
         f"checkpoints {len(snapshot.checkpoints)}, newest {newest}, golden {', '.join(golden) or 'none'}", highlight=False
     )
+    for alarm in snapshot.alarms:
+        times = f" ({alarm.count} times)" if alarm.count > 1 else ""
+        console.print(f"alarm {alarm.key!r}{times}: {alarm.text}", highlight=False, markup=False)
     for command in snapshot.commands:
         if command.state in ("queued", "sent"):
             console.print(f"waiting: #{command.number} {outcome_text(command)}", highlight=False)

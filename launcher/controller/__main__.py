@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import resource
 import signal
@@ -32,7 +33,7 @@ from launcher.controller.server import Doorkeeper
 from launcher.controller.stragglers import Stragglers
 from launcher.controller.versions import installed_versions
 from launcher.controller.view import View
-from launcher.controller.watching import Watching, action
+from launcher.controller.watching import Firing, Watching, action
 from launcher.keys import KeysError, RunKeys
 from launcher.metrics.store import Metrics
 from launcher.paths import (
@@ -245,9 +246,11 @@ class Term:
         self.generations.dismiss()
         await asyncio.sleep(0.1)
 
-    def _rule_fires(self, rule: Watch, step: int, seen: str) -> None:
+    def _rule_fires(self, rule: Watch, step: int, seen: Firing) -> None:
         office = self._office
-        office.note("alarm", f"watch rule {rule.name}: {seen}", step)
+        text = f"{rule.name}: {seen.words(rule.metric)}"
+        value = seen.value if math.isfinite(seen.value) else None
+        office.raise_alarm(text, step, rule=rule.name, value=value, threshold=seen.threshold)
         command = action(rule)
         if command is None:
             return

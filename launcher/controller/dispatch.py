@@ -74,6 +74,8 @@ class Dispatch:
             found = self._commits.find(str(command.arguments["checkpoint"]))
             detail = {"checkpoint": found.id} if isinstance(found, CheckpointView) else {}
             self._end(view, "refused" if problem else "done", reason=problem, detail=detail)
+        elif command.verb == "acknowledge":
+            self._acknowledge(view)
         elif command.verb == "cancel":
             self._cancel(view)
         elif command.verb == "stop-now":
@@ -106,6 +108,17 @@ class Dispatch:
         else:
             self._end(target, "cancelled", reason=f"by {view.author}")
             self._end(view, "done", detail={"cancelled": target.id})
+
+    def _acknowledge(self, view: CommandView) -> None:
+        """Marks an alarm, or all that stand, as seen by an operator."""
+        wanted = str(view.arguments["alarm"])
+        standing = [alarm.key for alarm in self._office.ledger.standing_alarms()]
+        keys = standing if wanted == "all" else [key for key in standing if key == wanted]
+        if keys:
+            self._end(view, "done", detail={"alarms": keys})
+        else:
+            names = ", ".join(standing[:8]) or "none"
+            self._end(view, "refused", reason=f"no alarm {wanted!r} stands (unacknowledged: {names})")
 
     def _stop_now(self, view: CommandView) -> None:
         if self._rank is not None and self._office.state in ("training", "paused"):

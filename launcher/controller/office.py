@@ -124,6 +124,11 @@ class Office:
         log.log({"info": 20, "warning": 30, "alarm": 40}[level], "%s", text)
         self.record(j.Noted(time=self.clock(), level=level, text=text, step=step, report=report))
 
+    def raise_alarm(self, text: str, step: int, *, rule: str, value: float | None, threshold: str) -> None:
+        """An alarm of a watch rule."""
+        log.error("%s", text)
+        self.record(j.Noted(time=self.clock(), level="alarm", text=text, step=step, rule=rule, value=value, threshold=threshold))
+
     def change_state(self, state: State, reason: str = "") -> None:
         if (state, reason) != (self.ledger.state, self.ledger.reason):
             log.info("state: %s %s", state, reason)

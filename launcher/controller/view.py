@@ -10,11 +10,14 @@ from launcher.commands import describe
 from launcher.controller.office import Node, Office
 from launcher.protocol import JournalLine, NodeView, Snapshot, StageView
 from launcher.recipe import Stage, descent
+from launcher.words import plural
 from shards.errors import ShardError
 from shards.mixing import parts, shares
 
 EVENTS = 12
 ENDED_COMMANDS = 8
+ALARMS = 50
+"""Standing alarms that screens are sent, the newest."""
 
 
 class View:
@@ -76,6 +79,7 @@ class View:
             stragglers=live.stragglers,
             samples=office.samples.taken + len(ledger.samples),
             phase_since=live.phase_since,
+            alarms=tuple(ledger.standing_alarms()[:ALARMS]),
         )
 
     def _nodes(self) -> tuple[NodeView, ...]:
@@ -248,7 +252,7 @@ def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
             return "data", f"built in {entry.seconds:.0f} s" if entry.seconds else "was there already", "info"
         case j.GenerationBegan():
             source = f"from {entry.checkpoint}" if entry.checkpoint else "from the beginning"
-            return "ranks", f"generation {entry.generation}: {entry.world} ranks, {source}", "info"
+            return "ranks", f"generation {entry.generation}: {plural(entry.world, 'rank')}, {source}", "info"
         case j.NodeMarked():
             reason = f": {entry.reason}" if entry.reason else ""
             return "node", f"{entry.node} is {entry.mark}{reason}", "info" if entry.mark == "in use" else "warning"
@@ -263,8 +267,8 @@ def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
         case j.LineageOpened():
             line = entry.lineage
             since = f"from {line.fork}" if line.fork else "from the beginning"
-            undone = f", {entry.undone} steps undone" if entry.undone else ""
-            skip = f", {line.skip} steps of data skipped" if line.skip else ""
+            undone = f", {plural(entry.undone, 'step')} undone" if entry.undone else ""
+            skip = f", {plural(line.skip, 'step')} of data skipped" if line.skip else ""
             scale = f", learning rate x{line.lr_scale:g}" if line.lr_scale != 1 else ""
             return (
                 "lineage",
@@ -288,9 +292,10 @@ def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
         case j.StageBegan():
             return "stage", f"{entry.stage} began at step {entry.step}", "info"
         case j.StageEnded():
-            return "stage", f"{entry.stage} ended after {entry.stage_step} steps: {entry.product}", "info"
+            return "stage", f"{entry.stage} ended after {plural(entry.stage_step, 'step')}: {entry.product}", "info"
         case j.Noted():
-            return "note", entry.text, entry.level
+            at = f" (step {entry.step:,})" if entry.step is not None and entry.level != "info" else ""
+            return "note", entry.text + at, entry.level
         case j.SampleTaken():
             return "sample", f"{entry.stage}: {entry.prompt!r} -> {entry.text[:80]!r}", "info"
         case _:

@@ -25,6 +25,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "rollback": {"checkpoint": "a", "skip": 3, "lr_scale": 0.5},
     "set": {"key": "lr", "value": 0.01},
     "cancel": {"id": "nobody"},
+    "acknowledge": {"alarm": "spike"},
 }
 NODE_VERBS = [verb for verb in VERBS if verb.startswith("node-")]
 CELLS = [(verb, state) for verb in VERBS for state in STATES if verb not in NODE_VERBS]
@@ -68,6 +69,9 @@ async def test_each_command_does_in_each_state_what_the_table_says(verb: p.Verb,
         elif verb == "cancel":
             assert desk.view(command).state == "refused"
             assert "nobody" in desk.view(command).reason
+        elif verb == "acknowledge":
+            assert desk.view(command).state == "refused"
+            assert "no alarm 'spike' stands" in desk.view(command).reason
         elif state in ("training", "paused"):
             await desk.until(lambda: desk.orders)
             assert (desk.orders[-1].number, desk.orders[-1].op) == (command.number, OPS[verb])
