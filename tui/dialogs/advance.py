@@ -27,7 +27,7 @@ class AdvanceDialog(Dialog):
         self._list.styles.height = max(1, min(8, len(self._later)))
         return (self._list,)
 
-    def on_mount(self) -> None:
+    def begin(self) -> None:
         self._list.show(
             [[(f"{s.stage.name:<16.16}", Ink.TEXT), (f"{s.stage.objective:<10} {plural(s.stage.steps, 'step')}", Ink.FAINT)]
              for s in self._later]

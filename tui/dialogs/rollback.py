@@ -60,7 +60,7 @@ class RollbackDialog(Dialog):
     def entries(self) -> Sequence[Widget]:
         return (Named(("Then skip steps of data", self._skip), ("  learning rate x", self._scale)),)
 
-    def on_mount(self) -> None:
+    def begin(self) -> None:
         self._list.show([line(self.scene, checkpoint) for checkpoint in self._choices])
         self._list.choose(pick(self._choices, self._wanted))
         self._ask()
