@@ -104,7 +104,7 @@ OPS: dict[Verb, Op] = {
 _ARGUMENTS: dict[Verb, dict[str, tuple[type | tuple[type, ...], bool]]] = {
     "golden": {"checkpoint": (str, True)},
     "ungolden": {"checkpoint": (str, True)},
-    "rollback": {"checkpoint": (str, True), "skip": (int, False), "lr_scale": ((int, float), False)},
+    "rollback": {"checkpoint": (str, True), "skip": (int, False), "lr_scale": ((int, float), False), "shown": (int, False)},
     "advance": {"to": (str, False)},
     "set": {"key": (str, True), "value": ((int, float), True)},
     "cancel": {"id": (str, True)},

@@ -149,6 +149,8 @@ class CheckpointCommitted(_Entry, frozen=True):
     seconds: float
     stall_seconds: float
     loss: float | None = None
+    settings: dict[str, float] = {}
+    """Live settings that it holds."""
 
 
 class CheckpointPruned(_Entry, frozen=True):

@@ -243,6 +243,7 @@ class Ledger:
             bytes=entry.bytes,
             suspect=entry.suspect,
             loss=entry.loss,
+            settings=entry.settings,
         )
         self.checkpoints[entry.id] = msgspec.structs.replace(view, on_line=self._on_line(view))
         self.digests[entry.id] = entry.digest

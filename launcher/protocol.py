@@ -200,6 +200,8 @@ class CheckpointReady(_Lenient, frozen=True):
     numbers: tuple[int, ...] = ()
     """Commands that this checkpoint answers."""
     loss: float | None = None
+    settings: dict[str, float] = {}
+    """Live settings that it holds: a rollback to it puts them in force."""
 
 
 class CheckpointFailed(_Lenient, frozen=True):
@@ -612,6 +614,8 @@ class UndoQuery(_Strict, frozen=True):
 
     id: int
     checkpoint: str
+    lr_scale: float = 1.0
+    """Factor on the learning rate that would be asked for."""
 
 
 class UndoReply(_Strict, frozen=True):
@@ -623,7 +627,7 @@ class UndoReply(_Strict, frozen=True):
     tokens: int
     seconds: float
     settings: tuple[str, ...] = ()
-    """Live settings that it puts back, as `lr 0.0003 -> 0.001`."""
+    """Live settings that it changes, as `lr 0.0003 -> 0.001`."""
     problem: str = ""
     """Why it cannot be done, where it cannot."""
 
@@ -947,6 +951,8 @@ class CheckpointView(msgspec.Struct, frozen=True, kw_only=True):
     on_line: bool = True
     """On the line in force: not undone by a rollback since."""
     loss: float | None = None
+    settings: dict[str, float] = {}
+    """Live settings that it holds; empty: not known."""
 
 
 class Alarm(msgspec.Struct, frozen=True, kw_only=True):

@@ -245,6 +245,14 @@ class MidwatchApp(App[int]):
         if view is not None and view.is_mounted:
             view.show(scene)
         self.draw_foot()
+        self._refresh_dialog()
+
+    def _refresh_dialog(self) -> None:
+        from tui.dialogs.base import Dialog
+
+        top = self.screen_stack[-1]
+        if isinstance(top, Dialog) and top.can_take_keys:
+            top.refresh_scene(self.scene)
 
     def _has_frame(self) -> bool:
         return bool(self.screen_stack) and bool(self.screen_stack[0].query("#footer"))

@@ -59,3 +59,15 @@ def newest_checkpoint(snapshot: Snapshot) -> CheckpointView | None:
     """On the line in force."""
     on_line = [checkpoint for checkpoint in snapshot.checkpoints if checkpoint.on_line]
     return max(on_line, key=lambda checkpoint: (checkpoint.step, checkpoint.time), default=None)
+
+
+def on_line(snapshot: Snapshot, lineage: int, step: int | None) -> bool:
+    """Whether a step of a lineage lies on the line in force; nothing that concerns no step does."""
+    lines = {line.id: line for line in snapshot.lineages}
+    current, last = lines.get(snapshot.lineage), snapshot.step
+    while current is not None and step is not None:
+        if current.id == lineage:
+            return step <= last
+        last = min(last, current.fork_step)
+        current = lines.get(current.parent) if current.parent is not None else None
+    return False

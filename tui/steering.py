@@ -82,7 +82,9 @@ class Steering:
         if problem:
             self._app.say(problem, Ink.WARNING)
             return None
-        return self._ask("rollback", lambda: RollbackDialog(self._app.scene, self._app.feed, checkpoint, skip, lr_scale))
+        app = self._app
+        crosshair = getattr(app.view, "crosshair", None)  # of the metrics view
+        return self._ask("rollback", lambda: RollbackDialog(app.scene, app.feed, checkpoint, skip, lr_scale, crosshair))
 
     def ask_advance(self, to: str = "") -> Awaitable[None] | None:
         from tui.dialogs.advance import AdvanceDialog

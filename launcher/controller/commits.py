@@ -56,6 +56,7 @@ class Commits:
                 seconds=ready.seconds,
                 stall_seconds=ready.stall_seconds,
                 loss=ready.loss,
+                settings=ready.settings,
             ),
         )
         self.prune()

@@ -160,8 +160,10 @@ class Dispatch:
             return
         lineage = office.ledger.rollbacks.get(outcome.number)
         before: tuple[j.Entry, ...] = ()
+        detail = outcome.detail
         if view.verb == "rollback":
             if outcome.ok:
+                detail = with_shown(view, detail)
                 office.live.step = outcome.step
                 self.on_rollback()
             elif lineage is not None and lineage == office.ledger.lineage:
@@ -170,7 +172,7 @@ class Dispatch:
             view,
             "done" if outcome.ok else "failed",
             step=outcome.step,
-            detail=outcome.detail,
+            detail=detail,
             reason=outcome.reason,
             report=report,
             before=before,
@@ -395,11 +397,11 @@ class Dispatch:
             target = await self._target(command)
             if target is None:
                 return
+            undone = max(0, office.live.step - target.step)
             lineage = self._open_lineage(command, target)
             office.live.step = target.step
-            self._end(
-                command, "done", step=target.step, detail={"lineage": lineage.id, "step": target.step, "at": "the next start"}
-            )
+            detail = {"lineage": lineage.id, "step": target.step, "undone": undone, "at": "the next start"}
+            self._end(command, "done", step=target.step, detail=with_shown(command, detail))
             self.on_rollback()
             if office.state in ("failed", "recovering"):
                 self._generations.restart()
@@ -453,3 +455,9 @@ class Dispatch:
                 report=report,
             ),
         )
+
+
+def with_shown(command: CommandView, detail: dict[str, Any]) -> dict[str, Any]:
+    """The outcome of a rollback, with the steps that its dialog had shown where it has undone others: the run went on meanwhile."""
+    shown, undone = command.arguments.get("shown"), detail.get("undone")
+    return detail if shown is None or undone is None or shown == undone else {**detail, "shown": shown}

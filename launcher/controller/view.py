@@ -267,7 +267,8 @@ def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
         case j.LineageOpened():
             line = entry.lineage
             since = f"from {line.fork}" if line.fork else "from the beginning"
-            undone = f", {plural(entry.undone, 'step')} undone" if entry.undone else ""
+            # Of a rollback that ranks carry out it is not known yet how many steps it undoes: its outcome says so.
+            undone = f", {plural(entry.undone, 'step')} undone" if entry.undone and line.cause == "crash" else ""
             skip = f", {plural(line.skip, 'step')} of data skipped" if line.skip else ""
             scale = f", learning rate x{line.lr_scale:g}" if line.lr_scale != 1 else ""
             return (

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launcher_desk import desk_at, make_recipe
 
 from launcher import journal as j
 from launcher.controller.view import View
 from launcher.ledger import Ledger
 from launcher.protocol import Alarm, Lineage
 from launcher.recipe import Watch
-from tests.launcher.launcher_desk import desk_at, make_recipe
 
 At = Callable[..., Any]
 SPIKE = Watch(name="spike", metric="x", above=5.0, cooldown=1)

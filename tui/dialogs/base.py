@@ -76,7 +76,7 @@ class Field(Entry):
     def take_text(self, text: str) -> None:
         super().take_text(text)
         if isinstance(self.screen, Dialog):
-            self.screen.tell()
+            self.screen.text_changes()
 
 
 class Dialog(ModalScreen[Answer | None]):
@@ -131,6 +131,10 @@ class Dialog(ModalScreen[Answer | None]):
         """Fills what was mounted."""
         self.tell()
 
+    @property
+    def can_take_keys(self) -> bool:
+        return self._can_take_keys.is_set()
+
     async def opened(self) -> None:
         """Returns when it can take keys."""
         await asyncio.wait_for(self._can_take_keys.wait(), MOUNT_SECONDS)
@@ -148,6 +152,15 @@ class Dialog(ModalScreen[Answer | None]):
 
     def move(self, by: int) -> None:
         """Up or down."""
+
+    def text_changes(self) -> None:
+        """An entry has changed."""
+        self.tell()
+
+    def refresh_scene(self, scene: Scene) -> None:
+        """There is a newer scene: what it costs may be more by now."""
+        self.scene = scene
+        self.tell()
 
     def on_resize(self) -> None:
         self.tell()
@@ -169,7 +182,7 @@ class Dialog(ModalScreen[Answer | None]):
             self.focus_next()  # it never does the deed
         elif field is not None:
             if await field.take_key(event):
-                self.tell()
+                self.text_changes()
         elif event.key in ("enter", "space") and isinstance(focused, Press):
             self._press(focused)
         else:

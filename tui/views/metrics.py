@@ -82,6 +82,11 @@ class MetricsView(View):
     def compose(self) -> ComposeResult:
         yield self._board
 
+    @property
+    def crosshair(self) -> int | None:
+        """The step that the operator points at."""
+        return self._cross
+
     def settled(self) -> bool:
         return self._drawn_for is not None and self._drawn_for == self._needs() and not self._fetcher.busy
 
