@@ -1050,6 +1050,12 @@ class Snapshot(_Lenient, frozen=True, kw_only=True):
     """There have been so many: another number means that there are new ones."""
     phase_since: float = 0.0
     """When the ranks went over to their phase."""
+    left_at: dict[int, int] = {}
+    """Last step of each lineage that is not in force."""
+    heard: float = 0.0
+    """When the ranks last reported anything; 0: not yet in this term."""
+    step_seconds: float | None = None
+    """Of a usual step."""
     alarms: tuple[Alarm, ...] = ()
     """Those that nobody has acknowledged, the newest first."""
 

@@ -28,7 +28,7 @@ from textual.timer import Timer
 from launcher import protocol
 from tui import frame, keys
 from tui.chart.ink import Ink
-from tui.panel import Line, Panel, fit, joined, spread
+from tui.panel import Line, Panel, broken, joined, spread
 from tui.scene import Link, Scene
 from tui.steering import Steering
 from tui.words import UNICODE
@@ -46,6 +46,10 @@ DRAW_SECONDS = 0.5
 """Between two drawings of a run that merely goes on."""
 KEYS_SECONDS = 0.02
 """For how long keys are taken in a row before the screen has its turn."""
+STATUS_ROWS = 4
+"""Most rows of the status line: a refusal with its reason is long."""
+INTERVAL_SECONDS = 10.0
+"""Longest interval between two snapshots that counts as usual."""
 SAID_SECONDS = 12.0
 """For how long the outcome of a command stays on the status line."""
 
@@ -211,7 +215,10 @@ class MidwatchApp(App[int]):
     def on_midwatch_app_came(self, message: Came) -> None:
         snapshot, self._newest = self._newest, None
         if snapshot is not None:
-            self._set(snapshot=snapshot, received=self.clock(), run=snapshot.run)
+            now, before = self.clock(), self.scene
+            interval = min(now - before.received, INTERVAL_SECONDS) if before.snapshot is not None else before.interval
+            smoothed = 0.8 * before.interval + 0.2 * interval
+            self._set(snapshot=snapshot, received=now, run=snapshot.run, interval=smoothed)
             for view in self._views.values():
                 view.learn(self.scene)
 
@@ -262,7 +269,7 @@ class MidwatchApp(App[int]):
         if not self._has_frame():
             return
         base, cells = self.screen_stack[0], self.size.width
-        base.query_one("#status", Panel).show([fit(self._status(), cells)])
+        base.query_one("#status", Panel).show_all(broken(self._status(), cells, STATUS_ROWS))
         snapshot = self.scene.snapshot
         paused = snapshot is not None and snapshot.state in ("paused", "released", "failed")
         line = frame.footer(self.view_name, self.scene.read_only, cells, paused=paused)
@@ -415,6 +422,11 @@ class MidwatchApp(App[int]):
     async def do_open(self, name: str) -> None:
         await self.open_view(name)
 
+    async def do_stacks(self) -> None:
+        await self.open_view("logs")
+        view = self._views["logs"]
+        self.run_worker(view.open_stacks())  # type: ignore[attr-defined]  # the logs view
+
     def do_missing(self, name: str) -> None:
         self.say(f"{name}: not there yet")
 
@@ -486,6 +498,9 @@ class MidwatchApp(App[int]):
 
     def do_golden(self) -> None:
         self.steering.mark_newest_golden()
+
+    def do_acknowledge(self) -> None:
+        self.steering.acknowledge_first()
 
     def do_rollback(self) -> Awaitable[None] | None:
         return self.steering.ask_rollback()

@@ -73,6 +73,14 @@ class Steering:
         else:
             self.give("golden", {"checkpoint": newest.id})
 
+    def acknowledge_first(self) -> None:
+        """The alarm that stands first among the notices."""
+        snapshot = self._app.scene.snapshot
+        if snapshot is None or not snapshot.alarms:
+            self._app.say("acknowledge: no alarm stands")
+        else:
+            self.give("acknowledge", {"alarm": snapshot.alarms[0].key})
+
     # Dialogs. Each is mounted when what is returned has been awaited, and takes the keys that follow.
 
     def ask_rollback(self, checkpoint: str = "", skip: int = 0, lr_scale: float = 1.0) -> Awaitable[None] | None:

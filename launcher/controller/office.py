@@ -46,6 +46,8 @@ class Live:
     phase_since: float = 0.0
     step: int = 0
     tokens: int = 0
+    heard: float = 0.0
+    """When the ranks last reported anything, by the controller's clock."""
     step_time: float = 0.0
     """Wall clock of the last step reported."""
     latest: dict[str, float] = field(default_factory=dict)

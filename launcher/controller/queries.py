@@ -76,7 +76,8 @@ class Queries:
 
     def _log(self, query: p.LogQuery) -> p.LogReply:
         root = self._office.paths.logs
-        files = tuple(sorted(str(f.relative_to(root)) for f in root.rglob("*.log") if f.is_file()))
+        found = (*root.rglob("*.log"), *root.rglob("hang-*.txt"))
+        files = tuple(sorted(str(f.relative_to(root)) for f in found if f.is_file()))
         if not query.file:
             return p.LogReply(id=query.id, files=files)
         if query.file not in files:

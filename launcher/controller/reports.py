@@ -46,6 +46,7 @@ class Reports:
     def metrics(self, source: str, message: p.Numbered) -> bool:
         """One step's row, or a sample of a rollout; whether it was new. Raises OSError where a row cannot be stored."""
         row = message.body
+        self._office.live.heard = self._office.clock()
         if isinstance(row, p.Sampled):
             return self._sample(source, message.number, row)
         if isinstance(row, p.Dropped):
@@ -112,6 +113,7 @@ class Reports:
         """Anything but metrics; acknowledged by the caller. What the ranks of an ended generation still say changes nothing."""
         if not self._office.ledger.generation_live:
             return
+        self._office.live.heard = self._office.clock()
         if message.number <= self.acknowledged():
             if isinstance(message.body, p.CheckpointReady):
                 send(self._commits.take(message.body, 0))

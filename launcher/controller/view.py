@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher import journal as j
 from launcher.commands import describe
 from launcher.controller.office import Node, Office
+from launcher.metrics.columns import Segment
 from launcher.protocol import JournalLine, NodeView, Snapshot, StageView
 from launcher.recipe import Stage, descent
 from launcher.words import plural
@@ -27,6 +28,7 @@ class View:
         self._office = office
         self._lines: list[JournalLine] = []
         self._read = 0
+        self._ends: dict[int, int] = {}
         self._mixtures: dict[str, dict[str, float]] = {}
         self._losses: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}
 
@@ -79,8 +81,25 @@ class View:
             stragglers=live.stragglers,
             samples=office.samples.taken + len(ledger.samples),
             phase_since=live.phase_since,
+            left_at=self._left_at(),
+            heard=live.heard,
+            step_seconds=statistics.median(live.step_seconds) if live.step_seconds else None,
             alarms=tuple(ledger.standing_alarms()[:ALARMS]),
         )
+
+    def _left_at(self) -> dict[int, int]:
+        """Kept for each lineage that has been left: it takes no further step."""
+        ledger, metrics = self._office.ledger, self._office.metrics
+        found: dict[int, int] = {}
+        for line in ledger.lineages:
+            if line == ledger.lineage:
+                self._ends.pop(line, None)
+                continue
+            if line not in self._ends:
+                newest = metrics.latest("train/loss", [Segment(line, -1, None)])
+                self._ends[line] = newest.step if newest is not None else ledger.lineages[line].fork_step
+            found[line] = self._ends[line]
+        return found
 
     def _nodes(self) -> tuple[NodeView, ...]:
         ledger = self._office.ledger

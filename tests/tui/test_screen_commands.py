@@ -112,8 +112,19 @@ async def test_a_rollback_whose_cost_is_not_known_yet_is_not_sent(stage: Stage) 
 
 
 def _spike(step: int, last: int, lineage: int = 2) -> p.Alarm:
-    return p.Alarm(key="loss spike", text="loss spike: train/loss is 9, threshold: above 4", rule="loss spike",
-                   value=9.0, threshold="above 4", step=step, lineage=lineage, time=NOW - 20, last_step=last, last_time=NOW, count=3)  # fmt: skip
+    return p.Alarm(
+        key="loss spike",
+        text="loss spike: train/loss is 9, threshold: above 4",
+        rule="loss spike",
+        value=9.0,
+        threshold="above 4",
+        step=step,
+        lineage=lineage,
+        time=NOW - 20,
+        last_step=last,
+        last_time=NOW,
+        count=3,
+    )
 
 
 async def test_before_an_alarm_the_newest_good_checkpoint_is_chosen_and_b_skips_to_the_bad_step(stage: Stage) -> None:
@@ -278,10 +289,35 @@ async def test_settings_not_in_force_and_a_changed_environment_are_told_until_hi
         await screen.sees("0.0002 asked for")
 
 
-async def test_an_alarm_stands_above_everything(stage: Stage) -> None:
+async def test_an_alarm_stands_above_everything_until_a_acknowledges_it(stage: Stage) -> None:
     async with attached(stage) as screen:
-        alarm = p.JournalLine(index=99, time=NOW, term=1, kind="note", author="", text="loss is nan at step 1181", level="alarm")
-        stage.send(events=(*stage.snapshot.events, alarm), step=STEP + 1)
-        await screen.sees("ALARM  08:53:20 loss is nan at step 1181")
+        stage.send(alarms=(_spike(1090, 1150),), step=STEP + 1)
+        await screen.sees("ALARM  08:53:20 3 times since step 1,090 loss spike: train/loss is 9", "above 4 (step 1,150)")
         await screen.press("m")
         await screen.sees("ALARM")
+        await screen.press("a")
+        await screen.until(lambda: stage.commands != [])
+        assert (stage.commands[0].verb, stage.commands[0].arguments) == ("acknowledge", {"alarm": "loss spike"})
+        stage.send(alarms=())
+        await screen.until(lambda: "ALARM" not in screen.text())
+        await screen.press("a")
+        await screen.sees("acknowledge: no alarm stands")
+
+
+async def test_alarms_that_find_no_room_are_counted(stage: Stage) -> None:
+    async with attached(stage) as screen:
+        stage.send(alarms=tuple(replace(_spike(n, n), key=f"rule {n}") for n in range(5)))
+        await screen.sees("+2 more (j shows them)")
+        await screen.type("acknowledge rule 3")
+        await screen.until(lambda: stage.commands != [])
+        assert stage.commands[0].arguments == {"alarm": "rule 3"}
+
+
+async def test_a_refusal_longer_than_the_screen_is_shown_whole(stage: Stage) -> None:
+    reason = (
+        "stage \"dpo\" has no setting 'kl'; it has: lr, lr_scale, min_lr_ratio, weight_decay, clip, beta1, beta2, beta, the end"
+    )
+    stage.outcome = lambda command: {"state": "refused", "step": None, "reason": reason}
+    async with attached(stage) as screen:
+        await screen.type("set kl 1")
+        await screen.sees("set kl 1", "refused", "the end")

@@ -284,7 +284,7 @@ def line(scene: Scene, checkpoint: CheckpointView) -> list[Run]:
         (f"{mark} ", ink),
         (f"{checkpoint.id:<14.14} ", faint),
         (f"step {checkpoint.step:<7,} {checkpoint.stage:<9.9}", Ink.FAINT),
-        (f"loss {compact(checkpoint.loss):<7}" if checkpoint.loss is not None else " " * 12, faint),
+        (f"loss {compact(checkpoint.loss):<8}" if checkpoint.loss is not None else " " * 13, faint),
         (f"{ago:>7} ago", Ink.FAINT),
         (what, ink),
     ]
