@@ -90,7 +90,7 @@ OF_VIEW: dict[str, tuple[Key, ...]] = {
         Key(("enter",), "Enter", "one chart alone, and all again", "maximise", "one"),
         Key(("s",), "s", "smoothing: none, then wider", "smooth", "smooth"),
         Key(("L",), "L", "logarithmic y axis", "log", "log"),
-        Key(("x",), "x", "x axis: steps, tokens, time", "axis", "axis"),
+        Key(("x",), "x", "labels of the x axis: steps, tokens, time; its columns are steps", "axis", "axis"),
         *_MOVE,
     ),
     "nodes": (

@@ -42,8 +42,8 @@ class Silence(NamedTuple):
     def words(self) -> str:
         return {
             "link": "the connection is lost",
-            "controller": "the controller does not answer",
-            "ranks": "the controller answers, but the ranks report nothing",
+            "controller": "controller does not answer",
+            "ranks": "ranks report nothing (the controller answers)",
         }[self.of]
 
 
