@@ -17,6 +17,7 @@ from launcher.checks import NodeReport, What, check_nodes, ready
 from launcher.cli.runs import check_recipe
 from launcher.preflight import Findings
 from launcher.recipe import Recipe, RecipeError, warnings
+from launcher.words import plural
 
 MANY = 20
 """Nodes beyond this number are shown only where something is to be said of them."""
@@ -35,7 +36,7 @@ def check(arguments: argparse.Namespace) -> int:
         return 0 if good else 2
     for warning in told:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{arguments.recipe}: good ({len(recipe.stage)} stages, {recipe.total_steps} steps)")
+    print(f"{arguments.recipe}: good ({plural(len(recipe.stage), 'stage')}, {plural(recipe.total_steps, 'step')})")
     if reports:
         render(reports, Console())
     if not good:

@@ -19,7 +19,7 @@ from textual.widgets import Input
 from launcher.protocol import Verb
 from tui.chart.ink import STYLES, Ink
 from tui.entry import Entry
-from tui.panel import Line, Panel
+from tui.panel import Line, Panel, wrapped
 from tui.scene import Scene
 from tui.words import UNICODE
 
@@ -103,6 +103,8 @@ class Dialog(ModalScreen[Answer | None]):
         self.told = Panel(id="told")
         self._can_take_keys = asyncio.Event()
         self._is_answered = False
+        self._problem = ""
+        """Why the deed cannot be done, until the next key."""
 
     def compose(self) -> ComposeResult:
         with Vertical(id="box") as box:
@@ -141,7 +143,8 @@ class Dialog(ModalScreen[Answer | None]):
 
     def tell(self) -> None:
         """Shows the words for what is chosen now."""
-        self.told.show_all(self.words(max(20, min(76, self.app.size.width) - 4)))
+        cells = max(20, min(76, self.app.size.width) - 4)
+        self.told.show_all([*self.words(cells), *(wrapped(self._problem, cells, Ink.ALARM) if self._problem else [])])
 
     def words(self, cells: int) -> list[Line]:
         raise NotImplementedError
@@ -168,6 +171,7 @@ class Dialog(ModalScreen[Answer | None]):
     async def take_key(self, event: Key) -> bool:
         """What a key does here; the app calls this for each key while the dialog is on top."""
         await self.opened()
+        self._problem = ""
         focused = self.focused
         field = self.entry
         if event.key == "escape":
@@ -206,7 +210,8 @@ class Dialog(ModalScreen[Answer | None]):
             return
         answer = self.answer()
         if isinstance(answer, str):
-            self.told.show_all([*self.words(72), [(answer, Ink.ALARM)]])
+            self._problem = answer
+            self.tell()
         else:
             self._close(answer)
 
