@@ -217,9 +217,25 @@ def paint(picture: Picture, width: int, height: int, unicode: bool = True) -> Ca
 
 
 def _y_scale(picture: Picture, layout: Frame) -> Scale | None:
-    shown = [*picture.series, *picture.ghosts]  # what was rolled back stays in sight, its spike too
-    found = picture.y_range or value_range([(series.columns.min, series.columns.max) for series in shown], picture.log)
+    found = picture.y_range or _range_in_sight(picture)
     return found and scale(*found, ticks=max(2, layout.plot_rows // 3), log=picture.log)
+
+
+def _range_in_sight(picture: Picture) -> tuple[float, float] | None:
+    """What the lines span, and the ghosts: the spike that was rolled back stays in sight.
+
+    The ghosts take no more than twice the height of the lines. What lies beyond that ends at the edge.
+    """
+
+    def spanned(lines: Sequence[Series]) -> tuple[float, float] | None:
+        return value_range([(line.columns.min, line.columns.max) for line in lines], picture.log)
+
+    own, past = spanned(picture.series), spanned(picture.ghosts)
+    if own is None or past is None:
+        return own or past
+    low, high = own
+    reach = high - low
+    return (low if picture.log else min(low, max(past[0], low - reach)), max(high, min(past[1], high + reach)))
 
 
 def _values(columns: Columns) -> NDArray[np.float64]:
