@@ -111,8 +111,9 @@ def test_ghosts_lie_beneath_and_stretch_the_scale_no_further_than_the_lines_stay
         top = max(float(line.split("┤")[0]) for line in text(canvas) if "┤" in line and line.split("┤")[0].strip())
         assert top <= high + 1.01 * (high - low), "no further than this"
     spike = Picture("loss", alive.grid, (Series(alive),), ghosts=(Series(columns(offset=0.5)),))
-    rows = [number for number, row in enumerate(paint(spike, 80, 24).inks) if (row == Ink.GHOST).any()]
-    assert min(rows) < min(n for n, row in enumerate(paint(spike, 80, 24).inks) if (row == Ink.LINE_0).any()), "it stands out above"
+    inks = paint(spike, 80, 24).inks[1:]  # beneath the title
+    ghost, own = ((inks == ink).any(axis=1).argmax() for ink in (Ink.GHOST, Ink.LINE_0))
+    assert ghost < own, "it stands out above"
 
 
 def test_smoothing_is_bright_over_the_raw_line() -> None:
