@@ -282,9 +282,9 @@ def line(scene: Scene, checkpoint: CheckpointView) -> list[Run]:
     what = " golden" if checkpoint.golden else " SUSPECT" if checkpoint.suspect else "" if checkpoint.on_line else " rolled back"
     return [
         (f"{mark} ", ink),
-        (f"{checkpoint.id:<13.13} ", faint),
+        (f"{checkpoint.id:<14.14} ", faint),
         (f"step {checkpoint.step:<7,} {checkpoint.stage:<9.9}", Ink.FAINT),
-        (f"loss {compact(checkpoint.loss):<8} " if checkpoint.loss is not None else " " * 14, faint),
+        (f"loss {compact(checkpoint.loss):<7} " if checkpoint.loss is not None else " " * 13, faint),
         (f"{ago:>7} ago", Ink.FAINT),
         (what, ink),
     ]

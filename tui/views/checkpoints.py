@@ -169,7 +169,7 @@ class CheckpointsView(View):
         main = Ink.TEXT if checkpoint.on_line else Ink.GHOST
         flags = [word for word, is_so in (("golden", checkpoint.golden), ("SUSPECT", checkpoint.suspect),
                  ("end of stage", checkpoint.ended), ("rolled back", not checkpoint.on_line)) if is_so]  # fmt: skip
-        loss = f"loss {compact(checkpoint.loss):<8} " if checkpoint.loss is not None else " " * 14
+        loss = f"loss {compact(checkpoint.loss):<7} " if checkpoint.loss is not None else " " * 13
         ago = age(scene.now - scene.skew - checkpoint.time)
         wide = 16 if self.size.width >= 100 else 12
         return [
