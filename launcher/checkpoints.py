@@ -39,6 +39,7 @@ class State(msgspec.Struct, frozen=True):
     stage_name: str = ""
     stage_step: int = 0
     ended: bool = False
+    settings: dict[str, float] = {}
 
 
 class Manifest(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@ import psutil
 from launcher.preflight import Findings, look
 from launcher.recipe import Cluster, Recipe
 from launcher.ssh import Result, Ssh, SshError, remote_command
+from launcher.words import plural
 from shards.decoding import DecodeError, json_as
 
 VISIT_SECONDS = 45.0
@@ -232,7 +233,7 @@ def _gpu_notes(found: Findings, cluster: Cluster, wanted: int, most: int) -> Ite
         return
     why = f" ({found.gpu_note})" if found.gpu_note else ""
     if len(found.gpus) < wanted:
-        text = f"{len(found.gpus)} GPUs{why}, and {wanted} ranks want one each"
+        text = f"{plural(len(found.gpus), 'GPU')}{why}, and {plural(wanted, 'rank')} want one each"
         yield Note("problem", "gpus", text, "see nvidia-smi there; [cluster] ranks_per_node says how many are wanted")
     elif len(found.gpus) != most:
         yield Note("warning", "gpus", f"{len(found.gpus)} GPUs{why}, and most nodes have {most}", "see nvidia-smi there")

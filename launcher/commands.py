@@ -82,6 +82,7 @@ TABLE: dict[Verb, dict[State, Cell]] = {
     "node-drain": _row(SHAPE, QUEUE, NOW, NOW, SHAPE, SHAPE, SHAPE),
     "node-add": _row(SHAPE, QUEUE, NOW, NOW, SHAPE, SHAPE, SHAPE),
     "node-quarantine": _row(SHAPE, SHAPE, NOW, NOW, SHAPE, SHAPE, SHAPE),
+    "acknowledge": dict.fromkeys(STATES, NOW),
 }
 
 OPS: dict[Verb, Op] = {
@@ -103,13 +104,14 @@ OPS: dict[Verb, Op] = {
 _ARGUMENTS: dict[Verb, dict[str, tuple[type | tuple[type, ...], bool]]] = {
     "golden": {"checkpoint": (str, True)},
     "ungolden": {"checkpoint": (str, True)},
-    "rollback": {"checkpoint": (str, True), "skip": (int, False), "lr_scale": ((int, float), False)},
+    "rollback": {"checkpoint": (str, True), "skip": (int, False), "lr_scale": ((int, float), False), "shown": (int, False)},
     "advance": {"to": (str, False)},
     "set": {"key": (str, True), "value": ((int, float), True)},
     "cancel": {"id": (str, True)},
     "node-drain": {"node": (str, True)},
     "node-add": {"node": (str, True)},
     "node-quarantine": {"node": (str, True)},
+    "acknowledge": {"alarm": (str, True)},
 }
 
 
@@ -137,7 +139,7 @@ def check_arguments(verb: Verb, arguments: dict[str, Any]) -> str:
 def describe(verb: str, arguments: dict[str, Any]) -> str:
     """The command as an operator would type it."""
     words = ["stop --now" if verb == "stop-now" else verb.replace("node-", "node ")]
-    words += [str(arguments[k]) for k in ("checkpoint", "id", "key", "value", "node") if k in arguments]
+    words += [str(arguments[k]) for k in ("checkpoint", "id", "key", "value", "node", "alarm") if k in arguments]
     if arguments.get("skip"):
         words.append(f"--skip {arguments['skip']}")
     if arguments.get("lr_scale", 1.0) != 1.0:

@@ -186,6 +186,8 @@ class CheckpointCommitted(_Entry, frozen=True):
     """It lay in the checkpoint directory, whole and verified, and the journal did not know it."""
     doubt: str = ""
     """Why an operator should not trust it, where its step's metrics are finite but something else speaks against it."""
+    settings: dict[str, float] = {}
+    """Live settings that it holds."""
 
 
 class CheckpointPruned(_Entry, frozen=True):
@@ -248,7 +250,11 @@ class Noted(_Entry, frozen=True):
     text: str
     step: int | None = None
     rule: str = ""
-    """The watch rule that it comes from."""
+    """Watch rule that raised it; empty: none did."""
+    value: float | None = None
+    """Of the rule's metric."""
+    threshold: str = ""
+    """What the rule compares the value with, as `above 4`."""
 
 
 Entry = (

@@ -10,9 +10,10 @@ from typing import Literal, cast
 
 import msgspec
 
+from launcher import alarms
 from launcher import journal as j
 from launcher.metrics.columns import Segment
-from launcher.protocol import CheckpointView, CommandView, Lineage, Replay, Sampled, State
+from launcher.protocol import Alarm, CheckpointView, CommandView, Lineage, Replay, Sampled, State
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,6 @@ class NodeRecord:
     reason: str = ""
     failures: int = 0
     environment: dict[str, str] = field(default_factory=dict)
-
-
-class Alarm(msgspec.Struct, frozen=True):
-    """A watch rule's alarm."""
-
-    rule: str
-    step: int
-    lineage: int
-    text: str
 
 
 @dataclass
@@ -87,7 +79,6 @@ class Ledger:
     """Checkpoints that the last rollback took off the line."""
     missing: frozenset[str] = frozenset()
     """Checkpoints that were out of sight at the last look; of the moment, not of the journal."""
-    alarms: list[Alarm] = field(default_factory=list)
     committed_after: dict[str, int] = field(default_factory=dict)
     """Number of the newest command when each checkpoint was committed: their order, whatever the clock says."""
     commands: dict[int, CommandView] = field(default_factory=dict)
@@ -115,6 +106,8 @@ class Ledger:
     versions: dict[str, str] = field(default_factory=dict)
     changes: tuple[str, ...] = ()
     data_seconds: float | None = None
+    alarms: dict[str, Alarm] = field(default_factory=dict)
+    """Every alarm by its key, repeats counted; those acknowledged are among them."""
     generation_environment: dict[str, str] = field(default_factory=dict)
     _left: dict[int, tuple[int, dict[str, float], tuple[str, ...]]] = field(default_factory=dict)
     """For each lineage that one in force was left for: that one, the settings asked for then, and what was `undone` then."""
@@ -153,6 +146,10 @@ class Ledger:
 
     def _on_StateChanged(self, entry: j.StateChanged) -> None:
         self.state, self.reason = cast(State, entry.state), entry.reason
+        if entry.state == "failed":
+            self._raise_alarm(entry, f"failed: {entry.reason}" if entry.reason else "failed", None)
+        else:
+            self.alarms.pop(alarms.FAILED, None)
 
     def _on_DataBuilt(self, entry: j.DataBuilt) -> None:
         self.data_seconds = entry.seconds
@@ -168,6 +165,17 @@ class Ledger:
 
     def _on_NodeFailed(self, entry: j.NodeFailed) -> None:
         self.node(entry.node).failures += 1
+        self._raise_alarm(entry, f"{entry.node} failed: {entry.reason}", None)
+
+    def _on_Noted(self, entry: j.Noted) -> None:
+        if entry.level == "alarm":
+            self._raise_alarm(entry, entry.text, entry.step)
+
+    def _raise_alarm(self, entry: j.StateChanged | j.NodeFailed | j.Noted, text: str, step: int | None) -> None:
+        """Adds an alarm, or counts one more repeat. What lies on a line that was rolled back is no repeat's beginning."""
+        path = self.path()
+        on_line = lambda alarm: alarm.step is None or _on_path(path, alarm.lineage, alarm.step)  # noqa: E731
+        alarms.add(self.alarms, entry, text, step, self.lineage, on_line)
 
     def _on_RanksEnvironment(self, entry: j.RanksEnvironment) -> None:
         self.node(entry.node).environment = entry.environment
@@ -217,6 +225,8 @@ class Ledger:
             self.applied = max(self.applied, entry.number)
         if entry.state == "done" and command.verb in ("pause", "resume", "release"):
             self.held = command.verb == "pause"
+        if command.verb == "acknowledge" and entry.state == "done":
+            alarms.acknowledge(self.alarms, entry.detail.get("alarms", ()), entry.author)
         if command.verb == "set" and entry.state == "done":
             key, value = str(command.arguments["key"]), float(command.arguments["value"])
             self.sets.append((self.lineage, entry.step or 0, key, value))
@@ -274,6 +284,7 @@ class Ledger:
             suspect=entry.suspect,
             loss=entry.loss,
             doubt=entry.doubt,
+            settings=entry.settings,
         )
         self.checkpoints[entry.id] = view = msgspec.structs.replace(view, on_line=self._on_line(view))
         if not view.on_line:
@@ -292,10 +303,6 @@ class Ledger:
             self.damaged[entry.id] = entry.reason
         else:
             self.damaged.pop(entry.id, None)
-
-    def _on_Noted(self, entry: j.Noted) -> None:
-        if entry.rule and entry.step is not None:
-            self.alarms.append(Alarm(rule=entry.rule, step=entry.step, lineage=self.lineage, text=entry.text))
 
     def _on_GoldenMarked(self, entry: j.GoldenMarked) -> None:
         if entry.id in self.checkpoints:
@@ -373,24 +380,25 @@ class Ledger:
         lineage = self.lineages.get(self.lineage)
         return self.checkpoints.get(lineage.fork) if lineage is not None and lineage.fork is not None else None
 
-    def standing_alarms(self) -> list[Alarm]:
-        """Alarms of watch rules about the line in force, oldest first."""
+    def rule_alarms(self) -> list[tuple[int, str]]:
+        """(step, text) of watch rules' alarms about the line in force that nobody has acknowledged, by step."""
         path = self.path()
-        return [alarm for alarm in self.alarms if _on_path(path, alarm.lineage, alarm.step)]
+        found = [a for a in self.alarms.values() if a.rule and not a.acknowledged]
+        return sorted((a.step, a.text) for a in found if a.step is not None and _on_path(path, a.lineage, a.step))
 
     def doubt(self, checkpoint: CheckpointView) -> str:
         """Why a checkpoint should not be trusted though its metrics are finite; empty where nothing speaks against it."""
         if checkpoint.id in self.damaged:
             return f"damaged: {self.damaged[checkpoint.id]}"
         if checkpoint.on_line:
-            for alarm in self.standing_alarms():
-                if alarm.step <= checkpoint.step:
-                    return f"after the alarm at step {alarm.step}: {alarm.text}"
+            for step, text in self.rule_alarms():
+                if step <= checkpoint.step:
+                    return f"after the alarm at step {step}: {text}"
         return checkpoint.doubt
 
     def trusted(self) -> list[CheckpointView]:
         """Checkpoints of the line in force that are there and that nothing speaks against, oldest first."""
-        first = min((alarm.step for alarm in self.standing_alarms()), default=None)
+        first = min((step for step, _ in self.rule_alarms()), default=None)
         bad = self.missing | self.damaged.keys()
         found = [c for c in self.checkpoints.values() if c.on_line and not c.suspect and not c.doubt and c.id not in bad]
         return sorted((c for c in found if first is None or c.step < first), key=lambda c: (c.step, c.time))
@@ -427,6 +435,10 @@ class Ledger:
                 last = max(ends, key=lambda c: c.time)
                 record = replace(_ended(record, last.time, last.step), product=last.id)
         return record
+
+    def standing_alarms(self) -> list[Alarm]:
+        """Alarms that nobody has acknowledged, the newest first."""
+        return sorted((a for a in self.alarms.values() if not a.acknowledged), key=lambda a: a.last_time, reverse=True)
 
     def open_commands(self) -> list[CommandView]:
         """Commands not yet ended, oldest first."""

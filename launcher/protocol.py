@@ -39,6 +39,7 @@ Verb = Literal[
     "node-drain",
     "node-add",
     "node-quarantine",
+    "acknowledge",
 ]
 
 
@@ -207,6 +208,8 @@ class CheckpointReady(_Lenient, frozen=True):
     numbers: tuple[int, ...] = ()
     """Commands that this checkpoint answers."""
     loss: float | None = None
+    settings: dict[str, float] = {}
+    """Live settings that it holds: a rollback to it puts them in force."""
 
 
 class CheckpointFailed(_Lenient, frozen=True):
@@ -631,6 +634,8 @@ class UndoQuery(_Strict, frozen=True):
 
     id: int
     checkpoint: str
+    lr_scale: float = 1.0
+    """Factor on the learning rate that would be asked for."""
 
 
 class UndoReply(_Strict, frozen=True):
@@ -642,7 +647,7 @@ class UndoReply(_Strict, frozen=True):
     tokens: int
     seconds: float
     settings: tuple[str, ...] = ()
-    """Live settings that it puts back, as `lr 0.0003 -> 0.001`."""
+    """Live settings that it changes, as `lr 0.0003 -> 0.001`."""
     problem: str = ""
     """Why it cannot be done, where it cannot."""
 
@@ -970,6 +975,33 @@ class CheckpointView(msgspec.Struct, frozen=True, kw_only=True):
     """Its directory is out of sight; it is used again when it comes back."""
     doubt: str = ""
     """Why an operator should not trust it: an alarm before its step, damage, or metrics that nobody knows."""
+    settings: dict[str, float] = {}
+    """Live settings that it holds; empty: not known."""
+
+
+class Alarm(msgspec.Struct, frozen=True, kw_only=True):
+    """An alarm and its repeats, until somebody acknowledges it."""
+
+    key: str
+    """What `acknowledge` names it by."""
+    text: str
+    """Of the newest repeat."""
+    rule: str = ""
+    """Watch rule that raised it; empty: none did."""
+    value: float | None = None
+    """Of the rule's metric, at the newest repeat."""
+    threshold: str = ""
+    """What the rule compares it with, as `above 4`."""
+    step: int | None = None
+    """Of the first one on the line in force; None: it concerns no step."""
+    lineage: int = 0
+    time: float
+    """Of the first one, likewise."""
+    last_step: int | None = None
+    last_time: float
+    count: int = 1
+    acknowledged: bool = False
+    acknowledged_by: str = ""
 
 
 class Straggler(msgspec.Struct, frozen=True, array_like=True):
@@ -1046,6 +1078,14 @@ class Snapshot(_Lenient, frozen=True, kw_only=True):
     """What stands in the controller's own way until it is put right: a journal that cannot be written, storage that is away."""
     archived: bool = False
     """No controller is running: this is what the run's files say."""
+    left_at: dict[int, int] = {}
+    """Last step of each lineage that is not in force."""
+    heard: float = 0.0
+    """When the ranks last reported anything; 0: not yet in this term."""
+    step_seconds: float | None = None
+    """Of a usual step."""
+    alarms: tuple[Alarm, ...] = ()
+    """Those that nobody has acknowledged, the newest first."""
 
 
 Message = (

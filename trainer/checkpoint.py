@@ -285,5 +285,6 @@ class Checkpointer:
                 stall_seconds=save.stall,
                 numbers=tuple(save.numbers),
                 loss=save.loss,
+                settings=dict(at.settings),
             )
         )

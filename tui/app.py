@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
 
 from textual.app import App, ComposeResult
 from textual.containers import Container
-from textual.events import Event, Resize
 from textual.events import Key as KeyEvent
+from textual.events import Paste, Resize
 from textual.message import Message
 from textual.theme import Theme
 from textual.timer import Timer
@@ -28,20 +29,28 @@ from textual.timer import Timer
 from launcher import protocol
 from tui import frame, keys
 from tui.chart.ink import Ink
-from tui.panel import Line, Panel, fit, joined, spread
-from tui.scene import Link, Scene, newest_checkpoint
-from tui.words import UNICODE, plural
+from tui.panel import Line, Panel, broken, joined, spread
+from tui.scene import Link, Scene
+from tui.steering import Steering
+from tui.words import UNICODE
 
 if TYPE_CHECKING:
     from launcher.client import Client
     from launcher.remote import RemoteRun
     from tui.commandline import Typed
+    from tui.entry import Entry
     from tui.feed import Feed
     from tui.prompt import Prompt
     from tui.views.base import View
 
 DRAW_SECONDS = 0.5
 """Between two drawings of a run that merely goes on."""
+KEYS_SECONDS = 0.02
+"""For how long keys are taken in a row before the screen has its turn."""
+STATUS_ROWS = 4
+"""Most rows of the status line: a refusal with its reason is long."""
+INTERVAL_SECONDS = 10.0
+"""Longest interval between two snapshots that counts as usual."""
 SAID_SECONDS = 12.0
 """For how long the outcome of a command stays on the status line."""
 
@@ -80,6 +89,9 @@ class MidwatchApp(App[int]):
     class Came(Message):
         """A newer snapshot is there."""
 
+    class KeysCame(Message):
+        """Keys or pastes are in the queue."""
+
     class LinkChanged(Message):
         def __init__(self, up: bool) -> None:
             super().__init__()
@@ -107,9 +119,10 @@ class MidwatchApp(App[int]):
         self._views: dict[str, View] = {}
         self._before: list[str] = []
         self._feed: Feed | None = None
-        self._client: Client | None = None
-        self._pending: dict[int, str] = {}
-        self._given = 0
+        self.client: Client | None = None
+        self.steering = Steering(self)
+        self._keys: deque[KeyEvent | Paste] = deque()
+        self._keys_announced = False
         self._said: tuple[Line, float] = ((), 0.0)
         self._hidden: frozenset[str] = frozenset()
         self._prompt: Prompt | None = None
@@ -156,7 +169,7 @@ class MidwatchApp(App[int]):
 
         if self._feed is None:
             self._feed = Feed()
-        self._feed.client = self._client if self.scene.link.up else None
+        self._feed.client = self.client if self.scene.link.up else None
         return self._feed
 
     async def _keep_link(self) -> None:
@@ -178,13 +191,13 @@ class MidwatchApp(App[int]):
         )
         try:
             async with client:
-                self._client = client
+                self.client = client
                 await ended.wait()
         except ClientError as error:
             self.failure = str(error)
             self.exit(1)
         finally:
-            self._client = None
+            self.client = None
 
     def _link_changes(self, up: bool) -> None:
         self.post_message(self.LinkChanged(up))
@@ -204,7 +217,10 @@ class MidwatchApp(App[int]):
     def on_midwatch_app_came(self, message: Came) -> None:
         snapshot, self._newest = self._newest, None
         if snapshot is not None:
-            self._set(snapshot=snapshot, received=self.clock(), run=snapshot.run)
+            now, before = self.clock(), self.scene
+            interval = min(now - before.received, INTERVAL_SECONDS) if before.snapshot is not None else before.interval
+            smoothed = 0.8 * before.interval + 0.2 * interval
+            self._set(snapshot=snapshot, received=now, run=snapshot.run, interval=smoothed)
             for view in self._views.values():
                 view.learn(self.scene)
 
@@ -238,6 +254,14 @@ class MidwatchApp(App[int]):
         if view is not None and view.is_mounted:
             view.show(scene)
         self.draw_foot()
+        self._refresh_dialog()
+
+    def _refresh_dialog(self) -> None:
+        from tui.dialogs.base import Dialog
+
+        top = self.screen_stack[-1]
+        if isinstance(top, Dialog) and top.can_take_keys:
+            top.refresh_scene(self.scene)
 
     def _has_frame(self) -> bool:
         return bool(self.screen_stack) and bool(self.screen_stack[0].query("#footer"))
@@ -247,7 +271,7 @@ class MidwatchApp(App[int]):
         if not self._has_frame():
             return
         base, cells = self.screen_stack[0], self.size.width
-        base.query_one("#status", Panel).show([fit(self._status(), cells)])
+        base.query_one("#status", Panel).show_all(broken(self._status(), cells, STATUS_ROWS))
         snapshot = self.scene.snapshot
         paused = snapshot is not None and snapshot.state in ("paused", "released", "failed")
         line = frame.footer(self.view_name, self.scene.read_only, cells, paused=paused)
@@ -255,9 +279,9 @@ class MidwatchApp(App[int]):
 
     def _status(self) -> Line:
         """Commands of this screen that have no outcome yet, else the newest outcome, else what others have asked for."""
-        if self._pending:
-            more = f" (and {len(self._pending) - 1} more)" if len(self._pending) > 1 else ""
-            words = self._pending[max(self._pending)]
+        if pending := self.steering.pending:
+            more = f" (and {len(pending) - 1} more)" if len(pending) > 1 else ""
+            words = pending[max(pending)]
             return [(" … " if UNICODE else " . ", Ink.ACTIVE), (f"{words}: asked, waiting for its outcome{more}", Ink.ACTIVE)]
         line, moment = self._said
         if line and self.scene.now - moment < SAID_SECONDS:
@@ -320,22 +344,64 @@ class MidwatchApp(App[int]):
 
     # Keys
 
-    async def on_event(self, event: Event) -> None:
-        """Keys are taken here, before they are sent on: one typed right after `:` must find the line to type on open already."""
-        if not (isinstance(event, KeyEvent) and not event.is_forwarded and await self._pressed(event)):
-            await super().on_event(event)
+    def post_message(self, message: Message) -> bool:
+        """Keys and pastes wait in a queue of their own, so that a flood of them costs one message and not one each."""
+        if not isinstance(message, KeyEvent | Paste) or message.is_forwarded:
+            return super().post_message(message)
+        self._keys.append(message)
+        if self._keys_announced:
+            return True
+        self._keys_announced = super().post_message(self.KeysCame())
+        return self._keys_announced
+
+    async def on_midwatch_app_keys_came(self, message: KeysCame) -> None:
+        """Takes keys one after the other: each finds what the one before has opened or closed."""
+        self._keys_announced = False
+        end = time.monotonic() + KEYS_SECONDS
+        while self._keys and time.monotonic() < end:
+            event = self._keys.popleft()
+            entry = self._entry()
+            if isinstance(event, Paste):
+                self._pasted(event, entry)
+            elif entry is not None and event.is_printable:
+                entry.take_text((event.character or "") + self._printable())
+            elif not await self._pressed(event):
+                await super().on_event(event)
+        if self._keys:
+            self._keys_announced = super().post_message(self.KeysCame())
+
+    def _printable(self) -> str:
+        """The characters at the head of the queue, taken out of it."""
+        found = []
+        while self._keys and isinstance(event := self._keys[0], KeyEvent) and event.is_printable:
+            found.append(event.character or "")
+            self._keys.popleft()
+        return "".join(found)
+
+    def _entry(self) -> Entry | None:
+        """Where text that is typed now goes to; None: keys are commands."""
+        from tui.dialogs.base import Dialog
+
+        top = self.screen_stack[-1] if self.screen_stack else None
+        if isinstance(top, Dialog):
+            return top.entry
+        return self._prompt if self._prompt is not None and self._prompt.is_open else None
 
     async def _pressed(self, event: KeyEvent) -> bool:
-        """Whether the key is one of the table's, and so done with."""
-        typing = self._prompt is not None and self._prompt.is_open
-        if len(self.screen_stack) != 1 or (typing and event.key != "escape"):
-            return False
+        """Whether the key has been dealt with: by the dialog that is open, the line to type on, or the table of keys."""
+        from tui.dialogs.base import Dialog
+
+        top = self.screen_stack[-1] if self.screen_stack else None
+        if isinstance(top, Dialog):
+            return await top.take_key(event)
+        if self._prompt is not None and self._prompt.is_open:
+            return await self._prompt.take_key(event)
         key = keys.find(self.view_name, event.key)
         if key is None:
             if event.key == "ctrl+c" and not self.screen.get_selected_text():
                 self.say("q detaches (the run goes on); S stops the run, after asking")
                 return True
-            return False
+            return event.is_printable
         if key.changes and self.scene.read_only:
             self.say(f"{key.shown} is not bound: this screen is read-only")
             return True
@@ -346,17 +412,29 @@ class MidwatchApp(App[int]):
             await done
         return True
 
+    def _pasted(self, event: Paste, entry: Entry | None) -> None:
+        """A paste is text for a line to type on, never a row of keys."""
+        if entry is not None:
+            left_out = entry.take_paste(event)
+            if left_out:
+                self.say(left_out, Ink.WARNING)
+        elif self.scene.snapshot is not None:
+            self.say("nothing was done with what was pasted: press : or / first, to type a line", Ink.WARNING)
+
     async def do_open(self, name: str) -> None:
         await self.open_view(name)
+
+    async def do_stacks(self) -> None:
+        await self.open_view("logs")
+        view = self._views["logs"]
+        self.run_worker(view.open_stacks())  # type: ignore[attr-defined]  # the logs view
 
     def do_missing(self, name: str) -> None:
         self.say(f"{name}: not there yet")
 
     async def do_back(self) -> None:
-        """Leaves what was opened last: the command line, what the view has open, the view; then hides the notices."""
-        if self._prompt is not None and self._prompt.is_open:
-            self._prompt.close()
-        elif self.view is not None and self.view.back():
+        """Leaves what was opened last: what the view has open, the view; then hides the notices."""
+        if self.view is not None and self.view.back():
             pass
         elif self._before:
             *self._before, name = self._before
@@ -400,45 +478,24 @@ class MidwatchApp(App[int]):
             await self.open_view(typed.view)
         elif typed.verb is not None and (typed.sure or typed.verb not in ASK):
             self.give(typed.verb, typed.arguments)
-        elif typed.verb == "rollback":
-            found = typed.arguments
-            self.ask_rollback(found["checkpoint"], found.get("skip", 0), found.get("lr_scale", 1.0))
-        elif typed.verb == "advance":
-            self.ask_advance(typed.arguments.get("to", ""))
-        elif typed.verb is not None and "node" in typed.arguments:
-            self.ask_node(typed.verb, typed.arguments["node"])
-        else:
-            self.ask_stop(now=typed.verb == "stop-now")
+        elif (asked := self._ask_typed(typed)) is not None:
+            await asked
+
+    def _ask_typed(self, typed: Typed) -> Awaitable[None] | None:
+        """Opens the dialog of a command that loses something."""
+        found = typed.arguments
+        if typed.verb == "rollback":
+            return self.steering.ask_rollback(found["checkpoint"], found.get("skip", 0), found.get("lr_scale", 1.0))
+        if typed.verb == "advance":
+            return self.steering.ask_advance(found.get("to", ""))
+        if typed.verb is not None and "node" in found:
+            return self.steering.ask_node(typed.verb, found["node"])
+        return self.steering.ask_stop(now=typed.verb == "stop-now")
 
     # Commands
 
     def give(self, verb: protocol.Verb, arguments: dict[str, Any] | None = None) -> None:
-        """Asks the run for something: shown as pending at once, and with its outcome when it comes."""
-        from launcher.commands import describe
-
-        words = describe(verb, arguments or {})
-        if self.scene.read_only:
-            self.say(f"{words}: refused: this screen is read-only", Ink.WARNING)
-            return
-        if self._client is None or not self.scene.link.up:
-            self.say(f"{words}: refused: the controller is out of reach; nothing was sent", Ink.WARNING)
-            return
-        self._given += 1
-        self._pending[self._given] = words
-        self._set()
-        self.run_worker(self._carry(self._given, self._client, verb, arguments or {}, words), exit_on_error=False)
-
-    async def _carry(self, number: int, client: Client, verb: protocol.Verb, arguments: dict[str, Any], words: str) -> None:
-        from launcher.client import ClientError
-
-        said, ink = f"{words}: no outcome is known", Ink.WARNING
-        try:
-            said, ink = frame.outcome(await client.command(verb, arguments), words)
-        except ClientError as error:
-            said = f"{words}: {error}"
-        finally:
-            self._pending.pop(number, None)
-            self.say(said, ink)
+        self.steering.give(verb, arguments)
 
     def do_pause(self) -> None:
         state = self.scene.snapshot.state if self.scene.snapshot is not None else ""
@@ -448,69 +505,19 @@ class MidwatchApp(App[int]):
         self.give("checkpoint")
 
     def do_golden(self) -> None:
-        newest = newest_checkpoint(self.scene.snapshot) if self.scene.snapshot is not None else None
-        if newest is None:
-            self.say("golden: there is no checkpoint yet (c makes one)", Ink.WARNING)
-        elif newest.golden:
-            self.say(f"golden: {newest.id} is golden already")
-        else:
-            self.give("golden", {"checkpoint": newest.id})
+        self.steering.mark_newest_golden()
 
-    def do_rollback(self) -> None:
-        self.ask_rollback()
+    def do_acknowledge(self) -> None:
+        self.steering.acknowledge_first()
 
-    def ask_rollback(self, checkpoint: str = "", skip: int = 0, lr_scale: float = 1.0) -> None:
-        from tui.dialogs.rollback import RollbackDialog, unknown
+    def do_rollback(self) -> Awaitable[None] | None:
+        return self.steering.ask_rollback()
 
-        problem = unknown(self.scene, checkpoint)
-        if problem:
-            self.say(problem, Ink.WARNING)
-        elif self._may_ask("rollback"):
-            self.push_screen(RollbackDialog(self.scene, self.feed, checkpoint, skip, lr_scale), self._answered)
+    def do_advance(self) -> Awaitable[None] | None:
+        return self.steering.ask_advance()
 
-    def do_advance(self) -> None:
-        self.ask_advance()
-
-    def ask_advance(self, to: str = "") -> None:
-        from tui.dialogs.advance import AdvanceDialog
-
-        if self._may_ask("advance"):
-            self.push_screen(AdvanceDialog(self.scene, to), self._answered)
-
-    def do_stop(self) -> None:
-        self.ask_stop()
-
-    def ask_stop(self, *, now: bool = False) -> None:
-        from tui.dialogs.stop import StopDialog
-
-        if self._may_ask("stop"):
-            self.push_screen(StopDialog(self.scene, now=now), self._answered)
-
-    def ask_node(self, verb: protocol.Verb, node: str) -> None:
-        from tui.dialogs.node import NodeDialog, unknown
-
-        problem = unknown(self.scene, node)
-        if problem:
-            self.say(problem, Ink.WARNING)
-        elif self._may_ask(verb.replace("node-", "node ")):
-            self.push_screen(NodeDialog(self.scene, verb, node), self._answered)
-
-    def _may_ask(self, verb: str) -> bool:
-        if self.scene.read_only or not self.scene.link.up or self.scene.snapshot is None:
-            why = "this screen is read-only" if self.scene.read_only else "the controller is out of reach; nothing was sent"
-            self.say(f"{verb}: refused: {why}", Ink.WARNING)
-            return False
-        return True
-
-    def _answered(self, answer: tuple[protocol.Verb, dict[str, Any]] | None) -> None:
-        if answer is None:
-            self.say("cancelled: nothing was sent")
-        else:
-            self.give(*answer)
-
-    def pending_words(self) -> str:
-        """What has no outcome yet, for the goodbye."""
-        return f"; {plural(len(self._pending), 'command')} without an outcome yet" if self._pending else ""
+    def do_stop(self) -> Awaitable[None] | None:
+        return self.steering.ask_stop()
 
 
 def _news(snapshot: protocol.Snapshot) -> tuple[object, ...]:
@@ -554,5 +561,5 @@ def run(directory: Path | RemoteRun, *, read_only: bool = False, prefer: protoco
     over = state in ("finished", "failed", "released")
     goes_on = f"the run is {state}" if over else "detached: the run goes on"
     because = f"{ended.number.name}: " if ended.number is not None else ""
-    write_out(f"{because}{goes_on}{app.pending_words()} (midwatch attach {directory} comes back)")
+    write_out(f"{because}{goes_on}{app.steering.pending_words()} (midwatch attach {directory} comes back)")
     return app.return_code or 0

@@ -35,6 +35,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "cancel": (),
     "stop": ("--now",),
     "node": (),
+    "acknowledge": (),
 }
 NODE = ("drain", "add", "quarantine")
 USAGE = {
@@ -47,6 +48,7 @@ USAGE = {
     "pause": "pause [--release]",
     "stop": "stop [--now]",
     "node": "node drain|add|quarantine NAME",
+    "acknowledge": "acknowledge [ALARM]",
 }
 VIEWS = (*(view.name for view in keys.VIEWS), "help")
 
@@ -102,6 +104,9 @@ def _read(name: str, words: list[str]) -> tuple[Verb, dict[str, Any]]:
     wanted = {"golden": 1, "ungolden": 1, "rollback": 1, "set": 2, "cancel": 1, "node": 2}.get(name, 0)
     if name == "advance" and len(plain) == 1 and "--to" not in options:
         options["--to"] = plain.pop()
+    if name == "acknowledge":
+        plain = [" ".join(plain) or "all"]
+        wanted = 1
     if len(plain) != wanted:
         raise ValueError(f"{name}: {len(plain)} words where {wanted} are needed")
     return _verb(name, plain, options)
@@ -134,6 +139,8 @@ def _verb(name: str, plain: list[str], options: dict[str, str]) -> tuple[Verb, d
             return "set", {"key": plain[0], "value": number(plain[1], plain[0])}
         case "cancel":
             return "cancel", {"id": plain[0].lstrip("#")}
+        case "acknowledge":
+            return "acknowledge", {"alarm": plain[0]}
         case "node":
             if plain[0] not in NODE:
                 raise ValueError(f"node: {plain[0]!r} is none of {', '.join(NODE)}")
@@ -191,6 +198,8 @@ def _choices(before: list[str], snapshot: Snapshot | None) -> list[str]:
         found = list(snapshot.settings)
     elif name == "cancel" and len(before) == 1:
         found = [str(c.number) for c in snapshot.commands if c.state == "queued"]
+    elif name == "acknowledge" and len(before) == 1:
+        found = ["all", *(alarm.key for alarm in snapshot.alarms)]
     elif name == "node":
         names = [node.name for node in snapshot.nodes]
         found = list(NODE) if len(before) == 1 else names if len(before) == 2 else []

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from launcher.protocol import PHASE_WORDS, CommandView, JournalLine, Snapshot
+from launcher.protocol import PHASE_WORDS, Alarm, CommandView, JournalLine, Snapshot
 from tui import keys
 from tui.chart.ink import Ink
-from tui.panel import Line, Run, cut, joined, spread, width
-from tui.scene import Scene, running_span
+from tui.panel import Line, Run, broken, cut, joined, spread, width
+from tui.scene import Scene, running_span, silence
 from tui.words import UNICODE, age, clock, compact, duration, percent, plural, setting, when
 
 STATES: dict[str, tuple[str, str, Ink]] = {  # with Unicode, without, ink
@@ -20,6 +20,10 @@ STATES: dict[str, tuple[str, str, Ink]] = {  # with Unicode, without, ink
     "failed": ("✗", "X", Ink.BADGE_ALARM),
 }
 LEVELS: dict[str, tuple[str, Ink]] = {"info": (" ", Ink.TEXT), "warning": ("W", Ink.WARNING), "alarm": ("A", Ink.ALARM)}
+NOTICE_ROWS = 2
+"""Most rows of one notice."""
+PHASE_SECONDS = 10.0
+"""For how long ranks are at something before it is said how long."""
 PATIENCE = 10.0
 """Seconds without a link after which the screen says what else can be done."""
 DOT = " · " if UNICODE else " - "
@@ -29,6 +33,14 @@ def badge(state: str) -> Run:
     """The run's state: a sign, a word and a colour."""
     unicode, ascii, ink = STATES.get(state, ("?", "?", Ink.BADGE_QUIET))
     return f" {unicode if UNICODE else ascii} {state.upper()} ", ink
+
+
+def state_badge(scene: Scene, snapshot: Snapshot) -> Run:
+    """The state, or that it is not known any more and since when."""
+    quiet = silence(scene)
+    if quiet is None:
+        return badge(snapshot.state)
+    return f" ? NO NEWS FOR {duration(quiet.seconds)} ", Ink.BADGE_ALARM
 
 
 def header(scene: Scene, cells: int, *, state: bool = True) -> list[Run]:
@@ -44,19 +56,19 @@ def header(scene: Scene, cells: int, *, state: bool = True) -> list[Run]:
     name: Run = (f" {scene.run[: max(6, cells // 5)]} ", Ink.TITLE)
     if snapshot is None:
         return spread([name, (" midwatch", Ink.FAINT)], right, cells)
-    parts: list[Line] = [[name, badge(snapshot.state)] if state else [name], *_progress(snapshot)]
+    parts: list[Line] = [[name, state_badge(scene, snapshot)] if state else [name], *_progress(snapshot, silence(scene) is None)]
     while len(parts) > 1 and width(joined(parts)) + width(right) > cells:
         parts.pop()
     return spread(joined(parts), right, cells)
 
 
-def _progress(snapshot: Snapshot) -> list[Line]:
+def _progress(snapshot: Snapshot, current: bool) -> list[Line]:
     """The most telling first: the last give way where there is no room."""
     parts: list[Line] = []
     if snapshot.step or snapshot.state not in ("building", "starting"):
         done = percent(snapshot.step, snapshot.total_steps)
         parts.append([(f"step {snapshot.step:,}/{snapshot.total_steps:,}", Ink.TEXT), (f" {done}", Ink.FAINT)])
-    if snapshot.seconds_left is not None and snapshot.state in ("building", "starting", "training", "recovering"):
+    if current and snapshot.seconds_left is not None and snapshot.state in ("building", "starting", "training", "recovering"):
         parts.append([(f"{duration(snapshot.seconds_left)} left", Ink.TEXT)])
     loss = snapshot.latest.get("train/loss")
     if loss is not None:
@@ -124,7 +136,11 @@ def notices(scene: Scene, hidden: frozenset[str], cells: int, most: int = 3) -> 
         for key, line in _notices(snapshot, scene):
             if key not in hidden:
                 found.append(line)
-    return [cut(line, cells) for line in found[:most]]
+    lines: list[Line] = [row for line in found[:most] for row in broken(line, cells, NOTICE_ROWS)]
+    if len(found) > most:
+        more = f" +{len(found) - most} more (j shows them)"
+        lines[-1] = [*cut(lines[-1], cells - len(more)), (more, Ink.FAINT)]
+    return lines
 
 
 def notice_keys(snapshot: Snapshot, scene: Scene) -> frozenset[str]:
@@ -145,10 +161,8 @@ def _lost(scene: Scene) -> Line:
 
 def _notices(snapshot: Snapshot, scene: Scene) -> list[tuple[str, Line]]:
     found: list[tuple[str, Line]] = []
-    for event in reversed(snapshot.events):
-        if event.level == "alarm":
-            line = [(" ALARM ", Ink.BADGE_ALARM), (f" {clock(event.time + scene.skew)} {event.text}", Ink.ALARM)]
-            found.append((f"alarm {event.index}", line))
+    for alarm in snapshot.alarms:
+        found.append((f"alarm {alarm.key} {alarm.time}", alarm_line(alarm, scene)))
     astray = unmet_settings(snapshot)
     if astray:
         words = "; ".join(astray)
@@ -161,6 +175,13 @@ def _notices(snapshot: Snapshot, scene: Scene) -> list[tuple[str, Line]]:
         line = [(" GAPS ", Ink.BADGE_HOLD), (f" {plural(snapshot.dropped, 'row')} of metrics dropped", Ink.WARNING)]
         found.append((f"dropped {snapshot.dropped}", line))
     return found
+
+
+def alarm_line(alarm: Alarm, scene: Scene) -> Line:
+    """An alarm that stands: when it came last, how often, since which step, and what it says."""
+    often = f" {alarm.count:,} times" + (f" since step {alarm.step:,}" if alarm.step is not None else "") if alarm.count > 1 else ""
+    at = f" (step {alarm.last_step:,})" if alarm.last_step is not None else ""
+    return [(" ALARM ", Ink.BADGE_ALARM), (f" {clock(alarm.last_time + scene.skew)}{often} {alarm.text}{at}", Ink.ALARM)]
 
 
 def unmet_settings(snapshot: Snapshot) -> list[str]:
@@ -202,19 +223,22 @@ def state_words(scene: Scene) -> list[Run]:
     if snapshot is None:
         return [("waiting for the controller", Ink.FAINT)]
     running = running_span(snapshot)
-    parts: list[Line] = []
+    quiet = silence(scene)
+    parts: list[Line] = [[(f"was {snapshot.state}: {quiet.words}", Ink.ALARM)]] if quiet is not None else []
     building = next((stage for stage in snapshot.stages if stage.objective == "data" and stage.state == "running"), None)
     if snapshot.state == "building" and building is not None:
         words = f"{building.name}: {building.step}%" + (f", {building.note}" if building.note else "")
         parts.append([(words, Ink.TITLE)])
-        parts.append(_left(building.seconds_left))
+        parts.append(_left(building.seconds_left) if quiet is None else [])
     elif running is not None:
         stage = running.stage
         parts.append([(f"{stage.name}: step {stage.step:,} of {stage.steps:,}", Ink.TITLE)])
-        if snapshot.state in ("training", "recovering", "starting"):
+        if quiet is None and snapshot.state in ("training", "recovering", "starting"):
             parts.append(_left(stage.seconds_left))
     if snapshot.phase not in ("", "training", "paused") and snapshot.state in ("training", "starting", "recovering"):
-        parts.append([(PHASE_WORDS.get(snapshot.phase, snapshot.phase), Ink.TEXT)])
+        since = scene.now - scene.skew - snapshot.phase_since if snapshot.phase_since else 0.0
+        span = f" for {duration(since)}" if since >= PHASE_SECONDS else ""
+        parts.append([(PHASE_WORDS.get(snapshot.phase, snapshot.phase) + span, Ink.TEXT)])
     if snapshot.reason:
         ink = Ink.ALARM if snapshot.state == "failed" else Ink.WARNING if snapshot.state == "recovering" else Ink.TEXT
         parts.append([(snapshot.reason, ink)])

@@ -43,6 +43,7 @@ COMMANDS = (
     Key(("c",), "c", "checkpoint now", "checkpoint", "save", changes=True),
     Key(("g",), "g", "mark the newest checkpoint golden (in checkpoints: the chosen one, or no longer)", "golden", "golden",
         changes=True),
+    Key(("a",), "a", "acknowledge the alarm that stands first", "acknowledge", changes=True),
     Key(("R",), "R", "roll back, after asking", "rollback", "roll back", changes=True),
     Key(("A",), "A", "advance to a later stage, after asking", "advance", "advance", changes=True),
     Key(("S",), "S", "stop the run, after asking", "stop", "stop", changes=True),
@@ -53,6 +54,7 @@ GLOBAL = (
     *COMMANDS,
     Key(("colon",), ":", "a command line; Tab completes, arrows go through what was typed before", "prompt", "type"),
     Key(("question_mark",), "?", "this help", "open:help"),
+    Key(("H",), "H", "where ranks were when they hung last: the stacks, in logs", "stacks"),
     Key(("escape",), "Esc", "go back; hide a notice", "back"),
     Key(("q",), "q", "detach: the run goes on without this screen", "detach", "detach"),
     *(Key((view.key,), view.key, f"{view.name}: {view.text}", f"missing:{view.name}", planned=True) for view in PLANNED),
@@ -65,6 +67,12 @@ _MOVE = (
     Key(("pagedown", "space"), "PgDn", "a page down", "page:1"),
     Key(("home",), "Home", "to the first", "end:-1"),
     Key(("end", "G"), "End", "to the last", "end:1"),
+)
+_READ = (
+    Key(("enter",), "Enter", "the line whole, and back", "whole", "whole"),
+    Key(("less_than_sign",), "<", "to the left", "shift:-1"),
+    Key(("greater_than_sign",), ">", "to the right: what does not fit", "shift:1", "sideways"),
+    Key(("W",), "W", "wrap long lines, or cut them", "wrap", "wrap"),
 )
 _FILTER = Key(("slash",), "/", "filter by a regular expression; an empty one ends it", "filter", "filter")
 
@@ -82,7 +90,7 @@ OF_VIEW: dict[str, tuple[Key, ...]] = {
         Key(("enter",), "Enter", "one chart alone, and all again", "maximise", "one"),
         Key(("s",), "s", "smoothing: none, then wider", "smooth", "smooth"),
         Key(("L",), "L", "logarithmic y axis", "log", "log"),
-        Key(("x",), "x", "x axis: steps, tokens, time", "axis", "axis"),
+        Key(("x",), "x", "labels of the x axis: steps, tokens, time; its columns are steps", "axis", "axis"),
         *_MOVE,
     ),
     "nodes": (
@@ -143,7 +151,7 @@ OF_VIEW: dict[str, tuple[Key, ...]] = {
         Key(("u",), "u", "undo: the last decision is taken back, and its pair comes again", "undo", "undo", changes=True),
         Key(("tab",), "Tab", "what is scrolled: the answers, or the prompt", "part"),
         Key(("enter", "space"), "Enter", "nothing, like Space: a slip decides nothing", "nothing"),
-        Key(("p", "c", "g"), "p", "nothing, like c and g: no slip of an annotator steers the run", "unbound"),
+        Key(("p", "c", "g", "a"), "p", "nothing, like c, g and a: no slip of an annotator steers the run", "unbound"),
         *(key._replace(keys=tuple(each for each in key.keys if each != "space")) for key in _MOVE),
     ),
     "logs": (
@@ -151,9 +159,10 @@ OF_VIEW: dict[str, tuple[Key, ...]] = {
         Key(("left",), "←", "the file before", "file:-1", "file"),
         Key(("right",), "→", "the next file", "file:1"),
         Key(("f",), "f", "follow the end, or hold", "follow", "follow"),
+        *_READ,
         *_MOVE,
     ),
-    "journal": (_FILTER, Key(("f",), "f", "follow the end, or hold", "follow", "follow"), *_MOVE),
+    "journal": (_FILTER, Key(("f",), "f", "follow the end, or hold", "follow", "follow"), *_READ, *_MOVE),
     "help": _MOVE,
 }  # fmt: skip
 

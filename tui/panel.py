@@ -93,6 +93,36 @@ def wrapped(words: str, cells: int, ink: Ink = Ink.TEXT) -> list[list[Run]]:
     return lines
 
 
+def broken(line: Line, cells: int, most: int) -> list[list[Run]]:
+    """A line in at most so many rows, broken at spaces where there are any; the last row is cut where that is not enough."""
+    rows: list[list[Run]] = []
+    rest = list(line)
+    while len(rows) < most - 1 and width(rest) > cells > 0:
+        words = text(rest)
+        at = words.rfind(" ", 1, cells + 1)
+        at = at if at > cells // 2 else cells
+        row: list[Run] = []
+        left: list[Run] = []
+        seen = 0
+        for part, ink in rest:
+            head = part[: max(0, at - seen)]
+            row += [(head, ink)] if head else []
+            left += [(part[len(head) :], ink)] if part[len(head) :] else []
+            seen += len(part)
+        rows.append(row)
+        rest = [(" ", Ink.BLANK), (left[0][0].lstrip(" "), left[0][1]), *left[1:]] if left else []
+    return [*rows, cut(rest, cells)]
+
+
+def shifted(line: Line, by: int) -> list[Run]:
+    """The line without its first cells, for a window that was moved to the right."""
+    runs: list[Run] = []
+    for part, ink in line:
+        runs += [(part[by:], ink)] if part[by:] else []
+        by = max(0, by - len(part))
+    return runs
+
+
 class Lazy(Sequence[Line], Generic[Item]):
     """Lines made from items when they are drawn."""
 
@@ -138,9 +168,13 @@ class Panel(Widget):
         """The line on a row of the screen."""
         return y
 
+    def _line(self, number: int) -> Line:
+        """A line as it is drawn."""
+        return self.lines[number]
+
     def _visible(self) -> list[tuple[Run, ...]]:
         last = min(len(self.lines), self._at(self.size.height))
-        return [tuple(self.lines[number]) for number in range(self._at(0), last)]
+        return [tuple(self._line(number)) for number in range(self._at(0), last)]
 
     def _redraw(self) -> None:
         old, self._drawn = self._drawn, self._visible()
@@ -182,7 +216,7 @@ class Panel(Widget):
         if number >= len(self.lines):
             return Strip.blank(cells, base)
         base += self._row_style(number)
-        signed = [(self._sign(number), Ink.TITLE), *self.lines[number]]
+        signed = [(self._sign(number), Ink.TITLE), *self._line(number)]
         segments = [Segment(plain(part, UNICODE), base + STYLES[ink]) for part, ink in cut(signed, cells)]
         strip = Strip(segments).extend_cell_length(cells, base)
         selection = self.text_selection
@@ -225,6 +259,8 @@ class Rows(Panel):
         self.choosing, self.following = choosing, following
         self.top = 0
         self.cursor = 0
+        self.shift = 0
+        """Cells that the window has been moved to the right."""
 
     def show(self, lines: Sequence[Line]) -> None:
         self.lines = lines
@@ -233,20 +269,30 @@ class Rows(Panel):
     def _at(self, y: int) -> int:
         return self.top + y
 
+    def _line(self, number: int) -> Line:
+        return shifted(self.lines[number], self.shift) if self.shift else self.lines[number]
+
     def _settle(self) -> None:
-        """Puts cursor and window where they may be, and redraws."""
+        """Puts cursor and window where they may be, and redraws. While following, the cursor is at the end too."""
         last = max(0, len(self.lines) - 1)
+        before = self.cursor
+        if self.following:
+            self.cursor = last
         self.cursor = min(max(0, self.cursor), last)
         end = max(0, len(self.lines) - self.size.height)
         if self.choosing:
             self.top = min(max(self.top, self.cursor - self.size.height + 1), self.cursor)
         self.top = end if self.following else min(max(0, self.top), end)
         self._redraw()
+        if self.choosing and before != self.cursor:
+            self._refresh_line(before)
+            self._refresh_line(self.cursor)
 
     def move(self, by: int) -> None:
         """The cursor, or else the window, by so many lines."""
         if self.choosing:
             before, self.cursor = self.cursor, min(max(0, self.cursor + by), max(0, len(self.lines) - 1))
+            self.following = self.following and by >= 0
             self._settle()
             self._refresh_line(before)
             self._refresh_line(self.cursor)
@@ -274,7 +320,8 @@ class Rows(Panel):
         return "top" if self.top == 0 else "end" if self.top >= end else f"{int(100 * self.top / end)}%"
 
     def _refresh_line(self, number: int) -> None:
-        self.refresh(Region(0, number - self.top, self.size.width, 1))
+        if 0 <= number - self.top < self.size.height:
+            self.refresh(Region(0, number - self.top, self.size.width, 1))
 
     def _row_style(self, number: int) -> Style:
         return CHOSEN if self.choosing and number == self.cursor else Style()

@@ -1,4 +1,4 @@
-"""The line to type on: `:` for commands with history and completion, `/` for a view's filter, `>` for what a view asks."""
+"""The command line at the foot of the screen: `:` for commands and views, `/` for a filter of the view, `>` for a prompt."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from textual.widgets import Input
 
 from tui.chart.ink import Ink
 from tui.commandline import complete, parse
+from tui.entry import Entry
 
 if TYPE_CHECKING:
     from tui.app import MidwatchApp
 
 
-class Prompt(Input):
+class Prompt(Entry):
     """Hidden until opened. Enter does what was typed, Esc leaves it undone."""
 
     DEFAULT_CSS = """
@@ -42,27 +43,36 @@ class Prompt(Input):
         self.value = sign + (self._patterns.get(self.midwatch.view_name, "") if sign == "/" else "")
         self.cursor_position = len(self.value)
         self.display = True
-        self.screen.set_focus(self)  # at once: `focus` would let keys typed meanwhile pass by
+        self.screen.set_focus(self)
 
     def close(self) -> None:
         self.display = False
         self.screen.set_focus(None)
 
-    async def _on_key(self, event: Key) -> None:
-        if event.key == "tab" and self._sign == ":":
-            event.prevent_default()
-            event.stop()
+    async def take_key(self, event: Key) -> bool:
+        if event.key == "enter":
+            await self._submit()
+        elif event.key == "tab" and self._sign == ":":
             self._complete()
         elif event.key in ("up", "down") and self._sign != "/":
-            event.prevent_default()
-            event.stop()
             self._recall(-1 if event.key == "up" else 1)
-        elif event.key == "backspace" and len(self.value) <= 1:
-            event.prevent_default()
-            event.stop()
+        elif event.key == "escape" or (event.key == "backspace" and len(self.value) <= 1):
             self.close()
+        elif await super().take_key(event):
+            self._edited()
         else:
-            await super()._on_key(event)
+            return False
+        return True
+
+    def take_text(self, text: str) -> None:
+        super().take_text(text)
+        self._edited()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        event.stop()  # what it calls for is done already
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        event.stop()
 
     def _complete(self) -> None:
         snapshot = self.midwatch.scene.snapshot
@@ -84,11 +94,11 @@ class Prompt(Input):
         self.value = self._sign + (typed[self._place] if self._place < len(typed) else "")
         self.cursor_position = len(self.value)
 
-    def on_input_changed(self, event: Input.Changed) -> None:
-        event.stop()
+    def _edited(self) -> None:
+        """The line has changed."""
         if not self.value.startswith(self._sign):
             self.value = self._sign + self.value.lstrip(":/")  # its sign was deleted
-        elif self._sign == "/" and self.midwatch.view is not None and self.is_open:
+        elif self._sign == "/" and self.midwatch.view is not None:
             self._filter()
 
     def _filter(self) -> None:
@@ -99,8 +109,8 @@ class Prompt(Input):
         else:
             self._patterns[self.midwatch.view_name] = self.value[1:]
 
-    async def on_input_submitted(self, event: Input.Submitted) -> None:
-        event.stop()
+    async def _submit(self) -> None:
+        """Does what stands on the line now: what is typed from here on belongs to whatever comes next."""
         text = self.value[1:]
         line = text.strip()
         self.close()

@@ -5,6 +5,8 @@ import os
 import time
 from collections.abc import Mapping
 
+from launcher.words import plural as plural
+
 _UNITS = ((9_999.5, 1.0, ""), (9.995e5, 1e3, "k"), (9.995e8, 1e6, "M"), (9.995e11, 1e9, "B"), (9.995e14, 1e12, "T"))
 
 
@@ -67,11 +69,6 @@ def age(seconds: float) -> str:
 def percent(part: float, whole: float) -> str:
     """Rounded down, so that 100 % is said of what is complete alone."""
     return f"{int(100 * part / whole)}%" if whole > 0 else "-"
-
-
-def plural(count: int, one: str, many: str = "") -> str:
-    """`1 step`, `1,234 steps`."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def setting(value: float) -> str:

@@ -15,6 +15,7 @@ from launcher.checks import RUNTIME_WAY, NodeReport, What, check_nodes, ready
 from launcher.cli.runs import check_recipe
 from launcher.preflight import Findings, runtime_problem
 from launcher.recipe import Recipe, RecipeError, warnings
+from launcher.words import plural
 from shards.terminal import make_console, write_error, write_json, write_out
 
 MANY = 20
@@ -35,7 +36,7 @@ def check(arguments: argparse.Namespace) -> int:
         return 0 if good else 2
     for warning in told:
         write_error(f"warning: {warning}")
-    write_out(f"{arguments.recipe}: good ({len(recipe.stage)} stages, {recipe.total_steps} steps)")
+    write_out(f"{arguments.recipe}: good ({plural(len(recipe.stage), 'stage')}, {plural(recipe.total_steps, 'step')})")
     if reports:
         render(reports, make_console())
     if here:

@@ -68,6 +68,8 @@ def command_of(arguments: argparse.Namespace) -> tuple[p.Verb, dict[str, Any]]:
         return name, {"checkpoint": arguments.checkpoint}
     if name == "cancel":
         return "cancel", {"id": arguments.id}
+    if name == "acknowledge":
+        return "acknowledge", {"alarm": arguments.alarm}
     if name.startswith("node-"):
         return name, {"node": arguments.node}
     return name, {}
@@ -135,6 +137,9 @@ def print_status(snapshot: p.Snapshot) -> None:
     golden = [c.id for c in snapshot.checkpoints if c.golden]
     newest = snapshot.checkpoints[-1].id if snapshot.checkpoints else "none"
     console.print(f"checkpoints {len(snapshot.checkpoints)}, newest {newest}, golden {', '.join(golden) or 'none'}")
+    for alarm in snapshot.alarms:
+        times = f" ({alarm.count} times)" if alarm.count > 1 else ""
+        console.print(f"alarm {alarm.key!r}{times}: {alarm.text}")
     for command in snapshot.commands:
         if command.state in ("queued", "sent"):
             console.print(f"waiting: #{command.number} {outcome_text(command)}")

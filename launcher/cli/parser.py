@@ -211,6 +211,8 @@ def _add_steering(commands: Any) -> None:
     set_.add_argument("key", metavar="KEY")
     set_.add_argument("value", metavar="VALUE", type=float)
     add("cancel", "take back a command that waits").add_argument("id", metavar="ID")
+    acknowledge = add("acknowledge", "mark an alarm as seen: it stands no more until it is raised again")
+    acknowledge.add_argument("alarm", metavar="KEY", nargs="?", default="all", help="as `status` shows it (default: all alarms)")
     stop = add("stop", "checkpoint, end the ranks and close the run")
     stop.add_argument("--now", action="store_true", help="without a checkpoint")
     nodes = commands.add_parser("node", help="look at nodes, and take them out or put them back")

@@ -19,6 +19,7 @@ from launcher.preferences.pairs import export
 from launcher.preferences.prompts import of_file
 from launcher.preferences.store import PreferenceError, all_decisions, check_name
 from launcher.remote import RemoteRun
+from launcher.words import plural
 from shards.terminal import write_json, write_out
 
 LEFT_OUT = {
@@ -114,7 +115,7 @@ def share(found: p.Share) -> str:
 
 def _counted(counts: Counter[str]) -> str:
     left_out = ", ".join(f"{counts[kind]} {words}" for kind, words in LEFT_OUT.items() if counts[kind])
-    return f"{counts['pairs']} pairs" + (f"; left out: {left_out}" if left_out else "")
+    return plural(counts["pairs"], "pair") + (f"; left out: {left_out}" if left_out else "")
 
 
 async def _ask(run: RemoteRun) -> p.Agreement:

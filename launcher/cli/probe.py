@@ -26,6 +26,7 @@ from launcher.paths import RunPaths, controller_lives
 from launcher.prober import Prober
 from launcher.recipe import load_recipe
 from launcher.remote import RemoteRun
+from launcher.words import plural
 from shards.terminal import write_error, write_json, write_out
 
 Answers = Callable[[p.ProbeAsk], AsyncGenerator[p.ProbeAnswer]]
@@ -113,7 +114,7 @@ def show(answers: Iterator[p.ProbeAnswer], ask: p.ProbeAsk, out: TextIO | None =
 
 def _figures(end: p.ProbeEnd) -> str:
     score = f", score {end.score:.3f}" if end.score is not None else ""
-    return f"{end.tokens} tokens, {end.tokens_per_second:.1f} a second, {end.finish}{score}"
+    return f"{plural(end.tokens, 'token')}, {end.tokens_per_second:.1f} a second, {end.finish}{score}"
 
 
 def _show_json(answers: Iterator[p.ProbeAnswer]) -> int:

@@ -8,6 +8,7 @@ import asyncio
 from launcher import protocol as p
 from launcher.cli.runs import find_anywhere
 from launcher.client import Client
+from launcher.words import plural
 from shards.terminal import make_console, write_error, write_json
 
 
@@ -57,5 +58,5 @@ def _heading(sample: p.SampleView) -> str:
     parts = [f"{sample.stage} step {sample.step}, lineage {sample.lineage}" + ("" if sample.on_line else " (rolled back)")]
     parts += [f"reward {sample.reward:.4g}"] if sample.reward is not None else []
     parts += [f"KL {sample.kl:.4g}"] if sample.kl is not None else []
-    parts += [f"{sample.tokens} tokens"] if sample.tokens is not None else []
+    parts += [plural(sample.tokens, "token")] if sample.tokens is not None else []
     return ", ".join(parts)

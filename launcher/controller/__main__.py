@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import resource
 import signal
@@ -37,7 +38,7 @@ from launcher.controller.server import Doorkeeper
 from launcher.controller.stragglers import Stragglers
 from launcher.controller.versions import installed_versions
 from launcher.controller.view import View
-from launcher.controller.watching import Watching, action
+from launcher.controller.watching import Firing, Watching, action
 from launcher.directory import DirectoryId
 from launcher.identity import claim
 from launcher.keys import KeysError, RunKeys
@@ -267,9 +268,11 @@ class Term:
         self.generations.dismiss()
         await asyncio.sleep(FAREWELL_SECONDS)
 
-    def _rule_fires(self, rule: Watch, step: int, seen: str) -> None:
+    def _rule_fires(self, rule: Watch, step: int, seen: Firing) -> None:
         office = self._office
-        office.note("alarm", f"watch rule {rule.name}: {seen}", step, rule=rule.name)
+        text = f"{rule.name}: {seen.words(rule.metric)}"
+        value = seen.value if math.isfinite(seen.value) else None
+        office.raise_alarm(text, step, rule=rule.name, value=value, threshold=seen.threshold)
         command = action(rule)
         if command is None:
             return

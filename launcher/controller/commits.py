@@ -69,6 +69,7 @@ class Commits:
             seconds=ready.seconds,
             stall_seconds=ready.stall_seconds,
             loss=ready.loss,
+            settings=ready.settings,
         )
 
     def _leave_record(self, directory: Path, entry: j.CheckpointCommitted) -> None:

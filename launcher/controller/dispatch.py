@@ -87,6 +87,8 @@ class Dispatch:
             found = self._commits.find(str(command.arguments["checkpoint"]))
             detail = {"checkpoint": found.id} if isinstance(found, CheckpointView) else {}
             self._end(view, "refused" if problem else "done", reason=problem, detail=detail)
+        elif command.verb == "acknowledge":
+            self._acknowledge(view)
         elif command.verb == "cancel":
             self._cancel(view)
         elif command.verb == "stop-now":
@@ -119,6 +121,17 @@ class Dispatch:
         else:
             self._end(target, "cancelled", reason=f"by {view.author}")
             self._end(view, "done", detail={"cancelled": target.id})
+
+    def _acknowledge(self, view: CommandView) -> None:
+        """Marks an alarm, or all that stand, as seen by an operator."""
+        wanted = str(view.arguments["alarm"])
+        standing = [alarm.key for alarm in self._office.ledger.standing_alarms()]
+        keys = standing if wanted == "all" else [key for key in standing if key == wanted]
+        if keys:
+            self._end(view, "done", detail={"alarms": keys})
+        else:
+            names = ", ".join(standing[:8]) or "none"
+            self._end(view, "refused", reason=f"no alarm {wanted!r} stands (unacknowledged: {names})")
 
     def _stop_now(self, view: CommandView) -> None:
         if self._rank is not None and self._office.state in ("training", "paused"):
@@ -180,8 +193,10 @@ class Dispatch:
             return  # the ranks are about to leave; it is done when they have
         lineage = office.ledger.rollbacks.get(outcome.number)
         before: tuple[j.Entry, ...] = ()
+        detail = outcome.detail
         if view.verb == "rollback":
             if outcome.ok:
+                detail = with_shown(view, detail)
                 office.live.step = outcome.step
                 self.on_rollback()
             elif lineage is not None and lineage == office.ledger.lineage:
@@ -190,7 +205,7 @@ class Dispatch:
             view,
             "done" if outcome.ok else "failed",
             step=outcome.step,
-            detail=outcome.detail,
+            detail=detail,
             reason=outcome.reason,
             report=report,
             before=before,
@@ -489,11 +504,11 @@ class Dispatch:
             target = await self._target(command)
             if target is None:
                 return
+            undone = max(0, office.live.step - target.step)
             lineage = self._open_lineage(command, target)
             office.live.step = target.step
-            self._end(
-                command, "done", step=target.step, detail={"lineage": lineage.id, "step": target.step, "at": "the next start"}
-            )
+            detail = {"lineage": lineage.id, "step": target.step, "undone": undone, "at": "the next start"}
+            self._end(command, "done", step=target.step, detail=with_shown(command, detail))
             self.on_rollback()
             if office.state in ("failed", "recovering"):
                 self._generations.restart()
@@ -547,3 +562,9 @@ class Dispatch:
                 report=report,
             ),
         )
+
+
+def with_shown(command: CommandView, detail: dict[str, Any]) -> dict[str, Any]:
+    """The outcome of a rollback, with the steps that its dialog had shown where it has undone others: the run went on meanwhile."""
+    shown, undone = command.arguments.get("shown"), detail.get("undone")
+    return detail if shown is None or undone is None or shown == undone else {**detail, "shown": shown}

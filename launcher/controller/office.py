@@ -52,6 +52,8 @@ class Live:
     phase_since: float = 0.0
     step: int = 0
     tokens: int = 0
+    heard: float = 0.0
+    """When the ranks last reported anything, by the controller's clock."""
     step_time: float = 0.0
     """Wall clock of the last step reported."""
     latest: dict[str, float] = field(default_factory=dict)
@@ -199,6 +201,11 @@ class Office:
         """An alarm, unless an earlier term has raised the very same."""
         if not any(isinstance(entry, j.Noted) and entry.text == text for _, entry in self.journal.entries):
             self.note("alarm", text)
+
+    def raise_alarm(self, text: str, step: int, *, rule: str, value: float | None, threshold: str) -> None:
+        """An alarm of a watch rule."""
+        log.error("%s", text)
+        self.record(j.Noted(time=self.clock(), level="alarm", text=text, step=step, rule=rule, value=value, threshold=threshold))
 
     def change_state(self, state: State, reason: str = "") -> None:
         if (state, reason) != (self.ledger.state, self.ledger.reason):

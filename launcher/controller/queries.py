@@ -13,7 +13,8 @@ from launcher.controller.commits import Commits
 from launcher.controller.office import Office
 from launcher.controller.view import View
 from launcher.metrics.columns import Segment
-from launcher.recipe.live import stage_settings
+from launcher.recipe import Recipe
+from launcher.recipe.live import KEPT_ACROSS_STAGES, stage_settings
 
 MOST_LOG_BYTES = 4 * 1024 * 1024
 """Read of a log for one query."""
@@ -75,7 +76,8 @@ class Queries:
 
     def _log(self, query: p.LogQuery) -> p.LogReply:
         root = self._office.paths.logs
-        files = tuple(sorted(str(f.relative_to(root)) for f in root.rglob("*.log") if f.is_file()))
+        found = (*root.rglob("*.log"), *root.rglob("hang-*.txt"))
+        files = tuple(sorted(str(f.relative_to(root)) for f in found if f.is_file()))
         if not query.file:
             return p.LogReply(id=query.id, files=files)
         if query.file not in files:
@@ -95,10 +97,9 @@ class Queries:
         if isinstance(found, str):
             raise ValueError(found)
         at = office.metrics.row_near("train/loss", office.ledger.path(), found.step)
-        stage = office.recipe.stage[office.recipe.stage_index(found.stage)]
-        begun = stage_settings(office.recipe, stage)
         now = office.ledger.settings
-        changed = [f"{k} {now[k]:g} -> {v:g}" for k, v in begun.items() if k in now and now[k] != v]
+        then = settings_after(office.recipe, found, query.lr_scale)
+        changed = [f"{k} {now[k]:g} -> {v:g}" for k, v in then.items() if k in now and now[k] != v]
         return p.UndoReply(
             id=query.id,
             checkpoint=found.id,
@@ -114,6 +115,18 @@ class Queries:
         if query.what == "samples":
             return p.TextReply(id=query.id, samples=tuple(self._office.ledger.samples[-200:]))
         return p.TextReply(id=query.id, text=self._office.paths.recipe.read_text(encoding="utf-8"))
+
+
+def settings_after(recipe: Recipe, checkpoint: p.CheckpointView, lr_scale: float) -> dict[str, float]:
+    """The live settings in force after a rollback to a checkpoint: those that it holds, or the next stage's where it ends one."""
+    stage = recipe.stage_index(checkpoint.stage)
+    settings = dict(checkpoint.settings or stage_settings(recipe, recipe.stage[stage]))
+    if checkpoint.ended and stage + 1 < len(recipe.stage):
+        kept = {key: settings[key] for key in KEPT_ACROSS_STAGES if key in settings}
+        settings = stage_settings(recipe, recipe.stage[stage + 1]) | kept
+    if "lr_scale" in settings:
+        settings["lr_scale"] *= lr_scale
+    return settings
 
 
 def read_log(file: Path, offset: int, limit: int, pattern: str) -> tuple[list[str], int]:

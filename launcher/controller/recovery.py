@@ -161,6 +161,7 @@ def _record(office: Office, manifest: files.Manifest) -> None:
         stall_seconds=0.0,
         loss=loss,
         doubt="" if finite else UNKNOWN,
+        settings=state.settings,
     )
     now = office.clock()
     office.record(msgspec.structs.replace(entry, time=now, report=0, adopted=True))

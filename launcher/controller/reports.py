@@ -56,6 +56,7 @@ class Reports:
     def metrics(self, source: str, message: p.Numbered) -> bool:
         """One step's row, or a sample of a rollout; whether it was new. Raises OSError where a row cannot be stored."""
         row = message.body
+        self._office.live.heard = self._office.clock()
         if isinstance(row, p.Sampled):
             return self._sample(source, message.number, row)
         if isinstance(row, p.Dropped):
@@ -122,6 +123,7 @@ class Reports:
         """Anything but metrics; acknowledged once it is durable. What ranks of an ended generation still say changes nothing."""
         office, generation = self._office, self._office.ledger.generation
         if office.ledger.generation_live:
+            office.live.heard = office.clock()
             if message.number > self._seen():
                 self._take(message.body, message.number, send)
                 self._taken = message.number

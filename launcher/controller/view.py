@@ -10,13 +10,17 @@ import msgspec
 from launcher import journal as j
 from launcher.commands import describe
 from launcher.controller.office import Node, Office
+from launcher.metrics.columns import Segment
 from launcher.protocol import JournalLine, NodeView, Snapshot, StageView
 from launcher.recipe import Stage, descent
+from launcher.words import plural
 from shards.errors import ShardError
 from shards.mixing import parts, shares
 
 EVENTS = 12
 ENDED_COMMANDS = 8
+ALARMS = 50
+"""Standing alarms that screens are sent, the newest."""
 
 
 class View:
@@ -26,6 +30,7 @@ class View:
         self._office = office
         self._lines: list[JournalLine] = []
         self._read = 0
+        self._ends: dict[int, int] = {}
         self._mixtures: dict[str, dict[str, float]] = {}
         self._losses: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}
 
@@ -83,7 +88,25 @@ class View:
             samples=office.samples.taken + len(ledger.samples),
             phase_since=live.phase_since,
             faults=tuple(fault for fault in (office.journal_fault, live.storage_fault) if fault),
+            left_at=self._left_at(),
+            heard=live.heard,
+            step_seconds=statistics.median(live.step_seconds) if live.step_seconds else None,
+            alarms=tuple(ledger.standing_alarms()[:ALARMS]),
         )
+
+    def _left_at(self) -> dict[int, int]:
+        """Kept for each lineage that has been left: it takes no further step."""
+        ledger, metrics = self._office.ledger, self._office.metrics
+        found: dict[int, int] = {}
+        for line in ledger.lineages:
+            if line == ledger.lineage:
+                self._ends.pop(line, None)
+                continue
+            if line not in self._ends:
+                newest = metrics.latest("train/loss", [Segment(line, -1, None)])
+                self._ends[line] = newest.step if newest is not None else ledger.lineages[line].fork_step
+            found[line] = self._ends[line]
+        return found
 
     def _nodes(self) -> tuple[NodeView, ...]:
         ledger = self._office.ledger
@@ -255,7 +278,7 @@ def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
             return "data", f"built in {entry.seconds:.0f} s" if entry.seconds else "was there already", "info"
         case j.GenerationBegan():
             source = f"from {entry.checkpoint}" if entry.checkpoint else "from the beginning"
-            return "ranks", f"generation {entry.generation}: {entry.world} ranks, {source}", "info"
+            return "ranks", f"generation {entry.generation}: {plural(entry.world, 'rank')}, {source}", "info"
         case j.NodeMarked():
             reason = f": {entry.reason}" if entry.reason else ""
             return "node", f"{entry.node} is {entry.mark}{reason}", "info" if entry.mark == "in use" else "warning"
@@ -270,8 +293,9 @@ def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
         case j.LineageOpened():
             line = entry.lineage
             since = f"from {line.fork}" if line.fork else "from the beginning"
-            undone = f", {entry.undone} steps undone" if entry.undone else ""
-            skip = f", {line.skip} steps of data skipped" if line.skip else ""
+            # Of a rollback that ranks carry out it is not known yet how many steps it undoes: its outcome says so.
+            undone = f", {plural(entry.undone, 'step')} undone" if entry.undone and line.cause == "crash" else ""
+            skip = f", {plural(line.skip, 'step')} of data skipped" if line.skip else ""
             scale = f", learning rate x{line.lr_scale:g}" if line.lr_scale != 1 else ""
             return (
                 "lineage",
@@ -298,9 +322,10 @@ def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
         case j.StageBegan():
             return "stage", f"{entry.stage} began at step {entry.step}", "info"
         case j.StageEnded():
-            return "stage", f"{entry.stage} ended after {entry.stage_step} steps: {entry.product}", "info"
+            return "stage", f"{entry.stage} ended after {plural(entry.stage_step, 'step')}: {entry.product}", "info"
         case j.Noted():
-            return "note", entry.text, entry.level
+            at = f" (step {entry.step:,})" if entry.step is not None and entry.level != "info" else ""
+            return "note", entry.text + at, entry.level
         case j.SampleTaken():
             return "sample", f"{entry.stage}: {entry.prompt!r} -> {entry.text[:80]!r}", "info"
         case _:

@@ -5,13 +5,29 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.protocol import Metrics, Verb
 from launcher.recipe import Watch
 from launcher.recipe.watch import TRENDS, Condition
+from launcher.words import plural
 
-Fire = Callable[[Watch, int, str], None]
+
+class Firing(NamedTuple):
+    """What a rule has seen when it fired."""
+
+    value: float
+    """Of the rule's metric."""
+    threshold: str
+    """What the rule compares it with, as `above 4`."""
+    others: str
+    """The other conditions' metrics and values; empty: there are none."""
+
+    def words(self, metric: str) -> str:
+        return f"{metric} is {self.value:g}, threshold: {self.threshold}" + (f"; {self.others}" if self.others else "")
+
+
+Fire = Callable[[Watch, int, Firing], None]
 """The rule, the step, and what it has seen there."""
 
 
@@ -28,6 +44,8 @@ class Held:
         self.value = math.nan
         self.holds = False
         """Of the newest value."""
+        self.threshold = ""
+        """What the newest value was compared with, in words."""
 
     def see(self, step: int, value: float) -> None:
         """Takes a value in."""
@@ -42,15 +60,18 @@ class Held:
     def forget(self) -> None:
         self._past.clear()
         self._trend.clear()
-        self.value, self.holds = math.nan, False
+        self.value, self.holds, self.threshold = math.nan, False, ""
 
     def _judge(self, step: int, value: float) -> bool:
         rule = self._condition
         if rule.not_finite:
+            self.threshold = "not finite"
             return not math.isfinite(value)
         if rule.above is not None:
+            self.threshold = f"above {rule.above:g}"
             return value > rule.above
         if rule.below is not None:
+            self.threshold = f"below {rule.below:g}"
             return value < rule.below
         if self._trends:
             return self._has_changed(step)
@@ -58,7 +79,9 @@ class Held:
             return False
         mean = math.fsum(self._past) / len(self._past)
         spread = math.sqrt(math.fsum((v - mean) ** 2 for v in self._past) / len(self._past))
-        return value > mean + rule.sigma * max(spread, 1e-12)
+        limit = mean + rule.sigma * max(spread, 1e-12)
+        self.threshold = f"above {limit:.4g} (mean {mean:.4g} + {rule.sigma:g} standard deviations of {rule.window} values)"
+        return value > limit
 
     def _has_changed(self, step: int) -> bool:
         rule = self._condition
@@ -68,14 +91,21 @@ class Held:
         if not old or not new:
             return False
         before, now = math.fsum(old) / len(old), math.fsum(new) / len(new)
+        means = f"(mean {before:.4g} -> {now:.4g} over {plural(rule.over, 'step')})"
         if rule.change_above is not None:
+            self.threshold = f"change above {rule.change_above:g} {means}"
             return now - before > rule.change_above
         if rule.change_below is not None:
+            self.threshold = f"change below {rule.change_below:g} {means}"
             return now - before < rule.change_below
         if before <= 0:  # a ratio to less than nothing says nothing
             return False
         ratio = now / before
-        return ratio > rule.ratio_above if rule.ratio_above is not None else ratio < (rule.ratio_below or 0.0)
+        if rule.ratio_above is not None:
+            self.threshold = f"ratio above {rule.ratio_above:g} {means}"
+            return ratio > rule.ratio_above
+        self.threshold = f"ratio below {rule.ratio_below or 0.0:g} {means}"
+        return ratio < (rule.ratio_below or 0.0)
 
 
 class Watcher:
@@ -105,10 +135,10 @@ class Watcher:
         self._quiet_until = step + self.rule.cooldown
         return True
 
-    def told(self) -> str:
-        """What it has seen, in words: `train/loss is 4.1`, and of each other condition likewise."""
-        seen = [(self.rule.metric, self._own.value), *((metric, held.value) for metric, held in self._others)]
-        return ", ".join(f"{metric} is {value:g}" for metric, value in seen)
+    def firing(self) -> Firing:
+        """What it has just fired on."""
+        others = ", ".join(f"{metric} is {held.value:g} ({held.threshold})" for metric, held in self._others)
+        return Firing(self._own.value, self._own.threshold, others)
 
     def forget(self) -> None:
         """After a rollback: what was seen belongs to another line."""
@@ -128,7 +158,7 @@ class Watching:
     def see(self, row: Metrics) -> None:
         for watcher in self._watchers:
             if watcher.see(row.step, row.values):
-                self._fire(watcher.rule, row.step, watcher.told())
+                self._fire(watcher.rule, row.step, watcher.firing())
 
     def forget(self) -> None:
         for watcher in self._watchers:

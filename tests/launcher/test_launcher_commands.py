@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import msgspec
 import pytest
-from launcher_desk import NODE, Desk, InstantData, desk_at, make_recipe
+from launcher_desk import NODE, Desk, InstantData, desk_at, make_recipe, write_checkpoint
 
 from launcher import checkpoints as files
 from launcher import journal as j
 from launcher import protocol as p
 from launcher.commands import OPS, STATES, TABLE, VERBS, Doing, check_arguments, describe
 from launcher.controller import pool as pool_module
+from launcher.controller.view import View
 from launcher.recipe import Watch
 
 At = Callable[..., Any]
@@ -26,6 +27,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "rollback": {"checkpoint": "a", "skip": 3, "lr_scale": 0.5},
     "set": {"key": "lr", "value": 0.01},
     "cancel": {"id": "nobody"},
+    "acknowledge": {"alarm": "spike"},
 }
 ENDS: dict[str, Literal["stopped", "stopped-now", "released"]] = {
     "stop": "stopped",
@@ -74,6 +76,9 @@ async def test_each_command_does_in_each_state_what_the_table_says(verb: p.Verb,
         elif verb == "cancel":
             assert desk.view(command).state == "refused"
             assert "nobody" in desk.view(command).reason
+        elif verb == "acknowledge":
+            assert desk.view(command).state == "refused"
+            assert "no alarm 'spike' stands" in desk.view(command).reason
         elif state in ("training", "paused"):
             await desk.until(lambda: desk.orders)
             assert (desk.orders[-1].number, desk.orders[-1].op) == (command.number, OPS[verb])
@@ -740,3 +745,22 @@ def test_a_command_is_described_as_it_is_typed() -> None:
     assert describe("rollback", {"checkpoint": "a", "skip": 3, "lr_scale": 0.5}) == "rollback a --skip 3 --lr-scale 0.5"
     assert describe("advance", {"to": "sft"}) == "advance --to sft"
     assert check_arguments("set", {"key": "lr", "value": 1}) == ""
+
+
+async def test_a_rollback_promises_the_settings_of_the_checkpoint_and_tells_what_it_undid(at: At) -> None:
+    async with at("training") as desk:
+        digest = write_checkpoint(desk.paths.checkpoints, ".writing-mine", "mine", desk.ledger.generation)
+        desk.says(desk.ready("mine", 30, digest, settings={"lr": 0.02, "clip": 1.0, "lr_scale": 0.5}))
+        desk.row(40)
+        desk.office.record(j.SettingsInForce(time=1.0, lineage=1, step=40, settings={"lr": 0.01, "clip": 1.0, "lr_scale": 0.5}))
+        reply = await desk.term.door._clients._queries.answer(p.UndoQuery(id=1, checkpoint="mine", lr_scale=0.5))
+        assert isinstance(reply, p.UndoReply)
+        assert reply.settings == ("lr 0.01 -> 0.02", "lr_scale 0.5 -> 0.25"), "not the recipe's"
+        assert reply.steps == 10
+        command = desk.give("rollback", checkpoint="mine", shown=10)
+        await desk.until(lambda: desk.orders)
+        desk.answers(desk.orders[-1], step=30, undone=13)
+        assert desk.view(command).detail["undone"] == 13 and desk.view(command).detail["shown"] == 10
+        lines = [line.text for line in View(desk.office).journal()]
+        assert not any("10 steps undone" in line for line in lines), "the journal names one number, the true one"
+        assert any("undone 13" in line and "shown 10" in line for line in lines)

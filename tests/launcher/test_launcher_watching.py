@@ -163,7 +163,7 @@ def test_a_metric_is_compared_with_its_own_past(condition: dict[str, Any], serie
 def test_what_fires_tells_every_value_and_a_rollback_forgets_them() -> None:
     rule = Watch(name="both", metric="x", above=1.0, others=(Condition(metric="y", below=0.0),), cooldown=1)
     told: list[str] = []
-    watching = Watching((rule,), lambda _, step, seen: told.append(f"{step}: {seen}"))
+    watching = Watching((rule,), lambda _, step, seen: told.append(f"{step}: {seen.words('x')}"))
 
     def see(step: int, **values: float) -> None:
         watching.see(Metrics(lineage=1, step=step, tokens=1, time=0.0, values=values))
@@ -172,7 +172,7 @@ def test_what_fires_tells_every_value_and_a_rollback_forgets_them() -> None:
     see(2, y=-1.0)
     assert told == []
     see(3, x=3.0)
-    assert told == ["3: x is 3, y is -1"]
+    assert told == ["3: x is 3, threshold: above 1; y is -1 (below 0)"]
     watching.forget()
     see(4, x=3.0)
     assert len(told) == 1

@@ -100,14 +100,20 @@ def test_names_cannot_break_the_layout_or_send_escapes_to_the_terminal() -> None
         assert len(strip) == 40 and strip.isprintable()
 
 
-def test_ghosts_lie_beneath_and_do_not_stretch_the_scale() -> None:
+def test_ghosts_lie_beneath_and_stretch_the_scale_no_further_than_the_lines_stay_readable() -> None:
     alive = columns()
-    with_ghost = Picture("loss", alive.grid, (Series(alive),), ghosts=(Series(columns(offset=1e6)),))
-    without = Picture("loss", alive.grid, (Series(alive),))
-    a, b = paint(with_ghost, 80, 24), paint(without, 80, 24)
-    assert [line[:8] for line in text(a)] == [line[:8] for line in text(b)]
-    assert (a.inks == Ink.GHOST).any()
-    assert ((b.inks == Ink.LINE_0) <= (a.inks == Ink.LINE_0)).all()
+    low, high = float(np.nanmin(alive.min)), float(np.nanmax(alive.max))
+    for offset in (0.5, 1e6):  # a spike, and a line that ran away
+        picture = Picture("loss", alive.grid, (Series(alive),), ghosts=(Series(columns(offset=offset)),))
+        canvas = paint(picture, 80, 24)
+        assert (canvas.inks == Ink.GHOST).any()
+        assert (canvas.inks == Ink.LINE_0).any(axis=1).sum() >= 7, "the lines keep a third of the height"
+        top = max(float(line.split("┤")[0]) for line in text(canvas) if "┤" in line and line.split("┤")[0].strip())
+        assert top <= high + 1.01 * (high - low), "no further than this"
+    spike = Picture("loss", alive.grid, (Series(alive),), ghosts=(Series(columns(offset=0.5)),))
+    inks = paint(spike, 80, 24).inks[1:]  # beneath the title
+    ghost, own = ((inks == ink).any(axis=1).argmax() for ink in (Ink.GHOST, Ink.LINE_0))
+    assert ghost < own, "it stands out above"
 
 
 def test_smoothing_is_bright_over_the_raw_line() -> None:
@@ -118,7 +124,7 @@ def test_smoothing_is_bright_over_the_raw_line() -> None:
 
 def test_x_labels_in_tokens_and_time() -> None:
     found = columns()
-    for axis, expected in (("tokens", "400M"), ("time", "13m 20s")):
+    for axis, expected in (("tokens", "400M"), ("time", "10m 00s")):
         picture = Picture("loss", found.grid, (Series(found),), x_axis=axis)  # type: ignore[arg-type]
         assert expected in text(paint(picture, 80, 24))[-1]
 
@@ -186,3 +192,17 @@ def test_strips() -> None:
             assert len(strip) <= width
             assert unicode or strip.isascii()
     assert "✓pretrain" in text_of(stage_strip(stages, 80)) and "▸sft" in text_of(stage_strip(stages, 80))
+
+
+def test_labels_of_unequal_steps_stand_where_their_round_times_were_reached() -> None:
+    """The first half took 1 s a step, the second 9 s: the same time is a shorter way along the steps."""
+    rows = np.zeros(200, ROW)
+    rows["step"], rows["value"] = np.arange(200), 1.0
+    rows["time"] = np.where(np.arange(200) < 100, np.arange(200), 100 + 9 * (np.arange(200) - 100))
+    found = columns_of("loss", rows, 0, 200, 140)
+    canvas = text(paint(Picture("loss", found.grid, (Series(found),), x_axis="time"), 80, 24))
+    ticks, labels = canvas[-2], canvas[-1]
+    at = [number for number, char in enumerate(ticks) if char == "┬"]
+    assert labels.strip().startswith("0s") and "5m 00s" in labels and "10m 00s" in labels
+    left = len(ticks) - len(ticks.lstrip())
+    assert at[1] - at[0] > 2 * (at[2] - at[1]), (left, at, labels)

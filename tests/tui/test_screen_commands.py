@@ -64,7 +64,7 @@ async def test_rollback_shows_what_it_undoes_with_the_focus_on_cancel(stage: Sta
         await screen.press("R")
         dialog = await _rollback_dialog(screen)
         assert isinstance(dialog.focused, Press) and dialog.focused.label == "Cancel"
-        await screen.sees("180 steps", "2.95M tokens", "29s of training", "lr 5e-05 -> 0.0001", "step-1000")
+        await screen.sees("180 steps", "2.95M tokens", "29s of training", "lr 5e-05 -> 0.0001", "▸ · step-1100")
         await screen.press("enter")
         await screen.until(lambda: len(screen.app.screen_stack) == 1)
         assert stage.commands == []
@@ -75,14 +75,80 @@ async def test_rollback_goes_to_the_chosen_checkpoint_with_skip_and_rate(stage: 
     async with attached(stage) as screen:
         await screen.press("R")
         await _rollback_dialog(screen)
-        await screen.press("down")  # the other golden, step-400
+        await screen.press("down", "down", "down", "down")  # to the older golden
         await screen.sees("▸ ★ step-400")
         await screen.press("shift+tab", "backspace", "0", ".", "5")  # from Cancel back into the rate
         await screen.press("shift+tab", "backspace", "7")
         await screen.press("tab", "tab", "right", "enter")
         await screen.until(lambda: stage.commands != [])
         command = stage.commands[0]
-        assert (command.verb, command.arguments) == ("rollback", {"checkpoint": "step-400", "skip": 7, "lr_scale": 0.5})
+        assert (command.verb, command.arguments) == (
+            "rollback",
+            {"checkpoint": "step-400", "skip": 7, "lr_scale": 0.5, "shown": 180},
+        )
+
+
+async def test_the_rollback_dialog_goes_on_with_the_run_and_sends_what_it_last_showed(stage: Stage) -> None:
+    async with attached(stage) as screen:
+        await screen.press("R")
+        await _rollback_dialog(screen)
+        await screen.press("down", "tab")
+        stage.undo = replace(stage.undo, steps=253)
+        stage.send(step=STEP + 73)
+        await screen.sees("Undoes 253 steps", "▸ ★ step-1000", "[ Roll back ]")
+        await screen.press("enter")
+        await screen.until(lambda: stage.commands != [])
+        assert stage.commands[0].arguments == {"checkpoint": "step-1000", "shown": 253}
+
+
+async def test_a_rollback_whose_cost_is_not_known_yet_is_not_sent(stage: Stage) -> None:
+    async with attached(stage) as screen:
+        await screen.press("R")
+        dialog = await _rollback_dialog(screen)
+        dialog._undone.clear()
+        await screen.press("tab", "enter")
+        await screen.sees("wait: what this would undo is not known yet")
+        assert stage.commands == []
+
+
+def _spike(step: int, last: int, lineage: int = 2) -> p.Alarm:
+    return p.Alarm(
+        key="loss spike",
+        text="loss spike: train/loss is 9, threshold: above 4",
+        rule="loss spike",
+        value=9.0,
+        threshold="above 4",
+        step=step,
+        lineage=lineage,
+        time=NOW - 20,
+        last_step=last,
+        last_time=NOW,
+        count=3,
+    )
+
+
+async def test_before_an_alarm_the_newest_good_checkpoint_is_chosen_and_b_skips_to_the_bad_step(stage: Stage) -> None:
+    stage.snapshot = replace(stage.snapshot, alarms=(_spike(1090, 1150),))
+    async with attached(stage) as screen:
+        await screen.press("R")
+        await _rollback_dialog(screen)
+        await screen.sees("▸ ★ step-1000", "The data of the bad step 1,150 is trained on again")
+        await screen.press("b")
+        await screen.sees("The data of steps 1,001 to 1,150 is skipped, the bad step 1,150 among")
+        await screen.press("up")  # the skip follows the checkpoint
+        await screen.sees("▸ · step-1100", "The data of steps 1,101 to 1,150 is skipped")
+        await screen.press("right", "enter")
+        await screen.until(lambda: stage.commands != [])
+        assert stage.commands[0].arguments == {"checkpoint": "step-1100", "skip": 50, "shown": 180}
+
+
+async def test_an_alarm_on_a_line_that_was_rolled_back_does_not_choose(stage: Stage) -> None:
+    stage.snapshot = replace(stage.snapshot, alarms=(_spike(450, 455, lineage=1),))
+    async with attached(stage) as screen:
+        await screen.press("R")
+        await _rollback_dialog(screen)
+        await screen.sees("▸ · step-1100")
+        assert "bad step" not in screen.text()
 
 
 async def test_a_wrong_entry_in_the_rollback_dialog_sends_nothing(stage: Stage) -> None:
@@ -158,7 +224,7 @@ async def test_a_typed_rollback_asks_first_with_what_was_typed(stage: Stage) -> 
         await screen.sees("▸ · step-800")
         await screen.press("right", "enter")
         await screen.until(lambda: stage.commands != [])
-        assert stage.commands[0].arguments == {"checkpoint": "step-800", "skip": 5, "lr_scale": 0.5}
+        assert stage.commands[0].arguments == {"checkpoint": "step-800", "skip": 5, "lr_scale": 0.5, "shown": 180}
 
 
 async def test_a_typed_rollback_to_what_is_not_there_sends_nothing(stage: Stage) -> None:
@@ -223,10 +289,35 @@ async def test_settings_not_in_force_and_a_changed_environment_are_told_until_hi
         await screen.sees("0.0002 asked for")
 
 
-async def test_an_alarm_stands_above_everything(stage: Stage) -> None:
+async def test_an_alarm_stands_above_everything_until_a_acknowledges_it(stage: Stage) -> None:
     async with attached(stage) as screen:
-        alarm = p.JournalLine(index=99, time=NOW, term=1, kind="note", author="", text="loss is nan at step 1181", level="alarm")
-        stage.send(events=(*stage.snapshot.events, alarm), step=STEP + 1)
-        await screen.sees("ALARM  08:53:20 loss is nan at step 1181")
+        stage.send(alarms=(_spike(1090, 1150),), step=STEP + 1)
+        await screen.sees("ALARM  08:53:20 3 times since step 1,090 loss spike: train/loss is 9", "above 4 (step 1,150)")
         await screen.press("m")
         await screen.sees("ALARM")
+        await screen.press("a")
+        await screen.until(lambda: stage.commands != [])
+        assert (stage.commands[0].verb, stage.commands[0].arguments) == ("acknowledge", {"alarm": "loss spike"})
+        stage.send(alarms=())
+        await screen.until(lambda: "ALARM" not in screen.text())
+        await screen.press("a")
+        await screen.sees("acknowledge: no alarm stands")
+
+
+async def test_alarms_that_find_no_room_are_counted(stage: Stage) -> None:
+    async with attached(stage) as screen:
+        stage.send(alarms=tuple(replace(_spike(n, n), key=f"rule {n}") for n in range(5)))
+        await screen.sees("+2 more (j shows them)")
+        await screen.type("acknowledge rule 3")
+        await screen.until(lambda: stage.commands != [])
+        assert stage.commands[0].arguments == {"alarm": "rule 3"}
+
+
+async def test_a_refusal_longer_than_the_screen_is_shown_whole(stage: Stage) -> None:
+    reason = (
+        "stage \"dpo\" has no setting 'kl'; it has: lr, lr_scale, min_lr_ratio, weight_decay, clip, beta1, beta2, beta, the end"
+    )
+    stage.outcome = lambda command: {"state": "refused", "step": None, "reason": reason}
+    async with attached(stage) as screen:
+        await screen.type("set kl 1")
+        await screen.sees("set kl 1", "refused", "the end")

@@ -147,6 +147,22 @@ class Pty:
                 found += os.read(self.terminal, 1 << 16)
         return found
 
+    def drain(self, seconds: float) -> None:
+        """Reads whatever comes for so long."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if select.select([self.terminal], [], [], left)[0]:
+                os.read(self.terminal, 1 << 16)
+
+    def write(self, keys: bytes) -> None:
+        """Any number of bytes, read from meanwhile: a terminal takes 4 kB at a time."""
+        while keys:
+            readable, writable, _ = select.select([self.terminal], [self.terminal], [], 1.0)
+            if readable:
+                os.read(self.terminal, 1 << 16)
+            if writable:
+                keys = keys[os.write(self.terminal, keys[:1024]) :]
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             os.kill(self.pid, signal.SIGKILL)

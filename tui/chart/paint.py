@@ -217,10 +217,25 @@ def paint(picture: Picture, width: int, height: int, unicode: bool = True) -> Ca
 
 
 def _y_scale(picture: Picture, layout: Frame) -> Scale | None:
-    found = picture.y_range or value_range(
-        [(series.columns.min, series.columns.max) for series in picture.series or picture.ghosts], picture.log
-    )
+    found = picture.y_range or _range_in_sight(picture)
     return found and scale(*found, ticks=max(2, layout.plot_rows // 3), log=picture.log)
+
+
+def _range_in_sight(picture: Picture) -> tuple[float, float] | None:
+    """What the lines span, and the ghosts: the spike that was rolled back stays in sight.
+
+    The ghosts take no more than twice the height of the lines. What lies beyond that ends at the edge.
+    """
+
+    def spanned(lines: Sequence[Series]) -> tuple[float, float] | None:
+        return value_range([(line.columns.min, line.columns.max) for line in lines], picture.log)
+
+    own, past = spanned(picture.series), spanned(picture.ghosts)
+    if own is None or past is None:
+        return own or past
+    low, high = own
+    reach = high - low
+    return (low if picture.log else min(low, max(past[0], low - reach)), max(high, min(past[1], high + reach)))
 
 
 def _values(columns: Columns) -> NDArray[np.float64]:
@@ -325,22 +340,44 @@ def _paint_x_axis(plot: _Plot) -> None:
 def _x_labels(plot: _Plot) -> list[tuple[int, str]]:
     """Canvas columns and labels, none touching another or cut by the edge."""
     picture, layout = plot.picture, plot.frame
-    known = _along(picture) if picture.x_axis != "step" else None
     step = max(1, int(nice_step(picture.grid.column_width * DOTS_ACROSS * 14)))  # 14 cells a label
+    ticks = [(tick, f"{tick:,}" if tick < 10_000_000 else compact(tick))
+             for tick in range(-(-picture.grid.start // step) * step, picture.grid.stop, step)]  # fmt: skip
+    known = _along(picture) if picture.x_axis != "step" else None
+    if known is not None:
+        ticks = _value_ticks(picture, *known, max(1, layout.plot_columns // 14))
     labels, free = [], 0
-    for tick in range(-(-picture.grid.start // step) * step, picture.grid.stop, step):
+    for tick, text in ticks:
         column = plot.column(tick)
         if column is None or column < free:
             continue
-        if known is None:
-            text = f"{tick:,}" if tick < 10_000_000 else compact(tick)
-        else:
-            value = float(np.interp(tick, known[0], known[1]))
-            text = compact(value) if picture.x_axis == "tokens" else duration(value)
         if column + len(text) <= layout.width:
             labels.append((column, text))
             free = column + len(text) + 2
     return labels
+
+
+def _value_ticks(picture: Picture, steps: NDArray[Any], values: NDArray[Any], count: int) -> list[tuple[int, str]]:
+    """Round tokens or seconds, each at the step where they were reached.
+
+    Columns are steps: where steps took unequal times, the ticks stand at unequal distances and their values are true.
+    """
+    low, high = float(values[0]), float(values[-1])
+    if not high > low:
+        return []
+    times = picture.x_axis == "time"
+    each = _nice_seconds((high - low) / count) if times else nice_step((high - low) / count)
+    numbers = np.arange(np.ceil(low / each), np.floor(high / each) + 1) * each
+    at = np.interp(numbers, values, steps)
+    words = [duration(number) if times else compact(number) for number in numbers.tolist()]
+    return [(int(step), word) for step, word in zip(at.tolist(), words, strict=True)]
+
+
+def _nice_seconds(least: float) -> float:
+    """The shortest round span of time that is not below `least`."""
+    round_ones = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200, 86_400)
+    found = next((float(span) for span in round_ones if span >= least), None)
+    return found if found is not None else 86_400.0 * max(1.0, nice_step(least / 86_400))
 
 
 def _along(picture: Picture) -> tuple[NDArray[Any], NDArray[Any]] | None:

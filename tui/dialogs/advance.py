@@ -27,11 +27,23 @@ class AdvanceDialog(Dialog):
         self._list.styles.height = max(1, min(8, len(self._later)))
         return (self._list,)
 
-    def on_mount(self) -> None:
+    def refresh_scene(self, scene: Scene) -> None:
+        at = self._list.cursor
+        chosen = self._later[at].stage.name if at < len(self._later) else ""
+        self.scene, self._later = scene, later(scene)
+        self._draw_list()
+        names = [span.stage.name for span in self._later]
+        self._list.choose(names.index(chosen) if chosen in names else 0)
+        self.tell()
+
+    def _draw_list(self) -> None:
         self._list.show(
             [[(f"{s.stage.name:<16.16}", Ink.TEXT), (f"{s.stage.objective:<10} {plural(s.stage.steps, 'step')}", Ink.FAINT)]
              for s in self._later]
         )  # fmt: skip
+
+    def begin(self) -> None:
+        self._draw_list()
         names = [span.stage.name for span in self._later]
         self._list.choose(names.index(self._to) if self._to in names else 0)
         self.tell()

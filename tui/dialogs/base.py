@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,13 @@ from textual.widgets import Input
 from launcher.protocol import Verb
 from launcher.terminal import safe
 from tui.chart.ink import STYLES, Ink
-from tui.panel import Line, Panel
+from tui.entry import Entry
+from tui.panel import Line, Panel, wrapped
 from tui.scene import Scene
 from tui.words import UNICODE
 
 Answer = tuple[Verb, dict[str, Any]]
+MOUNT_SECONDS = 5.0
 
 
 class Press(Widget):
@@ -61,7 +64,7 @@ class Press(Widget):
         self.post_message(self.Pressed(self))
 
 
-class Field(Input):
+class Field(Entry):
     """A one-row entry."""
 
     DEFAULT_CSS = """
@@ -71,6 +74,11 @@ class Field(Input):
 
     def __init__(self, value: str, *, id: str) -> None:
         super().__init__(value, id=id, compact=True)
+
+    def take_text(self, text: str) -> None:
+        super().take_text(text)
+        if isinstance(self.screen, Dialog):
+            self.screen.text_changes()
 
 
 class Dialog(ModalScreen[Answer | None]):
@@ -95,6 +103,10 @@ class Dialog(ModalScreen[Answer | None]):
         super().__init__()
         self.scene = scene
         self.told = Panel(id="told")
+        self._can_take_keys = asyncio.Event()
+        self._is_answered = False
+        self._problem = ""
+        """Why the deed cannot be done, until the next key."""
 
     def compose(self) -> ComposeResult:
         with Vertical(id="box") as box:
@@ -115,11 +127,26 @@ class Dialog(ModalScreen[Answer | None]):
         return ()
 
     def on_mount(self) -> None:
+        self.begin()
+        self.set_focus(self.query_one("#cancel"))
+        self._can_take_keys.set()
+
+    def begin(self) -> None:
+        """Fills what was mounted."""
         self.tell()
+
+    @property
+    def can_take_keys(self) -> bool:
+        return self._can_take_keys.is_set()
+
+    async def opened(self) -> None:
+        """Returns when it can take keys."""
+        await asyncio.wait_for(self._can_take_keys.wait(), MOUNT_SECONDS)
 
     def tell(self) -> None:
         """Shows the words for what is chosen now."""
-        self.told.show_all(self.words(max(20, min(76, self.app.size.width) - 4)))
+        cells = max(20, min(76, self.app.size.width) - 4)
+        self.told.show_all([*self.words(cells), *(wrapped(self._problem, cells, Ink.ALARM) if self._problem else [])])
 
     def words(self, cells: int) -> list[Line]:
         raise NotImplementedError
@@ -131,46 +158,67 @@ class Dialog(ModalScreen[Answer | None]):
     def move(self, by: int) -> None:
         """Up or down."""
 
+    def text_changes(self) -> None:
+        """An entry has changed."""
+        self.tell()
+
+    def refresh_scene(self, scene: Scene) -> None:
+        """There is a newer scene: what it costs may be more by now."""
+        self.scene = scene
+        self.tell()
+
     def on_resize(self) -> None:
         self.tell()
 
-    def on_key(self, event: Key) -> None:
+    async def take_key(self, event: Key) -> bool:
+        """What a key does here; the app calls this for each key while the dialog is on top."""
+        await self.opened()
+        self._problem = ""
         focused = self.focused
-        typing = isinstance(focused, Input)
+        field = self.entry
         if event.key == "escape":
-            self.dismiss(None)
+            self._close(None)
         elif event.key in ("up", "down"):
             self.move(-1 if event.key == "up" else 1)
         elif event.key in ("tab", "shift+tab"):
-            # Textual's own binding would act at the app, a hop later than Enter does here: pressed at once, Enter would come first.
             (self.focus_next if event.key == "tab" else self.focus_previous)()
-        elif event.key in ("left", "right") and not typing:
+        elif event.key in ("left", "right") and field is None:
             (self.focus_previous if event.key == "left" else self.focus_next)(Press)
+        elif field is not None and event.key == "enter":
+            self.focus_next()  # it never does the deed
+        elif field is not None:
+            if await field.take_key(event):
+                self.text_changes()
         elif event.key in ("enter", "space") and isinstance(focused, Press):
             self._press(focused)
         else:
-            return
-        event.stop()
-        event.prevent_default()
+            return event.is_printable
+        return True
+
+    @property
+    def entry(self) -> Field | None:
+        """What text that is typed now goes to."""
+        return self.focused if isinstance(self.focused, Field) else None
 
     def on_press_pressed(self, event: Press.Pressed) -> None:
         self._press(event.press)
 
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Enter in an entry goes on to the next one; it never does the deed."""
-        event.stop()
-        self.focus_next()
-
     def on_input_changed(self, event: Input.Changed) -> None:
         event.stop()
-        self.tell()
 
     def _press(self, press: Press) -> None:
         if not press.deed:
-            self.dismiss(None)
+            self._close(None)
             return
         answer = self.answer()
         if isinstance(answer, str):
-            self.told.show_all([*self.words(72), [(answer, Ink.ALARM)]])
+            self._problem = answer
+            self.tell()
         else:
+            self._close(answer)
+
+    def _close(self, answer: Answer | None) -> None:
+        """Ends the dialog, once: a second press may have been on its way."""
+        if not self._is_answered:
+            self._is_answered = True
             self.dismiss(answer)

@@ -26,7 +26,7 @@ class StopDialog(Dialog):
         self._list.styles.height = 2
         return (self._list,)
 
-    def on_mount(self) -> None:
+    def begin(self) -> None:
         self._list.show(
             [
                 [("with a checkpoint   ", Ink.TEXT), ("after the step under way, nothing is lost", Ink.FAINT)],

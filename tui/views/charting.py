@@ -81,6 +81,13 @@ def ghosts(snapshot: Snapshot) -> tuple[int, ...]:
     return tuple(line.id for line in snapshot.lineages if line.id != snapshot.lineage)[-GHOSTS:]
 
 
+def newest_step(snapshot: Snapshot) -> int:
+    """The newest step that charts show: after a rollback, and until the run is past it, the last one of the line that was left."""
+    line = next((line for line in snapshot.lineages if line.id == snapshot.lineage), None)
+    left = snapshot.left_at.get(line.parent, 0) if line is not None and line.parent is not None and line.cause == "rollback" else 0
+    return max(snapshot.step, left)
+
+
 def short_name(metric: str) -> str:
     """`eval/stdlib/loss` is `stdlib`, what is measured while training is `training`; others keep their name."""
     head, _, rest = metric.partition("/")

@@ -1,5 +1,6 @@
 """The checkpoints: lineages as a tree, each with its checkpoints; mark, look closer, roll back."""
 
+from collections.abc import Awaitable
 from typing import NamedTuple
 
 from textual.app import ComposeResult
@@ -143,14 +144,16 @@ class CheckpointsView(View):
 
     def do_golden(self) -> None:
         chosen = self.chosen
-        if chosen is None:
+        if not self._tree:  # not drawn yet: the cursor will stand on the newest
+            self.midwatch.steering.mark_newest_golden()
+        elif chosen is None:
             self.midwatch.say("golden: choose a checkpoint first", Ink.WARNING)
         else:
             self.midwatch.give("ungolden" if chosen.golden else "golden", {"checkpoint": chosen.id})
 
-    def do_rollback(self) -> None:
+    def do_rollback(self) -> Awaitable[None] | None:
         chosen = self.chosen
-        self.midwatch.ask_rollback(chosen.id if chosen is not None else "")
+        return self.midwatch.steering.ask_rollback(chosen.id if chosen is not None else "")
 
     # Drawing
 
@@ -166,7 +169,7 @@ class CheckpointsView(View):
         main = Ink.TEXT if checkpoint.on_line else Ink.GHOST
         flags = [word for word, is_so in (("golden", checkpoint.golden), ("SUSPECT", checkpoint.suspect),
                  ("end of stage", checkpoint.ended), ("rolled back", not checkpoint.on_line)) if is_so]  # fmt: skip
-        loss = f"loss {compact(checkpoint.loss):<7}" if checkpoint.loss is not None else " " * 12
+        loss = f"loss {compact(checkpoint.loss):<7} " if checkpoint.loss is not None else " " * 13
         ago = age(scene.now - scene.skew - checkpoint.time)
         wide = 16 if self.size.width >= 100 else 12
         return [

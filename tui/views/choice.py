@@ -49,7 +49,7 @@ def _row(checkpoint: CheckpointView, scene: Scene) -> list[Run]:
     main = Ink.TEXT if checkpoint.on_line else Ink.GHOST
     flags = [word for word, is_so in (("golden", checkpoint.golden), ("SUSPECT", checkpoint.suspect),
              ("end of stage", checkpoint.ended), ("rolled back", not checkpoint.on_line)) if is_so]  # fmt: skip
-    loss = f"loss {compact(checkpoint.loss):<7}" if checkpoint.loss is not None else " " * 12
+    loss = f"loss {compact(checkpoint.loss):<7} " if checkpoint.loss is not None else " " * 13
     return [
         (f"{checkpoint.id:<12.12} ", main),
         (f"{mark} ", ink),

@@ -55,6 +55,7 @@ def lines(read_only: bool) -> list[Line]:
         ":pause --release   :resume               checkpoint and give the machines back; take them again",
         ":advance --to sft   :stop   :stop --now  end the stage, the run, the run without a checkpoint",
         ":node drain NAME   :node add NAME        a node out of use, and in again; :node quarantine NAME at once",
+        ":acknowledge all                         mark alarms as seen; or one, by its name",
         ":cancel 12                               take back a command that waits in line",
         "a ! after the verb (:stop!) does it without asking",
     ):

@@ -2,34 +2,27 @@
 
 import re
 
-from textual.app import ComposeResult
-
 from launcher.protocol import JournalLine, JournalQuery, JournalReply
 from tui import frame
 from tui.chart.ink import Ink
-from tui.panel import Lazy, Line, Rows
+from tui.panel import Lazy, Line
 from tui.scene import Scene
-from tui.views.base import View
+from tui.views.reader import ReaderView
+from tui.words import plural
 
 BATCH = 2000
 
 
-class JournalView(View):
+class JournalView(ReaderView):
     """Asks for what is new when the snapshot tells of it; follows the end until the operator scrolls up."""
-
-    filterable = True
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.rows = self._list = Rows(following=True)
         self._scene: Scene | None = None
         self._all: list[JournalLine] = []
         self._shown: list[JournalLine] = []
         self._pattern: re.Pattern[str] | None = None
         self._asking = False
-
-    def compose(self) -> ComposeResult:
-        yield self._list
 
     def show(self, scene: Scene) -> None:
         self._scene = scene
@@ -45,8 +38,7 @@ class JournalView(View):
 
     def status(self) -> Line:
         pattern = f" matching /{self._pattern.pattern}/" if self._pattern is not None else ""
-        follow = "following" if self._list.following else f"held at {self._list.place()} (f follows)"
-        return [(f"{len(self._shown):,} entries{pattern}, {follow}", Ink.FAINT)]
+        return [(f"{plural(len(self._shown), 'entry', 'entries')}{pattern}, {self.place_words()}", Ink.FAINT)]
 
     def set_filter(self, pattern: str) -> str:
         try:
@@ -57,21 +49,13 @@ class JournalView(View):
         self._redraw()
         return ""
 
-    def do_follow(self) -> None:
-        self._list.following = not self._list.following
-        self._redraw()
-        self.midwatch.draw_foot()
-
-    def moved(self) -> None:
-        self.midwatch.draw_foot()
-
     def _matches(self, line: JournalLine) -> bool:
         return self._pattern is None or bool(self._pattern.search(f"{line.kind} {line.author} {line.level} {line.text}"))
 
     def _redraw(self) -> None:
         scene = self._scene
         if scene is not None:
-            self._list.show(Lazy(self._shown, lambda line: [(" ", Ink.BLANK), *frame.told(line, scene)]))
+            self.show_lines(Lazy(self._shown, lambda line: [(" ", Ink.BLANK), *frame.told(line, scene)]))
 
     async def _learn(self) -> None:
         """All entries after the last known one."""

@@ -6,10 +6,11 @@ from textual.app import ComposeResult
 
 from launcher.protocol import LogQuery, LogReply
 from tui.chart.ink import Ink
-from tui.panel import Lazy, Line, Panel, Rows, joined
+from tui.panel import Lazy, Line, Panel, joined
 from tui.scene import Scene
-from tui.views.base import View
 from tui.views.charting import Fetcher
+from tui.views.reader import ReaderView
+from tui.words import plural
 
 FIRST = 10_000
 """Lines asked for at a time; the newest so many first."""
@@ -22,15 +23,13 @@ _WARNING = re.compile(r"\b(WARN|WARNING)\b")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
 
-class LogsView(View):
+class LogsView(ReaderView):
     """Home goes back to the file's beginning, which is fetched then."""
 
     DEFAULT_CSS = "LogsView #files { height: 1; background: $panel; }"
-    filterable = True
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.rows = self._list = Rows(following=True)
         self._heading = Panel(id="files")
         self._files: tuple[str, ...] = ()
         self._file = ""
@@ -44,7 +43,7 @@ class LogsView(View):
 
     def compose(self) -> ComposeResult:
         yield self._heading
-        yield self._list
+        yield from super().compose()
 
     def show(self, scene: Scene) -> None:
         self._draw_heading()
@@ -56,9 +55,8 @@ class LogsView(View):
 
     def status(self) -> Line:
         pattern = f" matching /{self._pattern.pattern}/" if self._pattern is not None else ""
-        follow = "following" if self._list.following else f"held at {self._list.place()} (f follows)"
         older = "" if self._whole or len(self._all) < FIRST else "; Home reads it from its beginning"
-        return [(f"{len(self._shown):,} lines{pattern}, {follow}{older}", Ink.FAINT)]
+        return [(f"{plural(len(self._shown), 'line')}{pattern}, {self.place_words()}{older}", Ink.FAINT)]
 
     def set_filter(self, pattern: str) -> str:
         try:
@@ -67,10 +65,6 @@ class LogsView(View):
             return f"/{pattern}: {error}"
         self._refilter()
         return ""
-
-    def do_follow(self) -> None:
-        self._list.following = not self._list.following
-        self._redraw()
 
     def do_file(self, by: str) -> None:
         if self._files:
@@ -85,8 +79,16 @@ class LogsView(View):
             self._list.following = False
             self._fetcher.hurry()
 
-    def moved(self) -> None:
-        self.midwatch.draw_foot()
+    async def open_stacks(self) -> None:
+        """The newest file of hung ranks' stacks."""
+        listed = await self.midwatch.feed.ask(LogQuery(id=0), LogReply)
+        self._files = listed.files if listed is not None else self._files
+        stacks = [file for file in self._files if is_stacks(file)]
+        if stacks:
+            self._choose(max(stacks, key=lambda file: file.rpartition("/")[2].partition("-")[2].partition("-")[2]))
+            self._list.following = False
+        else:
+            self.midwatch.say("no rank has hung: there are no stacks")
 
     def _choose(self, file: str) -> None:
         self._file, self._offset, self._whole = file, -1, False
@@ -103,7 +105,7 @@ class LogsView(View):
     def _redraw(self) -> None:
         nothing = "nothing in it matches" if self._all else "nothing in it so far"
         empty: list[Line] = [[(f" {self._file}: {nothing}", Ink.FAINT)]] if self._file and self._offset >= 0 else []
-        self._list.show(Lazy(self._shown, _inked) if self._shown else empty)
+        self.show_lines(Lazy(self._shown, _inked) if self._shown else empty)
         self._draw_heading()
         self.midwatch.draw_foot()
 
@@ -148,6 +150,11 @@ class LogsView(View):
         else:
             found = self._pattern
             self._shown.extend(line for line in lines if found.search(line))
+
+
+def is_stacks(file: str) -> bool:
+    """Whether a log is what was written down of ranks that hung: `NODE/hang-GENERATION-TIME.txt`."""
+    return file.rpartition("/")[2].startswith("hang-")
 
 
 def _inked(line: str) -> Line:

@@ -15,7 +15,7 @@ from tui.chart.widget import Chart
 from tui.panel import Line
 from tui.scene import Scene
 from tui.views.base import View
-from tui.views.charting import Fetcher, borders, ghosts, marks
+from tui.views.charting import Fetcher, borders, ghosts, marks, newest_step
 from tui.words import UNICODE, plural
 
 SMOOTHINGS = (0, 10, 50, 200, 1000)
@@ -82,6 +82,11 @@ class MetricsView(View):
     def compose(self) -> ComposeResult:
         yield self._board
 
+    @property
+    def crosshair(self) -> int | None:
+        """The step that the operator points at."""
+        return self._cross
+
     def settled(self) -> bool:
         return self._drawn_for is not None and self._drawn_for == self._needs() and not self._fetcher.busy
 
@@ -111,14 +116,14 @@ class MetricsView(View):
         snapshot = self._scene.snapshot if self._scene is not None else None
         if snapshot is None:
             return ()
-        start, stop = self._span.steps(snapshot.step)
+        start, stop = self._span.steps(newest_step(snapshot))
         names = self._names()
         page, pages = self._first() // max(1, self._fitting()) + 1, -(-len(names) // max(1, self._fitting())) or 1
         parts = [
             f"{plural(len(names), 'metric')}" + (f" matching /{self._pattern.pattern}/" if self._pattern is not None else ""),
             f"{'chart' if self._alone else 'page'} {page} of {pages}" if pages > 1 else "",
             f"steps {start:,} to {stop - 1:,}" + ("" if self._span.length is None else " (0: all)"),
-            f"by {AXES[self._axis]}" if self._axis else "",
+            f"ticks by {AXES[self._axis]}" if self._axis else "",
             f"smoothed over {self._window()}" if self._window() else "",
             "log y" if self._log_y else "",
             f"crosshair at step {self._cross:,}" if self._cross is not None else "",
@@ -205,7 +210,7 @@ class MetricsView(View):
         self.midwatch.draw_foot()
 
     def _newest(self) -> int:
-        return self._scene.snapshot.step if self._scene is not None and self._scene.snapshot is not None else 0
+        return newest_step(self._scene.snapshot) if self._scene is not None and self._scene.snapshot is not None else 0
 
     def _window(self) -> int:
         return SMOOTHINGS[self._smoothing]
@@ -265,7 +270,7 @@ class MetricsView(View):
             self._arrange()
         first = self._first()
         names = self._names()[first : first + self._fitting()]
-        start, stop = self._span.steps(snapshot.step)
+        start, stop = self._span.steps(newest_step(snapshot))
         shown = [chart for chart in self._charts if chart.display and chart.dots > 0]
         if shown and names:
             await self._fetch_page(names, shown, snapshot, start, stop)

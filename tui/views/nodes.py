@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable
 
 import numpy as np
 from textual.app import ComposeResult
@@ -269,20 +270,20 @@ class NodesView(View):
         self._again()
         return ""
 
-    def _ask(self, verb: Verb) -> None:
+    def _ask(self, verb: Verb) -> Awaitable[None] | None:
         if self.chosen is None or (self._made is not None and self._made.level == "racks" and not self._paged):
             self.midwatch.say(f"{verb.removeprefix('node-')}: choose a node first (Enter opens a rack)", Ink.WARNING)
-        else:
-            self.midwatch.ask_node(verb, self._node)
+            return None
+        return self.midwatch.steering.ask_node(verb, self._node)
 
-    def do_drain(self) -> None:
-        self._ask("node-drain")
+    def do_drain(self) -> Awaitable[None] | None:
+        return self._ask("node-drain")
 
-    def do_quarantine(self) -> None:
-        self._ask("node-quarantine")
+    def do_quarantine(self) -> Awaitable[None] | None:
+        return self._ask("node-quarantine")
 
-    def do_use(self) -> None:
-        self._ask("node-add")
+    def do_use(self) -> Awaitable[None] | None:
+        return self._ask("node-add")
 
     # The mouse
 

@@ -6,7 +6,7 @@ from launcher.protocol import Sampled, Snapshot, StageView, TextQuery, TextReply
 from tui.chart.ink import Ink
 from tui.chart.strips import bar
 from tui.panel import Line, Rows, Run, wrapped
-from tui.scene import Scene
+from tui.scene import Scene, silence
 from tui.views.base import View
 from tui.views.watch import SIGNS
 from tui.words import UNICODE, compact, duration, percent, plural, setting
@@ -43,7 +43,7 @@ class StagesView(View):
         if snapshot is None or not self.size.width:
             return
         self._list.styles.height = max(1, min(len(snapshot.stages), self.size.height // 2))
-        self._list.show([_row(stage, self.size.width - 2) for stage in snapshot.stages])
+        self._list.show([_row(stage, self.size.width - 2, silence(scene) is None) for stage in snapshot.stages])
         if not self._placed:
             self._placed = True
             running = [number for number, stage in enumerate(snapshot.stages) if stage.state != "waiting"]
@@ -87,13 +87,13 @@ class StagesView(View):
         self._detail.show(details(stage, snapshot, written, max(20, self.size.width - 2)))
 
 
-def _row(stage: StageView, cells: int) -> list[Run]:
+def _row(stage: StageView, cells: int, current: bool) -> list[Run]:
     unicode, ascii, ink = SIGNS[stage.state]
     part = stage.step / stage.steps if stage.steps else 0.0
     unit = "%" if stage.objective == "data" else ""
     steps = f"{stage.step:,}{unit}/{stage.steps:,}{unit}"
     spent = duration(stage.seconds) if stage.seconds else "-"
-    left = f"{duration(stage.seconds_left)} left" if stage.seconds_left is not None else stage.state
+    left = f"{duration(stage.seconds_left)} left" if current and stage.seconds_left is not None else stage.state
     room = max(4, cells - 66)
     return [
         (f"{unicode if UNICODE else ascii} {stage.name:<12.12} ", ink),
@@ -121,7 +121,7 @@ def details(stage: StageView, snapshot: Snapshot, samples: list[Sampled], cells:
     fact("shape", f"context {stage.context:,}, {plural(stage.global_batch, 'sample')} a step, lr {setting(stage.lr)}")
     total = sum(stage.mixture.values()) or 1.0
     fact("mixture", ", ".join(f"{name} {weight / total:.0%}" for name, weight in stage.mixture.items()) or "-")
-    fact("cost", f"{stage.step:,} of {stage.steps:,} steps, {compact(stage.tokens)} tokens, {duration(stage.seconds)}")
+    fact("cost", f"{stage.step:,} of {plural(stage.steps, 'step')}, {compact(stage.tokens)} tokens, {duration(stage.seconds)}")
     product = stage.product or ("under way" if stage.state == "running" else "-")
     fact("made from", f"{stage.origin or 'the beginning'} {ARROW} {product}")
     for number, (name, (first, latest)) in enumerate(stage.losses.items()):

@@ -15,11 +15,11 @@ from tui.chart.paint import Picture, Series
 from tui.chart.strips import bar, spark
 from tui.chart.widget import Chart
 from tui.panel import Line, Panel, Run, cut, fit, joined
-from tui.scene import Scene, newest_checkpoint, running_span
+from tui.scene import Scene, newest_checkpoint, running_span, silence
 from tui.troubles import newest_fault
 from tui.views.base import View
-from tui.views.charting import Fetcher, borders, ghosts, marks, short_name, window
-from tui.words import UNICODE, age, compact, duration, percent, setting, size
+from tui.views.charting import Fetcher, borders, ghosts, marks, newest_step, short_name, window
+from tui.words import UNICODE, age, compact, duration, percent, plural, setting, size
 
 
 class Slot(NamedTuple):
@@ -163,7 +163,7 @@ class WatchView(View):
             return
         self._facts_panel.show([_facts(scene, snapshot)])
         self._rollout_panel.show([rollout(scene, snapshot, drawing)] if drawing is not None else [])
-        self._pipeline_panel.show(pipeline(snapshot.stages, width)[: plan.pipeline])
+        self._pipeline_panel.show(pipeline(snapshot.stages, width, silence(scene) is None)[: plan.pipeline])
         self._machines_panel.show(_machines(snapshot.nodes, width, plan.nodes))
         events = list(reversed(snapshot.events))[: plan.events]
         self._events_panel.show([cut([(" ", Ink.BLANK), *frame.told(event, scene)], width) for event in events])
@@ -215,7 +215,7 @@ class WatchView(View):
             return
         snapshot, needs = scene.snapshot, self._needs()
         running = running_span(snapshot)
-        start, stop = 0, max(1, snapshot.step + 1)
+        start, stop = 0, max(1, newest_step(snapshot) + 1)
         if running is not None and not self._whole and snapshot.step > running.start:
             start = running.start
         charts = [chart for chart in self._charts if chart.display]
@@ -262,7 +262,9 @@ def _state_band(scene: Scene, width: int, rows: int) -> list[Line]:
     """The state in a word, its reason beside it; with air around it where there is room."""
     words = frame.state_words(scene)
     snapshot = scene.snapshot
-    line: list[Run] = [(" ", Ink.BLANK), frame.badge(snapshot.state), ("  ", Ink.BLANK), *words] if snapshot is not None else words
+    line: list[Run] = (
+        [(" ", Ink.BLANK), frame.state_badge(scene, snapshot), ("  ", Ink.BLANK), *words] if snapshot is not None else words
+    )
     return [[], cut(line, width), []] if rows >= 3 else [cut(line, width)]
 
 
@@ -348,10 +350,10 @@ SIGNS: dict[str, tuple[str, str, Ink]] = {
 }
 
 
-def pipeline(stages: Sequence[StageView], width: int) -> list[Line]:
+def pipeline(stages: Sequence[StageView], width: int, current: bool = True) -> list[Line]:
     """The stages side by side, each with its progress, and beneath it what it has taken or has left.
 
-    Where they do not all fit, those around the one that runs.
+    Where they do not all fit, those around the one that runs. Not `current`: the time left is not known any more.
     """
     if not stages:
         return [[], []]
@@ -369,16 +371,16 @@ def pipeline(stages: Sequence[StageView], width: int) -> list[Line]:
         label = f"{unicode if UNICODE else ascii}{stage.name} "[: cells - 2]
         part = stage.step / stage.steps if stage.steps else 0.0
         bars += fit([(label, ink), *bar(part, cells - len(label) - 2, UNICODE, ink)], cells)
-        times += fit([("  ", Ink.BLANK), (_progress(stage), Ink.TEXT if stage.state == "running" else Ink.FAINT)], cells)
+        times += fit([("  ", Ink.BLANK), (_progress(stage, current), Ink.TEXT if stage.state == "running" else Ink.FAINT)], cells)
     return [bars, times]
 
 
-def _progress(stage: StageView) -> str:
+def _progress(stage: StageView, current: bool) -> str:
     if stage.state == "running":
-        left = f" {duration(stage.seconds_left)} left" if stage.seconds_left is not None else ""
+        left = f" {duration(stage.seconds_left)} left" if current and stage.seconds_left is not None else ""
         return f"{percent(stage.step, stage.steps)}{left}"
     if stage.state == "waiting":
-        return f"{stage.steps:,} steps" if stage.objective != "data" else "waiting"
+        return plural(stage.steps, "step") if stage.objective != "data" else "waiting"
     took = duration(stage.seconds) if stage.seconds >= 1 else stage.note
     return f"{stage.state} {took}" if stage.state != "done" else took or "done"
 
@@ -389,8 +391,8 @@ def _machines(nodes: Sequence[NodeView], width: int, rows: int) -> list[Line]:
         return []
     shown: list[Line] = [cut(_machine(node, width), width) for node in nodes[:rows]]
     if len(nodes) > rows:
-        away = sum(node.state != "up" for node in nodes[rows:])
-        more = f" and {len(nodes) - rows} more nodes" + (f", {away} out of reach" if away else "")
+        away = sum(node.state in ("out of reach", "gone") for node in nodes[rows:])
+        more = f" and {plural(len(nodes) - rows, 'more node')}" + (f", {away} out of reach" if away else "")
         shown[-1] = cut([*cut(_machine(nodes[rows - 1], width), width - len(more)), (more, Ink.FAINT)], width)
     return shown
 
