@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.cli.runs import find_run, read_ledger
+from launcher.cli.runs import find_run, line_of, read_ledger
 from launcher.paths import RunPaths, read_address
 from launcher.reach import ClientError
 from launcher.recipe import RecipeError, load_recipe
@@ -94,7 +94,10 @@ def ask_queue(arguments: argparse.Namespace) -> int | None:
         _cancel(run)
         return 0
     if arguments.command == "status":
-        said = {"run": root.name, "state": read_ledger(root).state, "job": run.job, "queue": str(now), "controller": False}
+        ledger, line = read_ledger(root), line_of(root)
+        stage = ledger.borders[-1].stage if ledger.borders else ""
+        said = {"run": root.name, "state": line.state, "step": line.step, "stage": stage, "job": run.job, "queue": str(now)}
+        said["archived"] = True
         print(json.dumps(said) if arguments.json else f"{root.name}: job {run.job} is {now}")
         return 0
     raise ClientError(f"job {run.job} is {now}; the run goes on when it begins")
