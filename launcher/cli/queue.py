@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from launcher.cli.runs import find_run, read_ledger
+from launcher.cli.runs import find_run, line_of, read_ledger
 from launcher.paths import RunPaths, read_address, shows_life
 from launcher.reach import ClientError
 from launcher.recipe import RecipeError, load_recipe
@@ -116,9 +116,11 @@ def ask_queue(arguments: argparse.Namespace) -> int | None:
         _cancel(run)
         return 0
     if arguments.command == "status":
-        said = {"run": root.name, "state": read_ledger(root).state, "job": run.job, "queue": str(now), "controller": False}
+        ledger, line = read_ledger(root), line_of(root)
+        stage = ledger.borders[-1].stage if ledger.borders else ""
+        said = {"run": root.name, "state": line.state, "step": line.step, "stage": stage, "job": run.job, "queue": str(now)}
         if arguments.json:
-            write_json(said)
+            write_json(said | {"archived": True})
         else:
             write_out(f"{root.name}: job {run.job} is {now}")
         return 0

@@ -255,7 +255,7 @@ class Dispatch:
         for command in [c for c in ledger.open_commands() if c.state == "sent"]:
             if command.verb in ("stop", "stop-now"):
                 self._generations.stop()
-            elif office.state in ("failed", "finished", "released"):
+            elif office.state in ("failed", "finished", "released") and not self._waits_for_start(command):
                 self._end_unanswered(command)
 
     def _end_unanswered(self, command: CommandView) -> None:

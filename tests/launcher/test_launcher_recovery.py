@@ -346,7 +346,7 @@ async def test_an_alarm_pins_the_last_good_checkpoint_before_it_and_marks_those_
         assert "a" not in there(desk)
         views = {c.id: c for c in View(desk.office).snapshot().checkpoints}
         assert views["b"].doubt == ""
-        assert "after the alarm at step 28: watch rule spike" in views["c70"].doubt
+        assert "after the alarm at step 28: spike: train/loss is 9" in views["c70"].doubt
         assert desk.ledger.restart_point().id == "c70", "a crash does not undo what an operator may well accept"
         assert "no rule may trust it" in desk.term._commits.mark("c70", True, "")
         desk.give("rollback", checkpoint="b")

@@ -122,3 +122,19 @@ async def test_nobody_starts_a_node_that_joins_by_itself() -> None:
     assert backend.nodes == ()
     with pytest.raises(StartError, match="joins again"):
         await backend.start("n1")
+
+
+@pytest.mark.parametrize(("limit", "again"), [("4:00", False), ("6:00", True), ("UNLIMITED", True)])
+def test_a_job_whose_limit_leaves_no_time_to_train_is_not_queued_again(
+    limit: str, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The limit may be the partition's default, which the recipe does not say."""
+    from test_launcher_recipe import GOOD
+
+    from launcher import batch
+
+    paths = RunPaths(tmp_path)
+    paths.recipe.write_text(GOOD + '\n[cluster]\nbackend = "slurm"\nnodes = 1\n')
+    monkeypatch.setattr(batch, "time_limit", lambda job: limit)
+    assert batch.Keeper(paths, "12")._worth_it() is again
+    assert ("time limit is 240 s" in capsys.readouterr().err) is not again
