@@ -23,7 +23,7 @@ import msgspec
 from launcher.metrics.columns import Segment
 from launcher.paths import PRIVATE_FILE, write_atomically
 from launcher.protocol import Sampled, SampleQuery, SampleReply, SampleView
-from shards.decoding import UNDECODABLE
+from shards.decoding import UNDECODABLE, Int64
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +43,14 @@ class Written(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A line of a chunk."""
 
     source: str
-    number: int
+    number: Int64
     time: float
     stage: str
-    step: int
-    lineage: int
+    step: Int64
+    lineage: Int64
     reward: float | None = None
     kl: float | None = None
-    tokens: int | None = None
+    tokens: Int64 | None = None
     prompt: str = ""
     text: str = ""
 

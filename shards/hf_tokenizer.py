@@ -61,7 +61,7 @@ def _object(path: Path) -> dict[str, Any]:
     except DecodeError as error:
         raise SpecError(f"tokenizer: {path}: is {error} (fetch it again)") from None
     if not isinstance(found, dict):
-        raise SpecError(f"tokenizer: {path}: is not a JSON object (fetch it again)")
+        raise SpecError(f"tokenizer: {path}: is not a {path.name} (fetch it again)")
     return found
 
 

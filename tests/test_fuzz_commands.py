@@ -110,7 +110,12 @@ def test_a_command_on_thousands_of_damaged_files_says_why_in_plain_words(tmp_pat
         holds(SUBJECTS[name](place), COUNT, seed=1)
 
 
-STEPS = "steps = 200"
+@pytest.mark.parametrize("number", [10**300, "9" * 5000], ids=["300 digits", "5,000 digits"])
+def test_an_argument_beyond_all_numbers_is_refused(number: object) -> None:
+    status, said = called("plan", "--days", "9", "--gpus", str(number))
+    assert status == 2 and "--gpus" in said
+
+
 RECIPE_FAULTS = {
     "an integer of thousands of digits": (
         "seed = 7",

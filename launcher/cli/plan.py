@@ -8,8 +8,10 @@ from pathlib import Path
 from launcher.plan import Assumptions, PlanError, find_accelerator, plan_budget, plan_recipe
 from launcher.plan.accelerators import DEFAULT
 from launcher.recipe import RecipeError, load_recipe
+from shards.decoding import shown
 from shards.terminal import make_console, write_json
 
+MOST = 10**9
 _OF_A_RECIPE = ("pipeline", "micro_batches", "virtual")
 _OF_A_BUDGET = ("days", "params", "tokens")
 
@@ -81,6 +83,8 @@ def _positive(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise PlanError(f"--{name.replace('_', '-')}: {value} must be at least 1")
+        if value is not None and value > MOST:
+            raise PlanError(f"--{name.replace('_', '-')}: {shown(value)} must be at most {MOST:,}")
     if not 0 < arguments.mfu <= 1:
         raise PlanError(f"--mfu: {arguments.mfu:g} must lie above 0 and not above 1 (0.4 is usual)")
     if arguments.days is not None and not 0 < arguments.days < 1e6:

@@ -54,7 +54,10 @@ class UnknownConfigError(Exception):
 def model_keys(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
     """The family, and the keys of `[model]` with their values, `vocabulary` among them. Raises UnknownConfigError."""
     family = _family(config)
-    config = _typed(config)
+    try:
+        config = _typed(config)
+    except ValueError as error:
+        raise UnknownConfigError(f"is not the configuration of a {family}: {error}") from None
     try:
         keys = {"llama": _from_llama, "gpt2": _from_gpt2, "bloom": _from_bloom}[family](config)
     except KeyError as error:
@@ -79,12 +82,12 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 
 def _typed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with sizes and factors that can be reckoned with; null is as if it were left out."""
+    """The configuration with sizes and factors that can be calculated with; null is as if it were left out. Raises ValueError."""
     given = dict(config)
     for key in ("rope_parameters", "rope_scaling"):
         if given.get(key):
             if not isinstance(given[key], dict):
-                raise UnknownConfigError(f"{key} is {shown(given[key])}, not an object")
+                raise ValueError(f"{key} is {shown(given[key])}, not an object")
             given[key] = _numbers(given[key], f"{key}.")
     return _numbers(given, "")
 
@@ -97,9 +100,9 @@ def _numbers(given: Mapping[str, Any], where: str) -> dict[str, Any]:
                 continue
             whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
             if key in SIZES and not whole:
-                raise UnknownConfigError(f"{where}{key} is {shown(value)}, not a number of things")
+                raise ValueError(f"{where}{key} is {shown(value)}, not a number of things")
             if not whole and not (isinstance(value, float) and math.isfinite(value)):
-                raise UnknownConfigError(f"{where}{key} is {shown(value)}, not a finite number")
+                raise ValueError(f"{where}{key} is {shown(value)}, not a finite number")
         found[key] = value
     return found
 

@@ -93,7 +93,7 @@ def _json(file: Path, way: str) -> dict[str, Any]:
     except OSError as error:
         raise DirectoryError(f"{file}: cannot be read: {error.strerror} ({way})") from None
     except DecodeError as error:
-        raise DirectoryError(f"{file}: {error} (fetch it again)") from None
+        raise DirectoryError(f"{file}: is {error} (fetch it again)") from None
     if not isinstance(found, dict):
         raise DirectoryError(f"{file}: is not a JSON object (fetch it again)")
     return found

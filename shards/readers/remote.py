@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import time
@@ -15,8 +16,13 @@ from shards.readers.base import SPECIAL
 TRIES = 4  # of one read, and of a listing
 PAUSE = 0.2  # seconds before the second try; doubled before each further one
 REQUEST, CONNECT, SILENCE = 300.0, 30.0, 60.0  # seconds of one request to a web server, of its connecting, and between bytes
+LARGEST = 1 << 26  # bytes of an answer that is held in memory
 STAMPS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created", "Last-Modified", "Content-MD5")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+class OversizeError(Exception):
+    """Not an OSError, which fsspec takes for an empty directory."""
 
 
 def is_remote(path: str) -> bool:
@@ -30,8 +36,9 @@ def filesystem(path: str, where: str) -> tuple[Any, str]:
     options: dict[str, Any] = {}
     if path.startswith(("http://", "https://")):
         # Of a whole request, so that a server that drips is given up too; a file is gone on with from where it broke off.
-        timeout = need("aiohttp", f"{where}: {path}").ClientTimeout(total=REQUEST, sock_connect=CONNECT, sock_read=SILENCE)
-        options["client_kwargs"] = {"timeout": timeout}
+        aiohttp = need("aiohttp", f"{where}: {path}")
+        timeout = aiohttp.ClientTimeout(total=REQUEST, sock_connect=CONNECT, sock_read=SILENCE)
+        options["client_kwargs"] = {"timeout": timeout, "response_class": _bounded_response(aiohttp)}
     try:
         fs, inner = core.url_to_fs(path, **options)
     except ImportError as error:
@@ -39,6 +46,27 @@ def filesystem(path: str, where: str) -> tuple[Any, str]:
     except ValueError as error:
         raise SpecError(f"{where}: {path}: {error} (use a path, or a URL such as s3://, gs://, hf:// or https://)") from None
     return fs, inner
+
+
+@functools.cache
+def _bounded_response(aiohttp: Any) -> type[Any]:
+    """A response that is read whole, a page that lists files or a block of one, only up to LARGEST."""
+
+    class Response(aiohttp.ClientResponse):  # type: ignore[misc]
+        _body: Any
+
+        async def read(self) -> bytes:
+            if self._body is None:
+                body = bytearray()
+                async for part in self.content.iter_chunked(1 << 16):
+                    body += part
+                    if len(body) > LARGEST:
+                        self.close()
+                        raise OversizeError(f"an answer does not end within {LARGEST >> 20} MiB")
+                self._body = bytes(body)
+            return bytes(await super().read())
+
+    return Response
 
 
 def find(path: str, where: str, wanted: Callable[[str], bool], endings: str) -> list[tuple[str, int, str]]:
@@ -90,12 +118,12 @@ def _is_missing(error: BaseException) -> bool:
 
 def again(call: Callable[[], Any], sleep: Callable[[float], None] = time.sleep) -> Any:
     """The call's result, tried a few times: what is not found or refused as a question is not tried again."""
-    pause = PAUSE
+    pause, until = PAUSE, time.monotonic() + REQUEST
     for left in range(TRIES - 1, -1, -1):
         try:
             return call()
         except Exception as error:  # of libraries that are known only by the URL
-            if not left or isinstance(error, SpecError | PermissionError) or _is_missing(error):
+            if not left or time.monotonic() > until or isinstance(error, SpecError | PermissionError) or _is_missing(error):
                 raise
             sleep(pause)
             pause *= 2

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import re
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -227,3 +230,44 @@ def test_a_page_that_is_not_there_and_a_directory_without_files_are_said(server:
     memory.pipe("/d/a.csv", b"x")
     with pytest.raises(SpecError, match=r"no files ending in \.jsonl"):
         units(source("memory://d"))
+
+
+def repeated(first: bytes, again: bytes, pause: float) -> Callable[[socket.socket], None]:
+    def say(line: socket.socket) -> None:
+        line.sendall(first)
+        while True:
+            line.sendall(again)
+            time.sleep(pause)
+
+    return say
+
+
+@pytest.mark.parametrize(
+    "say",
+    [
+        repeated(b"HTTP/1.1 200 OK\r\na", b"a", 0.02),
+        repeated(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001),
+        repeated(b"HTTP/1.1 200 OK\r\n\r\n", b"<a href=x>" * 1000, 0.0),
+    ],
+    ids=["drips headers", "continues", "lists without end"],
+)
+def test_a_server_that_goes_on_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch, say: Callable[[socket.socket], None]) -> None:
+    for name, value in {"REQUEST": 1.0, "LARGEST": 1 << 20}.items():
+        monkeypatch.setattr(remote, name, value)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    line, _ = listening.accept()
+                    with line, contextlib.suppress(OSError):
+                        say(line)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(SpecError, match="see that it can be reached and read"):
+            units(source(f"http://127.0.0.1:{listening.getsockname()[1]}/d/"))
+        assert time.monotonic() - began < 15
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
