@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from launcher.identity import run_id
+from launcher.identity import claim, read_record, run_id
+from launcher.journal import JournalError, read_journal
 from launcher.keys import ANY_NODE, CONTROLLER_NAME, Identity, KeysError, RunKeys, client_context, load_identity
 from launcher.paths import Address, RunPaths, read_address
 from shards.decoding import DecodeError, json_as
@@ -50,9 +51,12 @@ class KeyFile(msgspec.Struct, frozen=True):
 
 def make_key(paths: RunPaths, node: str | None) -> bytes:
     """A key file for a node, or for any; one line. Raises KeysError."""
-    run = run_id(paths)
+    try:
+        run = claim(paths, read_journal(paths.journal).entries).run if read_record(paths) is None else run_id(paths)
+    except (OSError, JournalError) as error:
+        raise KeysError(f"{paths.root}: the run cannot be given an id: {error}") from None
     if not run:
-        raise KeysError(f"{paths.root}: the run has no id of its own (midwatch resume {paths.root} gives it one)")
+        raise KeysError(f"{paths.root}: this is a copy of another run (midwatch resume {paths.root} makes it a run of its own)")
     identity = RunKeys.ensure(paths).issue("agent", ANY_NODE if node is None else node)
     return msgspec.json.encode(KeyFile(identity, str(paths.root.resolve()), run))
 

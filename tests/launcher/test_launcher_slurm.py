@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -99,9 +100,10 @@ def test_a_node_that_joins_tries_what_was_announced_and_what_it_was_told() -> No
 def test_a_key_file_is_for_its_owner_alone(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path / "run")
     paths.create()
-    with pytest.raises(KeysError, match="no id of its own"):
-        make_key(paths, "n1")
     run = claim(paths, ()).run
+    copy = RunPaths(Path(shutil.copytree(paths.root, tmp_path / "copy")))
+    with pytest.raises(KeysError, match="a copy of another run"):
+        make_key(copy, "n1")
     file = tmp_path / "key"
     file.touch(mode=0o600)
     file.write_bytes(make_key(paths, "n1"))
