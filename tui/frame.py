@@ -161,7 +161,9 @@ def _lost(scene: Scene) -> Line:
 
 def _notices(snapshot: Snapshot, scene: Scene) -> list[tuple[str, Line]]:
     found: list[tuple[str, Line]] = []
-    for alarm in snapshot.alarms:
+    for fault in snapshot.faults:
+        found.append((f"fault {fault}", [(" FAULT ", Ink.BADGE_ALARM), (f" {fault}", Ink.ALARM)]))
+    for alarm in [alarm for alarm in snapshot.alarms if alarm.text not in snapshot.faults]:
         found.append((f"alarm {alarm.key} {alarm.time}", alarm_line(alarm, scene)))
     astray = unmet_settings(snapshot)
     if astray:

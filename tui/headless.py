@@ -60,6 +60,7 @@ class Reporter:
         self._told_step = (-1, "")
         self._told_at = 0.0
         self._told_event = -1
+        self._told_faults: tuple[str, ...] = ()
         self._lost_at: float | None = None
         """Since when the connection is broken."""
         self._link_told = ""
@@ -235,6 +236,10 @@ class Reporter:
             if event.index > self._told_event:
                 self._told_event = event.index
                 self._tell_event(event)
+        if snapshot.faults != self._told_faults:
+            self._told_faults = snapshot.faults
+            for fault in snapshot.faults:
+                self._print({"fault": fault} if self._json else f"  fault: {indented(fault)}", "bold red")
         mark = (snapshot.step, f"{snapshot.state} {p.PHASE_WORDS.get(snapshot.phase, '')}")
         note = snapshot.stages[0].note if snapshot.state == "building" and snapshot.stages else ""
         if (mark == self._told_step and not note) or (not last and time.monotonic() - self._told_at < self._interval):

@@ -89,6 +89,29 @@ def running_span(snapshot: Snapshot) -> Span | None:
     return next((span for span in spans if span.stage.state == "running"), begun[-1] if begun else None)
 
 
+def speaks_against(checkpoint: CheckpointView) -> str:
+    """Why one should not go back to a checkpoint, in an operator's words; empty where nothing is known against it."""
+    if checkpoint.missing:
+        return "its directory is out of sight; it is used again when it is back"
+    if checkpoint.suspect and not checkpoint.doubt:
+        return "its step's metrics were not finite"
+    return checkpoint.doubt
+
+
+def checkpoint_flags(checkpoint: CheckpointView) -> list[str]:
+    """What marks a checkpoint in a list, in a word each."""
+    doubtful = bool(checkpoint.doubt) and not checkpoint.suspect
+    marks = (
+        ("golden", checkpoint.golden),
+        ("MISSING", checkpoint.missing),
+        ("SUSPECT", checkpoint.suspect),
+        ("doubtful", doubtful),
+        ("end of stage", checkpoint.ended),
+        ("rolled back", not checkpoint.on_line),
+    )
+    return [word for word, is_so in marks if is_so]
+
+
 def newest_checkpoint(snapshot: Snapshot) -> CheckpointView | None:
     """On the line in force."""
     on_line = [checkpoint for checkpoint in snapshot.checkpoints if checkpoint.on_line]

@@ -137,6 +137,8 @@ def print_status(snapshot: p.Snapshot) -> None:
     golden = [c.id for c in snapshot.checkpoints if c.golden]
     newest = snapshot.checkpoints[-1].id if snapshot.checkpoints else "none"
     console.print(f"checkpoints {len(snapshot.checkpoints)}, newest {newest}, golden {', '.join(golden) or 'none'}")
+    for fault in snapshot.faults:
+        console.print(f"fault: {fault}")
     for alarm in snapshot.alarms:
         times = f" ({alarm.count} times)" if alarm.count > 1 else ""
         console.print(f"alarm {alarm.key!r}{times}: {alarm.text}")

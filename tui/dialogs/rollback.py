@@ -17,7 +17,7 @@ from tui.dialogs.base import Answer, Dialog, Field
 from tui.feed import Feed
 from tui.frame import DOT
 from tui.panel import Line, Panel, Rows, Run, wrapped
-from tui.scene import Scene, on_line, stage_spans
+from tui.scene import Scene, checkpoint_flags, on_line, speaks_against, stage_spans
 from tui.words import UNICODE, age, compact, duration, plural
 
 ROWS = 6
@@ -164,8 +164,8 @@ class RollbackDialog(Dialog):
         else:
             lines += undo_lines(undone, cells)
         lines += self._skip_lines(chosen, cells)
-        if chosen.suspect:
-            lines += wrapped("This checkpoint is suspect: its step's metrics were not finite.", cells, Ink.ALARM)
+        if against := speaks_against(chosen):
+            lines += wrapped(f"Do not trust this checkpoint: {against}.", cells, Ink.ALARM)
         if not chosen.on_line:
             lines += wrapped("It lies on a lineage that was itself rolled back.", cells, Ink.WARNING)
         lines.append([])
@@ -238,7 +238,7 @@ def choices(scene: Scene) -> list[CheckpointView]:
 
 def _good(checkpoint: CheckpointView) -> bool:
     """Whether nothing speaks against it."""
-    return not (checkpoint.suspect or getattr(checkpoint, "missing", False) or getattr(checkpoint, "doubt", ""))
+    return not speaks_against(checkpoint)
 
 
 def pick(found: Sequence[CheckpointView], name: str, scene: Scene) -> int:
@@ -276,10 +276,10 @@ def unknown(scene: Scene, name: str) -> str:
 def line(scene: Scene, checkpoint: CheckpointView) -> list[Run]:
     """A checkpoint in one row: mark, id, stage, loss, age."""
     star, dot = ("★", "·") if UNICODE else ("*", ".")
-    mark, ink = (star, Ink.GOLD) if checkpoint.golden else ("?", Ink.ALARM) if checkpoint.suspect else (dot, Ink.FAINT)
+    mark, ink = (star, Ink.GOLD) if checkpoint.golden else ("?", Ink.ALARM) if speaks_against(checkpoint) else (dot, Ink.FAINT)
     ago = age(scene.now - scene.skew - checkpoint.time)
     faint = Ink.TEXT if checkpoint.on_line else Ink.GHOST
-    what = " golden" if checkpoint.golden else " SUSPECT" if checkpoint.suspect else "" if checkpoint.on_line else " rolled back"
+    what = "".join(f" {flag}" for flag in checkpoint_flags(checkpoint)[:1] if flag != "end of stage")
     return [
         (f"{mark} ", ink),
         (f"{checkpoint.id:<14.14} ", faint),

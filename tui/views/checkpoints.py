@@ -9,7 +9,7 @@ from launcher.protocol import CheckpointView, Lineage, Snapshot, UndoQuery, Undo
 from tui.chart.ink import Ink
 from tui.dialogs.rollback import undo_lines
 from tui.panel import Line, Panel, Rows, Run, wrapped
-from tui.scene import Scene, newest_checkpoint
+from tui.scene import Scene, checkpoint_flags, newest_checkpoint, speaks_against
 from tui.views.base import View
 from tui.words import UNICODE, age, compact, plural, size, when
 
@@ -165,10 +165,9 @@ class CheckpointsView(View):
         assert checkpoint is not None
         twig = ("└╴" if row.last else "├╴") if UNICODE else ("`-" if row.last else "|-")
         star = "★" if UNICODE else "*"
-        mark, ink = (star, Ink.GOLD) if checkpoint.golden else ("?", Ink.ALARM) if checkpoint.suspect else (" ", Ink.FAINT)
+        against = bool(speaks_against(checkpoint))
+        mark, ink = (star, Ink.GOLD) if checkpoint.golden else ("?", Ink.ALARM) if against else (" ", Ink.FAINT)
         main = Ink.TEXT if checkpoint.on_line else Ink.GHOST
-        flags = [word for word, is_so in (("golden", checkpoint.golden), ("SUSPECT", checkpoint.suspect),
-                 ("end of stage", checkpoint.ended), ("rolled back", not checkpoint.on_line)) if is_so]  # fmt: skip
         loss = f"loss {compact(checkpoint.loss):<7} " if checkpoint.loss is not None else " " * 13
         ago = age(scene.now - scene.skew - checkpoint.time)
         wide = 16 if self.size.width >= 100 else 12
@@ -180,7 +179,7 @@ class CheckpointsView(View):
             (loss, main),
             (f"{size(checkpoint.bytes):>7}", Ink.FAINT),
             (f"{ago:>8} ago  ", Ink.FAINT),
-            (", ".join(flags), ink if checkpoint.golden or checkpoint.suspect else Ink.FAINT),
+            (", ".join(checkpoint_flags(checkpoint)), ink if checkpoint.golden or against else Ink.FAINT),
         ]
 
     def _tell(self) -> None:
@@ -223,6 +222,8 @@ def _details(chosen: CheckpointView, scene: Scene, snapshot: Snapshot, undone: U
     place = f"{chosen.stage} {chosen.stage_step:,}, lineage {chosen.lineage}"
     facts = f"{chosen.id}: step {chosen.step:,}, {place}, {size(chosen.bytes)}, {at}"
     lines: list[Line] = [[pad, (facts, Ink.TITLE)]]
+    if against := speaks_against(chosen):
+        lines += [[pad, *line] for line in wrapped(f"Do not trust it: {against}", cells, Ink.ALARM)]
     loss = snapshot.latest.get("train/loss")
     newest = newest_checkpoint(snapshot)
     compared = [f"now: step {snapshot.step:,}"]

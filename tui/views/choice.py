@@ -3,7 +3,7 @@
 from launcher.protocol import CheckpointView
 from tui.chart.ink import Ink
 from tui.panel import Line, Rows, Run
-from tui.scene import Scene
+from tui.scene import Scene, checkpoint_flags, speaks_against
 from tui.words import UNICODE, age, compact
 
 NEWEST: tuple[str, Line] = ("newest", [("newest", Ink.TEXT), (" whichever that is when asked", Ink.FAINT)])
@@ -45,10 +45,9 @@ class Choice(Rows):
 
 def _row(checkpoint: CheckpointView, scene: Scene) -> list[Run]:
     star = "★" if UNICODE else "*"
-    mark, ink = (star, Ink.GOLD) if checkpoint.golden else ("?", Ink.ALARM) if checkpoint.suspect else (" ", Ink.FAINT)
+    against = bool(speaks_against(checkpoint))
+    mark, ink = (star, Ink.GOLD) if checkpoint.golden else ("?", Ink.ALARM) if against else (" ", Ink.FAINT)
     main = Ink.TEXT if checkpoint.on_line else Ink.GHOST
-    flags = [word for word, is_so in (("golden", checkpoint.golden), ("SUSPECT", checkpoint.suspect),
-             ("end of stage", checkpoint.ended), ("rolled back", not checkpoint.on_line)) if is_so]  # fmt: skip
     loss = f"loss {compact(checkpoint.loss):<7} " if checkpoint.loss is not None else " " * 13
     return [
         (f"{checkpoint.id:<12.12} ", main),
@@ -56,5 +55,5 @@ def _row(checkpoint: CheckpointView, scene: Scene) -> list[Run]:
         (f"{checkpoint.stage:.9} {checkpoint.stage_step:,}".ljust(15), Ink.FAINT),
         (loss, main),
         (f"{age(scene.now - scene.skew - checkpoint.time):>8} ago  ", Ink.FAINT),
-        (", ".join(flags), ink if checkpoint.golden or checkpoint.suspect else Ink.FAINT),
+        (", ".join(checkpoint_flags(checkpoint)), ink if checkpoint.golden or against else Ink.FAINT),
     ]

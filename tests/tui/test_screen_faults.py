@@ -1,0 +1,33 @@
+"""What stands in the controller's way is on the screen until it is put right, and what speaks against a checkpoint beside it."""
+
+from __future__ import annotations
+
+from tests.tui.conftest import attached
+from tests.tui.stage import Stage, replace, snapshot
+from tui.dialogs.rollback import choices
+from tui.scene import Scene, checkpoint_flags, speaks_against
+
+FAULT = "/runs/a/journal/000003.log: Input/output error; the storage is at fault, not full (/dev/sdb1 at /runs)"
+
+
+async def test_a_journal_that_cannot_be_written_is_told_with_its_disk_until_it_can(stage: Stage) -> None:
+    async with attached(stage) as screen:
+        stage.send(faults=(FAULT,))
+        await screen.sees("FAULT", "Input/output error", "/dev/sdb1")
+        stage.send(faults=())
+        await screen.until(lambda: "FAULT" not in screen.text(), "the fault is gone")
+
+
+async def test_the_checkpoints_view_says_what_is_missing_and_why_one_is_not_to_be_trusted(stage: Stage) -> None:
+    before = snapshot()
+    first, second, *rest = sorted((c for c in before.checkpoints if c.on_line), key=lambda c: -c.step)
+    doubted = replace(first, suspect=False, golden=False, doubt="after the alarm at step 900: spike: train/loss is 9")
+    missing = replace(second, suspect=False, golden=False, missing=True)
+    async with attached(stage) as screen:
+        stage.send(checkpoints=(doubted, missing, *rest))
+        await screen.press("k")
+        await screen.sees("doubtful", "MISSING")
+    scene = Scene("demo", before.time, snapshot=replace(before, checkpoints=(doubted, missing, *rest)), received=before.time)
+    assert speaks_against(doubted) == doubted.doubt and "out of sight" in speaks_against(missing)
+    assert "MISSING" in checkpoint_flags(missing)
+    assert choices(scene)[0].id not in (doubted.id, missing.id), "good ones come first in the rollback dialog"
