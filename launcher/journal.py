@@ -434,7 +434,8 @@ def read_journal(directory: Path, newest_term: int = 0) -> Reading:
     for name, content in contents.items():
         first = next(iter(_parse(content)), None)
         if first is not None and isinstance(first[1], TermBegan):
-            began[name], newest = first[1].time, first[1].accepts
+            began[name] = first[1].time
+            newest = {older: max(0, length) for older, length in first[1].accepts.items() if _NAME.fullmatch(older)}
             for older, length in newest.items():
                 limits[older] = max(limits.get(older, 0), length)
     reading = Reading(entries=[], lengths={}, damaged=[], lost=[])

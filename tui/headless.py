@@ -129,6 +129,8 @@ class Reporter:
         if snapshot.state == "failed":
             return FAILED
         if snapshot.state == "released":
+            if any(c.verb in ("stop", "stop-now") and c.state in ("queued", "sent") for c in snapshot.commands):
+                return None  # its agents are still leaving
             stopper = next((c for c in reversed(snapshot.commands) if c.verb in ("stop", "stop-now") and c.state == "done"), None)
             return RULE_STOPPED if stopper is not None and stopper.author.startswith("watch rule") else STOPPED
         return None

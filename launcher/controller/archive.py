@@ -71,7 +71,7 @@ class Archive:
         index = f"{run_id(paths) or paths.key}.metrics.sqlite"
         found = [place / index for place in cache_directories() if (place / index).is_file()]
         metrics = Metrics.read(paths.metrics, found[0] if found else Path(index))
-        self.office = _ArchiveOffice(paths, recipe, journal, metrics, clock=lambda: self._newest)
+        self.office = _ArchiveOffice(paths, recipe, journal, metrics, clock=lambda: self._newest, run=run_id(paths))
         self.office.restore()
         there = files.listed(paths.checkpoints) or frozenset()
         self.office.ledger.missing = frozenset(id for id in self.office.ledger.checkpoints if id not in there)

@@ -37,6 +37,8 @@ class Commits:
                 raise files.CheckpointError(f"{ready.id}: written by generation {ready.generation}, which is over")
             if "/" in ready.directory or "/" in ready.id or ready.id.startswith("."):
                 raise files.CheckpointError(f"{ready.id!r}: not a checkpoint's name")
+            if fault := recovery.look_now(office):  # what is there instead of the storage would hide it when that is back
+                raise files.CheckpointError(fault)
             written = ready.directory if (root / ready.directory).exists() else ready.id
             manifest = files.check_sizes(root / written, ready.digest)
             if manifest.id != ready.id:

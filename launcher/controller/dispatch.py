@@ -253,9 +253,10 @@ class Dispatch:
         if ledger.generation_live:
             return
         for command in [c for c in ledger.open_commands() if c.state == "sent"]:
+            coming = self._generations.gathering and self._waits_for_start(command)
             if command.verb in ("stop", "stop-now"):
                 self._generations.stop()
-            elif office.state in ("failed", "finished", "released") and not self._waits_for_start(command):
+            elif office.state in ("failed", "finished", "released") and not coming:
                 self._end_unanswered(command)
 
     def _end_unanswered(self, command: CommandView) -> None:

@@ -520,6 +520,11 @@ class Generations:
         """An agent was turned away: its node is short of one for that reason."""
         self._pool.turned_away(node, reason)
 
+    @property
+    def gathering(self) -> bool:
+        """Whether new ranks are being gathered, or waited for."""
+        return self._busy()
+
     def uses(self, node: str) -> bool:
         """Whether ranks of the living generation are on the node."""
         return self._member(node)

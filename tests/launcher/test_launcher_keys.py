@@ -19,6 +19,7 @@ from launcher.paths import RunPaths
 
 
 def keys_at(root: Path) -> RunKeys:
+    RunPaths(root).create()
     return RunKeys.ensure(RunPaths(root))
 
 

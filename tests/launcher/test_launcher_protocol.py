@@ -42,7 +42,8 @@ def strategy_of(hint: Any) -> st.SearchStrategy[Any]:
     if origin is tuple:
         return st.tuples(*map(strategy_of, arguments))
     if origin is dict:
-        return st.dictionaries(texts, scalars if arguments[1] is Any else strategy_of(arguments[1]), max_size=2)
+        keys = texts if arguments[0] is str else strategy_of(arguments[0])
+        return st.dictionaries(keys, scalars if arguments[1] is Any else strategy_of(arguments[1]), max_size=2)
     if origin is typing.Union or str(origin) == "<class 'types.UnionType'>":
         return st.one_of(*map(strategy_of, arguments))
     return BASIC[hint] if hint in BASIC else st.from_type(hint)

@@ -191,7 +191,7 @@ def test_lines_are_right_for_inline_tables_dotted_and_quoted_keys() -> None:
         ("[run]\n".encode("utf-16-be"), r":1: holds a NUL byte \(is it UTF-16"),
         (b"[run]\nname = 'a\0b'\n", r":2: holds a NUL byte"),
         (b"[run]\r\n\r\nname = 'caf\xe9'\r\n", r":3: is not UTF-8: byte 0xe9 \(save it as UTF-8\)"),
-        (b"[run]\nname = 'a\x1b[2Jb'\n", r":2: not valid TOML: Illegal character '\\x1b'"),
+        (b"[run]\nname = 'a\x1b[2Jb'\n", r":2: not valid TOML: Found invalid character '\\x1b'"),
         (b"#" * (16 << 20) + b"##", r"is larger than 16 MiB"),
     ],
 )

@@ -24,7 +24,7 @@ async def test_an_edit_is_journaled_once_and_without_secrets(tmp_path: Path, mon
     async with desk_at(tmp_path / "run", monkeypatch, "starting", recipe=recipe) as desk:
         file = desk.paths.recipe
         before = file.read_text()
-        desk.office.record(run_began("desk", desk.office.recipe, before, 1.0))
+        desk.office.record(run_began("desk", desk.office.recipe, before, 1.0, desk.office.run))
         note_change(desk.office)
         assert changes(desk) == [], "nothing was edited"
         file.write_text("# a comment\n" + before)

@@ -255,7 +255,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"part": "best"}, 'rejection makes "best" of kind "sft", "pairs" of kind "preference", not "best" of kind "preference"'),
     ({"responses": 1}, "responses to one prompt are held against each other"),
     ({"repeat": 'repeat = {times = 2, since = "nowhere"}'}, '"nowhere" is not an earlier stage'),
-    ({"repeat": 'repeat = {times = 0, since = "rejection"}'}, "repeat.times must be at least 1"),
+    ({"repeat": 'repeat = {times = 0, since = "rejection"}'}, "repeat.times must be 1 to 1000"),
 ]
 
 

@@ -199,7 +199,7 @@ async def test_logs_follow_filter_and_change_file(stage: Stage) -> None:
         stage.logs["laptop/0.log"] = [*log_lines(600), "ERROR out of memory"]
         await screen.until(lambda: screen.app._tick() or "A ERROR out of memory" in screen.text(), "the new line")
         await screen.press("slash", *"ERROR", "enter")
-        await screen.sees("1 lines matching /ERROR/")
+        await screen.sees("1 line matching /ERROR/")
         await screen.press("slash", *["backspace"] * 5, "enter", "up")
         await screen.sees("held at")
         await screen.press("left")

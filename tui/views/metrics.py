@@ -123,10 +123,10 @@ class MetricsView(View):
             f"{plural(len(names), 'metric')}" + (f" matching /{self._pattern.pattern}/" if self._pattern is not None else ""),
             f"{'chart' if self._alone else 'page'} {page} of {pages}" if pages > 1 else "",
             f"steps {start:,} to {stop - 1:,}" + ("" if self._span.length is None else " (0: all)"),
+            f"crosshair at step {self._cross:,}" if self._cross is not None else "",
             f"ticks by {AXES[self._axis]}" if self._axis else "",
             f"smoothed over {self._window()}" if self._window() else "",
             "log y" if self._log_y else "",
-            f"crosshair at step {self._cross:,}" if self._cross is not None else "",
         ]
         return [(", ".join(part for part in parts if part), Ink.FAINT)]
 
