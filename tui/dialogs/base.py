@@ -107,6 +107,8 @@ class Dialog(ModalScreen[Answer | None]):
         self._is_answered = False
         self._problem = ""
         """Why the deed cannot be done, until the next key."""
+        self.known_since = 0.0
+        """When what the deed costs came up, by the clock of events: a key from before does not do it."""
 
     def compose(self) -> ComposeResult:
         with Vertical(id="box") as box:
@@ -190,7 +192,11 @@ class Dialog(ModalScreen[Answer | None]):
             if await field.take_key(event):
                 self.text_changes()
         elif event.key in ("enter", "space") and isinstance(focused, Press):
-            self._press(focused)
+            if focused.deed and event.time < self.known_since:
+                self._problem = "what this does has only come up since that key; press it again"
+                self.tell()
+            else:
+                self._press(focused)
         else:
             return event.is_printable
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,6 +145,8 @@ class RollbackDialog(Dialog):
         except ValueError:
             scale = 1.0
         reply = await self._feed.ask(UndoQuery(id=0, checkpoint=checkpoint, lr_scale=scale), UndoReply)
+        if checkpoint not in self._undone:
+            self.known_since = time.monotonic()
         self._undone[checkpoint] = reply if reply is not None else Refused(reason=self._feed.refusal)
         self.tell()
 
