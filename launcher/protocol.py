@@ -1078,6 +1078,8 @@ class Snapshot(_Lenient, frozen=True, kw_only=True):
     """What stands in the controller's own way until it is put right: a journal that cannot be written, storage that is away."""
     archived: bool = False
     """No controller is running: this is what the run's files say."""
+    undone: str = ""
+    """The checkpoint that `rollback undone` goes back to; empty: there is none."""
     left_at: dict[int, int] = {}
     """Last step of each lineage that is not in force."""
     heard: float = 0.0

@@ -11,7 +11,7 @@ from launcher import journal as j
 from launcher.commands import describe
 from launcher.controller.office import Node, Office
 from launcher.metrics.columns import Segment
-from launcher.protocol import JournalLine, NodeView, Snapshot, StageView
+from launcher.protocol import CheckpointView, JournalLine, NodeView, Snapshot, StageView
 from launcher.recipe import Stage, descent
 from launcher.words import plural
 from shards.errors import ShardError
@@ -88,6 +88,7 @@ class View:
             samples=office.samples.taken + len(ledger.samples),
             phase_since=live.phase_since,
             faults=tuple(fault for fault in (office.journal_fault, live.storage_fault) if fault),
+            undone=undone.id if isinstance(undone := ledger.find("undone"), CheckpointView) else "",
             left_at=self._left_at(),
             heard=live.heard,
             step_seconds=statistics.median(live.step_seconds) if live.step_seconds else None,

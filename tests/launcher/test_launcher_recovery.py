@@ -370,6 +370,7 @@ async def test_what_a_rollback_undoes_is_kept_for_its_hours_and_can_be_gone_back
         for step in (11, 12, 13, 14):
             desk.saves(f"d{step}", step)
         assert {"b", "c"} <= there(desk)
+        assert View(desk.office).snapshot().undone == "c"
         back = desk.give("rollback", checkpoint="undone")
         await desk.until(lambda: len(desk.orders) == 2)
         assert desk.orders[-1].arguments["checkpoint"] == "c"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.tui.conftest import attached
 from tests.tui.stage import Stage, replace, snapshot
-from tui.dialogs.rollback import choices
+from tui.dialogs.rollback import choices, pick, unknown
 from tui.scene import Scene, checkpoint_flags, speaks_against
 
 FAULT = "/runs/a/journal/000003.log: Input/output error; the storage is at fault, not full (/dev/sdb1 at /runs)"
@@ -31,3 +31,13 @@ async def test_the_checkpoints_view_says_what_is_missing_and_why_one_is_not_to_b
     assert speaks_against(doubted) == doubted.doubt and "out of sight" in speaks_against(missing)
     assert "MISSING" in checkpoint_flags(missing)
     assert choices(scene)[0].id not in (doubted.id, missing.id), "good ones come first in the rollback dialog"
+
+
+def test_the_rollback_dialog_knows_what_the_last_rollback_left() -> None:
+    before = snapshot()
+    left = next(c for c in before.checkpoints if not c.on_line)
+    scene = Scene("demo", before.time, snapshot=replace(before, undone=left.id), received=before.time)
+    assert unknown(scene, "undone") == ""
+    assert choices(scene)[pick(choices(scene), "undone", scene)].id == left.id
+    none = Scene("demo", before.time, snapshot=before, received=before.time)
+    assert unknown(none, "undone") == "rollback: no rollback has left a checkpoint that is still there"

@@ -245,7 +245,7 @@ def _good(checkpoint: CheckpointView) -> bool:
 
 
 def pick(found: Sequence[CheckpointView], name: str, scene: Scene) -> int:
-    """The place of the checkpoint an operator means by an id, a step, `golden` or `latest`.
+    """The place of the checkpoint an operator means by an id, a step, `golden`, `undone` or `latest`.
 
     Without a name: the newest good one, from before the alarm where a rule's alarm stands.
     """
@@ -254,6 +254,8 @@ def pick(found: Sequence[CheckpointView], name: str, scene: Scene) -> int:
         wanted = ours
     elif name == "golden":
         wanted = [c for c in ours if c.golden]
+    elif name == "undone":
+        wanted = [c for c in found if scene.snapshot is not None and c.id == scene.snapshot.undone]
     elif name:
         wanted = [c for c in found if c.id == name or (name.isdigit() and c.step == int(name) and c.on_line)]
     else:
@@ -270,6 +272,9 @@ def unknown(scene: Scene, name: str) -> str:
     found = choices(scene)
     if not name or name == "latest" or any(c.id == name or (name.isdigit() and c.step == int(name) and c.on_line) for c in found):
         return ""
+    if name == "undone":
+        there = scene.snapshot is not None and scene.snapshot.undone
+        return "" if there else "rollback: no rollback has left a checkpoint that is still there"
     if name == "golden":
         return "" if any(c.golden and c.on_line for c in found) else "rollback: no checkpoint on this line is golden (g marks one)"
     near = ", ".join(c.id for c in sorted(found, key=lambda c: c.step)[-4:] if c.on_line)
