@@ -228,6 +228,8 @@ class Client:
         """Goes over from the run's files to a controller, which is started."""
         if self.welcome is None or not self.welcome.archived:
             return
+        if self._hello.read_only:
+            raise ClientError("no controller is running, and a read-only client starts none")
         self._start, self._looks, self._problem = True, "never", ""
         if self._ssh is not None:
             self._ssh.looks = "never"

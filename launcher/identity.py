@@ -59,7 +59,9 @@ def claim(paths: RunPaths, entries: Iterable[tuple[int, j.Entry]]) -> Identity:
     here, path = DirectoryId.of(paths.root), str(paths.root.resolve())
     known = next((e.id for _, e in reversed(list(entries)) if isinstance(e, j.RunBegan | j.RunCopied) and e.id), "")
     record = read_record(paths)
-    copied = record is not None and not record.directory.same(here)
+    # A volume that was mounted again may have another device number, but not another path.
+    stays = record is not None and record.path == path and record.directory.inode == here.inode
+    copied = record is not None and not stays and not record.directory.same(here)
     mine = secrets.token_hex(8) if copied else record.id if record is not None else known or secrets.token_hex(8)
     new = RunRecord(id=mine, directory=here, path=path)
     if record != new:

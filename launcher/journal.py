@@ -379,8 +379,8 @@ class Journal:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, self._length)
             raise JournalError(f"{self._file}: {_what_to_do(error)}") from None
-        self._torn = False
         self._check_in_office()  # a later controller that has claimed its term since may have read too early to count these
+        self._torn = False
         self._length += len(content)
         self.entries.extend((self.term, entry) for entry in entries)
 
@@ -395,8 +395,13 @@ class Journal:
         os.ftruncate(handle, self._length)
 
     def _check_in_office(self) -> None:
-        if self._next.exists():
-            raise Ousted(f"{self._next} has been begun by a later controller")
+        try:
+            os.stat(self._next)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise JournalError(f"{self._next}: {_what_to_do(error)}") from None
+        raise Ousted(f"{self._next} has been begun by a later controller")
 
     def close(self) -> None:
         os.close(self._handle)
@@ -508,8 +513,8 @@ def _numbers(reading: Reading, floors: Floors) -> dict[str, int]:
             known[name] = max(known[name], number)
     most = reading.lost_bytes // _BYTES_OF_A_COMMAND
     named = {
-        "generation": floors.generation or known["generation"] + most,
-        "lineage": floors.lineage or known["lineage"] + most,
+        "generation": max(floors.generation, known["generation"] + most),
+        "lineage": max(floors.lineage, known["lineage"] + most),
         "command": known["command"] + most,
     }
     return {name: number for name, number in named.items() if number > known[name]}

@@ -164,7 +164,10 @@ def read_own_address(paths: RunPaths) -> Address | None:
 def is_foreign(paths: RunPaths, address: Address) -> bool:
     """Whether an address found in a run directory is that of another directory's controller: the run was copied."""
     try:
-        return address.directory is not None and not address.directory.same(DirectoryId.of(paths.root))
+        here = DirectoryId.of(paths.root)
+        if address.directory is None or address.directory.same(here):
+            return False
+        return not (address.path == str(paths.root.resolve()) and address.directory.inode == here.inode)
     except OSError:
         return False
 

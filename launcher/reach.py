@@ -134,7 +134,7 @@ def stopped_words(address: Address) -> str:
     with contextlib.suppress(OSError, IndexError):
         state = Path(f"/proc/{address.pid}/stat").read_text().rpartition(")")[2].split()[0]
         if address.host == host_name() and state in "Tt":
-            return f"the controller (process {address.pid}) is suspended and answers nobody; kill -CONT {address.pid} lets it go on"
+            return f"the controller (process {address.pid}) is suspended and does not respond; kill -CONT {address.pid} resumes it"
     return ""
 
 

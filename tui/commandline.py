@@ -189,7 +189,8 @@ def _choices(before: list[str], snapshot: Snapshot | None) -> list[str]:
     if snapshot is None:
         return found
     if name == "rollback" and len(before) == 1:
-        found = ["golden", "latest", *(c.id for c in snapshot.checkpoints)]
+        undone = ["undone"] if snapshot.undone else []
+        found = ["golden", "latest", *undone, *(c.id for c in snapshot.checkpoints)]
     elif name == "golden" and len(before) == 1:
         found = ["latest", *(c.id for c in snapshot.checkpoints if not c.golden)]
     elif name == "ungolden" and len(before) == 1:

@@ -95,4 +95,6 @@ class ScreenExit:
             os.set_blocking(_terminal(), False)
             os.write(_terminal(), RESTORE.encode())
             termios.tcsetattr(0, termios.TCSANOW, self._attributes)
+        with contextlib.suppress(OSError):
+            os.set_blocking(_terminal(), True)  # the shell has the same open file
         os._exit(128 + (self.number or 0))

@@ -75,7 +75,7 @@ class Reporter:
     async def follow(self) -> int:
         if self._signals is not None:
             self._signals.listen(self._signalled)
-            if self._stops:
+            if self._stops and not isinstance(self._directory, RemoteRun):  # a job may have begun by itself
                 write_error(f"midwatch: the run was not started; midwatch resume {self._directory} starts it")
                 return STOPPED
         async with Client(

@@ -50,7 +50,7 @@ class Silence(NamedTuple):
 def silence(scene: Scene) -> Silence | None:
     """Who has said nothing for three of the usual intervals, and at least SILENT_SECONDS; None: what is shown is current."""
     snapshot = scene.snapshot
-    if snapshot is None or snapshot.state in ("finished", "failed"):
+    if snapshot is None or snapshot.archived or snapshot.state in ("finished", "failed"):
         return None
     old = scene.now - scene.received
     if old > max(SILENT_SECONDS, 3 * scene.interval):

@@ -203,7 +203,9 @@ def _add_steering(commands: Any) -> None:
     add("golden", "trust a checkpoint: it is never pruned").add_argument("checkpoint", metavar="ID")
     add("ungolden", "take that back").add_argument("checkpoint", metavar="ID")
     rollback = add("rollback", "go back to a checkpoint, in place")
-    rollback.add_argument("checkpoint", metavar="ID", help="its id, a step, `golden` or `latest`")
+    rollback.add_argument(
+        "checkpoint", metavar="ID", help="its id, a step, `latest`, `golden`, or `undone`: what the last rollback left"
+    )
     rollback.add_argument("--skip", type=int, default=0, metavar="N", help="pass over the next N steps of data")
     rollback.add_argument("--lr-scale", type=float, default=1.0, metavar="X", help="multiply the learning rate")
     add("advance", "end the stage here and begin the next").add_argument("--to", metavar="STAGE", help="a later stage")

@@ -131,6 +131,8 @@ async def serve(paths: RunPaths) -> int:
         server.close()
         await server.wait_closed()
         Path(socket).unlink(missing_ok=True)
+        with contextlib.suppress(OSError, j.JournalError):
+            office.retry_backlog()
         with contextlib.suppress(OSError):
             metrics.close()
         office.samples.close()
@@ -195,8 +197,9 @@ class Term:
 
     async def run(self) -> None:
         """Works until the run is over and nobody watches, or a later term begins."""
-        if not await recovery.look_for(self._office):
-            await recovery.adopt(self._office)
+        await recovery.look_for(self._office)
+        recovery.keep_goldens(self._office)
+        adopting = asyncio.create_task(recovery.adopt(self._office), name="adopting")  # it may have much to read
         if self._batch is not None:
             self._batch.begin()
         self.generations.take_over()
@@ -210,9 +213,9 @@ class Term:
             self._task(c) for c in (self.door.publish(), self.dispatch.run(), self._tick(), self._leave(), self._told_to_quit())
         ]
         done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
+        for task in (adopting, *pending):
             task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+        await asyncio.gather(adopting, *pending, return_exceptions=True)
         await self.preferring.close()
         await self.probing.close()
         for task in done:
@@ -242,8 +245,9 @@ class Term:
                 self.generations.abandon(lost)
                 await asyncio.sleep(FAREWELL_SECONDS)
                 raise j.Ousted(lost)
-            if (self._office.paths.journal / f"{self._office.term + 1:06d}.log").exists():
-                raise j.Ousted("a later term has begun")
+            with contextlib.suppress(OSError):  # storage that errs does not say that
+                if (self._office.paths.journal / f"{self._office.term + 1:06d}.log").exists():
+                    raise j.Ousted("a later term has begun")
             if beat % 4 == 0:
                 await self._flush_metrics()
             if beat % 10 == 0:
@@ -262,8 +266,11 @@ class Term:
         idle = 0.0
         while idle < LINGER_SECONDS:
             resting = office.state in ("finished", "failed") or (office.state == "released" and not office.ledger.generation_live)
-            waited_for = self.door.clients or self.generations.parting or office.ledger.resumes() or office.unwritten
-            idle = idle + 0.25 if (resting or office.over.is_set()) and not waited_for else 0.0
+            waited_for = (
+                *(self.door.clients, self.generations.parting, self.generations.gathering),
+                *(office.ledger.open_commands(), office.unwritten),
+            )
+            idle = idle + 0.25 if (resting or office.over.is_set()) and not any(waited_for) else 0.0
             await asyncio.sleep(0.25)
         self.generations.dismiss()
         await asyncio.sleep(FAREWELL_SECONDS)
@@ -278,8 +285,15 @@ class Term:
             return
         verb, arguments = command
         asked = Command(id=f"watch/{rule.name}/{office.ledger.lineage}/{step}", verb=verb, arguments=arguments)
-        with contextlib.suppress(j.JournalError):
-            self.dispatch.accept(asked, f"watch rule {rule.name}")
+        office.when_durable(lambda: self._give(asked, f"watch rule {rule.name}"))
+
+    def _give(self, command: Command, author: str) -> None:
+        try:
+            self.dispatch.accept(command, author)
+        except j.Ousted:
+            raise
+        except j.JournalError as error:
+            log.error("%s of %s is lost: %s", command.verb, author, error)
 
 
 def main() -> int:

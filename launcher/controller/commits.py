@@ -118,7 +118,10 @@ class Commits:
             if command.verb == "rollback":
                 target = self.find(str(command.arguments.get("checkpoint")))
                 keep |= {target.id} if isinstance(target, CheckpointView) else set()
-        on_line = sorted((c for c in ledger.checkpoints.values() if c.on_line), key=lambda c: (c.step, c.time))
+        # A lineage that is not known was in a part of the journal that is lost: an operator decides about its checkpoints.
+        keep |= {c.id for c in ledger.checkpoints.values() if c.lineage not in ledger.lineages}
+        there = [c for c in ledger.checkpoints.values() if c.on_line and c.id not in ledger.missing]
+        on_line = sorted(there, key=lambda c: (c.step, c.time))
         keep |= {c.id for c in on_line[-self._office.recipe.checkpoint.keep :]}
         good = [c.id for c in on_line if not c.suspect and c.id not in ledger.damaged]
         keep |= set(good[-1:])

@@ -102,7 +102,12 @@ class Dispatch:
         if not any(c.verb in _REGROUPING for c in ledger.open_commands()):
             id = f"regroup/{ledger.term}/{ledger.generation}/{ledger.newest_command}"
             self._office.note("info", f"gathering the ranks anew, with {nodes}", self._office.live.step)
-            self.accept(Command(id=id, verb="regroup"), "")
+            try:
+                self.accept(Command(id=id, verb="regroup"), "")
+            except j.Ousted:
+                raise
+            except j.JournalError as error:
+                log.warning("the ranks are not gathered anew: %s", error)
 
     def _later_allows(self, view: CommandView) -> bool:
         """Whether commands still in line may bring about a state in which this one makes sense."""
@@ -135,7 +140,12 @@ class Dispatch:
 
     def _stop_now(self, view: CommandView) -> None:
         if self._rank is not None and self._office.state in ("training", "paused"):
-            self._send(view)
+            try:
+                self._send(view)
+            except j.Ousted:
+                raise
+            except j.JournalError:
+                return  # it is accepted, and sent in its turn
             asyncio.get_running_loop().call_later(STOP_NOW_SECONDS, self._force_stop, view.number)
         else:
             self._generations.stop()
@@ -377,9 +387,9 @@ class Dispatch:
         if doing is Doing.SHAPE:
             if verb == "set" and office.ledger.generation_live:
                 return False  # what these ranks start from is decided already; they get the order when they train
-            await self._shape(command)
-            return True
-        if verb == "stop" and office.state not in ("training", "paused"):
+            return await self._shape(command)
+        reachable = self._rank is not None and office.state in ("training", "paused")
+        if (verb == "stop" and office.state not in ("training", "paused")) or (verb == "stop-now" and not reachable):
             self._generations.stop()
             return False  # it ends with the ranks
         if self._rank is None:
@@ -475,18 +485,23 @@ class Dispatch:
 
     async def _send_rollback(self, command: CommandView) -> bool:
         target = await self._target(command)
-        if target is None:
+        if target is None or not self._waits(command):
             return True
         doing, _ = TABLE["rollback"][self._office.state]
         if doing is not Doing.NOW or self._rank is None:
-            return doing is Doing.SHAPE
+            self._wake.set()  # the state has changed while every byte was read: the line is looked at again
+            return False
         sent = j.CommandSent(time=self._office.clock(), number=command.number, generation=self._office.ledger.generation)
         self._open_lineage(command, target, sent)
         self._rank(self._order(command))
         return True
 
-    async def _shape(self, command: CommandView) -> None:
-        """Carries a command out without ranks: it decides what the next generation starts from."""
+    def _waits(self, command: CommandView) -> bool:
+        """Whether it is still in line: it may have been taken back, or ended with the run, while something was awaited."""
+        return self._office.ledger.commands[command.number].state == "queued"
+
+    async def _shape(self, command: CommandView) -> bool:
+        """Carries a command out without ranks: it decides what the next generation starts from. False: not in this state."""
         office = self._office
         restart = office.ledger.restart_point()
         step = restart.step if restart is not None else 0
@@ -503,8 +518,11 @@ class Dispatch:
                 self._end(command, "done", step=step, detail=detail)
         elif command.verb == "rollback":
             target = await self._target(command)
-            if target is None:
-                return
+            if target is None or not self._waits(command):
+                return True
+            if TABLE["rollback"][office.state][0] is not Doing.SHAPE:
+                self._wake.set()
+                return False
             undone = max(0, office.live.step - target.step)
             lineage = self._open_lineage(command, target)
             office.live.step = target.step
@@ -513,6 +531,7 @@ class Dispatch:
             self.on_rollback()
             if office.state in ("failed", "recovering"):
                 self._generations.restart()
+        return True
 
     def _send(self, command: CommandView) -> None:
         office = self._office

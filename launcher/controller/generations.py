@@ -120,11 +120,11 @@ class Generations:
                 if office.state not in ("finished", "failed", "released"):
                     await self._begin("crash")
                 return
-            if any(pool.connected(n) for n in nodes):
+            if any(pool.connected(n) and pool.hello(n).generation == office.ledger.generation for n in nodes):
                 log.info("took over generation %d", office.ledger.generation)
                 self._moves.seen()
                 return
-            if all(pool.lost(n)[0] == "gone" for n in nodes):
+            if all(pool.connected(n) or pool.lost(n)[0] == "gone" for n in nodes):  # agents that know of no ranks
                 break
             await asyncio.sleep(0.1)
         office.note("warning", "the agents of the last generation are gone; restarting its ranks")
@@ -184,10 +184,11 @@ class Generations:
 
     async def _start(self, nodes: tuple[str, ...], *, repeats: bool) -> None:
         """Journals the new generation, durably: were its number given twice, two generations could commit."""
-        office, state, start = self._office, self._office.state, None
+        office, state = self._office, self._office.state
         while True:
             try:
-                start = start or compose(office, repeats=repeats)
+                start = compose(office, repeats=repeats)
+                repeats = False  # its lineage is open
                 self._gather(start, nodes)
                 return
             except j.Ousted:
@@ -564,7 +565,7 @@ class Generations:
     def _after_failure(self, reason: str, *, certain: bool = False) -> None:
         office = self._office
         if certain:
-            self._failed(f"{reason}; another start would end in the same way")
+            self._failed(f"{reason}; restarting would fail in the same way")
             return
         self._failures = 1 if self._progressed else self._failures + 1
         if self._failures > office.recipe.run.restarts:

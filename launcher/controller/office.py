@@ -102,6 +102,10 @@ class Office:
         """Set when this controller's work is done."""
         self.ended_listeners: list[Callable[[j.CommandEnded], None]] = []
         self.state_listeners: list[Callable[[], None]] = []
+        self.adopting = asyncio.Lock()
+        """Held while checkpoints that the journal does not know are taken in; ranks are started after that."""
+        self.rejected: set[tuple[str, str]] = set()
+        """Names and digests of directories that were read whole and are damaged."""
         self._backlog: list[j.Entry] = []
         self._acts: list[Callable[[], None]] = []
         """What waits for the backlog to be durable."""
@@ -231,8 +235,9 @@ class Office:
             for act in acts:
                 act()
             self.note("warning", f"the journal could not be written for {waited:.0f} s: {self._fault}")
-        if not self._backlog and not self._ballast.exists():
-            self._lay_ballast()
+        with contextlib.suppress(OSError):
+            if not self._backlog and not self._ballast.exists():
+                self._lay_ballast()
 
     def _write(self, entries: tuple[j.Entry, ...]) -> bool:
         for attempt in range(2):

@@ -11,8 +11,11 @@ a directory with a golden mark:             the checkpoint is golden
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
+from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,6 +28,8 @@ from shards.decoding import DecodeError, json_as
 
 log = logging.getLogger("launcher.controller")
 
+MARK = ".storage"
+"""A file among the checkpoints: where it is, all that is missing was deleted; where it is not, the storage is away."""
 UNKNOWN = "it was found on disk, and the metrics of its step are not known"
 
 
@@ -33,6 +38,9 @@ def floors(paths: RunPaths) -> j.Floors:
     address = read_address(paths.address)
     term = address.term if address is not None else 0
     generation = address.generation if address is not None else 0
+    for file in (*paths.metrics.glob("*.chunk"), *paths.samples.glob("*.jsonl")):  # named after the term that wrote them
+        number = file.name[:6]
+        term = max(term, int(number) if number.isascii() and number.isdigit() else 0)
     lineage = 0
     for name in files.listed(paths.checkpoints) or ():
         try:
@@ -49,14 +57,30 @@ def report_losses(office: Office) -> None:
         office.note_once(text)
 
 
-def look(office: Office, names: frozenset[str] | None) -> str:
-    """Compares the checkpoints that the journal knows with the directories that there are (None: that could not be read).
+class Listing(NamedTuple):
+    """What the checkpoint directory holds."""
 
-    Returns why all of them are out of sight; empty where they are not.
+    names: frozenset[str] | None
+    """Of directories; None: it cannot be read."""
+    marked: bool
+    """The mark is there that `look` leaves: this is the run's own storage, not what is there while that is not mounted."""
+
+
+def listing(root: Path) -> Listing:
+    return Listing(files.listed(root), (root / MARK).exists())
+
+
+def look(office: Office, found: Listing) -> str:
+    """Compares the checkpoints that the journal knows with the directories that there are.
+
+    Returns why all of them are out of sight, with the storage that they are on; empty where they are not.
     """
     ledger, live, root = office.ledger, office.live, office.paths.checkpoints
-    missing = frozenset(id for id in ledger.checkpoints if names is None or id not in names)
-    away = bool(missing) and len(missing) == len(ledger.checkpoints)
+    missing = frozenset(id for id in ledger.checkpoints if found.names is None or id not in found.names)
+    away = bool(missing) and len(missing) == len(ledger.checkpoints) and not found.marked
+    if ledger.checkpoints and len(missing) < len(ledger.checkpoints) and not found.marked:
+        with contextlib.suppress(OSError):
+            (root / MARK).touch()
     if away and not live.storage_fault:
         live.storage_fault = (
             f"none of the {len(missing)} checkpoints is in {root} ({mount_of(root)}): is the storage mounted? "
@@ -76,12 +100,12 @@ def look(office: Office, names: frozenset[str] | None) -> str:
 
 def look_now(office: Office) -> str:
     """The same, with the directories that there are at this moment."""
-    return look(office, files.listed(office.paths.checkpoints))
+    return look(office, listing(office.paths.checkpoints))
 
 
 async def look_for(office: Office) -> str:
     """The same, from a thread: storage that is away may take long to say so."""
-    return look(office, await asyncio.to_thread(files.listed, office.paths.checkpoints))
+    return look(office, await asyncio.to_thread(listing, office.paths.checkpoints))
 
 
 def keep_goldens(office: Office) -> None:
@@ -103,41 +127,44 @@ def keep_goldens(office: Office) -> None:
 
 async def adopt(office: Office) -> None:
     """Takes checkpoints into the journal that lie there whole; deletes what was never finished, where no ranks can be writing."""
-    ledger, root = office.ledger, office.paths.checkpoints
-    names = await asyncio.to_thread(files.listed, root) or frozenset()
-    for name in sorted(names):
-        hidden = name.startswith(".")
-        if name in ledger.checkpoints or (hidden and (ledger.generation_live or files.unfinished(root, name))):
-            continue
-        try:
-            manifest = await asyncio.to_thread(files.verify, root / name)
-        except files.CheckpointError as error:
-            _reject(office, name, str(error))
-            continue
+    async with office.adopting:
+        root = office.paths.checkpoints
+        for name in sorted(await asyncio.to_thread(files.listed, root) or ()):
+            if name not in office.ledger.checkpoints:
+                await _adopt_one(office, name)
+        if not office.ledger.generation_live:
+            await asyncio.to_thread(files.sweep, root)
+        await look_for(office)
+        keep_goldens(office)
+
+
+async def _adopt_one(office: Office, name: str) -> None:
+    """A directory that the journal does not know; what its manifest says is looked at before every byte is read."""
+    ledger, root, hidden = office.ledger, office.paths.checkpoints, name.startswith(".")
+    if hidden and (ledger.generation_live or files.unfinished(root, name)):
+        return
+    try:
+        manifest = files.read_manifest(root / name)
         if hidden and (manifest.generation != ledger.generation or name != f".g{manifest.generation}-{manifest.id}"):
-            _reject(office, name, f"it is of generation {manifest.generation}")
-        elif not hidden and manifest.id != name:
-            _reject(office, name, f"its manifest says {manifest.id}")
-        elif manifest.id not in ledger.checkpoints:
-            try:
-                files.commit(root, name, manifest.id)
-                _record(office, manifest)
-            except files.CheckpointError as error:
-                _reject(office, name, str(error))
-    if not ledger.generation_live:
-        await asyncio.to_thread(files.sweep, root)
-    await look_for(office)
-    keep_goldens(office)
-
-
-def _reject(office: Office, name: str, why: str) -> None:
-    """What cannot be used: a writer's own directory goes, a checkpoint's stays where it is and is named."""
-    root = office.paths.checkpoints
-    if name.startswith("."):
-        log.info("%s is deleted: %s", root / name, why)
-        files.discard(root, name)
-    else:
-        office.note_once(f"{root / name} is not in the journal and cannot be taken into it: {why}")
+            raise files.CheckpointError(f"it is of generation {manifest.generation}")
+        if not hidden and manifest.id != name:
+            raise files.CheckpointError(f"its manifest says {manifest.id}")
+        if (name, digest := files.digest_of(root / name)) in office.rejected:
+            return
+        try:
+            await asyncio.to_thread(files.verify, root / name)
+        except files.CheckpointError:
+            office.rejected.add((name, digest))
+            raise
+        if manifest.id not in ledger.checkpoints:
+            files.commit(root, name, manifest.id)
+            _record(office, manifest)
+    except files.CheckpointError as error:
+        if not hidden:  # a checkpoint's directory stays where it is
+            office.note_once(f"{root / name} is not in the journal and cannot be taken into it: {error}")
+            return
+        log.info("%s is deleted: %s", root / name, error)
+        await asyncio.to_thread(files.discard, root, name)
 
 
 def _record(office: Office, manifest: files.Manifest) -> None:

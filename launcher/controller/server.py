@@ -223,6 +223,8 @@ class Doorkeeper:
                 raise p.ProtocolError(f"generation {hello.generation} is over")
             if isinstance(message.body, p.CheckpointReady):
                 await self._reports.rows_stored(message.body)
+                if hello.generation != self._office.ledger.generation:  # the next one has begun meanwhile
+                    raise p.ProtocolError(f"generation {hello.generation} is over")
             self._reports.control(message, send)
 
     async def _take_telemetry(

@@ -15,6 +15,9 @@ async def check_restart_point(office: Office, commits: Commits, *, thorough: boo
     """Verifies what the ranks will load: its sizes, and where `thorough` every byte. What is wrong, or empty."""
     if office.live.storage_fault:
         return office.live.storage_fault
+    if not office.ledger.lineages and office.ledger.checkpoints:
+        found = ", ".join(sorted(office.ledger.checkpoints))
+        return f"the journal does not say any more which checkpoint this run was at: roll back to the one to go on from ({found})"
     while (view := office.ledger.restart_point()) is not None:
         try:
             files.check_sizes(office.paths.checkpoints / view.id, office.ledger.digests.get(view.id))
@@ -52,6 +55,7 @@ def compose(office: Office, *, repeats: bool) -> Start:
         office.promise(j.LineageOpened(time=office.clock(), lineage=first))
     elif repeats or office.live.step > step:
         office.promise(_crash_lineage(office, restart.id if restart is not None else None, step))
+        office.live.step = step  # no ranks are beyond it
     lineage = ledger.lineages[ledger.lineage]
     at_fork = restart is None or restart.id == lineage.fork
     open_numbers = [c.number for c in ledger.open_commands()]

@@ -45,4 +45,4 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shortest time between two lines of a headless report."""
 
     def problems(self) -> list[tuple[str, str]]:
-        return [] if 0 <= self.seconds < math.inf else [("seconds", "must not be negative, and finite")]
+        return [] if 0 <= self.seconds < math.inf else [("seconds", "must be finite and not negative")]

@@ -15,6 +15,7 @@ from launcher_desk import Desk, desk_at, make_recipe, write_checkpoint
 from launcher import checkpoints as files
 from launcher import journal as j
 from launcher import protocol as p
+from launcher.controller import recovery
 from launcher.controller.view import View
 from launcher.paths import PUBLIC_FILE, Address, RunPaths, write_address, write_atomically
 from launcher.recipe import Watch
@@ -186,7 +187,7 @@ async def test_a_whole_checkpoint_that_nobody_committed_is_adopted_if_its_metric
         assert desk.starts[-1].checkpoint == "26-1"
         assert desk.ledger.checkpoints["27-1"].suspect, "nobody knows whether its loss was finite"
         assert "metrics of its step are not known" in desk.ledger.doubt(desk.ledger.checkpoints["27-1"])
-        assert not [name for name in there(desk) if name.startswith(".")]
+        assert not [name for name in there(desk) if name.startswith(".g")]
 
 
 # The journal is damaged
@@ -257,7 +258,7 @@ async def test_a_term_that_is_gone_is_an_alarm_and_no_number_goes_back(
         desk.agent_comes()
         desk.ranks_die()
         await desk.until(lambda: desk.starts)
-        assert desk.starts[-1].generation > generation
+        assert desk.starts[-1].generation > generation and desk.starts[-1].checkpoint == "b"
     async with desk_at(root, monkeypatch) as desk:
         assert len([text for text in notes(desk) if "commands, golden marks" in text]) == 1, "it is raised once"
 
@@ -424,3 +425,89 @@ def test_what_may_hold_secrets_is_for_the_owner_and_the_operators_alone(tmp_path
         assert mode(own.metrics / "y") == "0o600"
     finally:
         os.umask(before)
+
+
+# Storage that errs in other ways, and what meets in time
+
+
+async def test_storage_that_errs_when_looked_at_is_no_end_of_the_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with desk_at(tmp_path / "run", monkeypatch, "training") as desk:
+        real, successor = os.stat, str(desk.paths.journal / "000002.log")
+
+        def stat(path: object, *more: object, **options: object) -> os.stat_result:
+            if str(path) == successor:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return real(path, *more, **options)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(j.os, "stat", stat)
+            desk.says(p.Note(level="warning", text="kept", step=25))
+            assert "Stale file handle" in desk.office.journal_fault
+        desk.office.retry_backlog()
+        assert desk.office.journal_fault == ""
+        desk.office.note("info", "and this")
+        texts = [e.text for _, e in j.read_journal(desk.paths.journal).entries if isinstance(e, j.Noted)]
+        assert texts[-1] == "and this" and texts.count("kept") == 1
+
+
+async def test_a_rules_action_and_a_spare_node_wait_for_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: Storage
+) -> None:
+    recipe = make_recipe((Watch(name="spike", metric="train/loss", above=5.0, action="pause"),))
+    async with desk_at(tmp_path / "run", monkeypatch, "training", recipe) as desk:
+        storage.fails(errno.ENOSPC)
+        desk.row(28, **{"train/loss": 9.0})
+        desk.generations.on_grow("n9")
+        assert not desk.orders
+        storage.works()
+        desk.office.retry_backlog()
+        await desk.until(lambda: desk.orders)
+        assert desk.orders[-1].op == p.Op.PAUSE
+
+
+async def test_a_rollback_that_was_cancelled_while_every_byte_was_read_is_not_carried_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with desk_at(tmp_path / "run", monkeypatch, "training") as desk:
+        read = asyncio.Event()
+
+        async def slowly(view: p.CheckpointView) -> str:
+            await read.wait()
+            return ""
+
+        monkeypatch.setattr(desk.term._commits, "verify", slowly)
+        rollback = desk.give("rollback", checkpoint="a")
+        await asyncio.sleep(0.01)
+        assert desk.view(desk.give("cancel", id=rollback.id)).state == "done"
+        read.set()
+        await asyncio.sleep(0.02)
+        assert desk.view(rollback).state == "cancelled"
+        assert not desk.orders and len(desk.ledger.lineages) == 1
+
+
+async def test_checkpoints_that_were_deleted_do_not_stop_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rm -rf checkpoints/*` leaves the mark of the storage; storage that is not mounted has none."""
+    async with desk_at(tmp_path / "run", monkeypatch, "training") as desk:
+        recovery.look_now(desk.office)
+        for name in ("a", "b"):
+            shutil.rmtree(desk.paths.checkpoints / name)
+        assert isinstance(desk.saves("c", 30), p.Committed)
+        assert desk.ledger.missing == {"a", "b"}
+        (desk.paths.checkpoints / recovery.MARK).unlink()
+        shutil.rmtree(desk.paths.checkpoints / "c")
+        assert isinstance(desk.saves("d", 31), p.CommitRefused)
+
+
+async def test_a_run_whose_whole_journal_is_gone_asks_where_to_go_on_and_does_not_begin_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "run"
+    async with desk_at(root, monkeypatch, "training") as desk:
+        journal = desk.paths.journal
+    (journal / "000001.log").unlink()
+    async with desk_at(root, monkeypatch) as desk:
+        await desk.until(lambda: desk.ledger.state == "failed")
+        assert "roll back to the one to go on from (a, b)" in desk.ledger.reason and not desk.starts
+        desk.give("rollback", checkpoint="b")
+        await desk.until(lambda: desk.starts)
+        assert desk.starts[-1].checkpoint == "b" and desk.starts[-1].generation > 1

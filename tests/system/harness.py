@@ -98,6 +98,10 @@ def recipe_text(
     return RECIPE.format(data=data, steps=steps, sft_steps=sft_steps, every=every, batch=batch, restarts=restarts, extra=extra)
 
 
+PRELOADED = ("LD_PRELOAD", "CLOCK_FILE", "DISK_FILE")
+"""Variables of `preload`, which a controller that this process starts is to have, too."""
+
+
 class Run:
     """One run in a directory of its own; everything it started is killed by `clear`."""
 
@@ -168,7 +172,7 @@ class Run:
         return self.wait(lambda s: s.state in states, timeout)
 
     def _client(self, **options: Any) -> Client:
-        os.environ.update({k: v for k, v in self.environment.items() if k.startswith(("XDG", "HOME"))})
+        os.environ.update({k: v for k, v in self.environment.items() if k.startswith(("XDG", "HOME", *PRELOADED))})
         return Client(self.root, **options)
 
     # Looking
@@ -243,6 +247,8 @@ class Run:
                 process.send_signal(signal.SIGKILL)
 
     def clear(self) -> None:
+        for name in PRELOADED:
+            os.environ.pop(name, None)
         with contextlib.suppress(AssertionError, psutil.Error):
             self.kill(self.controller())
         for module in ("launcher.controller", "launcher.agent", "trainer", "trainer.probe", "shards"):

@@ -256,7 +256,11 @@ class Hosts:
             script,
         ]
         with (mine / "sshd.log").open("ab") as out:
-            self._sshd[name] = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+            # What makes the controller's clock and disk fail is not for sshd, whose sandbox would end it.
+            clean = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+            self._sshd[name] = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=clean
+            )
 
     def _await_sshd(self, name: str, timeout: float = 10) -> None:
         deadline = time.monotonic() + timeout

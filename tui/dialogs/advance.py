@@ -34,6 +34,8 @@ class AdvanceDialog(Dialog):
         self._draw_list()
         names = [span.stage.name for span in self._later]
         self._list.choose(names.index(chosen) if chosen in names else 0)
+        if chosen not in names and (chosen or names):
+            self.lose_choice(f"{chosen or 'the last stage'} is no longer a later stage; choose again")
         self.tell()
 
     def _draw_list(self) -> None:

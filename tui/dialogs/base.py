@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +109,7 @@ class Dialog(ModalScreen[Answer | None]):
         self._is_answered = False
         self._problem = ""
         """Why the deed cannot be done, until the next key."""
+        self._chosen_lost = False
         self.known_since = 0.0
         """When what the deed costs came up, by the clock of events: a key from before does not do it."""
 
@@ -142,8 +145,14 @@ class Dialog(ModalScreen[Answer | None]):
         return self._can_take_keys.is_set()
 
     async def opened(self) -> None:
-        """Returns when it can take keys."""
-        await asyncio.wait_for(self._can_take_keys.wait(), MOUNT_SECONDS)
+        """Returns when it can take keys, or after a while: keys that come too early are lost, and the screen goes on."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._can_take_keys.wait(), MOUNT_SECONDS)
+
+    def lose_choice(self, what: str) -> None:
+        """What was chosen is no longer there: the deed waits until the operator has chosen again."""
+        self._problem, self._chosen_lost = what, True
+        self.known_since = time.monotonic()
 
     def tell(self) -> None:
         """Shows the words for what is chosen now."""
@@ -177,6 +186,8 @@ class Dialog(ModalScreen[Answer | None]):
         await self.opened()
         self._problem = ""
         focused = self.focused
+        if event.key in ("up", "down"):
+            self._chosen_lost = False
         field = self.entry
         if event.key == "escape":
             self._close(None)
@@ -192,8 +203,11 @@ class Dialog(ModalScreen[Answer | None]):
             if await field.take_key(event):
                 self.text_changes()
         elif event.key in ("enter", "space") and isinstance(focused, Press):
-            if focused.deed and event.time < self.known_since:
-                self._problem = "what this does has only come up since that key; press it again"
+            if focused.deed and self._chosen_lost:
+                self._problem = "what was chosen is no longer there; choose again with the arrow keys"
+                self.tell()
+            elif focused.deed and event.time < self.known_since:
+                self._problem = "the cost was shown only after you pressed that key; press it again"
                 self.tell()
             else:
                 self._press(focused)

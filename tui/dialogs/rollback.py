@@ -85,6 +85,9 @@ class RollbackDialog(Dialog):
         places = [at for at, c in enumerate(self._choices) if chosen is not None and c.id == chosen.id]
         if places:
             self._list.choose(places[0])
+        elif chosen is not None:
+            self._skips_past_bad = False
+            self.lose_choice(f"{chosen.id} was deleted; choose again")
         self._list.styles.height = max(1, min(ROWS, len(self._choices)))
         self.tell()
         if chosen is not None and before.snapshot is not scene.snapshot:
@@ -207,7 +210,7 @@ class RollbackDialog(Dialog):
         except ValueError as error:
             return str(error)
         if skip < 0 or not 0 < scale <= 1000:
-            return "skip must not be negative, and the rate's factor lies above 0 and up to 1000"
+            return "skip must not be negative, and the learning-rate factor must be above 0 and at most 1000"
         if skip:
             arguments["skip"] = skip
         if scale != 1.0:

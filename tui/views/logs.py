@@ -73,7 +73,7 @@ class LogsView(ReaderView):
 
     def do_end(self, which: str) -> None:
         super().do_end(which)
-        if which == "-1" and not self._whole and len(self._all) >= FIRST:
+        if which == "-1" and self.rows is self._list and not self._whole and len(self._all) >= FIRST:
             self._offset, self._whole = 0, True
             self._all = self._shown = []
             self._list.following = False
@@ -82,7 +82,10 @@ class LogsView(ReaderView):
     async def open_stacks(self) -> None:
         """The newest file of hung ranks' stacks."""
         listed = await self.midwatch.feed.ask(LogQuery(id=0), LogReply)
-        self._files = listed.files if listed is not None else self._files
+        if listed is None:
+            self.midwatch.say("stacks: the controller is out of reach")
+            return
+        self._files = listed.files
         stacks = [file for file in self._files if is_stacks(file)]
         if stacks:
             self._choose(max(stacks, key=lambda file: file.rpartition("/")[2].partition("-")[2].partition("-")[2]))

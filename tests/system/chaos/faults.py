@@ -106,6 +106,16 @@ class Theatre:
         undone = self._acts[kind][1] is not None
         return Fault(kind, dice.choice(self.hosts.names), dice.uniform(3.0, 8.0) if undone else 0.0)
 
+    def draw_all(self, dice: random.Random, kinds: tuple[str | None, ...]) -> tuple[Fault, ...]:
+        """One for each kind (None: any), no two of one kind: what is moved away cannot be moved away again."""
+        faults: list[Fault] = []
+        for kind in kinds:
+            fault = self.draw(dice, kind)
+            while fault.kind in {earlier.kind for earlier in faults}:
+                fault = self.draw(dice)
+            faults.append(fault)
+        return tuple(faults)
+
     def inflict(self, fault: Fault) -> None:
         self._acts[fault.kind][0](fault.host)
 
@@ -150,7 +160,8 @@ class Theatre:
         subprocess.run(["mount", "--bind", str(empty), str(self.run.root / "checkpoints")], check=True)
 
     def _uncover(self) -> None:
-        subprocess.run(["umount", "-l", str(self.run.root / "checkpoints")], check=True)
+        root = self.run.root if self.run.root.exists() else self._moved
+        subprocess.run(["umount", "-l", str(root / "checkpoints")], check=True)
 
     def _kill_sshd(self, host: str) -> None:
         for pid in self.hosts.pids(host):

@@ -44,7 +44,7 @@ class Play:
         run.wait_step(before.step + 3, RECOVER_SECONDS)
         time.sleep(dice.uniform(0.0, 1.5))
         self._command()
-        faults = tuple(theatre.draw(dice, kind) for kind in kinds)
+        faults = theatre.draw_all(dice, kinds)
         struck = time.time()
         for fault in faults:
             theatre.inflict(fault)
