@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from itertools import islice
 from types import GeneratorType
 from typing import Any
@@ -28,6 +28,8 @@ ITEM = 16
 """Characters that an item of a list counts as."""
 BITS = 1 << 14
 """Of an integer."""
+_INSERTING = frozenset(["join", "indent", "wordwrap", "translate", "tojson"])
+"""Filters and methods that put a text that they are given in several places of another value."""
 _WIDE = re.compile(r"\d{6}")
 
 
@@ -81,6 +83,15 @@ def _integers(value: object) -> Iterable[int]:
     if isinstance(value, int):
         return (value,)
     return [each for each in value if isinstance(each, int)] if isinstance(value, list | tuple) else ()
+
+
+def _texts(values: Iterable[object]) -> Iterable[int]:
+    """Lengths of the texts among values, and among those of tables."""
+    for value in values:
+        if isinstance(value, str):
+            yield len(value)
+        elif isinstance(value, dict):
+            yield from _texts(value.values())
 
 
 class _Spending(threading.local):
@@ -185,6 +196,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             __self._check_format(owner, values)
         elif isinstance(owner, str) and getattr(__obj, "__name__", "") == "replace" and len(args) > 1:
             __self._check_replacement(owner, args[0], args[1])
+        elif isinstance(owner, str) and getattr(__obj, "__name__", "") in _INSERTING:
+            __self._check_insertions((owner, *values))
         _spending.budget.check_call((owner, *values))
         return __self._whole(super().call(__context, __obj, *args, **kwargs))
 
@@ -198,6 +211,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 self._check_format(str(given[0]), given[1:])
             elif name == "replace" and len(given) > 2:
                 self._check_replacement(given[0], given[1], given[2])
+            elif name in _INSERTING:
+                self._check_insertions(given)
             _spending.budget.check_call(given)
             return self._whole(filter(*args, **kwargs))
 
@@ -213,6 +228,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if _WIDE.search(text):
             raise ExcessError("it asks for a wide field")
         _spending.budget.check_call((text, *values))
+
+    def _check_insertions(self, values: tuple[object, ...]) -> None:
+        """A text may be put between, or in the place of, each item or character of another value."""
+        longest = max(_texts(values), default=0)
+        items = max((len(value) for value in values if isinstance(value, Sized)), default=0)
+        if longest * items > _spending.budget.size * 16:
+            raise ExcessError("it makes a value that is too large")
 
     def _check_replacement(self, text: object, old: object, new: object) -> None:
         times = str(text).count(str(old)) if str(old) else len(str(text)) + 1

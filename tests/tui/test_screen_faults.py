@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.tui.conftest import attached
 from tests.tui.stage import Stage, replace, snapshot
 from tui.dialogs.rollback import choices, pick, unknown
-from tui.scene import Scene, checkpoint_flags, speaks_against
+from tui.scene import Scene, checkpoint_flags, silence, speaks_against
 
 FAULT = "/runs/a/journal/000003.log: Input/output error; the storage is at fault, not full (/dev/sdb1 at /runs)"
 
@@ -41,3 +41,28 @@ def test_the_rollback_dialog_knows_what_the_last_rollback_left() -> None:
     assert choices(scene)[pick(choices(scene), "undone", scene)].id == left.id
     none = Scene("demo", before.time, snapshot=before, received=before.time)
     assert unknown(none, "undone") == "rollback: no rollback has left a checkpoint that is still there"
+
+
+async def test_a_dialog_whose_choice_is_gone_does_nothing_until_it_is_chosen_again(stage: Stage) -> None:
+    before = snapshot()
+    async with attached(stage) as screen:
+        await screen.press("R")
+        await screen.sees("Undoes")
+        chosen = screen.app.screen._chosen.id  # type: ignore[attr-defined]
+        stage.send(checkpoints=tuple(c for c in before.checkpoints if c.id != chosen))
+        await screen.sees(f"{chosen} was deleted")
+        await screen.press("tab", "enter")
+        await screen.sees("choose again with the arrow keys")
+        assert stage.commands == []
+        await screen.press("down", "up")
+        await screen.sees("Undoes")
+        await screen.press("enter")
+        await screen.until(lambda: stage.commands, "the rollback")
+        assert stage.commands[0].arguments["checkpoint"] != chosen
+
+
+def test_a_run_that_is_shown_from_its_files_is_not_silent() -> None:
+    shown = replace(snapshot(), archived=True, state="released")
+    assert silence(Scene("demo", shown.time + 12, snapshot=shown, received=shown.time)) is None
+    live = replace(shown, archived=False)
+    assert silence(Scene("demo", live.time + 12, snapshot=live, received=live.time)) is not None

@@ -29,6 +29,8 @@ class ReaderView(View):
         self._page = Rows(id="whole")
         self._lines: Sequence[Line] = ()
         self._wraps = False
+        self._line_of_row: list[int] = []
+        """While lines are wrapped: which of them each row is of."""
 
     def compose(self) -> ComposeResult:
         yield self._list
@@ -38,7 +40,9 @@ class ReaderView(View):
         self._lines = lines
         if self._wraps and self._list.size.width > 4:
             cells = self._list.size.width - 2
-            lines = [row for line in lines[-WRAPPED:] for row in broken(line, cells, MOST_ROWS)]
+            first = max(0, len(lines) - WRAPPED)
+            rows = [(at, row) for at in range(first, len(lines)) for row in broken(lines[at], cells, MOST_ROWS)]
+            self._line_of_row, lines = [at for at, _ in rows], [row for _, row in rows]
         self._list.show(lines)
 
     def place_words(self) -> str:
@@ -68,7 +72,9 @@ class ReaderView(View):
         at = self._list.cursor
         if not 0 <= at < len(self._list.lines):
             return
-        line = self._lines[at] if not self._wraps else self._list.lines[at]
+        if self._wraps and at < len(self._line_of_row):
+            at = self._line_of_row[at]
+        line = self._lines[at]
         self._page.top = 0
         self._page.show([*wrapped(text(line).strip(), max(20, self.size.width - 2)), [], *self.more(at)])
         self._turn(page=True)
