@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole_and_the_run_training(
         rolled = run.done("rollback", checkpoint=saved)
         assert rolled.detail["step"] == int(saved.split("-")[0])
         assert (run.root / "checkpoints" / again).is_dir()
-        assert [p.name for p in (run.root / "checkpoints").iterdir() if p.name.startswith(".")] == []
+        assert [p.name for p in (run.root / "checkpoints").iterdir() if p.is_dir() and p.name.startswith(".")] == []
     finally:
         run.clear()
 
