@@ -278,7 +278,7 @@ class Pool:
         told = "; ".join([*wrong, *unused]) or self._backend.lacking
         if fewest == 1 and self._backend.nodes:
             return told or "the agent does not answer"
-        return f"{count} nodes of at least {fewest} are there" + (f": {told}" if told else "")
+        return f"{count} of at least {fewest} nodes ready" + (f": {told}" if told else "")
 
     # What is looked after now and then
 

@@ -96,7 +96,7 @@ async def test_the_fewest_are_waited_for_and_node_0s_store_is_told_to_the_others
     cluster.come("n1")
     await asyncio.sleep(0.6)
     assert not cluster.gathers("n1")
-    assert "1 nodes of at least 2" in cluster.desk.ledger.reason
+    assert "1 of at least 2 nodes ready" in cluster.desk.ledger.reason
     cluster.come("n2")
     await cluster.desk.until(lambda: cluster.gathers("n1"))
     first = cluster.gathers("n1")[0]
@@ -325,7 +325,7 @@ async def test_fewer_nodes_than_the_model_needs_are_waited_for(cluster: Cluster)
     cluster.come("n1", "n2")
     await asyncio.sleep(0.6)
     assert not cluster.gathers("n1")
-    assert "2 nodes of at least 3" in cluster.desk.ledger.reason
+    assert "2 of at least 3 nodes ready" in cluster.desk.ledger.reason
     cluster.come("n3", "n4")
     await cluster.trains("n1", "n2", "n3")
     assert not cluster.gathers("n4")

@@ -73,7 +73,7 @@ def test_nodes_join_by_themselves_and_strangers_do_not(make_run: Callable[[str],
     (other.root / "journal").mkdir(parents=True)
     pods = Pods(hosts, run)
     one = pods.join("pod-0", key(run))
-    waits = run.wait(lambda s: "nodes of at least 2 are there" in s.reason, 90)
+    waits = run.wait(lambda s: "of at least 2 nodes ready" in s.reason, 90)
     assert "midwatch agent --join" in waits.reason
 
     (other.root / "recipe.toml").write_text((run.root / "recipe.toml").read_text())
@@ -102,7 +102,7 @@ def test_nodes_come_and_go_and_none_takes_anothers_place(run: Run, data: Path, h
 
     hosts.kill("pod-0")
     first.wait()
-    run.wait(lambda s: "1 nodes of at least 2" in s.reason and "pod-0" in s.reason, 60)
+    run.wait(lambda s: "1 of at least 2 nodes ready" in s.reason and "pod-0" in s.reason, 60)
     third = pods.join("pod-2", for_all)
     went_on = run.wait(lambda s: used(s) == {"pod-1", "pod-2"}, 60)
     run.wait_step(went_on.step + 5)
