@@ -23,6 +23,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from launcher import protocol as p
 from launcher.agent.environment import presentable, rank_environment
 from launcher.agent.probe import ProbePort
+from launcher.identity import run_id
 from launcher.keys import CONTROLLER_NAME, RunKeys, client_context
 from launcher.paths import RunPaths, read_address
 from launcher.recipe import load_recipe
@@ -88,7 +89,7 @@ class Nodes:
         async with await self._connect(number) as connection:
             hello = p.AgentHello(
                 version=p.VERSION,
-                run=self._paths.key,
+                run=run_id(self._paths),
                 node=node_name(number),
                 pid=os.getpid(),
                 generation=0,
@@ -155,7 +156,7 @@ class Nodes:
         start, stage = gather.start, recipe.stage[0]
         hello = p.RankHello(
             version=p.VERSION,
-            run=recipe.run.name,
+            run=run_id(self._paths),
             generation=start.generation,
             term=start.term,
             pid=os.getpid(),
