@@ -26,6 +26,7 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	@sh tests/setup.sh
+	@sh tests/vllm.sh
 	@$(BIN)/python -m pytest -m soak --timeout=3600
 
 bench: $(STAMP)
@@ -35,4 +36,4 @@ picture: $(STAMP)
 	@$(BIN)/python -m docs.picture
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-vllm build dist *.egg-info

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from trainer.batch import Rows, may_trim, of_one, samples_a_replica, share, trim
 from trainer.generate import Request, Response
 from trainer.generate.served import ServerError
 from trainer.network import Network
+from trainer.outside import Outside
 from trainer.training import Training
 
 Ids = Sequence[int] | Array
@@ -49,8 +51,13 @@ def draw(training: Training, prompts: Sequence[Ids], tokens: int, temperature: f
     requests = [Request(tuple(map(int, prompts[number])), tokens, temperature, seed=seeds[number], stops=stops) for number in asked]
     responder = training.responder()
     responder.refresh(training.progress.step)
+    peek = training.boundary.peek
     try:
-        answers = responder.respond(requests, training.boundary.peek)
+        if isinstance(responder, Outside):
+            prompts_asked = [request.prompt for request in requests]
+            if not responder.hand_over(prompts_asked, partial(_of_prompts, training), peek):
+                return None
+        answers = responder.respond(requests, peek)
     except ServerError as error:
         training.hold_for_data(str(error))
         training.evaluated = None
@@ -66,6 +73,20 @@ def draw(training: Training, prompts: Sequence[Ids], tokens: int, temperature: f
     columns, engine = _rows(kept, responses, log_probs, context, training.tokenizer.pad)
     rows = of_one(*(column.to(device) for column in columns))
     return Drawn(kept, responses, ended, rows, engine.to(device), training.progress.step)
+
+
+def _of_prompts(training: Training, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+    """The policy's log-probabilities [tokens] of the prompts' tokens but each one's first, at temperature 1. By all ranks."""
+    network, stage = training.network, training.stage.stage
+    firsts, rest = [[prompt[0]] for prompt in prompts], [list(prompt[1:]) for prompt in prompts]
+    columns, _ = _rows(firsts, rest, [[0.0] * len(each) for each in rest], stage.context, training.tokenizer.pad)
+    rows = of_one(*(column.to(training.world.device) for column in columns))
+    network.temperature = 1.0
+    try:
+        every = over_rows(training, network, rows, log_probs)
+    finally:
+        network.temperature = stage.temperature
+    return every[rows.mask.bool()]
 
 
 def _rows(

@@ -27,6 +27,7 @@ from trainer.objectives import grpo
 from trainer.objectives.advantages import adaptive, gae, token_rewards, whiten
 from trainer.objectives.ppo import Experience as Noted
 from trainer.objectives.reward import score_places
+from trainer.outside import Outside
 from trainer.parallel import together
 from trainer.rewards import RewardError, by_function
 from trainer.training import Training
@@ -55,7 +56,10 @@ def collect(training: Training) -> dict[str, float] | None:
     judged = judge(training, drawn)
     if judged is None:
         return None
-    noted, metrics = _noted(training, drawn, *judged)
+    found = _noted(training, drawn, *judged)
+    if found is None:
+        return None
+    noted, metrics = found
     assert training.experience is not None
     training.experience.put(drawn.rows, noted)
     at.position += stage.prompts_drawn
@@ -96,8 +100,11 @@ def judge(training: Training, drawn: Drawn) -> tuple[Tensor, Tensor] | None:
     return given.masked_fill(bad, 0.0), drawn.rows.mask * (~bad)[:, None]
 
 
-def _noted(training: Training, drawn: Drawn, given: Tensor, mask: Tensor) -> tuple[Noted, dict[str, float]]:
-    """What updates need to know of each token, and the rollout's metrics; the KL's coefficient is steered on the way."""
+def _noted(training: Training, drawn: Drawn, given: Tensor, mask: Tensor) -> tuple[Noted, dict[str, float]] | None:
+    """What updates need to know of each token, and the rollout's metrics; the KL's coefficient is steered on the way.
+
+    None, with nothing changed, where the responses are not the policy's and had to be put off.
+    """
     stage, drawn_at = training.stage.stage, training.progress.drawn
     coefficient = training.progress.settings["kl"] * (drawn_at.kl_scale if stage.rollout.kl_target is not None else 1.0)
     policy, rows = stage.rollout, drawn.rows._replace(mask=mask)
@@ -116,11 +123,8 @@ def _noted(training: Training, drawn: Drawn, given: Tensor, mask: Tensor) -> tup
         "policy/mismatch": float(((old - drawn.engine) * mask).abs().sum()) / tokens,
         "policy/version": float(drawn.version),
     }
-    if metrics["policy/mismatch"] > policy.mismatch:
-        text = f"engine and trainer differ by {metrics['policy/mismatch']:.3g} nats a token about what was drawn"
-        training.note(
-            "alarm", f"{text} (more than policy.mismatch {policy.mismatch:g}): their weights or positions are not the same"
-        )
+    if metrics["policy/mismatch"] > policy.mismatch and _mismatched(training, metrics["policy/mismatch"]):
+        return None
     worth = _normalised(training, given, real) if policy.normalise else given
     if stage.objective == "grpo":
         worth = _without_unscored(worth, real, policy.responses)
@@ -137,6 +141,20 @@ def _noted(training: Training, drawn: Drawn, given: Tensor, mask: Tensor) -> tup
             drawn_at.kl_scale, metrics["policy/kl_sequence"], policy.kl_target, policy.kl_horizon, responses
         )
     return Noted(old, advantages, returns, values, reference), metrics
+
+
+def _mismatched(training: Training, mismatch: float) -> bool:
+    """Says that engine and trainer differ; whether the rollout is put off for it: what a server drew is not learned from then."""
+    policy, responder = training.stage.stage.rollout, training.responder()
+    text = f"engine and trainer differ by {mismatch:.3g} nats a token about what was drawn"
+    text = f"{text} (more than policy.mismatch {policy.mismatch:g}): their weights or positions are not the same"
+    if not isinstance(responder, Outside):
+        training.note("alarm", text)
+        return False
+    responder.forget()
+    processed = "" if policy.temperature == 1.0 else " with --logprobs-mode processed_logprobs"
+    training.hold_for_data(f"{text} (start the server again{processed} from {responder.latest})", retries=False)
+    return True
 
 
 def _without_unscored(worth: Tensor, real: Tensor, group: int) -> Tensor:

@@ -48,7 +48,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     advantage: Literal["group", "leave-one-out"] = "group"
     """GRPO: against the mean and deviation of the prompt's responses, or against the mean of the others (RLOO)."""
     mismatch: float = 0.05
-    """Mean difference in nats, between what the engine and the trainer think of a drawn token, above which there is an alarm."""
+    """Nats. Mean difference of the engine's and the trainer's log-probabilities of a token, above which there is an alarm.
+
+    A rollout that a server drew is not learned from then.
+    """
 
     def problems(self) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out)."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_trainer_generate import CONFIG, CONTEXT, VOCABULARY, decoder, engine, ragged
 from test_trainer_policy import built, ppo, series
-from trainer_harness import Step, Told, fresh, logs, same_bits, start_ranks, steer, write_recipe
+from trainer_harness import Step, Told, fresh, logs, same_bits, start_ranks, steer, steered, write_recipe
 from vllm_stand_in import StandIn
 
 from launcher.protocol import Op
@@ -211,11 +211,20 @@ def test_a_server_that_serves_something_else_is_told_of(options: Any, model: str
 
 def policy_run(recipe: Recipe, place: Path, name: str, url: str | None, timeout: float = 20.0, **given: Any) -> Path:
     """A short pretraining and PPO after it, with the own engine or by the server at the URL."""
-    root = built(recipe, place, name, ppo(4, prompts=16, epochs=1, global_batch=8, micro_batch=4, lr=1e-3, **given), every=2)
+    given = {"prompts": 16, "epochs": 1, "global_batch": 8, "micro_batch": 4, "lr": 1e-3} | given
+    root = built(recipe, place, name, ppo(4, **given), every=2)
     if url is None:
         return root
     generate = Generate(engine="vllm", url=url, weights=str(place / "weights"), timeout=timeout)
     return write_recipe(root, msgspec.structs.replace(load_recipe(root / "recipe.toml"), generate=generate))
+
+
+@pytest.fixture(scope="module")
+def own(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without a server, on one rank."""
+    root = policy_run(recipe, tmp_path_factory.mktemp("own"), "own", None)
+    steer(root, size=1)
+    return root
 
 
 def test_a_run_by_a_server_is_bit_for_bit_the_run_by_the_own_engine(recipe: Recipe, stand_in: StandIn, tmp_path: Path) -> None:
@@ -232,17 +241,77 @@ def test_a_run_by_a_server_is_bit_for_bit_the_run_by_the_own_engine(recipe: Reci
     assert (stand_in.loaded[-1] / "tokenizer.json").exists()
 
 
-def test_weights_that_the_server_does_not_have_would_raise_the_alarm(recipe: Recipe, stand_in: StandIn, tmp_path: Path) -> None:
-    first: list[Path] = []
-    load = stand_in.load
-    stand_in.load = lambda directory: None if first else (first.append(directory), load(directory))[1]  # type: ignore[method-assign]
-    told = steer(policy_run(recipe, tmp_path, "run", stand_in.url), size=1)
-    assert max(series(told, "policy/mismatch")) > 0.01
+Load = Callable[[Path], None]
+
+
+def taking_nothing(stand_in: StandIn, load: Load) -> Load:
+    """From the second reload on says that it loaded, and did not."""
+    return lambda directory: None if stand_in.loaded else load(directory)
+
+
+def keeping_its_head(stand_in: StandIn, load: Load) -> Load:
+    """The same of its output layer alone, as vLLM does where a tied model's file has none."""
+
+    def part(directory: Path) -> None:
+        assert stand_in.loaded or stand_in.decoder is None
+        old = None if stand_in.decoder is None else stand_in.decoder.state_dict()["head.weight"]
+        load(directory)
+        assert stand_in.decoder is not None and stand_in.engine is not None
+        if old is not None:
+            weights = stand_in.decoder.state_dict() | {"head.weight": old}
+            stand_in.decoder.load_state_dict(weights)
+            stand_in.engine.refresh(weights.items(), len(stand_in.loaded))
+
+    return part
+
+
+@pytest.mark.parametrize(("fault", "lr"), [(taking_nothing, 1e-3), (keeping_its_head, 1e-5)])
+def test_a_reload_that_did_not_take_is_found_before_anything_is_drawn(
+    fault: Callable[[StandIn, Load], Load], lr: float, own: Path, recipe: Recipe, stand_in: StandIn, tmp_path: Path
+) -> None:
+    """The difference is far below `policy.mismatch`. Once the server takes the weights, the run goes on as if nothing had been."""
+    root, load = policy_run(recipe, tmp_path, "run", stand_in.url, lr=lr), stand_in.load
+    stand_in.load = fault(stand_in, load)  # type: ignore[method-assign]
+    ranks = start_ranks(root, 1, steered, [], fresh())
+    try:
+        until(lambda: bool(alarms(root)))
+        drawn = [body for body in stand_in.asked if "prompt_logprobs" not in body]
+        copies = sorted(path.name for path in (tmp_path / "weights").iterdir())
+        stand_in.load = load  # type: ignore[method-assign]
+        assert ranks.wait() == [0], logs(root)
+    finally:
+        ranks.kill()
+    assert "answers with other weights than it was told to load" in alarms(root)[0]
+    assert len({body["seed"] for body in drawn}) == 16 + 2  # of the first rollout and an evaluation
+    assert len(copies) <= 3
+    assert max(series(Told.read(root), "policy/mismatch")) < 1e-4
+    assert lr != 1e-3 or same_bits(own / "checkpoints" / "16-1-policy", root / "checkpoints" / "16-1-policy")
+
+
+def test_responses_that_are_not_the_policys_are_not_learned_from(
+    own: Path, recipe: Recipe, stand_in: StandIn, tmp_path: Path
+) -> None:
+    """The server scores prompts by the new weights and draws with older ones, as one that caches would."""
+    root, load = policy_run(recipe, tmp_path, "run", stand_in.url, mismatch=1e-3), stand_in.load
+
+    def once(directory: Path) -> None:
+        engine = stand_in.engine
+        load(directory)
+        if len(stand_in.loaded) == 2:
+            stand_in.engine = engine
+
+    stand_in.load = once  # type: ignore[method-assign]
+    steer(root, Step(Op.RESUME, phase="paused", looks=10), size=1)
+    assert "engine and trainer differ by" in alarms(root)[0]
+    assert same_bits(own / "checkpoints" / "16-1-policy", root / "checkpoints" / "16-1-policy")
+
+
+def alarms(root: Path) -> list[str]:
+    return [note["text"] for note in Told.read(root).all("Note") if note["level"] == "alarm"]
 
 
 def mended_when_paused(root: Path, says: str, port: int) -> None:
     """Resumes once the alarm has been told and somebody listens at the port again."""
-    from trainer_harness import steered
 
     def look() -> None:
         while not any(says in note["text"] for note in Told.read(root).all("Note")):
@@ -253,10 +322,10 @@ def mended_when_paused(root: Path, says: str, port: int) -> None:
     steered(root, [Step(Op.RESUME, phase="paused", looks=60)], fresh())
 
 
-def test_a_run_whose_server_is_away_waits_and_goes_on_when_it_is_there(recipe: Recipe, stand_in: StandIn, tmp_path: Path) -> None:
+def test_a_run_whose_server_is_away_waits_and_goes_on_when_it_is_there(
+    own: Path, recipe: Recipe, stand_in: StandIn, tmp_path: Path
+) -> None:
     """At the first attempt nobody has started it; later it dies while it answers. Nothing of that shows in the weights."""
-    own = policy_run(recipe, tmp_path, "own", None)
-    steer(own, size=1)
     root = policy_run(recipe, tmp_path, "run", stand_in.url)
     stand_in.close()
     ranks = start_ranks(root, 1, mended_when_paused, "cannot be asked", stand_in.port)
@@ -273,9 +342,9 @@ def test_a_run_whose_server_is_away_waits_and_goes_on_when_it_is_there(recipe: R
     assert same_bits(own / "checkpoints" / "16-1-policy", root / "checkpoints" / "16-1-policy")
 
 
-def test_answers_that_break_off_pause_the_run_and_nothing_is_lost(recipe: Recipe, stand_in: StandIn, tmp_path: Path) -> None:
-    own = policy_run(recipe, tmp_path, "own", None)
-    steer(own, size=1)
+def test_answers_that_break_off_pause_the_run_and_nothing_is_lost(
+    own: Path, recipe: Recipe, stand_in: StandIn, tmp_path: Path
+) -> None:
     root, count = policy_run(recipe, tmp_path, "run", stand_in.url), [0]
 
     def breaking(answer: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from launcher.recipe.hf_files import open_directory
 from launcher.recipe.hf_layout import layout
 from launcher.recipe.model import Model
 from trainer.generate import Engine, Request
+from trainer.model import Decoder
 
 Tamper = Callable[[dict[str, Any]], Any]
 
@@ -39,6 +40,8 @@ class StandIn:
         self.most, self._at_once = 0, 0
         """Requests under way at a time."""
         self.engine: Engine | None = None
+        self.decoder: Decoder | None = None
+        """The same weights, for what is asked of a prompt's own tokens."""
         self._lock, self._counting = threading.Lock(), threading.Lock()
         self._http: http.server.ThreadingHTTPServer | None = None
         self.start()
@@ -113,7 +116,10 @@ class StandIn:
                 rows = [file.get_slice(piece.tensor)[piece.start : piece.start + piece.length] for piece in part.pieces]
                 weights[name] = torch.cat(rows)
         engine.refresh(weights.items(), len(self.loaded))
-        self.engine = engine
+        decoder = Decoder(model, model.vocabulary)
+        decoder.set_positions(model.rope, model.rope.original_context or self.max_model_len)
+        decoder.load_state_dict(weights)
+        self.engine, self.decoder = engine, decoder
         self.loaded.append(directory)
 
     def _complete(self, handler: Any, body: dict[str, Any]) -> None:
@@ -131,7 +137,10 @@ class StandIn:
 
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         assert body["model"] in self.names
-        assert body["ignore_eos"] and body["return_token_ids"] and body["logprobs"] == 0
+        assert body["ignore_eos"] and body["return_token_ids"]
+        if "prompt_logprobs" in body:
+            return self._scored(body)
+        assert body["logprobs"] == 0
         request = Request(
             tuple(body["prompt"]),
             body["max_tokens"],
@@ -157,6 +166,20 @@ class StandIn:
             "logprobs": {"token_logprobs": response.log_probs, "tokens": spelled, "top_logprobs": None, "text_offset": []},
         }
         return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [choice]}
+
+    def _scored(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A prompt's own log-probabilities."""
+        assert body["prompt_logprobs"] == 0 and body["temperature"] == 1.0
+        prompt = body["prompt"]
+        with self._lock:
+            assert self.decoder is not None
+            ids = torch.tensor([prompt])
+            places, documents = torch.arange(len(prompt))[None], torch.zeros_like(ids)
+            with torch.no_grad():
+                found = self.decoder(ids, places, documents, ids.roll(-1))[0, :-1].tolist()
+        scored = [None, *({str(id): {"logprob": value}} for id, value in zip(prompt[1:], found, strict=True))]
+        choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": None, "prompt_token_ids": prompt}
+        return {"id": "cmpl-1", "object": "text_completion", "choices": [choice | {"prompt_logprobs": scored}]}
 
     def _say(self, handler: Any, status: int, body: object) -> None:
         """bytes are sent as they are, a tuple with another status, half of a list's only member; None is an empty answer."""

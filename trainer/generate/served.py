@@ -50,11 +50,16 @@ class _LogProbs(msgspec.Struct):
     tokens: list[str] = []
 
 
+class _Scored(msgspec.Struct):
+    logprob: float
+
+
 class _Choice(msgspec.Struct):
     finish_reason: str | None = None
     logprobs: _LogProbs | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, _Scored] | None] | None = None
 
 
 class _Completion(msgspec.Struct):
@@ -191,6 +196,35 @@ class Server:
             raise self._error("/v1/completions", f"gave {len(told.choices)} responses to one prompt", "is it vLLM?")
         return self._response(told.choices[0], request, limit, version)
 
+    def prompt_log_probs(self, lines: Lines, prompt: tuple[int, ...]) -> list[float]:
+        """Log-probabilities of a prompt's tokens but the first, at temperature 1. Raises ServerError."""
+        asked = {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "ignore_eos": True,
+            "prompt_logprobs": 0,
+            "return_token_ids": True,
+        }
+        told = self._read("/v1/completions", self._ask(lines, "POST", "/v1/completions", asked), _Completion)
+        scored = told.choices[0].prompt_logprobs if len(told.choices) == 1 else None
+        if scored is None:
+            raise self._error("/v1/completions", "gives no log-probabilities of prompts", "use a vLLM that has `prompt_logprobs`")
+        found = [
+            one[str(id)].logprob if one is not None and str(id) in one else math.nan
+            for id, one in zip(prompt[1:], scored[1:], strict=False)
+        ]
+        if len(scored) != len(prompt) or not all(map(math.isfinite, found)):
+            problem = f"gives no log-probability for some of a prompt's {len(prompt)} tokens"
+            raise self._error("/v1/completions", problem, "its weights may be damaged: look at its log")
+        return found
+
+    def stale(self, problem: str) -> ServerError:
+        """The error of a server that has loaded the policy's weights and answers with others."""
+        way_out = f"start it again with {self._weights}, which has all weights written out, and the dtype of the model"
+        return self._error("/collective_rpc", f"answers with other weights than it was told to load: it {problem}", way_out)
+
     def _response(self, choice: _Choice, request: Request, limit: int, version: int) -> Response:
         def wrong(problem: str, way_out: str) -> ServerError:
             return self._error("/v1/completions", problem, way_out)
@@ -221,11 +255,12 @@ class Server:
 
     def _ask(self, lines: Lines, method: str, place: str, body: object = None) -> bytes:
         """The body of an answer that is not an error's. Raises ServerError."""
-        until = time.monotonic() + self._timeout
+        until, limit = time.monotonic() + self._timeout, min(CONNECT, self._timeout)
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=min(CONNECT, self._timeout))
+        connection = kind(self._host, self._port, timeout=limit)
         try:
             connection.connect()
+            limit = self._timeout
             assert connection.sock is not None
             with lines.hold(connection.sock):
                 bound_answer(connection, until, _LARGEST)
@@ -237,8 +272,8 @@ class Server:
         except OversizeError:
             raise self._error(place, "does not come to an end", "is it vLLM?") from None
         except TimeoutError:
-            seconds = f"{self._timeout:g} s"
-            raise self._error(place, f"did not answer within {seconds}", "look at its log, or raise [generate] timeout") from None
+            way_out = "look at its log, or raise [generate] timeout" if limit == self._timeout else "is its machine up?"
+            raise self._error(place, f"did not answer within {limit:g} s", way_out) from None
         except (OSError, http.client.HTTPException) as error:
             why = (
                 f"{error.strerror or error}"
