@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,9 +55,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--dtype", choices=tuple(TYPES), default="float32")
     parser.add_argument("--file-bytes", type=int, default=SHARD_BYTES)
+    parser.add_argument("--untied", action="store_true")
     given = parser.parse_args(arguments)
     try:
-        write_path(export(given.run, given.checkpoint, given.to, given.dtype, given.file_bytes))
+        write_path(export(given.run, given.checkpoint, given.to, given.dtype, given.file_bytes, given.untied))
     except (RecipeError, ExportError, CheckpointError, ShardError, hf_tokenizer.TokenizerError) as error:
         write_error(f"midwatch: {error}")
         return 2 if isinstance(error, RecipeError) else 1
@@ -66,8 +68,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int = SHARD_BYTES) -> str:
-    """Writes the directory; a line that says what it is. Raises ExportError and what it reads with raises."""
+def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int = SHARD_BYTES, untied: bool = False) -> str:
+    """Writes the directory; a line that says what it is. Raises ExportError and what it reads with raises.
+
+    untied: as in `placed`.
+    """
     missing = [name for name in ("safetensors", "tokenizers") if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"needs the package `{missing[0]}` (pip install 'midwatch[train]')")
@@ -88,7 +93,7 @@ def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int
         name: partial(whole, directory, known.tensors[f"model.{name}"])
         for name in layout(recipe.model, family, vocabulary, stage.scalar)
     }
-    parts, tensors = placed(recipe.model, family, vocabulary, tensors, stage, context)
+    parts, tensors = placed(recipe.model, family, vocabulary, tensors, stage, context, untied)
     known_as = {"run": recipe.run.name, "checkpoint": directory.name, "step": progress.step, "stage": stage.name, "digest": digest}
     origin = known_as | made_from(recipe, _data(recipe, run), directory, progress)
     small = described(recipe, stage, parts, context, tokenizer, dtype) | {"midwatch.json": dumped(origin)}
@@ -151,11 +156,16 @@ def dumped(value: dict[str, Any]) -> bytes:
 def described(
     recipe: Recipe, stage: Stage, parts: dict[str, Part], context: int, tokenizer: Tokenizer, dtype: str
 ) -> dict[str, bytes]:
-    """What is beside the weights, by file. context: of the longest rows. Raises TokenizerError."""
+    """What is beside the weights, by file. context: of the longest rows. Raises TokenizerError.
+
+    parts: from `placed`; an output layer among them makes the model an untied one.
+    """
     family, vocabulary = like(recipe.model), parts["embedding.weight"].shape[0]
     if family == "gpt2":
         context = parts["positions.weight"].shape[0]
     config = config_of(recipe.model, family, _rope(recipe, stage), recipe.stage[0].context, context, vocabulary)
+    if "head.weight" in parts:
+        config["tie_word_embeddings"] = False
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     if stage.scalar:
         head = {"architectures": [SCORING[family]], "num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
@@ -168,9 +178,16 @@ def described(
 
 
 def placed(
-    model: Model, family: Family, vocabulary: int, tensors: Tensors, stage: Stage, context: int
+    model: Model, family: Family, vocabulary: int, tensors: Tensors, stage: Stage, context: int, untied: bool = False
 ) -> tuple[dict[str, Part], Tensors]:
-    """Where each parameter goes, and the parameters, each to be read when it is its turn."""
+    """Where each parameter goes, and the parameters, each to be read when it is its turn.
+
+    untied: a model whose output layer is its embedding gets that table a second time, as an output layer of its own. A server
+    that loads new weights into a running model needs it: vLLM keeps the old output layer where the file has none.
+    """
+    if untied and model.tied and not stage.scalar:
+        model = msgspec.structs.replace(model, tied=False)
+        tensors = tensors | {"head.weight": tensors["embedding.weight"]}
     parts = layout(model, family, vocabulary, stage.scalar)
     if stage.position_factor != 1.0 and family == "gpt2":
         # GPT-2 reads its table as it is, so what the stage reads between the rows is written out.

@@ -25,4 +25,5 @@ def export(arguments: argparse.Namespace) -> int:
         name = found.id
     python = load_recipe(paths.recipe).cluster.python or sys.executable
     command = [python, "-P", "-m", "trainer.export", str(paths.root), "--checkpoint", name, "--to", arguments.to]
-    return subprocess.run([*command, "--dtype", arguments.dtype]).returncode
+    command += ["--dtype", arguments.dtype, *(["--untied"] if arguments.untied else [])]
+    return subprocess.run(command).returncode

@@ -151,6 +151,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--checkpoint", metavar="ID", default="latest", help="its id, a step, or golden (default: the newest)")
     export.add_argument("--to", metavar="DIR", required=True, help="directory to make")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: as trained)")
+    export.add_argument("--untied", action="store_true", help="write a tied output layer as a tensor of its own")
 
 
 def _add_looking(commands: Any) -> None:

@@ -441,14 +441,30 @@ def test_the_command_writes_a_directory_and_says_what_from(quiet: Path, tmp_path
     run = Path(shutil.copytree(quiet, tmp_path / "run"))
     (run / "journal").mkdir()
     command = [sys.executable, "-P", "-m", "midwatch", "export", str(run), "--to", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    command.append("--untied")
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "LlamaForCausalLM of checkpoint" in done.stdout
     origin = json.loads((tmp_path / "out" / "midwatch.json").read_text())
     assert origin["run"] == "tiny" and origin["checkpoint"] in {path.name for path in (quiet / "checkpoints").iterdir()}
     assert {tensor.dtype for tensor in saved(tmp_path / "out").values()} == {torch.bfloat16}
+    assert "lm_head.weight" in saved(tmp_path / "out"), "--untied"
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 1 and "is there already" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_a_tied_head_can_be_written_out_and_is_read_as_the_same_model(quiet: Path, tmp_path: Path) -> None:
+    export(quiet, "latest", tmp_path / "tied")
+    export(quiet, "latest", tmp_path / "untied", untied=True)
+    tied, untied = saved(tmp_path / "tied"), saved(tmp_path / "untied")
+    assert untied.keys() - tied.keys() == {"lm_head.weight"}
+    assert torch.equal(untied["lm_head.weight"], tied["model.embed_tokens.weight"])
+    assert json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"] is False
+    ids = torch.randint(0, 500, (1, 20), generator=torch.Generator().manual_seed(1))
+    first, second = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("tied", "untied"))
+    assert second.lm_head.weight.data_ptr() != second.model.embed_tokens.weight.data_ptr()
+    with torch.no_grad():
+        assert torch.equal(first(ids).logits, second(ids).logits)
 
 
 @pytest.mark.parametrize("rope", ["linear", "ntk", "dynamic", "yarn", "llama3", "none"])
