@@ -131,7 +131,7 @@ class _Reader:
             return "GPT2Tokenizer" if kind == "gpt2" else BACKEND
         named = named.removesuffix("Fast")
         bytes_wise = self._fast is not None and "ByteLevel" in _types(self._fast)
-        if kind in ("mistral", "bloom") or (named == "LlamaTokenizer" and bytes_wise):
+        if kind == "mistral" or (named == "LlamaTokenizer" and bytes_wise):
             return BACKEND
         return named if named in DEFAULTS else BACKEND
 
@@ -179,6 +179,8 @@ class _Reader:
         pieces, kind, normalizer = parse(self._path.read_bytes())
         names, kinds = [name for name, _, _ in pieces], [what for _, _, what in pieces]
         here = self._path.name
+        if self._class == "GPT2Tokenizer":
+            raise self._conflict(here, "is SentencePiece's", CONFIG, f"says {self._class}, which reads bytes")
         if kind != 2:
             raise self._conflict(here, "is no BPE model", CONFIG, "is read by transformers as one of BPE")
         if normalizer["charsmap"] or normalizer["extra_whitespaces"]:
@@ -187,9 +189,11 @@ class _Reader:
             raise self._conflict(here, "has no pieces for bytes", CONFIG, "has transformers read it as if it had")
         prefix = self._prefix() if self._class == "LlamaTokenizer" else "never"
         if normalizer["dummy_prefix"] != (prefix != "never"):
-            one, other = ("", "none") if normalizer["dummy_prefix"] else ("no ", "one")
-            way = f'"tokenizer_class" {shown(self._config.get("tokenizer_class"))}, by which transformers puts {other}'
-            raise self._conflict(here, f"puts {one}a space before a text", CONFIG, f"has {way}")
+            puts, other = ("a space", "none") if normalizer["dummy_prefix"] else ("no space", "one")
+            settings = {"tokenizer_class": self._config.get("tokenizer_class"), "model_type": self._model_config.get("model_type")}
+            settings |= {key: self._config[key] for key in ("add_prefix_space",) if key in self._config}
+            said = ", ".join(f"{key} {shown(value)}" for key, value in settings.items())
+            raise self._conflict(here, f"puts {puts} before a text", CONFIG, f"has transformers put {other}, by {said}")
         vocab = {name: number for number, name in enumerate(names)}
         return _llama(vocab, _merges(vocab), prefix)
 
