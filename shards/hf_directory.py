@@ -13,12 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from shards.decoding import DecodeError, json_value, shown
 from shards.errors import SpecError
+from shards.hf_tokens import Id, Token, added_tokens, as_token, ids_in, token_entries, vocabulary_of
 from shards.sentencepiece_model import BYTE, CONTROL, USER_DEFINED, parse
 
 FAST, MODEL = "tokenizer.json", "tokenizer.model"
@@ -36,58 +37,6 @@ DEFAULTS = {
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 """What a special token looks like that a file has among its ordinary pieces."""
-Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31 - 1)]
-
-
-class AddedToken(msgspec.Struct):
-    """What counts here of an entry of `added_tokens`."""
-
-    id: Id
-    content: str
-    special: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-
-
-class _Vocabulary(msgspec.Struct):
-    vocab: dict[str, Id] | list[Any]
-
-
-class _Token(msgspec.Struct):
-    """A token as any of the files writes it."""
-
-    content: str
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool | None = None
-    """As for a token that is not special, where it is left out."""
-    special: bool = False
-
-    def entry(self, number: int) -> dict[str, Any]:
-        """As a tokenizer.json has it."""
-        normalized = not self.special if self.normalized is None else self.normalized
-        return {"id": number, **msgspec.structs.asdict(self), "normalized": normalized}
-
-
-def added_tokens(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
-    """Raises ValueError."""
-    return msgspec.convert(tokenizer.get("added_tokens") or [], list[AddedToken])
-
-
-def ids_in(tokenizer: Mapping[str, Any]) -> int:
-    """One more than the highest id of a tokenizer.json. Raises ValueError."""
-    highest = max(_vocabulary(tokenizer).values(), default=-1)
-    return 1 + max([highest, *(token.id for token in added_tokens(tokenizer))])
-
-
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """Raises ValueError."""
-    vocab = msgspec.convert(tokenizer.get("model"), _Vocabulary).vocab
-    if isinstance(vocab, dict):
-        return vocab
-    names = [entry[0] if isinstance(entry, list) and entry and isinstance(entry[0], str) else "" for entry in vocab]
-    return {name: number for number, name in enumerate(names)} | ({"": len(names) - 1} if "" in names else {})
 
 
 def has_settings(model: Path) -> bool:
@@ -107,7 +56,7 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
 
 
 class _Named(NamedTuple):
-    token: _Token | None
+    token: Token | None
     where: str
     """The file that names it."""
 
@@ -156,7 +105,7 @@ class _Reader:
         ids_in(self._fast)
         if self._class == BACKEND:
             return self._fast
-        model, vocab = self._fast["model"], _vocabulary(self._fast)
+        model, vocab = self._fast["model"], vocabulary_of(self._fast)
         if model.get("type", "BPE") != "BPE":
             raise self._conflict(
                 FAST, f"has a model of type {shown(model.get('type'))}", CONFIG, f"says {self._class}, which is BPE"
@@ -203,21 +152,21 @@ class _Reader:
 
     def _tokens(self) -> tuple[dict[str, _Named], dict[int, _Named]]:
         """The named tokens by role, and those with an id by that."""
-        given = {role: _Named(_token(self._config[f"{role}_token"]), CONFIG) for role in ROLES if f"{role}_token" in self._config}
+        given = {role: _Named(as_token(self._config[f"{role}_token"]), CONFIG) for role in ROLES if f"{role}_token" in self._config}
         listed: dict[int, _Named] = {}
         if isinstance(self._config.get("added_tokens_decoder"), dict):
             for number, value in self._config["added_tokens_decoder"].items():
-                listed[msgspec.convert(number, Id, strict=False)] = _Named(_token(value), CONFIG)
+                listed[msgspec.convert(number, Id, strict=False)] = _Named(as_token(value), CONFIG)
         else:
             self._legacy(given, listed)
         found = {role: _Named(None, CONFIG) for role in ROLES}
         if self._class in DEFAULTS:
-            found |= {role: _Named(_token(name), f"{CONFIG}'s {self._class}") for role, name in DEFAULTS[self._class].items()}
+            found |= {role: _Named(as_token(name), f"{CONFIG}'s {self._class}") for role, name in DEFAULTS[self._class].items()}
         elif self._fast is None:
-            found |= {role: _Named(_token(name), self._path.name) for role, name in _ends(self._path).items()}
+            found |= {role: _Named(as_token(name), self._path.name) for role, name in _ends(self._path).items()}
         padding = (self._fast or {}).get("padding")
         if isinstance(padding, dict) and "pad" not in given:
-            found["pad"] = _Named(_token(padding.get("pad_token")), FAST)
+            found["pad"] = _Named(as_token(padding.get("pad_token")), FAST)
         return found | given, dict(sorted(listed.items()))
 
     def _legacy(self, given: dict[str, _Named], listed: dict[int, _Named]) -> None:
@@ -225,39 +174,39 @@ class _Reader:
         if (file := self._path.with_name(MAP)).is_file():
             for key, value in _object(file).items():
                 if key.removesuffix("_token") in ROLES:
-                    given[key.removesuffix("_token")] = _Named(_token(value), MAP)
+                    given[key.removesuffix("_token")] = _Named(as_token(value), MAP)
         extra = {token.content for token in self._extra()}
         if (file := self._path.with_name(ADDED)).is_file():
             special = {token.content for token, _ in given.values() if token} | extra
             for content, number in msgspec.convert(_object(file), dict[str, Id]).items():
-                listed[number] = _Named(_Token(content, special=content in special), ADDED)
+                listed[number] = _Named(Token(content, special=content in special), ADDED)
         if self._fast is not None:
             for entry in self._fast.get("added_tokens") or []:
-                listed[msgspec.convert(entry["id"], Id)] = _Named(_token(entry), FAST)
+                listed[msgspec.convert(entry["id"], Id)] = _Named(as_token(entry), FAST)
 
-    def _extra(self) -> list[_Token]:
+    def _extra(self) -> list[Token]:
         """Special tokens without a role."""
         files = [self._config]
         if "added_tokens_decoder" not in self._config and (file := self._path.with_name(MAP)).is_file():
             files.append(_object(file))
-        found: list[_Token] = []
+        found: list[Token] = []
         for given in files:
             for key in ("extra_special_tokens", "additional_special_tokens"):
                 value = given.get(key) or []
-                found += [token for each in (value.values() if isinstance(value, dict) else value) if (token := _token(each))]
+                found += [token for each in (value.values() if isinstance(value, dict) else value) if (token := as_token(each))]
             for key, value in given.items():
                 if key.endswith("_token") and key.removesuffix("_token") not in ROLES and isinstance(value, str):
-                    found.append(_Token(value))
+                    found.append(Token(value))
         return found
 
     def _add(self, tokenizer: dict[str, Any], named: Mapping[str, _Named], listed: Mapping[int, _Named]) -> None:
         """Puts the tokens of the other files into the tokenizer, with the ids that `transformers` gives them."""
-        vocab = _vocabulary(tokenizer)
-        entries = {token.content: dict(entry) for token, entry in _pairs(tokenizer)}
+        vocab = vocabulary_of(tokenizer)
+        entries = {token.content: dict(entry) for token, entry in token_entries(tokenizer)}
         numbers = vocab | {name: entry["id"] for name, entry in entries.items()}
         size = 1 + max(numbers.values(), default=-1)
 
-        def put(token: _Token, where: str, wanted: int | None = None) -> None:
+        def put(token: Token, where: str, wanted: int | None = None) -> None:
             nonlocal size
             number = numbers.get(token.content, size)
             if wanted is not None and number != wanted:
@@ -273,30 +222,30 @@ class _Reader:
                 put(token, where, number)
         for token, where in named.values():
             if token is not None and token.content not in entries:
-                put(_Token(token.content, token.lstrip, token.rstrip, token.single_word, token.normalized, True), where)
+                put(Token(token.content, token.lstrip, token.rstrip, token.single_word, token.normalized, True), where)
         extra = [*self._extra(), *self._pieces()]
         for token in extra:
             if token.content not in entries:
                 put(token, CONFIG)
         if self._fast is not None:
-            kept = {token.content for token, _ in _pairs(self._fast)} - set(entries)
+            kept = {token.content for token, _ in token_entries(self._fast)} - set(entries)
             if kept:
                 raise self._conflict(
                     FAST, f"has the added token {shown(min(kept))}", CONFIG, "has none such among added_tokens_decoder"
                 )
         special = {token.content for token, _ in named.values() if token} | {token.content for token in self._extra()}
-        special |= {token.content for token, _ in _pairs(self._fast or {}) if token.special}
+        special |= {token.content for token, _ in token_entries(self._fast or {}) if token.special}
         for content in special & set(entries):
             entries[content]["special"] = True
         tokenizer["added_tokens"] = sorted(entries.values(), key=lambda entry: int(entry["id"]))
 
-    def _pieces(self) -> list[_Token]:
+    def _pieces(self) -> list[Token]:
         """Those of a SentencePiece model that are no ordinary ones."""
         if self._fast is not None:
             return []
         pieces, _, _ = parse(self._path.read_bytes())
         return [
-            _Token(name, normalized=False, special=kind == CONTROL) for name, _, kind in pieces if kind in (CONTROL, USER_DEFINED)
+            Token(name, normalized=False, special=kind == CONTROL) for name, _, kind in pieces if kind in (CONTROL, USER_DEFINED)
         ]
 
     def _stops(self, tokenizer: dict[str, Any]) -> list[int]:
@@ -304,11 +253,11 @@ class _Reader:
         file, given = (GENERATION, self._generation) if "eos_token_id" in self._generation else (MODEL_CONFIG, self._model_config)
         value = given.get("eos_token_id")
         found = msgspec.convert(value if isinstance(value, list) else [] if value is None else [value], list[Id])
-        names = {number: name for name, number in _vocabulary(tokenizer).items()}
+        names = {number: name for name, number in vocabulary_of(tokenizer).items()}
         for number in found:
-            entries = {entry["id"]: entry for _, entry in _pairs(tokenizer)}
+            entries = {entry["id"]: entry for _, entry in token_entries(tokenizer)}
             if number not in entries and _TAG.fullmatch(names.get(number, "")):
-                tokenizer["added_tokens"].append(_Token(names[number], special=True).entry(number))
+                tokenizer["added_tokens"].append(Token(names[number], special=True).entry(number))
             elif number not in entries:
                 what = f"the ordinary piece {shown(names[number])}" if number in names else "no token"
                 says = f"says that id {number} ends a text"
@@ -317,17 +266,6 @@ class _Reader:
             else:
                 entries[number]["special"] = True
         return found
-
-
-def _pairs(tokenizer: Mapping[str, Any]) -> list[tuple[AddedToken, dict[str, Any]]]:
-    return list(zip(added_tokens(tokenizer), tokenizer.get("added_tokens") or [], strict=True))
-
-
-def _token(value: Any) -> _Token | None:
-    """A token given as its text, as an object, or as null. Raises ValueError."""
-    if value is None or value == "":
-        return None
-    return _Token(value) if isinstance(value, str) else msgspec.convert(value, _Token)
 
 
 def _ends(model: Path) -> dict[str, str]:

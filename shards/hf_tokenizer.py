@@ -13,7 +13,8 @@ from typing import Any
 
 from shards.decoding import json_value
 from shards.errors import SpecError
-from shards.hf_directory import CONFIG, added_tokens, ids_in, read_tokenizer
+from shards.hf_directory import CONFIG, read_tokenizer
+from shards.hf_tokens import added_tokens, ids_in
 from shards.sentencepiece_model import BYTE, CONTROL, META_SPACE, NORMAL, UNKNOWN, USER_DEFINED, parse
 
 __all__ = [
