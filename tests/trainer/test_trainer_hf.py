@@ -277,6 +277,7 @@ def foreign_tokenizer(place: Path, size: int) -> None:
     fast.save(str(place / "tokenizer.json"))
     config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (place / "tokenizer_config.json").write_text(json.dumps(config))
+    (place / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0}))
 
 
 def test_a_recipe_learns_its_sizes_from_the_directory_and_keeps_them(source: Any, tmp_path: Path) -> None:
@@ -368,7 +369,7 @@ def break_it(place: Path, how: str) -> None:
         ("garbage", "is not a safetensors file, or is cut off"),
         ("a file missing", "cannot be read: No such file or directory (fetch it again)"),
         ("no weights", "holds neither model.safetensors nor"),
-        ("no tokenizer", "holds none of tokenizer.model, tokenizer.json (give [tokenizer] path)"),
+        ("no tokenizer", "holds none of tokenizer.json, tokenizer.model (give [tokenizer] path)"),
         ("another tokenizer", "by config.json it is [100, 48]"),
     ],
 )
