@@ -1,94 +1,42 @@
 """Hugging Face tokenizers: one brought along as a `tokenizer.json` is read, one of SentencePiece is written as such.
 
-What is kept of a `tokenizer.json` is a bundle, JSON again: {"tokenizer": its content, "special": {"bos": "<s>", ...}}, because
-which of its tokens begins a text and which ends it is said in another file, `tokenizer_config.json`.
+What is kept of such a tokenizer is a bundle, JSON again: {"tokenizer": a tokenizer.json, "special": {"bos": "<s>", ...}, "stops":
+[2, ...]}, because the special tokens are named in other files. A null in "special" is a token that the tokenizer does not have.
 """
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
-
-from shards.decoding import DecodeError, json_value
+from shards.decoding import json_value
 from shards.errors import SpecError
+from shards.hf_directory import CONFIG, read_tokenizer
+from shards.hf_tokens import added_tokens, ids_in
+from shards.sentencepiece_model import BYTE, CONTROL, META_SPACE, NORMAL, UNKNOWN, USER_DEFINED, parse
 
-CONFIG = "tokenizer_config.json"
-Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31 - 1)]
-FALLBACKS = {
-    "bos": ("<s>", "<|begin_of_text|>", "[BOS]", "<bos>", "<|endoftext|>"),
-    "eos": ("</s>", "<|end_of_text|>", "[EOS]", "<eos>", "<|endoftext|>"),
-    "pad": ("[PAD]", "<pad>"),
-}
-"""Where no configuration says which token does it."""
+__all__ = [
+    "BYTE",
+    "CONFIG",
+    "META_SPACE",
+    "JsonModel",
+    "added_tokens",
+    "bundle",
+    "from_sentencepiece",
+    "ids_in",
+    "parse",
+    "with_reserved",
+]
+
 BYTE_SCORE = -1e5
-"""Of the pieces for bytes, so that text that looks like one's name is not taken for it."""
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-META_SPACE = "\u2581"
+"""Of the pieces for bytes and of control pieces, so that text that looks like one's name is not taken for it."""
 
 
 def bundle(path: Path) -> bytes:
-    """The bundle of a tokenizer.json and what lies beside it. Raises SpecError."""
-    tokenizer, beside = _object(path), path.parent / CONFIG
-    config = _object(beside) if beside.exists() else {}
-    try:
-        ids_in(tokenizer)
-        added = {token.content for token in added_tokens(tokenizer)}
-    except ValueError as error:
-        raise SpecError(f"tokenizer: {path}: is not a tokenizer.json: {error} (fetch it again)") from None
-    special: dict[str, str] = {}
-    for name in ("bos", "eos", "pad", "unk"):
-        token = config.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        known = [token] if isinstance(token, str) else [t for t in FALLBACKS.get(name, ()) if t in added]
-        if known:
-            special[name] = known[0]
-    if special.get("pad") == special.get("eos"):
-        special.pop("pad", None)  # what fills up must not look like an end
-    return json.dumps({"tokenizer": tokenizer, "special": special}, ensure_ascii=False, sort_keys=True).encode()
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json_value(path.read_bytes())
-    except OSError as error:
-        raise SpecError(f"tokenizer: {path}: {error.strerror} (correct the path)") from None
-    except DecodeError as error:
-        raise SpecError(f"tokenizer: {path}: is {error} (fetch it again)") from None
-    if not isinstance(found, dict):
-        raise SpecError(f"tokenizer: {path}: is not a {path.name} (fetch it again)")
-    return found
-
-
-class AddedToken(msgspec.Struct):
-    """What counts here of an entry of `added_tokens`."""
-
-    id: Id
-    content: str
-    special: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-
-
-class _Vocabulary(msgspec.Struct):
-    vocab: dict[str, Id] | list[Any]
-
-
-def added_tokens(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
-    """Raises ValueError."""
-    return msgspec.convert(tokenizer.get("added_tokens") or [], list[AddedToken])
-
-
-def ids_in(tokenizer: Mapping[str, Any]) -> int:
-    """One more than the highest id of a tokenizer.json. Raises ValueError."""
-    vocab = msgspec.convert(tokenizer.get("model"), _Vocabulary).vocab
-    highest = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
-    return 1 + max([highest, *(token.id for token in added_tokens(tokenizer))])
+    """The bundle of a tokenizer.json, or of a SentencePiece model with settings beside it. Raises SpecError."""
+    return json.dumps(read_tokenizer(path), ensure_ascii=False, sort_keys=True).encode()
 
 
 class JsonModel:
@@ -102,7 +50,10 @@ class JsonModel:
             raise SpecError(f"{where}: a tokenizer.json needs the package `tokenizers` (pip install 'midwatch[train]')") from None
         try:
             content = json_value(model)
-            tokenizer, self.special = content["tokenizer"], dict(content["special"])
+            tokenizer, special = content["tokenizer"], dict(content["special"])
+            self.special = {name: token for name, token in special.items() if token is not None}
+            self.has_bos = special.get("bos", "") is not None
+            self.stops = frozenset(content.get("stops", ()))
             self._size = ids_in(tokenizer)
             self._model: Any = Tokenizer.from_str(json.dumps(tokenizer))
         except Exception as error:  # what the library raises is a bare Exception
@@ -119,6 +70,10 @@ class JsonModel:
         """Whether a text behind a special token gets a space put before it like one that begins a document, if that does."""
         # Else text could forge a turn, or an end.
         self._model.encode_special_tokens = True
+        for token in added:
+            if token.special and token.id in self.encode(token.content):
+                reason = f"{token.content!r} is a special token, and a text that says it would be encoded as that token"
+                raise SpecError(f"{where}: {reason} (take its merges out of the tokenizer)")
 
     def _id(self, name: str) -> int:
         return self.piece_to_id(self.special[name]) if name in self.special else -1
@@ -197,7 +152,7 @@ def from_sentencepiece(model: bytes, reserved: Mapping[int, str]) -> dict[str, A
             "merges": list(_merges(names, [score for _, score, _ in pieces], kinds)),
         }
     else:
-        scores = [BYTE_SCORE if what == BYTE else score for _, score, what in pieces]
+        scores = [BYTE_SCORE if what in (BYTE, CONTROL) else score for _, score, what in pieces]
         listed = [[name, score] for name, score in zip(names, scores, strict=True)]
         body = {"type": "Unigram", "unk_id": unknown, "vocab": listed, "byte_fallback": BYTE in kinds}
     user = {number: name for number, (name, what) in enumerate(zip(names, kinds, strict=True)) if what == USER_DEFINED}
@@ -236,59 +191,6 @@ def _normalizer(spec: Mapping[str, Any]) -> dict[str, Any] | None:
     if spec["dummy_prefix"]:
         steps.append({"type": "Prepend", "prepend": " "})
     return {"type": "Sequence", "normalizers": steps} if steps else None
-
-
-def parse(model: bytes) -> tuple[list[tuple[str, float, int]], int, dict[str, Any]]:
-    """(piece, score, kind) of each id, the kind of the model, and its normalizer: sentencepiece_model.proto. Raises SpecError."""
-    try:
-        return _parse(model)
-    except (LookupError, ValueError, TypeError, struct.error) as error:
-        raise SpecError(f"tokenizer: not a SentencePiece model: {type(error).__name__}: {error} (give a .model file)") from None
-
-
-def _parse(model: bytes) -> tuple[list[tuple[str, float, int]], int, dict[str, Any]]:
-    pieces: list[tuple[str, float, int]] = []
-    kind, spec = 1, {"charsmap": b"", "dummy_prefix": True, "extra_whitespaces": True}
-    for field, value in _fields(model):
-        if field == 1:
-            inner = dict(_fields(value))
-            pieces.append((inner[1].decode(), struct.unpack("<f", inner.get(2, bytes(4)))[0], inner.get(3, NORMAL)))
-        elif field == 2:
-            kind = dict(_fields(value)).get(3, 1)
-        elif field == 3:
-            inner = dict(_fields(value))
-            spec = {
-                "charsmap": inner.get(2, b""),
-                "dummy_prefix": bool(inner.get(3, 1)),
-                "extra_whitespaces": bool(inner.get(4, 1)),
-            }
-    return pieces, kind, spec
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protocol buffers message: https://protobuf.dev/programming-guides/encoding."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        tag = varint()
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            yield number, varint()
-            continue
-        length = varint() if wire == 2 else {1: 8, 5: 4}[wire]
-        yield number, message[at : at + length]
-        at += length
 
 
 def with_reserved(tokenizer: Mapping[str, Any], reserved: Iterable[tuple[int, str]]) -> dict[str, Any]:

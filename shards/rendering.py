@@ -36,7 +36,7 @@ class Renderer:
 
         self._bounded = bounded
         self.template = template
-        self._names = dict(names)
+        self._names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "") | dict(names)
         where = f"tokenizer: template: {template.where}"
         if len(template.jinja) > LONGEST_TEMPLATE:
             raise SpecError(f"{where}: is longer than {LONGEST_TEMPLATE:,} characters (name another template)")

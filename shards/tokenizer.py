@@ -26,6 +26,7 @@ import xxhash
 from shards.chat import Chat, Markers, Message, trained
 from shards.decoding import json_value
 from shards.errors import ShardError, SpecError
+from shards.hf_directory import FAST, MODEL, has_settings
 from shards.hf_tokenizer import JsonModel, bundle, ids_in
 from shards.rendering import Renderer
 from shards.spec import Tokenizer as TokenizerSpec
@@ -119,14 +120,17 @@ class Tokenizer:
         self.reserved: dict[str, int] = {}
         for name in RESERVED:
             found = own.get(name, -1)
-            self.reserved[name] = found if found >= 0 else self._control(name)
-        self.pad, self.bos, self.eos = self.reserved[PAD], self.reserved[BOS], self.reserved[EOS]
+            if name != BOS or getattr(self._model, "has_bos", True):
+                self.reserved[name] = found if found >= 0 else self._control(name)
+        self.pad, self.eos = self.reserved[PAD], self.reserved[EOS]
+        self.bos: int | None = self.reserved.get(BOS)
+        """None for a tokenizer brought along that has none: its texts begin with nothing."""
         # A model that puts a space before everything would put one before each part of a long text.
         self._splits = not self._model.normalize("a").startswith(META_SPACE)
         byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
-        self._meta_space = [] if own[UNK] in byte_ids else byte_ids
+        self._meta_space = [] if own[UNK] in byte_ids or isinstance(self._model, JsonModel) else byte_ids
         called = {name: self.own_name(number) or name for name, number in self.reserved.items()}
-        self.called = {token: called[name] for token, name in OURS.items()}
+        self.called = {token: called[name] for token, name in OURS.items() if name in called}
         """What the template's `bos_token` and so on are."""
         self.special = {called[name]: number for name, number in self.reserved.items()}
         self.swallows: dict[str, tuple[bool, bool]] = {}
@@ -143,7 +147,8 @@ class Tokenizer:
             self.stops = self._chat.ends | {self.eos}
         else:
             self.stops = frozenset({self.eos})
-        """What ends a response: EOS, and what ends the assistant's turn."""
+        self.stops |= getattr(self._model, "stops", frozenset())
+        """What ends a response: EOS, what ends the assistant's turn, and what a tokenizer brought along says that does."""
         self._names = {number: name for name, number in self.reserved.items()}
 
     def _control(self, name: str) -> int:
@@ -186,18 +191,28 @@ class Tokenizer:
         return [number for part in _cut(text) for number in self._model.encode(part)]
 
     def encode_texts(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], list[int]]:
-        """The ids of texts, one after the other, each between BOS and EOS, and how many each has."""
+        """The ids of texts, one after the other, each between BOS, where there is one, and EOS, and how many each has."""
         dtype = token_dtype(self.vocab)
         if self._words is not None and not any(META_SPACE in text for text in texts):
             return self._words.encode([list(_cut(text)) for text in texts])
-        found = [[self.bos, *self.encode(text), self.eos] for text in texts]
+        found = [[*self.beginning, *self.encode(text), self.eos] for text in texts]
         return np.array(list(chain.from_iterable(found)), dtype), list(map(len, found))
+
+    @property
+    def beginning(self) -> list[int]:
+        """What is put before the ids of a text: BOS, or nothing."""
+        return [] if self.bos is None else [self.bos]
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text that is to be continued. Never empty: without BOS, an empty text begins where another one ended."""
+        return [*self.beginning, *self.encode(text)] or [self.eos]
 
     @cached_property
     def _words(self) -> WordEncoder | None:
         """For models whose words can be encoded one by one."""
         if is_json(self.model) or not self._splits or not separable(self.model):
             return None
+        assert self.bos is not None
         return WordEncoder(self._model, token_dtype(self.vocab), self.bos, self.eos)
 
     def decode(self, ids: Iterable[int], *, reserved: bool = False) -> str:
@@ -263,7 +278,7 @@ def _loaded(model: bytes, where: str) -> Any:
     except (RuntimeError, ValueError, IndexError):
         whole = False
     if not whole:
-        raise SpecError(f"{where}: not a SentencePiece model (give a .model file, or leave path out)")
+        raise SpecError(f"{where}: not a SentencePiece model (give one, or a tokenizer.json, or leave path out)")
     return found
 
 
@@ -278,8 +293,17 @@ def token_dtype(vocab: int) -> str:
 
 
 def read_model(path: Path) -> bytes:
-    """A tokenizer that is brought along, as it is kept: a .model file's bytes, or a tokenizer.json's bundle. Raises SpecError."""
+    """A tokenizer that is brought along, as it is kept: a .model file's bytes, or a Hugging Face tokenizer's bundle.
+
+    As `transformers` does, a tokenizer.json is taken instead of the tokenizer.model that it lies beside. A .model file with
+    settings beside it has the tokens that they add. Raises SpecError.
+    """
     if path.suffix == ".json":
+        return bundle(path)
+    if path.name == MODEL and path.with_name(FAST).is_file():
+        return bundle(path.with_name(FAST))
+    if has_settings(path) and path.is_file():
+        _loaded(path.read_bytes(), str(path))
         return bundle(path)
     try:
         return path.read_bytes()

@@ -166,6 +166,8 @@ def described(
     config = config_of(recipe.model, family, _rope(recipe, stage), recipe.stage[0].context, context, vocabulary)
     if "head.weight" in parts:
         config["tie_word_embeddings"] = False
+    context = config.get("max_position_embeddings", context)
+    # Without BOS it says null: left out, it would be what the architecture has by default.
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     if stage.scalar:
         head = {"architectures": [SCORING[family]], "num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}

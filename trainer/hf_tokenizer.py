@@ -39,14 +39,18 @@ def files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
     else:
         content = from_sentencepiece(tokenizer.model, by_number)
         found["tokenizer.model"] = tokenizer.model
+    # Special in any file, special in this one: else another reader would find it in a text.
+    for entry in content["added_tokens"]:
+        entry["special"] = entry["special"] or entry["id"] in by_number or entry["id"] in tokenizer.stops
+    content["post_processor"] = _post_processor(called.get(BOS), tokenizer.bos)
     _compare(tokenizer, content)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": called[BOS],
+        "bos_token": called.get(BOS),
         "eos_token": called[EOS],
         "pad_token": called[PAD],
         "unk_token": called[UNK],
-        "add_bos_token": False,
+        "add_bos_token": tokenizer.bos is not None,
         "add_eos_token": False,
         "additional_special_tokens": [called[name] for name in tokenizer.reserved if name not in (BOS, EOS, PAD, UNK)],
         "clean_up_tokenization_spaces": False,
@@ -57,6 +61,23 @@ def files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
     found["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode() + b"\n"
     found["chat_template.jinja"] = tokenizer.template.jinja.encode()
     return found
+
+
+def _post_processor(name: str | None, number: int | None) -> dict[str, Any] | None:
+    """Puts BOS before a text, as in training. A chat template's text is encoded without it, and has the BOS that it writes."""
+    if name is None or number is None:
+        return None
+    begin, first, second = (
+        {"SpecialToken": {"id": name, "type_id": 0}},
+        *({"Sequence": {"id": part, "type_id": 0}} for part in "AB"),
+    )
+    special = {name: {"id": name, "ids": [number], "tokens": [name]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, first],
+        "pair": [begin, first, begin, second],
+        "special_tokens": special,
+    }
 
 
 def _compare(tokenizer: Tokenizer, content: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ def show_samples(training: Training) -> bool:
     training.phase("sampling")
     tokenizer = training.tokenizer
     if stage.objective == "pretrain":
-        prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in stage.prompts]
+        prompts = [tokenizer.prompt(prompt) for prompt in stage.prompts]
     else:
         prompts = [tokenizer.chat([("user", prompt)])[0] for prompt in stage.prompts]
     tokens = min(stage.sample_tokens, stage.context - 1)

@@ -1,4 +1,8 @@
-"""A Hugging Face `config.json` as a `[model]`, and a model as a `config.json`."""
+"""A Hugging Face `config.json` as a `[model]`, and a model as a `config.json`.
+
+A setting is read as `transformers` reads it. What contradicts itself, and what has a meaning that no model here has, is refused
+by its name: a model that is nearly the right one would train without an error.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.recipe.hf_layout import ARCHITECTURES, Family
+from launcher.recipe.hf_rope import DEFAULT_POSITIONS, read_rope
 from launcher.recipe.model import Model, Rope
 from shards.decoding import LARGEST, shown
 
@@ -47,6 +52,26 @@ FACTORS = frozenset(
 )
 
 
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_KINDS: dict[str, tuple[Family, str]] = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "mistral": ("llama", "MistralForCausalLM"),
+    "gpt2": ("gpt2", "GPT2LMHeadModel"),
+    "bloom": ("bloom", "BloomForCausalLM"),
+}
+"""By `model_type`, which is what `transformers` goes by: the family whose layout it has, and its architecture."""
+DEFAULTS: dict[str, Mapping[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096}
+}
+"""Where they are not those of Llama, by `model_type`."""
+SYNONYMS = {
+    "gpt2": {"n_embd": "hidden_size", "n_positions": "max_position_embeddings", "n_head": "num_attention_heads"}
+    | {"n_layer": "num_hidden_layers"},
+    "bloom": {"hidden_size": "n_embed", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"},
+}
+"""Two names of one size, by `model_type`."""
+
+
 class UnknownConfigError(Exception):
     """The configuration is of no model that can be read; the message says what of it and the way out."""
 
@@ -55,11 +80,12 @@ def model_keys(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
     """The family, and the keys of `[model]` with their values, `vocabulary` among them. Raises UnknownConfigError."""
     family = _family(config)
     try:
-        config = _typed(config)
+        config = _typed({**DEFAULTS.get(config["model_type"], {}), **config})
     except ValueError as error:
         raise UnknownConfigError(f"is not the configuration of a {family}: {error}") from None
+    _demand(config, {"quantization_config": (None,), "transformers_weights": (None,)})
     try:
-        keys = {"llama": _from_llama, "gpt2": _from_gpt2, "bloom": _from_bloom}[family](config)
+        keys = _READERS[config["model_type"]](config)
     except KeyError as error:
         raise UnknownConfigError(f"{error} is missing") from None
     for key, value in keys.items():
@@ -69,21 +95,30 @@ def model_keys(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
 
 
 def _family(config: Mapping[str, Any]) -> Family:
-    kind = config.get("model_type")
-    named = config.get("architectures") or []
+    kind, named = config.get("model_type"), config.get("architectures") or []
     if not isinstance(named, list):
         raise UnknownConfigError(f"architectures is {shown(named)}, not a list")
-    for family, architecture in ARCHITECTURES.items():
-        if kind == family and (not named or architecture in named):
-            return family
-    found = named[0] if named else kind or "of no known kind"
-    known, name = ", ".join(ARCHITECTURES.values()), found if isinstance(found, str) else shown(found)
-    raise UnknownConfigError(f"the model is {name}; those that can be read are {known}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        found = named[0] if named else kind or "of no known kind"
+        known, name = ", ".join(each for _, each in _KINDS.values()), found if isinstance(found, str) else shown(found)
+        raise UnknownConfigError(f"model_type is {shown(kind)} and the model {name}; those that can be read are {known}")
+    family, architecture = _KINDS[kind]
+    if named and architecture not in named:
+        raise UnknownConfigError(f"architectures is {shown(named)}; of model_type {shown(kind)} only {architecture} can be read")
+    return family
 
 
 def _typed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with sizes and factors that can be calculated with; null is as if it were left out. Raises ValueError."""
     given = dict(config)
+    for key in FLAGS:
+        if given.get(key) is None:
+            given.pop(key, None)
+        elif not isinstance(given[key], bool):
+            raise ValueError(f"{key} is {shown(given[key])}, not true or false")
+    for one, other in SYNONYMS.get(given["model_type"], {}).items():
+        if given.get(one) is not None and given.get(other) is not None and given[one] != given[other]:
+            raise ValueError(f"{one} is {shown(given[one])} and {other}, another name of it, {shown(given[other])}")
     for key in ("rope_parameters", "rope_scaling"):
         if given.get(key):
             if not isinstance(given[key], dict):
@@ -122,7 +157,10 @@ def _demand(config: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]]) ->
 
 def _from_llama(config: Mapping[str, Any]) -> dict[str, Any]:
     _demand(config, {"hidden_act": ("silu", "swish"), "pretraining_tp": (1, None)})
-    rope, theta = _rope(config)
+    try:
+        rope, theta = read_rope(config)
+    except ValueError as error:
+        raise UnknownConfigError(str(error)) from None
     heads, width = config["num_attention_heads"], config["hidden_size"]
     keys: dict[str, Any] = {
         "layers": config["num_hidden_layers"],
@@ -143,46 +181,18 @@ def _from_llama(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope": rope,
         "tied": bool(config.get("tie_word_embeddings", False)),
         "vocabulary": config["vocab_size"],
+        "max_position_embeddings": config.get("max_position_embeddings", DEFAULT_POSITIONS),
     }
     return keys
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-    """The scaling, with only what its kind looks at, and the base."""
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    kind = given.get("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str):
-        raise UnknownConfigError(f"rope type {shown(kind)} is not known")
-    kind = "none" if kind == "default" else kind
-    context = config.get("max_position_embeddings", 2048)
-    original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or context
-    known: dict[str, dict[str, str]] = {
-        "none": {},
-        "linear": {"factor": "factor"},
-        "dynamic": {"factor": "factor"},
-        "yarn": {k: k for k in ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor")},
-        "llama3": {k: k for k in ("factor", "low_freq_factor", "high_freq_factor")},
-        "longrope": {k: k for k in ("factor", "short_factor", "long_factor", "attention_factor")},
-        "proportional": {"factor": "factor", "partial_rotary_factor": "rotary_part"},
-    }
-    if kind not in known:
-        raise UnknownConfigError(f"rope type {shown(kind)} is not known; those that can be read are {', '.join(known)}")
-    part = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if kind != "proportional" and part not in (None, 1, 1.0):
-        raise UnknownConfigError(f"partial_rotary_factor is {shown(part)}, and only rope type 'proportional' has one")
-    rope: dict[str, Any] = {"kind": kind, "original_context": context if kind == "dynamic" else original}
-    rope |= {ours: given[theirs] for theirs, ours in known[kind].items() if given.get(theirs) is not None}
-    if kind in ("yarn", "longrope") and given.get("factor") is None:
-        rope["factor"] = context / max(1, original)
-    if kind == "yarn" and "attention_factor" not in rope and given.get("mscale") and given.get("mscale_all_dim"):
-        rope["attention_factor"] = _mscale(rope["factor"], given["mscale"]) / _mscale(rope["factor"], given["mscale_all_dim"])
-    return rope, theta
-
-
-def _mscale(factor: float, scale: float) -> float:
-    """DeepSeek's way to give YaRN's temperature."""
-    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+def _from_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Llama without biases, and with a window that attention looks back over, which must reach over all positions here."""
+    window, longest = config["sliding_window"], config.get("max_position_embeddings", DEFAULT_POSITIONS)
+    if window is not None and (not isinstance(window, int) or window < longest):
+        said = f"sliding_window is {shown(window)}, and can be read if it is null or at least max_position_embeddings, {longest}"
+        raise UnknownConfigError(f"{said} (for rows within the window, lower max_position_embeddings to it)")
+    return _from_llama({**config, "attention_bias": False, "mlp_bias": False})
 
 
 def _from_gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,6 +246,9 @@ def _biased(layers: int, width: int, heads: int, eps: float) -> dict[str, Any]:
     }
 
 
+_READERS = {"llama": _from_llama, "mistral": _from_mistral, "gpt2": _from_gpt2, "bloom": _from_bloom}
+
+
 def family_of(model: Model) -> Family | None:
     """The family whose positions the model has."""
     families: dict[str, Family] = {"rope": "llama", "learned": "gpt2", "alibi": "bloom"}
@@ -245,7 +258,8 @@ def family_of(model: Model) -> Family | None:
 def config_of(model: Model, family: Family, rope: Rope, original_context: int, context: int, vocabulary: int) -> dict[str, Any]:
     """The `config.json` of a model that fits the family, without ids of tokens.
 
-    rope: of the stage. original_context: what it is stretched from, where it does not say. context: of the longest rows.
+    rope: of the stage. original_context: what it is stretched from, where it does not say. context: of the longest rows. A model
+    is never said to be made for fewer positions than it came with, than its rows have had, or than its rope is stretched to.
     """
     common = {
         "architectures": [ARCHITECTURES[family]],
@@ -277,6 +291,10 @@ def config_of(model: Model, family: Family, rope: Rope, original_context: int, c
             "seq_length": context,
         }
     original = rope.original_context or original_context
+    declared = model.max_position_embeddings or 0
+    # What a directory says of its positions has its own stretching in it already.
+    own = rope.kind == "none" or (rope == model.rope and declared > 0)
+    longest = max(context, declared, 0 if own else round(original * rope.factor))
     return common | {
         "num_hidden_layers": model.layers,
         "hidden_size": model.width,
@@ -289,7 +307,7 @@ def config_of(model: Model, family: Family, rope: Rope, original_context: int, c
         "attention_bias": model.attention_biased,
         "mlp_bias": model.bias,
         # What `dynamic` takes for the context that it is stretched from.
-        "max_position_embeddings": original if rope.kind == "dynamic" else context,
+        "max_position_embeddings": original if rope.kind == "dynamic" else longest,
         "rope_theta": _base(rope, model),
         "rope_scaling": _scaling(rope, original),
     }

@@ -1,4 +1,6 @@
-"""What a Hugging Face directory holds, from its configuration and the headers of its safetensors; reads no weights.
+"""What a Hugging Face directory holds, from its configuration and the headers of its safetensors.
+
+Reads no weights, but for an output layer that is written beside the embedding that it shares, to see whether it is the same.
 
 The format of a header: https://huggingface.co/docs/safetensors, "Format": 8 bytes of length, then JSON.
 """
@@ -21,10 +23,12 @@ from launcher.recipe.model import Model
 from shards.decoding import Count, DecodeError, brief, json_value, shown
 
 PREFIX = "hf:"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
 LONGEST_HEADER = 100_000_000
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 """Types of weights that can be read."""
+COMPARED_BYTES = 1 << 22
+"""Of two tensors at once."""
 
 _PASSED_OVER = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
 """Buffers that older releases of transformers saved along."""
@@ -44,6 +48,8 @@ class Stored(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
+    start: int
+    """Its first byte in the file."""
 
 
 class _Tensor(msgspec.Struct):
@@ -80,6 +86,8 @@ def open_directory(path: Path) -> Directory:
     problems = model.problems()
     if problems:
         raise DirectoryError(f"{path / 'config.json'}: {problems[0][0]}: {problems[0][1]}")
+    if (path / ADAPTER).exists():
+        raise DirectoryError(f"{path / ADAPTER}: an adapter changes the weights (merge it into them, or take it away)")
     tensors = _tensors(path, family)
     _check(path, model, family, tensors)
     known = sorted((name, stored.file.name, stored.shape, stored.dtype) for name, stored in tensors.items())
@@ -100,11 +108,15 @@ def _json(file: Path, way: str) -> dict[str, Any]:
 
 
 def _tensors(path: Path, family: Family) -> dict[str, Stored]:
+    index: dict[str, str] = {}
     if (path / INDEX).exists():
-        index = _json(path / INDEX, "fetch it again").get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(name, str) and _is_name(name) for name in index.values()):
+        index = _json(path / INDEX, "fetch it again").get("weight_map") or {}
+        if not (isinstance(index, dict) and index and all(isinstance(name, str) and _is_name(name) for name in index.values())):
             raise DirectoryError(f"{path / INDEX}: has no weight_map of tensors to files beside it (fetch it again)")
         names = sorted(set(index.values()))
+        if (path / SINGLE).exists() and names != [SINGLE]:
+            # transformers reads the one file, vLLM reads all that are there.
+            raise DirectoryError(f"{path}: holds {SINGLE} and {INDEX} of other files (take away what is not of this model)")
     elif (path / SINGLE).exists():
         names = [SINGLE]
     else:
@@ -113,9 +125,16 @@ def _tensors(path: Path, family: Family) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for name in names:
         for stored in _header(path / name):
+            if index.get(stored.name, name) != name:
+                said = f"{path / INDEX}: says that tensor {shown(stored.name)} is in {index[stored.name]}, and it is in {name}"
+                raise DirectoryError(f"{said} (fetch all of it again)")
             # Some directories hold the model inside the one with an output layer, and leave out its prefix.
             bare = family != "llama" and not stored.name.startswith(("transformer.", "lm_head."))
-            found[f"transformer.{stored.name}" if bare else stored.name] = stored
+            known = f"transformer.{stored.name}" if bare else stored.name
+            if known in found:
+                both = f"{found[known].file.name} and {name}" if found[known].file.name != name else f"{name}, by two names"
+                raise DirectoryError(f"{path}: tensor {shown(known)} is there twice, in {both} (fetch all of it again)")
+            found[known] = stored
     return found
 
 
@@ -147,7 +166,7 @@ def _header(file: Path) -> list[Stored]:
     found, end = [], 0
     for name, entry in entries.items():
         begin, stop = entry.data_offsets
-        stored = Stored(file, name, entry.shape, entry.dtype)
+        stored = Stored(file, name, entry.shape, entry.dtype, 8 + length + begin)
         if begin > stop or (entry.dtype in ITEM_BYTES and stop - begin != math.prod(stored.shape) * ITEM_BYTES[stored.dtype]):
             raise DirectoryError(f"{file}: tensor {shown(name)} has another number of bytes than its shape needs (fetch it again)")
         found.append(stored)
@@ -157,9 +176,29 @@ def _header(file: Path) -> list[Stored]:
     return found
 
 
+def same_values(one: Stored, other: Stored) -> bool:
+    """Whether two tensors hold the same bytes, as they do where a shared tensor was written twice. Raises DirectoryError."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    left = math.prod(one.shape) * ITEM_BYTES.get(one.dtype, 0)
+    try:
+        with one.file.open("rb") as first, other.file.open("rb") as second:
+            first.seek(one.start)
+            second.seek(other.start)
+            while left > 0:
+                size = min(left, COMPARED_BYTES)
+                if first.read(size) != second.read(size):
+                    return False
+                left -= size
+    except OSError as error:
+        raise DirectoryError(f"{one.file}: cannot be read: {error.strerror} (fetch it again)") from None
+    return True
+
+
 def _check(path: Path, model: Model, family: Family, tensors: dict[str, Stored]) -> None:
     assert model.vocabulary is not None
-    wanted = file_shapes(layout(model, family, model.vocabulary))
+    parts = layout(model, family, model.vocabulary)
+    wanted = file_shapes(parts)
     for name, shape in wanted.items():
         if name not in tensors:
             raise DirectoryError(f"{path}: tensor {name!r} is missing, which config.json asks for (fetch all of it again)")
@@ -171,8 +210,13 @@ def _check(path: Path, model: Model, family: Family, tensors: dict[str, Stored])
         if stored.dtype not in ITEM_BYTES:
             way = f"only {', '.join(ITEM_BYTES)} can be read; dequantize it"
             raise DirectoryError(f"{stored.file}: tensor {shown(stored.name)} is {shown(stored.dtype)} ({way})")
+    spared = tensors.get("lm_head.weight") if model.tied else None
+    embedding = tensors[parts["embedding.weight"].pieces[0].tensor]
+    if spared is not None and not same_values(spared, embedding):
+        way = "set it to false to keep this output layer, or drop the tensor"
+        raise DirectoryError(f"{spared.file}: {shown(spared.name)} is not the embedding, with tie_word_embeddings true ({way})")
     for name, stored in tensors.items():
-        spare = model.tied and name == "lm_head.weight"
+        spare = stored is spared
         if name not in wanted and not spare and not _PASSED_OVER.fullmatch(name):
             said = f"{stored.file}: tensor {shown(stored.name)} is left over: config.json has none such"
             raise DirectoryError(f"{said} (fetch both again)")

@@ -15,6 +15,7 @@ MOST = {
     "head_width": 1 << 20,
     "hidden": 1 << 28,
     "max_positions": 1 << 40,
+    "max_position_embeddings": 1 << 40,
     "vocabulary": (1 << 31) - 1,
 }
 """Sizes far beyond any model, within which every calculation from them is quick and small. Token ids are int32 in places."""
@@ -95,6 +96,8 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     position: Literal["rope", "alibi", "sinusoidal", "learned", "none"] = "rope"
     max_positions: int | None = None
     """Rows of the learned table; the first stage's context where it is left out."""
+    max_position_embeddings: int | None = None
+    """Positions that the model is made for, which an export says at the least; the longest rows where it is left out."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_place: Literal["before", "after"] = "before"
     """Before attention and MLP, with one more at the end; or after each, on the residual stream."""

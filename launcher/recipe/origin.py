@@ -15,7 +15,8 @@ from shards.errors import ShardError
 
 FREE = ("from", "dtype", "float8", "compile")
 """Keys of `[model]` that the directory does not decide."""
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+"""In the order in which `transformers` takes them."""
 
 
 class OriginError(Exception):

@@ -19,7 +19,7 @@ from trainer_harness import logs, start_ranks, tensors, train_plain, write_recip
 
 from launcher.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
 from launcher.recipe.hf_config import model_keys
-from launcher.recipe.model import Model
+from launcher.recipe.model import Model, Rope
 from shards.build import build
 from shards.spec import Build
 from shards.tokenizer import Tokenizer
@@ -277,6 +277,7 @@ def foreign_tokenizer(place: Path, size: int) -> None:
     fast.save(str(place / "tokenizer.json"))
     config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (place / "tokenizer_config.json").write_text(json.dumps(config))
+    (place / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0}))
 
 
 def test_a_recipe_learns_its_sizes_from_the_directory_and_keeps_them(source: Any, tmp_path: Path) -> None:
@@ -355,7 +356,7 @@ def break_it(place: Path, how: str) -> None:
         ("config no JSON", "config.json: is not JSON"),
         (
             "another architecture",
-            "MambaForCausalLM; those that can be read are LlamaForCausalLM, GPT2LMHeadModel, BloomForCausalLM",
+            "MambaForCausalLM; those that can be read are LlamaForCausalLM, MistralForCausalLM, GPT2LMHeadModel, BloomForCausalLM",
         ),
         ("another activation", "hidden_act is 'gelu', and only 'silu' or 'swish' can be read"),
         ("a word for a number", "config.json: is not the configuration of a llama"),
@@ -368,7 +369,7 @@ def break_it(place: Path, how: str) -> None:
         ("garbage", "is not a safetensors file, or is cut off"),
         ("a file missing", "cannot be read: No such file or directory (fetch it again)"),
         ("no weights", "holds neither model.safetensors nor"),
-        ("no tokenizer", "holds none of tokenizer.model, tokenizer.json (give [tokenizer] path)"),
+        ("no tokenizer", "holds none of tokenizer.json, tokenizer.model (give [tokenizer] path)"),
         ("another tokenizer", "by config.json it is [100, 48]"),
     ],
 )
@@ -465,6 +466,33 @@ def test_a_tied_head_can_be_written_out_and_is_read_as_the_same_model(quiet: Pat
     assert second.lm_head.weight.data_ptr() != second.model.embed_tokens.weight.data_ptr()
     with torch.no_grad():
         assert torch.equal(first(ids).logits, second(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("declared", "kind", "context", "positions"),
+    [
+        (4096, "none", 64, 4096),
+        (4096, "none", 8192, 8192),
+        (4096, "yarn", 8192, 16_384),
+        (131_072, "yarn", 8192, 131_072),
+        (4096, "ntk", 64, 16_384),
+        (4096, "dynamic", 8192, 4096),
+        (None, "none", 64, 64),
+        (None, "linear", 64, 16_384),
+    ],
+)
+def test_an_export_is_never_made_for_fewer_positions_than_the_model_came_with(
+    declared: int | None, kind: Any, context: int, positions: int
+) -> None:
+    from launcher.recipe.hf_config import config_of
+
+    model = Model(layers=1, width=16, heads=2, max_position_embeddings=declared)
+    stage = Rope(kind=kind) if kind == "none" else Rope(kind=kind, factor=4.0, original_context=4096)
+    config = config_of(model, "llama", stage, 4096, context, 100)
+    assert config["max_position_embeddings"] == positions
+    _, keys = model_keys(config)
+    back = msgspec.convert(keys, Model)
+    assert config_of(back, "llama", back.rope, 4096, 64, 100)["max_position_embeddings"] == positions, "nor by going in and out"
 
 
 @pytest.mark.parametrize("rope", ["linear", "ntk", "dynamic", "yarn", "llama3", "none"])

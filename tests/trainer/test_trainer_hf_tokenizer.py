@@ -78,7 +78,8 @@ def same(theirs: Any, ours: Tokenizer, corpus: list[str]) -> None:
     """The same ids for every text, the same text for them, and the same ids for every conversation."""
     for text in corpus:
         ids = ours.encode(text)
-        assert theirs(text)["input_ids"] == ids, text[:200]
+        assert theirs(text)["input_ids"] == [ours.bos, *ids], text[:200]
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids, text[:200]
         assert theirs.decode(ids) == ours.decode(ids), text[:200]
     for chat in CHATS:
         ids, _ = ours.chat(chat)
@@ -120,7 +121,7 @@ def test_a_sentencepiece_model_that_puts_a_space_first_is_the_same_in_transforme
     assert ours.vocab == 905, "the reserved tokens that it lacks have ids past its end"
     theirs = exported(ours, tmp_path / "out")
     for text in [*ODD[1:6], *corpus[:40]]:
-        assert theirs(text)["input_ids"] == ours.encode(text), text[:200]
+        assert theirs(text)["input_ids"] == [ours.bos, *ours.encode(text)], text[:200]
     for chat in CHATS:
         found = theirs.apply_chat_template(chat, add_generation_prompt=chat[-1]["role"] != "assistant", return_dict=False)
         assert found == ours.chat(chat)[0]

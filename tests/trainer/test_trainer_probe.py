@@ -268,7 +268,7 @@ def test_tokens_of_a_tokenizer_json_stream_and_are_told_as_text(tmp_path: Path) 
     fast.save(str(tmp_path / "tokenizer.json"))
     ours = Tokenizer(bundle(tmp_path / "tokenizer.json"))
     ids = ours.encode("cat the 日本 🙂 the")
-    stream = Stream(ours.decode, [ours.bos])
+    stream = Stream(ours.decode, ours.prompt(""))
     parts = [stream.add(id) for id in ids]
     assert "".join(parts) == "cat the 日本 🙂 the" and all("\ufffd" not in part for part in parts)
     assert " the" in pieces(ours, ids) and pieces(ours, [ours.eos]) == ["[EOS]"]

@@ -48,7 +48,7 @@ class Loaded:
             said = [*((turn.role, turn.text) for turn in turns), ("user", ask.prompt)]
             prompt, _ = self.tokenizer.chat(said)
         else:
-            prompt = [self.tokenizer.bos, *self.tokenizer.encode(ask.prompt)]
+            prompt = self.tokenizer.prompt(ask.prompt)
         return Request(
             prompt=tuple(prompt),
             limit=ask.limit,
