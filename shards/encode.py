@@ -54,7 +54,7 @@ def encode(tokenizer: Tokenizer, kind: Kind, batch: list[Document]) -> Encoded:
     for document in batch:
         before = len(ids)
         if kind == "sft":
-            found, said = tokenizer.chat(chats(document, kind)[0])
+            found, said = tokenizer.chat(chats(document, kind)[0], document.masked)
             ids += found
             mask += said
         else:
@@ -83,6 +83,11 @@ def chats(document: Document, kind: Kind) -> list[list[Message]]:
 def refusal(tokenizer: Tokenizer, kind: Kind, document: Document) -> str:
     """Why the tokenizer's template does not take a document; empty where it does."""
     return next(filter(None, (tokenizer.refusal(chat) for chat in chats(document, kind))), "")
+
+
+def notes(tokenizer: Tokenizer, kind: Kind, document: Document) -> list[str]:
+    """What is to be counted of a document that is learned from, because not all of it is."""
+    return [*document.notes, *(tokenizer.notes(chats(document, kind)[0]) if kind == "sft" else [])]
 
 
 def _answered(ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:

@@ -35,9 +35,11 @@ class Stored(msgspec.Struct, array_like=True, frozen=True):
     roles: tuple[str, ...]
     where: str
     label: str = ""
+    masked: tuple[int, ...] = ()
 
     def document(self) -> Document:
-        return Document(self.parts[0] if self.key is None else self.key, self.parts, self.roles, self.where)
+        key = self.parts[0] if self.key is None else self.key
+        return Document(key, self.parts, self.roles, self.where, masked=self.masked)
 
 
 class Frame(msgspec.Struct, array_like=True, frozen=True):
@@ -55,7 +57,7 @@ class Index(msgspec.Struct, array_like=True, frozen=True):
 def stored(document: Document) -> Stored:
     """What of a document is kept."""
     alone = len(document.parts) == 1 and document.key == document.parts[0]
-    return Stored(None if alone else document.key, document.parts, document.roles, document.where, document.label)
+    return Stored(None if alone else document.key, document.parts, document.roles, document.where, document.label, document.masked)
 
 
 def size_of(document: Document | Stored) -> int:
