@@ -119,10 +119,15 @@ class Chat:
         layout = self._layouts.of(_told(messages)[0])
         return [] if all(piece.as_asked for piece in layout if piece.turn >= 0) else [NOT_AS_ASKED]
 
-    def encode(self, messages: Sequence[Message], masked: Collection[int] = ()) -> tuple[list[int], list[int]]:
-        """Ids and mask. masked: numbers of the assistant's messages that are not learned. Raises ChatError."""
+    def encode(
+        self, messages: Sequence[Message], masked: Collection[int] = (), *, ended: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """Ids and mask. masked: numbers of the assistant's messages that are not learned; ended: whether the last message has
+        what the template writes behind it. Raises ChatError."""
         roles, contents = _told(messages)
         layout = self._layouts.of(roles)
+        if not ended:
+            layout = layout[: 1 + max(at for at, piece in enumerate(layout) if piece.message >= 0)]
         left_out = {*masked, *(piece.turn for piece in layout if not piece.as_asked)}
         ids: list[int] = []
         mask: list[int] = []

@@ -48,6 +48,8 @@ FORBIDDEN_IN_TURNS = {
     **dict.fromkeys(("train_detail", "refusal"), "it is not honoured"),
 }
 """The same of a turn."""
+FINISHED, CUT_OFF = ("stop", "eos", "end_turn"), ("length", "max_tokens", "aborted")
+"""Why a model's answer is over: it came to its end, or not."""
 UNDESIRED = ("label", "kto_tag", "desirable")
 """Where one of these is false, a response is an example of what not to say (the format of KTO's data)."""
 METADATA = frozenset({
@@ -57,6 +59,7 @@ METADATA = frozenset({
     "length", "score", "scores", "reward", "rating", "rank", "quality", "meta", "metadata", "extra", "info",
     # What the run's own stages and `midwatch prefer` write beside an answer.
     "checkpoints", "decision", "pair", "of", "original", "principle", "critique", "probability", "chosen_reward", "rejected_reward",
+    "response_ids", "chosen_ids", "rejected_ids", "finish_reason", "chosen_finish_reason", "rejected_finish_reason",
 })  # fmt: skip
 """Fields that say something about a conversation, and nothing in it."""
 
@@ -142,6 +145,8 @@ def messages(value: Sequence[Any], name: str, unread: dict[str, None]) -> Turns 
             if role == "system":
                 continue
             return "empty"
+        if message.get("finish_reason") in CUT_OFF:
+            return 'a turn has a "finish_reason" that says it was cut off (say so beside the messages, of the last answer)'
         learned = _learned(message, role)
         if isinstance(learned, str):
             return learned

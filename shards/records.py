@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
-from shards.fields import REASONING, Turn, Turns, around, messages
+from shards.fields import CUT_OFF, FINISHED, REASONING, Turn, Turns, around, messages
 from shards.spec import Source
+
+
+class Sampled(NamedTuple):
+    """An answer as a model drew it."""
+
+    ids: tuple[int, ...]  # () where only the text is known; the id that ended it among them
+    ended: bool  # false: it was cut off at a length, so that no end is to be learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,7 @@ class Document:
     where: str = ""  # file and line
     label: str = ""  # what it is, where the source tells: the language of a code file, the language of a book
     masked: tuple[int, ...] = ()  # of a conversation: places of the assistant's parts that are context, and not learned
+    sampled: tuple[Sampled, ...] = ()  # how a model came by the last part, or by the two last ones of a preference
     unread: tuple[str, ...] = ()  # fields of its record that were not read and may say something of it
 
     @property
@@ -67,10 +75,16 @@ def _conversation(record: Mapping[str, Any], source: Source, where: str) -> Docu
     if last is None:
         spoken = any(turn.role == "assistant" for turn in turns)
         return "no assistant turn that is to be learned" if spoken else "no assistant turn"
-    turns = turns[: last + 1]
+    turns, rest = turns[: last + 1], turns[last + 1 :]
+    sampled = _sampled(record, "")
+    if isinstance(sampled, str):
+        return sampled
+    if any(turn.role == "assistant" for turn in rest):  # it is of another answer
+        sampled = None
     masked = tuple(at for at, turn in enumerate(turns) if turn.role == "assistant" and not turn.learned)
     parts, roles = tuple(turn.content for turn in turns), tuple(turn.role for turn in turns)
-    return Document(_key(turns), parts, roles, where, masked=masked, unread=tuple(sorted(unread)))
+    drawn = (sampled,) if sampled is not None else ()
+    return Document(_key(turns), parts, roles, where, masked=masked, sampled=drawn, unread=tuple(sorted(unread)))
 
 
 def _preference(record: Mapping[str, Any], source: Source, where: str) -> Document | str:
@@ -101,8 +115,28 @@ def _preference(record: Mapping[str, Any], source: Source, where: str) -> Docume
     prompt = _whole(record, (source.prompt_field, *names), prompt, unread, REASONING)  # a judge's reasons, mostly
     if isinstance(prompt, str):
         return prompt
+    drawn = []
+    for name in ("chosen_", "rejected_"):
+        sampled = _sampled(record, name)
+        if isinstance(sampled, str):
+            return sampled
+        drawn.append(sampled or Sampled((), True))
+    both = tuple(drawn) if any(each.ids or not each.ended for each in drawn) else ()
     parts = (*(turn.content for turn in prompt), chosen[-1].content, rejected[-1].content)
-    return Document(_key(prompt), parts, tuple(turn.role for turn in prompt), where, unread=tuple(sorted(unread)))
+    roles = tuple(turn.role for turn in prompt)
+    return Document(_key(prompt), parts, roles, where, sampled=both, unread=tuple(sorted(unread)))
+
+
+def _sampled(record: Mapping[str, Any], prefix: str) -> Sampled | str | None:
+    """How an answer was drawn, where the record says so: `finish_reason` as in OpenAI's responses, and the ids."""
+    reason, ids = record.get(f"{prefix}finish_reason"), record.get(f"{prefix or 'response_'}ids")
+    if reason is None and ids is None:
+        return None
+    if reason not in (None, *FINISHED, *CUT_OFF):
+        return f'"{prefix}finish_reason" is none of {", ".join((*FINISHED, *CUT_OFF))}'
+    if ids is not None and not (isinstance(ids, list) and all(isinstance(id, int) and not isinstance(id, bool) for id in ids)):
+        return f'"{prefix or "response_"}ids" is not a list of ids'
+    return Sampled(tuple(ids or ()), reason not in CUT_OFF)
 
 
 def _whole(

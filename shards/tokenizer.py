@@ -228,14 +228,14 @@ class Tokenizer:
         name: str = self._model.id_to_piece(number)
         return name
 
-    def chat(self, messages: Sequence[Message], masked: Collection[int] = ()) -> tuple[list[int], list[int]]:
+    def chat(self, messages: Sequence[Message], masked: Collection[int] = (), *, ended: bool = True) -> tuple[list[int], list[int]]:
         """The ids of a conversation, and the mask: 1 for what an assistant says and the token after it that ends its turn, else 0.
 
         Messages are (role, content) or {"role": ..., "content": ...}. One that does not end with the assistant is a
         prompt: the template opens the assistant's turn at its end, for a response to follow. masked: numbers of messages that are
-        not learned. Raises ChatError, a ValueError.
+        not learned; ended: false where the last one was cut off, so that nothing follows it. Raises ChatError, a ValueError.
         """
-        return self._chat.encode(messages, masked)
+        return self._chat.encode(messages, masked, ended=ended)
 
     def notes(self, messages: Sequence[Message]) -> list[str]:
         """What is to be counted of a conversation that is learned from. Raises ChatError."""

@@ -78,6 +78,8 @@ def _make(source: Source, documents: list[Stored], key: str, seed: int) -> Itera
             for part in joined.parts:
                 masked += [start + at for at in documents[part].masked]
                 start += len(documents[part].parts)
+                if any(not ended for _, ended in documents[part].sampled):  # something follows it now: its end is not its own
+                    masked.append(start - 1)
             yield Stored(key, said, roles, where(joined.parts), joined.label, tuple(masked))
         return
     texts = [each.parts[0] for each in documents]

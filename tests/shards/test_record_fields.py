@@ -12,12 +12,16 @@ from shards import manifest
 from shards.build import build
 from shards.commands.output import counted
 from shards.corpus import Corpus
+from shards.encode import encode, refusal
 from shards.pipeline import reporting
+from shards.pipeline.store import stored
 from shards.readers.layouts import documents
 from shards.records import Document
 from shards.sources import Rejected
 from shards.spec import Build, Clean, Data, Source, Tokenizer
+from shards.templates import named
 from shards.tokenizer import Tokenizer as Loaded
+from shards.tokenizer import train
 
 ASK, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 TOLD = [("user", "2+2?"), ("assistant", "4")]
@@ -193,3 +197,71 @@ def test_long_conversations_made_of_others_leave_out_what_those_leave_out() -> N
     made = list(_make(source, documents, "trained on", 0))
     assert made and all(each.parts[at] == "no" for each in made for at in each.masked)
     assert all(len(each.masked) == sum(part == "no" for part in each.parts) >= 2 for each in made)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Loaded:
+    return Loaded(train([Path(__file__).read_text()], vocab=400))
+
+
+def learned(tokenizer: Loaded, record: dict[str, Any], kind: Any = "sft") -> tuple[list[int], list[int]]:
+    document = read(record, kind)
+    assert isinstance(document, Document), document
+    encoded = encode(tokenizer, kind, [stored(document).document()])
+    assert encoded.mask is not None
+    return encoded.tokens[encoded.mask == 1].tolist(), encoded.tokens[encoded.mask == 2].tolist()
+
+
+def test_an_answer_that_was_cut_off_is_not_taught_an_end(tokenizer: Loaded) -> None:
+    end = [tokenizer.eos]
+    record = {"prompt": "2+2?", "response": "It is"}
+    assert learned(tokenizer, record)[0] == tokenizer.encode("It is") + end
+    assert learned(tokenizer, record | {"finish_reason": "stop"})[0] == tokenizer.encode("It is") + end
+    assert learned(tokenizer, record | {"finish_reason": "length"})[0] == tokenizer.encode("It is")
+    turns = {"messages": [ASK, ANSWER, ASK, {"role": "assistant", "content": "It is"}], "finish_reason": "length"}
+    assert learned(tokenizer, turns)[0] == tokenizer.encode("4") + end + tokenizer.encode("It is")
+    assert read({"messages": [ASK, ANSWER | {"finish_reason": "length"}]}) == (
+        'a turn has a "finish_reason" that says it was cut off (say so beside the messages, of the last answer)'
+    )
+    pair = {
+        "prompt": "2+2?",
+        "chosen": "It is",
+        "rejected": "No",
+        "chosen_finish_reason": "length",
+        "rejected_finish_reason": "stop",
+    }
+    assert learned(tokenizer, pair, "preference") == (tokenizer.encode("It is"), tokenizer.encode("No") + end)
+    assert read(record | {"finish_reason": "sad"}) == (
+        '"finish_reason" is none of stop, eos, end_turn, length, max_tokens, aborted'
+    )
+
+
+def test_the_ids_that_were_drawn_are_learned_unless_the_text_was_edited(tokenizer: Loaded) -> None:
+    drawn = [id for letter in "It is" for id in tokenizer.encode(letter)]
+    assert drawn != tokenizer.encode("It is") and tokenizer.decode(drawn) == "It is"
+    record = {"prompt": "2+2?", "response": "It is", "response_ids": drawn, "finish_reason": "length"}
+    assert learned(tokenizer, record)[0] == drawn
+    ended = record | {"response_ids": [*drawn, tokenizer.eos], "finish_reason": "stop"}
+    assert learned(tokenizer, ended)[0] == [*drawn, tokenizer.eos]
+    edited = record | {"response": "It was"}
+    assert learned(tokenizer, edited)[0] == tokenizer.encode("It was"), "and still it has no end"
+    for wrong in ([*drawn[:-1], 10**6], [*drawn, tokenizer.eos], [-1]):
+        assert learned(tokenizer, record | {"response_ids": wrong})[0] == tokenizer.encode("It is")
+    assert read(record | {"response_ids": "abc"}) == '"response_ids" is not a list of ids'
+    pair = {
+        "prompt": "2+2?",
+        "chosen": "It is",
+        "rejected": "No",
+        "chosen_ids": [*drawn, tokenizer.eos],
+        "chosen_finish_reason": "stop",
+    }
+    assert learned(tokenizer, pair, "preference") == ([*drawn, tokenizer.eos], [*tokenizer.encode("No"), tokenizer.eos])
+
+
+@pytest.mark.parametrize(("template", "same"), [("llama3", True), ("chatml", False)])
+def test_answers_that_are_the_same_once_the_template_has_trimmed_them_prefer_nothing(template: str, same: bool) -> None:
+    ours = Loaded(train([Path(__file__).read_text()], vocab=400, template=named(template)), template=named(template))
+    document = read({"prompt": "2+2?", "chosen": "4", "rejected": "4\n"}, "preference")
+    assert isinstance(document, Document)
+    reason = "both answers are the same, as the template and the tokenizer write them"
+    assert refusal(ours, "preference", document) == (reason if same else "")
