@@ -56,9 +56,14 @@ def main(args: argparse.Namespace) -> int:
 def _tell_left_out(out: Path) -> None:
     """What the shards do not have of their sources, in a line each: nothing is left out without a word."""
     from shards.commands.output import counted
+    from shards.pipeline.models import TOO_SHORT
     from shards.pipeline.reporting import load
 
-    for source in load(out).sources:
+    report = load(out)
+    for name, said in report.models.items():
+        if TOO_SHORT in said:
+            write_error(f"{name}: {said}")
+    for source in report.sources:
         if source.rejected:
             write_error(f"{source.name}: left out: {counted(source.rejected)}")
         if source.notes:

@@ -25,6 +25,7 @@ from shards.writing import kept_aside
 
 SEALED = ".seal"
 ASIDE = "rejected.jsonl"
+TOO_SHORT = "too short to be looked for"
 PERPLEXITY, QUALITY, CONTAMINATION = "perplexity.arpa", "quality.model", "contamination.index"
 
 
@@ -134,8 +135,10 @@ def described(work: Work) -> dict[str, str]:
             from shards.judging.contamination import Index
 
             index = Index.load(path)
-            sets = ", ".join(f"{each} ({size:,} texts)" for each, size in zip(index.names, index.sizes, strict=True))
-            found["contamination"] = f"looked for {sets or 'nothing'}"
+            sets = []
+            for each, size, short in zip(index.names, index.sizes, index.too_short, strict=True):
+                sets.append(f"{each} ({size:,} texts{f', {short:,} of them {TOO_SHORT}' if short else ''})")
+            found["contamination"] = f"looked for {', '.join(sets) or 'nothing'}"
     return found
 
 

@@ -172,7 +172,7 @@ def _hh(record: Fields) -> Fields | str:
         text = record.get(name)
         if not isinstance(text, str):
             return f'field "{name}" is not a string' if name in record else f'no field "{name}"'
-        pieces = _SAID.split(text)
+        pieces = _SAID.split(text.replace("\r\n", "\n"))
         if pieces[0].strip() or len(pieces) < 5:
             return f'field "{name}" is not "Human: ..." and "Assistant: ..." in turn'
         turns = zip(pieces[1::2], pieces[2::2], strict=True)
