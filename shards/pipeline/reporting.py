@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -94,6 +95,17 @@ def _of_source(out: Path, name: str, directories: Sequence[str], funnel: Funnel)
     )
 
 
+class _Marker(msgspec.Struct):
+    done: bool = True
+
+
+def _is_done(out: Path) -> bool:
+    """Whether a build has come to its end; what was merged of several need not have been one."""
+    with suppress(OSError, msgspec.MsgspecError):
+        return msgspec.json.decode((out / "build.json").read_bytes(), type=_Marker).done
+    return True
+
+
 def load(out: Path) -> Report:
     """A build's report; of one that does not clean, what its manifests say. Raises ShardError where there is neither."""
     path = out / FILE_NAME
@@ -101,7 +113,7 @@ def load(out: Path) -> Report:
         return msgspec.json.decode(path.read_bytes(), type=Report)
     except FileNotFoundError:
         names = sorted(place.parent.parent.name for place in out.glob(f"*/{SPLITS[-1]}/{manifests.FILE_NAME}"))
-        if not names:
+        if not names or not _is_done(out):
             why = "no report: a build writes it when it is done" if out.is_dir() else "No such file or directory"
             raise ShardError(f"{path}: {why}") from None
         return Report(FORMAT, [_of_source(out, name, [name], Funnel({})) for name in names])

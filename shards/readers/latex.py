@@ -13,6 +13,7 @@ from typing import Any
 from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, shown
 from shards.readers.compressed import COMPRESSED, DAMAGE, plain_name
 from shards.readers.files import Found, stream
+from shards.readers.hidden import is_hidden
 from shards.readers.texlexer import lexed, short_verbs
 from shards.readers.texmacros import MacroError, collect, expand
 from shards.readers.textext import body_text
@@ -97,7 +98,8 @@ def _members(path: str, file: io.BufferedReader[Any]) -> Iterator[tuple[str, byt
     room = LARGEST_SOURCE
     with tarfile.open(fileobj=file, mode="r|") as archive:
         for member in archive:
-            if member.isfile() and member.name.lower().endswith(SOURCES):
+            parts = posixpath.normpath(member.name).split("/")
+            if member.isfile() and member.name.lower().endswith(SOURCES) and not is_hidden(parts, dotted=False):
                 content = archive.extractfile(member)
                 if content is not None:
                     raw = _limited(content, room)
