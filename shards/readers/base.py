@@ -69,7 +69,7 @@ def not_utf8(raw: bytes) -> str:
     """What to call bytes that are not UTF-8 text. UTF-16 and UTF-32 are known by their marks, or by where their NULs are."""
     zeros = [raw[place:LOOKED_AT:4].count(0) * 4 / max(1, len(raw[:LOOKED_AT])) for place in range(4)]
     even, odd = (zeros[0] + zeros[2]) / 2, (zeros[1] + zeros[3]) / 2
-    if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or (len(raw) >= 8 and 0.9 < max(min(zeros[:2]), min(zeros[2:]))):
+    if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or (len(raw) >= 8 and max(min(zeros[:2]), min(zeros[2:])) > 0.9):
         return "not UTF-8 but UTF-32 (convert it with iconv)"
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or (max(even, odd) > 0.1 and min(even, odd) < 0.01):
         return "not UTF-8 but UTF-16 (convert it with iconv)"
