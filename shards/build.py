@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,7 +27,7 @@ import xxhash
 
 from shards import manifest as manifests
 from shards.container import TEMPORARY, write_atomically
-from shards.encode import Encoded, Workers, refusal
+from shards.encode import Encoded, Workers, notes, refusal
 from shards.errors import BusyError, ShardError, SpecError
 from shards.manifest import SPLITS, Manifest
 from shards.pipeline import encoding, reporting
@@ -251,9 +252,12 @@ def _build_cleanly(spec: Build, out: Path, pool: Workers, meter: Meter) -> list[
         for label in labels:
             name = f"{source.name}.{label}" if label else source.name
             ready = partial(encoding.ready, work, number, label, label == labels[0])
+            noted = encoding.noted(work, number) if label == labels[0] else Counter()
 
-            def encoded(writers: Writers, source: Source = source, ready: Ready = ready) -> Iterator[Part]:
-                return _ready(spec, source, writers, ready())
+            def encoded(
+                writers: Writers, source: Source = source, ready: Ready = ready, noted: Counter[str] = noted
+            ) -> Iterator[Part]:
+                return _ready(spec, source, writers, ready(), noted)
 
             _build_source(spec, source, name, out, tokenizer, meter, Reading(), encoded)
             names.append(name)
@@ -307,7 +311,7 @@ def _sample(spec: Build, meter: Meter, texts: Texts) -> list[str]:
 
 Writers = tuple[SplitWriter, SplitWriter]
 Place = tuple[int, bool]  # a document's number within its source, and whether it is held out
-Part = tuple[Encoded, tuple[list[Place], list[Rejected]]]
+Part = tuple[Encoded, tuple[list[Place], list[Rejected], Counter[str]]]  # the last: notes on documents
 Ready = Callable[[], Iterator[encoding.Ready | Rejected]]
 Texts = Callable[[Source], Iterator[tuple[int, Document | Rejected, bool | None]]]
 
@@ -332,12 +336,14 @@ def _build_source(
     progress = Progress.load(directory, fingerprint(source))
     meter.begin("encode", called, "bytes")
     rejected: dict[str, int] = {}
+    noted: Counter[str] = Counter()
     with (
         SplitWriter(directory / "train", source, spec.data, tokenizer, progress, held_out=False) as train,
         SplitWriter(directory / "held_out", source, spec.data, tokenizer, progress, held_out=True) as held,
         kept_aside(directory / "rejected.jsonl") as kept,
     ):
-        for encoded, (places, broken) in parts((train, held)):
+        for encoded, (places, broken, more) in parts((train, held)):
+            noted += more
             for record in broken:
                 rejected[record.reason] = rejected.get(record.reason, 0) + 1
                 kept.write(msgspec.json.encode(record) + b"\n")
@@ -365,6 +371,7 @@ def _build_source(
             documents=writer.documents,
             text_bytes=writer.text_bytes,
             rejected=dict(sorted(rejected.items())),
+            notes=dict(sorted(noted.items())),
             shards=tuple(writer.shards),
         ).save(writer.directory)
     (directory / PROGRESS).unlink(missing_ok=True)
@@ -372,8 +379,8 @@ def _build_source(
 
 def _batches(
     spec: Build, source: Source, reading: Reading, writers: Writers, tokenizer: Tokenizer
-) -> Iterator[tuple[list[Document], tuple[list[Place], list[Rejected]]]]:
-    """Documents in batches, with their places, and the broken records met on the way.
+) -> Iterator[tuple[list[Document], tuple[list[Place], list[Rejected], Counter[str]]]]:
+    """Documents in batches, with their places, the broken records met on the way, and notes.
 
     Documents that are already in a shard, or for which there is no room, are not sent to be encoded; but they count for
     where a batch ends, so that batches are the same whenever a build was interrupted and however it runs ahead.
@@ -381,6 +388,7 @@ def _batches(
     found: list[Document] = []
     places: list[Place] = []
     broken: list[Rejected] = []
+    noted: Counter[str] = Counter()
     size = count = 0
     for number, record, held_out in split(source, spec.data.held_out, spec.seed, reading):
         if isinstance(record, Rejected):
@@ -393,19 +401,23 @@ def _batches(
             refused = refusal(tokenizer, source.kind, record)
             if refused:
                 broken.append(Rejected(record.where or source.name, refused, "\n".join(record.parts)[:KEPT_ASIDE]))
-            elif number >= writer.next_document and not writer.full:
-                found.append(record)
-                places.append((number, held_out))
+            else:
+                noted.update(notes(tokenizer, source.kind, record))
+                if number >= writer.next_document and not writer.full:
+                    found.append(record)
+                    places.append((number, held_out))
         count += 1
         if size >= BATCH_CHARACTERS or count >= BATCH_DOCUMENTS:
-            yield found, (places, broken)
-            found, places, broken = [], [], []
+            yield found, (places, broken, noted)
+            found, places, broken, noted = [], [], [], Counter()
             size = count = 0
-    yield found, (places, broken)
+    yield found, (places, broken, noted)
 
 
-def _ready(spec: Build, source: Source, writers: Writers, records: Iterator[encoding.Ready | Rejected]) -> Iterator[Part]:
-    """Documents that are encoded already, in batches, with their places."""
+def _ready(
+    spec: Build, source: Source, writers: Writers, records: Iterator[encoding.Ready | Rejected], noted: Counter[str]
+) -> Iterator[Part]:
+    """Documents that are encoded already, in batches, with their places; the notes on all of them come with the first."""
     batch: list[encoding.Ready] = []
     places: list[Place] = []
     broken: list[Rejected] = []
@@ -418,10 +430,10 @@ def _ready(spec: Build, source: Source, writers: Writers, records: Iterator[enco
             places.append((number, held_out))
             tokens += len(record.tokens)
         if len(batch) + len(broken) >= BATCH_DOCUMENTS or tokens >= BATCH_CHARACTERS:
-            yield encoding.gathered(batch), (places, broken)
-            batch, places, broken = [], [], []
+            yield encoding.gathered(batch), (places, broken, noted)
+            batch, places, broken, noted = [], [], [], Counter()
             tokens = 0
-    yield encoding.gathered(batch), (places, broken)
+    yield encoding.gathered(batch), (places, broken, noted)
 
 
 def _write(encoded: Encoded, places: list[Place], train: SplitWriter, held: SplitWriter) -> None:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from shards.layout import Layouts
+from shards.layout import Layout, Layouts
 from shards.rendering import ChatError, Renderer
 from shards.templates import ROLES, Template
 
@@ -22,6 +22,7 @@ Message = tuple[str, str] | Mapping[str, str]
 
 _OWN = r"<\|[^|<>\s]+\|>"
 _TEXT = r"\[/?[A-Z]+\]|<</?[A-Z]+>>|<(?:start|end)_of_turn>"
+NOT_AS_ASKED = "earlier answers not learned: the template writes other text before them, or in them, than where they are asked for"
 _PROBES = (("user", "assistant", "user", "assistant"), ("system", "user", "assistant"), ("user", "assistant"), ("user",))
 
 
@@ -95,8 +96,10 @@ class Chat:
                 layout = self._layouts.of(roles)
             except ChatError:
                 continue
+            said = -1  # what stands before the content, such as the mark of a thought, ends no turn
             for piece in layout:
-                if piece.learned and piece.message < 0:
+                said = piece.message if piece.message >= 0 else said
+                if piece.turn >= 0 and piece.turn == said and piece.message < 0:
                     yield from (self._encoder.special[name] for name in self._special.findall(piece.text))
 
     def refusal(self, messages: Sequence[Message]) -> str:
@@ -111,46 +114,61 @@ class Chat:
         forged = next((name for name in self._forgeable if any(name in content for content in contents)), None)
         return f"says {forged}, which would be a turn" if forged is not None else ""
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Ids and mask. Raises ChatError."""
+    def notes(self, messages: Sequence[Message]) -> list[str]:
+        """What is to be counted of a conversation that is learned from. Raises ChatError."""
+        layout = self._layouts.of(_told(messages)[0])
+        return [] if all(piece.as_asked for piece in layout if piece.turn >= 0) else [NOT_AS_ASKED]
+
+    def encode(
+        self, messages: Sequence[Message], masked: Collection[int] = (), *, ended: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """Ids and mask. masked: numbers of the assistant's messages that are not learned; ended: whether the last message has
+        what the template writes behind it. Raises ChatError."""
         roles, contents = _told(messages)
+        layout = self._layouts.of(roles)
+        if not ended:
+            layout = layout[: 1 + max(at for at, piece in enumerate(layout) if piece.message >= 0)]
+        left_out = {*masked, *(piece.turn for piece in layout if not piece.as_asked)}
         ids: list[int] = []
         mask: list[int] = []
-        for learned, name, text, after in self._runs(roles, contents):
+        for turn, name, text, after in self._runs(layout, contents):
             if name:
                 found = [self._encoder.special[name]]
             else:
                 found = self._encoder.encode(text) if not ids else self._encoder.follow(text, after)
             ids += found
-            mask += [int(learned)] * len(found)
+            mask += [int(turn >= 0 and turn not in left_out)] * len(found)
         return ids, mask
 
-    def _runs(self, roles: tuple[str, ...], contents: Sequence[str]) -> list[tuple[bool, str, str, bool]]:
-        """(learned, a special token's name or "", else text, whether that follows a special token)."""
-        runs: list[tuple[bool, str, str, bool]] = []
+    def _runs(self, layout: Layout, contents: Sequence[str]) -> list[tuple[int, str, str, bool]]:
+        """(the turn, a special token's name or "", else text, whether that follows a special token).
 
-        def add(text: str, learned: bool) -> None:
+        Cut where an assistant's turn begins and ends, learned or not: it has the same ids wherever it stands.
+        """
+        runs: list[tuple[int, str, str, bool]] = []
+
+        def add(text: str, turn: int) -> None:
             last = runs[-1] if runs else None
             if last is not None and self._encoder.swallows.get(last[1], (False, False))[1]:
                 text = text.lstrip()
-            if last is not None and not last[1] and last[0] == learned:
-                runs[-1] = (learned, "", last[2] + text, last[3])
+            if last is not None and not last[1] and last[0] == turn:
+                runs[-1] = (turn, "", last[2] + text, last[3])
             elif text:
-                runs.append((learned, "", text, last is not None and last[1] != ""))
+                runs.append((turn, "", text, last is not None and last[1] != ""))
 
-        for piece in self._layouts.of(roles):
+        for piece in layout:
             text = piece.said(contents)
             if piece.message >= 0:
-                add(text, piece.learned)
+                add(text, piece.turn)
                 continue
             at = 0
             for found in self._special.finditer(text):
-                add(text[at : found.start()], piece.learned)
+                add(text[at : found.start()], piece.turn)
                 if runs and not runs[-1][1] and self._encoder.swallows.get(found[0], (False, False))[0]:
                     runs[-1] = (*runs[-1][:2], runs[-1][2].rstrip(), runs[-1][3])
-                runs.append((piece.learned, found[0], "", False))
+                runs.append((piece.turn, found[0], "", False))
                 at = found.end()
-            add(text[at:], piece.learned)
+            add(text[at:], piece.turn)
         return runs
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from shards.chat import Message
 from shards.container import Array
 from shards.errors import ShardError, SpecError
-from shards.records import Document
+from shards.records import Document, Sampled
 from shards.spec import Kind
 from shards.templates import DEFAULT, Template
 from shards.tokenizer import Tokenizer, token_dtype, train
@@ -54,11 +55,11 @@ def encode(tokenizer: Tokenizer, kind: Kind, batch: list[Document]) -> Encoded:
     for document in batch:
         before = len(ids)
         if kind == "sft":
-            found, said = tokenizer.chat(chats(document, kind)[0])
+            found, said = _conversation(tokenizer, document)
             ids += found
             mask += said
         else:
-            (prompt, chosen), (_, rejected) = (_answered(*tokenizer.chat(chat)) for chat in chats(document, kind))
+            (prompt, chosen), (_, rejected) = _pair(tokenizer, document)
             ids += prompt + chosen + rejected
             mask += [0] * len(prompt) + [1] * len(chosen) + [2] * len(rejected)
         lengths.append(len(ids) - before)
@@ -82,7 +83,54 @@ def chats(document: Document, kind: Kind) -> list[list[Message]]:
 
 def refusal(tokenizer: Tokenizer, kind: Kind, document: Document) -> str:
     """Why the tokenizer's template does not take a document; empty where it does."""
-    return next(filter(None, (tokenizer.refusal(chat) for chat in chats(document, kind))), "")
+    both = chats(document, kind)
+    reason = next(filter(None, (tokenizer.refusal(chat) for chat in both)), "")
+    if not reason and kind == "preference" and _bare(document.parts[-2]) == _bare(document.parts[-1]):
+        (_, chosen), (_, rejected) = _pair(tokenizer, document)
+        return "both answers are the same, as the template and the tokenizer write them" if chosen == rejected else ""
+    return reason
+
+
+def _bare(text: str) -> str:
+    """A text without what templates trim and tokenizers normalise."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+def notes(tokenizer: Tokenizer, kind: Kind, document: Document) -> list[str]:
+    """What is to be counted of a document that is learned from, because not all of it is."""
+    return [*document.notes, *(tokenizer.notes(chats(document, kind)[0]) if kind == "sft" else [])]
+
+
+def _conversation(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[int]]:
+    """Ids and mask. An answer that a model drew has the very ids that were drawn, and an end only if it came to its end."""
+    (chat,) = chats(document, "sft")
+    if not document.sampled:
+        return tokenizer.chat(chat, document.masked)
+    (sampled,) = document.sampled
+    if _is_as_drawn(tokenizer, document.parts[-1], sampled):
+        whole, mask = tokenizer.chat(chat, document.masked)
+        prompt = _answered(whole, mask)[0]
+        return [*prompt, *sampled.ids], [*mask[: len(prompt)], *[1] * len(sampled.ids)]
+    return tokenizer.chat(chat, document.masked, ended=sampled.ended)
+
+
+def _pair(tokenizer: Tokenizer, document: Document) -> list[tuple[list[int], list[int]]]:
+    """Twice the prompt, with the chosen answer and with the rejected one; see `_conversation`."""
+    found = []
+    drawn = document.sampled or (Sampled((), True),) * 2
+    for chat, text, sampled in zip(chats(document, "preference"), document.parts[-2:], drawn, strict=True):
+        prompt, answer = _answered(*tokenizer.chat(chat, ended=sampled.ended))
+        found.append((prompt, list(sampled.ids) if _is_as_drawn(tokenizer, text, sampled) else answer))
+    return found
+
+
+def _is_as_drawn(tokenizer: Tokenizer, text: str, sampled: Sampled) -> bool:
+    """Whether ids are a text by this tokenizer; else another one drew them, or the text was edited since."""
+    ids = sampled.ids
+    body = ids[:-1] if sampled.ended else ids
+    if not ids or sampled.ended != (ids[-1] in tokenizer.stops) or not all(0 <= id < tokenizer.vocab for id in ids):
+        return False
+    return tokenizer.stops.isdisjoint(body) and tokenizer.decode(body).strip() == text.strip()
 
 
 def _answered(ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:

@@ -32,7 +32,8 @@ class Piece:
     text: str
     message: int  # the message's number; -1: the template's own text
     trims: tuple[bool, bool]
-    learned: bool
+    turn: int  # number of the assistant's message that it belongs to, which the assistant has to write itself; -1: none
+    as_asked: bool  # of a turn: it is rendered here as it is where it is the newest, so that it can be learned
 
     def said(self, contents: Sequence[str]) -> str:
         """Its text, given what the messages say."""
@@ -108,22 +109,36 @@ class Layouts:
         text = _plain(marked)
         slots = {int(slot["message"]): slot for slot in _SLOT.finditer(text)}
         self._complete([int(slot["message"]) for slot in _SLOT.finditer(text)], roles)
-        spans = (
-            self._tags(marked, slots, roles) if self._tagged else [self._turn(text, k, slots, roles) for k in _assistants(roles)]
-        )
-        cuts = {0, len(text), *(at for span in spans for at in span)}
+        spans = self._tags(marked, slots, roles) if self._tagged else {}
+        for number in _assistants(roles):
+            spans[number] = self._turn(text, number, slots, roles, spans.get(number))
+        as_asked = {number: self._as_asked(text[:stop], number, roles) for number, (_, stop) in spans.items()}
+        cuts = {0, len(text), *(at for span in spans.values() for at in span)}
         cuts |= {at for slot in slots.values() for at in slot.span()}
         starts = {slot.start(): slot for slot in slots.values()}
         pieces = []
         for start, stop in pairwise(sorted(cuts)):
-            learned = any(first <= start < last for first, last in spans)
+            turn = next((number for number, (first, last) in spans.items() if first <= start < last), -1)
             slot = starts.get(start)
             if slot is None:
-                pieces.append(Piece(text[start:stop], -1, (False, False), learned))
+                pieces.append(Piece(text[start:stop], -1, (False, False), turn, as_asked.get(turn, False)))
             else:
                 trims = slot["left"] is None, slot["right"] is None
-                pieces.append(Piece("", int(slot["message"]), trims, learned))
+                pieces.append(Piece("", int(slot["message"]), trims, turn, as_asked.get(turn, False)))
         return tuple(pieces)
+
+    def _as_asked(self, text: str, number: int, roles: tuple[str, ...]) -> bool:
+        """Whether the conversation up to the end of a turn is what it is without what follows.
+
+        Templates that think strip the thoughts from earlier turns, and some move the system's text to the newest question: there an
+        earlier answer follows text that it is never asked for with.
+        """
+        if number == len(roles) - 1:
+            return True
+        try:
+            return _plain(self._marked(roles[: number + 1], False)).startswith(text)
+        except ChatError:
+            return True
 
     def _complete(self, found: list[int], roles: Sequence[str]) -> None:
         missing = [roles[number] for number in range(len(roles)) if number not in found]
@@ -134,17 +149,32 @@ class Layouts:
         if found != sorted(found):
             raise ChatError("the template changes the order of messages")
 
-    def _turn(self, text: str, number: int, slots: dict[int, re.Match[str]], roles: tuple[str, ...]) -> tuple[int, int]:
-        """What the assistant has to write itself: from the end of the prompt, over the content, to the end of its turn."""
-        slot = slots[number]
-        start = slot.start()
+    def _turn(
+        self, text: str, number: int, slots: dict[int, re.Match[str]], roles: tuple[str, ...], tagged: tuple[int, int] | None
+    ) -> tuple[int, int]:
+        """What the assistant has to write itself: from the end of the prompt, over the content, to the end of its turn.
+
+        Where the template has tags they say so, if they fit the prompt. Raises ChatError where an answer would be learned behind
+        text that it is never asked for with.
+        """
+        start, stop = tagged or (slots[number].start(), self._end(text, number, slots))
         try:
             prompt = _plain(self._opened(roles[:number])) if number else ""
         except ChatError:
             prompt = ""
-        if prompt and text.startswith(prompt) and not text[len(prompt) : start].strip():
-            start = len(prompt)
-        return start, self._end(text, number, slots)
+        if not prompt:
+            return start, stop
+        newest = number == len(roles) - 1
+        if not text.startswith(prompt):
+            if newest:
+                raise ChatError(f"asks for an answer behind {_end_of(prompt, text)}, but writes other text before one")
+            return start, stop
+        if tagged is None:
+            return len(prompt), stop
+        if newest and text[len(prompt) : start].strip():
+            between = text[len(prompt) : start]
+            raise ChatError(f"writes {between!r} before an answer, outside of {{% generation %}} and of the prompt")
+        return start, stop
 
     def _end(self, text: str, number: int, slots: dict[int, re.Match[str]]) -> int:
         after = slots[number + 1].start() if number + 1 in slots else len(text)
@@ -153,20 +183,29 @@ class Layouts:
             raise ChatError("no token of its own ends what the assistant says (write eos_token after it)")
         return ending.end()
 
-    def _tags(self, marked: str, slots: dict[int, re.Match[str]], roles: tuple[str, ...]) -> list[tuple[int, int]]:
-        """What `{% generation %}` says is to be learned."""
+    def _tags(self, marked: str, slots: dict[int, re.Match[str]], roles: tuple[str, ...]) -> dict[int, tuple[int, int]]:
+        """What `{% generation %}` says is to be learned, by the assistant's message that it holds."""
         spans, start = [], 0
         for before, mark in enumerate(re.finditer(f"[{_BEGINS}{_ENDS}]", marked)):
             if mark[0] == _BEGINS:
                 start = mark.start() - before
             else:
                 spans.append((start, mark.start() - before))
+        found = {}
         for number in _assistants(roles):
             end = self._end(_plain(marked), number, slots)
-            if not any(first <= slots[number].start() and end <= last for first, last in spans):
+            held = next(((first, last) for first, last in spans if first <= slots[number].start() and end <= last), None)
+            if held is None:
                 reason = "{% generation %} does not hold all that the assistant says and the token that ends it"
                 raise ChatError(f"{reason}: it would never be learned")
-        return spans
+            found[number] = held
+        return found
+
+
+def _end_of(prompt: str, text: str) -> str:
+    """What the end of a prompt has that the text does not have there."""
+    same = next((at for at, (one, other) in enumerate(zip(prompt, text, strict=False)) if one != other), len(text))
+    return repr(_SLOT.sub("...", prompt[max(0, same - 20) :]))
 
 
 def _assistants(roles: Sequence[str]) -> list[int]:

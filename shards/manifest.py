@@ -49,18 +49,24 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     text_bytes: Count  # bytes of UTF-8 that the tokens stand for
     rejected: dict[str, Count]  # records that were left out, by reason; of the whole source, the same in both splits
     shards: tuple[Shard, ...]
+    notes: dict[str, Count] = {}  # what is to be known of records that were kept, and of how many: fields that were not read
     # The mask column: for sft 1 where the assistant speaks, else 0; for preference 0 prompt, 1 chosen, 2 rejected.
     digest: str = ""
 
     def computed_digest(self) -> str:
-        """xxh3_128, hex, of this manifest's JSON with sorted keys, no spaces, and an empty digest."""
-        plain = msgspec.structs.replace(self, digest="")
+        """xxh3_128, hex, of this manifest's JSON with sorted keys, no spaces, an empty digest, and no empty `notes`."""
+        plain = msgspec.to_builtins(msgspec.structs.replace(self, digest=""))
+        if not self.notes:  # which came later: manifests of before stay what they are
+            del plain["notes"]
         return xxhash.xxh3_128_hexdigest(msgspec.json.encode(plain, order="sorted"))
 
     def save(self, directory: Path) -> Manifest:
         """Write it, digest filled in, to `directory`; returned as written."""
         full = msgspec.structs.replace(self, digest=self.computed_digest())
-        raw = msgspec.json.format(msgspec.json.encode(full, order="sorted"), indent=1)
+        plain = msgspec.to_builtins(full)
+        if not self.notes:
+            del plain["notes"]
+        raw = msgspec.json.format(msgspec.json.encode(plain, order="sorted"), indent=1)
         write_atomically(directory / FILE_NAME, raw + b"\n")
         return full
 

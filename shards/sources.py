@@ -15,7 +15,7 @@ import xxhash
 
 from shards import stdlib
 from shards.errors import ShardError, SpecError
-from shards.readers.base import KEPT_ASIDE, LONGEST_RECORD, Reading, Record, Rejected, Unit, shown
+from shards.readers.base import KEPT_ASIDE, LONGEST_RECORD, NULS, Reading, Record, Rejected, Unit, shown
 from shards.readers.compressed import COMPRESSED
 from shards.readers.files import Found, find
 from shards.records import Document
@@ -51,7 +51,8 @@ def files(source: Source) -> list[Found]:
     if source.suffixes:
         wanted = lambda name: name.lower().endswith(whole)  # noqa: E731
     endings = f"{', '.join(suffixes[:8])}{', ...' if len(suffixes) > 8 else ''} (or these + {', '.join(COMPRESSED)})"
-    return find(source.path, f'source "{source.name}"', wanted, endings)
+    dotted: bool = getattr(reader, "DOTTED_ARE_HIDDEN", True)
+    return find(source.path, f'source "{source.name}"', wanted, endings, dotted=dotted)
 
 
 def units(source: Source) -> list[Unit]:
@@ -114,7 +115,9 @@ def read_unit(
     for record in _reader(source).read(source, unit, reading):
         if not record.where.isascii():
             record = replace(record, where=shown(record.where))  # a file's name need not be UTF-8
-        if isinstance(record, Rejected) or all(part.strip() for part in record.parts):
+        if isinstance(record, Document) and any("\0" in part for part in record.parts):
+            yield Rejected(record.where or shown(unit.name), NULS, shown(record.key))
+        elif isinstance(record, Rejected) or all(part.strip() for part in record.parts):
             yield record
         else:
             yield Rejected(record.where or shown(unit.name), "empty", record.key[:KEPT_ASIDE])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -243,13 +243,18 @@ class Tokenizer:
         name: str = self._model.id_to_piece(number)
         return name
 
-    def chat(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def chat(self, messages: Sequence[Message], masked: Collection[int] = (), *, ended: bool = True) -> tuple[list[int], list[int]]:
         """The ids of a conversation, and the mask: 1 for what an assistant says and the token after it that ends its turn, else 0.
 
         Messages are (role, content) or {"role": ..., "content": ...}. One that does not end with the assistant is a
-        prompt: the template opens the assistant's turn at its end, for a response to follow. Raises ChatError, a ValueError.
+        prompt: the template opens the assistant's turn at its end, for a response to follow. masked: numbers of messages that are
+        not learned; ended: false where the last one was cut off, so that nothing follows it. Raises ChatError, a ValueError.
         """
-        return self._chat.encode(messages)
+        return self._chat.encode(messages, masked, ended=ended)
+
+    def notes(self, messages: Sequence[Message]) -> list[str]:
+        """What is to be counted of a conversation that is learned from. Raises ChatError."""
+        return self._chat.notes(messages)
 
     def refusal(self, messages: Sequence[Message]) -> str:
         """Why a document with these messages must be left out: what it says would forge a turn, or the template cannot tell it."""

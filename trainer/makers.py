@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -112,9 +113,24 @@ def hash_of(training: Training, place: int, number: int) -> int:
     return ((training.recipe.run.seed * 1_009 + training.progress.stage) * 1_000_000_007 + place) * 1_000_003 + number
 
 
-def _texts(training: Training, drawn: Drawn) -> list[str]:
-    stops = training.tokenizer.stops
-    return [training.tokenizer.decode([id for id in response if id not in stops]).strip() for response in drawn.responses]
+@dataclass(frozen=True)
+class Answer:
+    """A response as its record tells of it: the ids that were drawn are what is learned, with an end only if it has one."""
+
+    text: str
+    ids: list[int]
+    ended: bool
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """As the answer `name` of a record: response, chosen or rejected."""
+        finish = "finish_reason" if name == "response" else f"{name}_finish_reason"
+        return {name: self.text, f"{name}_ids": self.ids, finish: "stop" if self.ended else "length"}
+
+
+def _answers(training: Training, drawn: Drawn) -> list[Answer]:
+    stops, tokenizer = training.tokenizer.stops, training.tokenizer
+    texts = [tokenizer.decode([id for id in response if id not in stops]).strip() for response in drawn.responses]
+    return [Answer(*each) for each in zip(texts, drawn.responses, drawn.ended, strict=True)]
 
 
 def rejection(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, dict[str, float]] | None:
@@ -127,21 +143,22 @@ def rejection(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, dict
     judged = judge(training, drawn)
     if judged is None:
         return None
-    scores, texts = judged[0].tolist(), _texts(training, drawn)
+    scores, answers = judged[0].tolist(), _answers(training, drawn)
     there = judged[1].any(-1).tolist()
     made: Made = {"best": [], "pairs": []}
     gained: list[float] = []
     for number, prompt in enumerate(prompts):
-        group = [at for at in range(number * count, (number + 1) * count) if there[at] and texts[at]]
+        group = [at for at in range(number * count, (number + 1) * count) if there[at] and answers[at].text]
         if not group:
             continue
         best, worst = max(group, key=scores.__getitem__), min(group, key=scores.__getitem__)
         gained.append(scores[best] - sum(scores[at] for at in group) / len(group))
         asked = _messages(prompt.turns)
-        made["best"].append({"prompt": asked, "response": texts[best], "reward": scores[best], "of": len(group)})
-        if texts[best] != texts[worst] and scores[best] > scores[worst]:
+        reward = {"reward": scores[best], "of": len(group)}
+        made["best"].append({"prompt": asked} | answers[best].fields("response") | reward)
+        if answers[best].text != answers[worst].text and scores[best] > scores[worst]:
             rewards = {"chosen_reward": scores[best], "rejected_reward": scores[worst]}
-            made["pairs"].append({"prompt": asked, "chosen": texts[best], "rejected": texts[worst]} | rewards)
+            made["pairs"].append(_pair(asked, answers[best], answers[worst]) | rewards)
     show(training, drawn, judged[0], None)
     real = [score for score, seen in zip(scores, there, strict=True) if seen]
     metrics = {
@@ -158,7 +175,7 @@ def constitution(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, d
     principles, place = training.stage.stage.principles, training.progress.position
     chosen = [random.Random(hash_of(training, place, number)).choice(principles) for number in range(len(prompts))]
     conversations = [list(prompt.turns) for prompt in prompts]
-    said: list[list[str]] = []
+    said: list[list[Answer]] = []
     for stream, request in enumerate((None, CRITIQUE, REVISE)):
         if request is not None:
             for turns, principle in zip(conversations, chosen, strict=True):
@@ -166,10 +183,10 @@ def constitution(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, d
         drawn = _asked(training, conversations, stream)
         if drawn is None:
             return None
-        texts = _texts(training, drawn)
-        for turns, text in zip(conversations, texts, strict=True):
-            turns.append(("assistant", text))
-        said.append(texts)
+        found = _answers(training, drawn)
+        for turns, answer in zip(conversations, found, strict=True):
+            turns.append(("assistant", answer.text))
+        said.append(found)
         if stream == 0:
             show(training, drawn, None, None)
     others = _asked(training, [prompt.turns for prompt in prompts], 3)
@@ -178,21 +195,21 @@ def constitution(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, d
     answers, critiques, revisions = said
     made: Made = {"revisions": [], "pairs": [], "judged": []}
     for prompt, principle, answer, critique, revision in zip(prompts, chosen, answers, critiques, revisions, strict=True):
-        if not answer or not revision:
+        if not answer.text or not revision.text:
             continue
-        asked, how = _messages(prompt.turns), {"principle": principle, "critique": critique}
-        made["revisions"].append({"prompt": asked, "response": revision, "original": answer} | how)
-        if answer != revision:
-            made["pairs"].append({"prompt": asked, "chosen": revision, "rejected": answer} | how)
+        asked, how = _messages(prompt.turns), {"principle": principle, "critique": critique.text}
+        made["revisions"].append({"prompt": asked} | revision.fields("response") | {"original": answer.text} | how)
+        if answer.text != revision.text:
+            made["pairs"].append(_pair(asked, revision, answer) | how)
     training.phase("scoring")
-    second = _texts(training, others)
-    sure = _preferences(training, prompts, answers, second, chosen)
+    second = _answers(training, others)
+    sure = _preferences(training, prompts, [each.text for each in answers], [each.text for each in second], chosen)
     for prompt, principle, one, other, log_odds in zip(prompts, chosen, answers, second, sure, strict=True):
-        if one and other and one != other and log_odds:
+        if one.text and other.text and one.text != other.text and log_odds:
             better, worse = (one, other) if log_odds > 0 else (other, one)
             told = {"principle": principle, "probability": 1 / (1 + math.exp(-abs(log_odds)))}
-            made["judged"].append({"prompt": _messages(prompt.turns), "chosen": better, "rejected": worse} | told)
-    changed = sum(a != b for a, b in zip(answers, revisions, strict=True))
+            made["judged"].append(_pair(_messages(prompt.turns), better, worse) | told)
+    changed = sum(a.text != b.text for a, b in zip(answers, revisions, strict=True))
     return made, {
         "made/revisions": float(len(made["revisions"])),
         "made/changed": changed / max(1, len(answers)),
@@ -242,6 +259,10 @@ def _log_probs_of(training: Training, sequences: Sequence[tuple[list[int], int]]
     rows = of_one(*(column.to(training.world.device) for column in (tokens, targets, mask, segments)))
     found: list[float] = (over_rows(training, training.network, rows, log_probs) * rows.mask).sum(-1).tolist()
     return found
+
+
+def _pair(asked: list[dict[str, str]], better: Answer, worse: Answer) -> dict[str, Any]:
+    return {"prompt": asked} | better.fields("chosen") | worse.fields("rejected")
 
 
 def _messages(turns: Turns) -> list[dict[str, str]]:

@@ -45,6 +45,8 @@ def record_of(decision: Decision) -> dict[str, Any] | str:
         "prompt": msgspec.to_builtins(decision.prompt),
         "chosen": better.text,
         "rejected": worse.text,
+        "chosen_finish_reason": better.finish,
+        "rejected_finish_reason": worse.finish,
         "annotator": decision.annotator,
         "time": decision.time,
         "decision": decision.id,

@@ -21,7 +21,7 @@ from shards.tokenizer import FILE_NAME, Tokenizer
 CHUNK = 1024  # documents compared at a time
 SHOWN = 70  # characters of a document that differs
 LINE = 78  # characters of a difference that is told in one line
-COUNTS = ("kind", "tokenizer", "dtype", "frame_items", "documents", "tokens", "text_bytes", "rejected", "origin")
+COUNTS = ("kind", "tokenizer", "dtype", "frame_items", "documents", "tokens", "text_bytes", "rejected", "notes", "origin")
 
 
 class Difference(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shards.commands.output import directories, print_table, short, size, working
+from shards.commands.output import counted, directories, print_table, short, size, working
 from shards.corpus import Corpus
 from shards.errors import SpecError
 from shards.progress import Meter
@@ -41,6 +41,7 @@ class Entry(msgspec.Struct, frozen=True):
     documents_in_window: float  # the mean over all windows of text; of other kinds documents are not cut: 0
     longer_than_context: int
     rejected: dict[str, int]
+    notes: dict[str, int]
 
 
 def main(args: argparse.Namespace) -> int:
@@ -80,6 +81,7 @@ def _entry(corpus: Corpus, context: int) -> Entry:
         documents_in_window=_in_windows(lengths, context) if manifest.kind == "text" else 0.0,
         longer_than_context=int(np.count_nonzero(lengths - 1 > context)),
         rejected=manifest.rejected,
+        notes=manifest.notes,
     )
 
 
@@ -141,7 +143,9 @@ def _show(entries: list[Entry]) -> None:
     print_table(columns, rows)
     reasons = {each.source: each.rejected for each in entries if each.rejected}
     for source, rejected in reasons.items():
-        write_out(f"left out of {source}: " + ", ".join(f"{reason}: {count:,}" for reason, count in rejected.items()))
+        write_out(f"left out of {source}: {counted(rejected)}")
+    for source, notes in {each.source: each.notes for each in entries if each.notes}.items():
+        write_out(f"kept of {source}, but: {counted(notes)}")
     write_out()
     rows = [
         [

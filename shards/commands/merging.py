@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -169,10 +170,11 @@ def _take(place: Path, shard: Shard, to: Path, number: int, copy: bool) -> Shard
 
 
 def _merged(parts: Sequence[Manifest], shards: Sequence[Shard]) -> Manifest:
-    rejected: dict[str, int] = {}
+    rejected: Counter[str] = Counter()
+    noted: Counter[str] = Counter()
     for part in parts:
-        for reason, count in part.rejected.items():
-            rejected[reason] = rejected.get(reason, 0) + count
+        rejected.update(part.rejected)
+        noted.update(part.notes)
     return msgspec.structs.replace(
         parts[0],
         origin="; ".join(dict.fromkeys(part.origin for part in parts)),
@@ -180,6 +182,7 @@ def _merged(parts: Sequence[Manifest], shards: Sequence[Shard]) -> Manifest:
         documents=sum(part.documents for part in parts),
         text_bytes=sum(part.text_bytes for part in parts),
         rejected=dict(sorted(rejected.items())),
+        notes=dict(sorted(noted.items())),
         shards=tuple(shards),
     )
 

@@ -51,6 +51,8 @@ def _source(source: SourceReport, samples: int) -> Iterator[RenderableType]:
             yield _counts(title, counts)
     if source.rejected:
         yield _counts("left out, in rejected.jsonl", {reason: Count(count) for reason, count in source.rejected.items()})
+    if source.notes:
+        yield _counts("kept, but", {note: Count(count) for note, count in source.notes.items()})
     if samples and source.funnel.samples:
         yield Text("samples of what was removed", style="dim")
         for reason, found in sorted(source.funnel.samples.items()):

@@ -1,8 +1,9 @@
 """Evaluation texts inside documents, by n-grams of words as GPT-3 looked for them (Brown et al. 2020, appendix C).
 
 Words are lower-cased and stripped of punctuation. A document matches an evaluation set where it has any 13 words in a row
-of one of its texts; a shorter text is looked for as a whole, from 8 words on, and left alone below. The index is one sorted
-array of hashes for each length of n-gram.
+of one of its texts; a shorter text is looked for as a whole, from 8 words on, and left alone below. In scripts without spaces
+each character is a word; but a text mostly in kana is looked for by twice as many of them, and one mostly in Thai or the like
+by four times, as 13 characters are hardly three words there. The index is one sorted array of hashes for each length of n-gram.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import string
 import unicodedata
 from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +23,10 @@ import xxhash
 
 from shards.errors import ShardError
 from shards.judging.settings import Contamination
+from shards.scripts import ALPHABETS, KANA, apart
 
 Hashes = npt.NDArray[np.uint64]
-_VERSION = 1
+_VERSION = 2
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -44,8 +47,19 @@ _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def words(text: str) -> list[str]:
-    """What is compared: lower-cased words without punctuation; "don't" is "dont"."""
-    return text.lower().translate(_ASCII_PUNCTUATION if text.isascii() else _punctuation()).split()
+    """What is compared: lower-cased words without punctuation; "don't" is "dont". Of scripts without spaces, characters."""
+    if text.isascii():
+        return text.lower().translate(_ASCII_PUNCTUATION).split()
+    return apart(unicodedata.normalize("NFC", text).lower().translate(_punctuation())).split()
+
+
+def _length(tokens: list[str], settings: Contamination) -> int:
+    """How many of an evaluation text's words in a row are looked for; 0 where it is too short."""
+    letters, kana = (sum(map(bool, map(script.match, tokens))) for script in (ALPHABETS, KANA))
+    count = len(tokens) - letters * 3 / 4 - kana / 2  # what would be words with spaces between
+    each = 1 if 4 * count >= 3 * len(tokens) else 2 if 3 * count >= len(tokens) else 4
+    words_in_row = min(settings.ngram, int(count))
+    return min(each * words_in_row, len(tokens)) if words_in_row >= settings.least else 0
 
 
 def _hashes(tokens: list[str], known: dict[str, int]) -> Hashes:
@@ -91,9 +105,9 @@ class Index:
         for name, texts in sorted(sets.items()):
             first = number
             for text in texts:
-                hashes = _hashes(words(text), {})
-                n = min(settings.ngram, len(hashes))
-                if n >= settings.least:
+                tokens = words(text)
+                hashes, n = _hashes(tokens, {}), _length(tokens, settings)
+                if n:
                     own = np.unique(_grams(hashes, n))
                     grams.setdefault(n, []).append(own)
                     owners.setdefault(n, []).append(np.full(len(own), number, np.int32))
@@ -106,6 +120,15 @@ class Index:
             order = np.lexsort((owner, hashes))
             tables[n] = hashes[order], owner[order]
         return cls(settings, names, sizes, tables)
+
+    @property
+    def too_short(self) -> list[int]:
+        """Of each set, how many of its texts are too short to be looked for."""
+        sought: set[int] = set()
+        for _, owners in self._tables.values():
+            sought.update(np.unique(owners).tolist())
+        starts = self._starts.tolist()
+        return [sum(number not in sought for number in range(*span)) for span in pairwise(starts)]
 
     def find(self, text: str) -> Found:
         """The evaluation texts that a document has, and what share of its words they cover."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import xxhash
 
 from shards.container import Array
-from shards.encode import Encoded, encode, refusal
+from shards.encode import Encoded, encode, notes, refusal
 from shards.pipeline.sealed import lines, load_arrays, load_bytes, save_bytes
 from shards.pipeline.store import Chunk, Stored
 from shards.pipeline.work import Name, Work
@@ -50,6 +51,7 @@ class Ready:
 class _Sidecar(msgspec.Struct):
     labels: list[str]
     refused: list[Rejected]
+    notes: dict[str, int] = {}
 
 
 @lru_cache(maxsize=1)
@@ -80,6 +82,7 @@ class Encoding:
         labels: list[str] = []
         hashes: list[int] = []
         refused: list[Rejected] = []
+        noted: Counter[str] = Counter()
         encoded: list[Encoded] = []
         batch: list[Document] = []
         size = 0
@@ -97,6 +100,7 @@ class Encoding:
             if reason := refusal(tokenizer, source.kind, document):
                 refused.append(Rejected(document.where or source.name, reason, "\n".join(document.parts)[:KEPT_ASIDE]))
                 continue
+            noted.update(notes(tokenizer, source.kind, document))
             hashes.append(MADE[document.key] if source.origin == "made" else document.hashed(work.build.seed))
             if source.split_by != "length":
                 labels.append(_directory(found.label) if source.split_by else "")
@@ -105,7 +109,7 @@ class Encoding:
             if size >= BATCH:
                 flush()
         flush()
-        sidecar = msgspec.json.encode(_Sidecar(labels, refused))
+        sidecar = msgspec.json.encode(_Sidecar(labels, refused, dict(noted)))
         save_bytes(work.path(self.name, name, ".json"), sidecar)
         _save(self.output(work, task), encoded, hashes, source.kind != "text")
 
@@ -148,6 +152,17 @@ def labels(work: Work, source: int) -> list[str]:
     found = {label for sidecar in sidecars for label in sidecar.labels}
     by_length = work.sources[source].split_by == "length"
     return sorted(found, key=lambda label: (len(label), label) if by_length else (0, label)) or [""]
+
+
+def noted(work: Work, source: int) -> Counter[str]:
+    """What is to be counted of a source's documents, known once it is encoded."""
+    found: Counter[str] = Counter()
+    for of, _, read in work.units:
+        if of == source:
+            found.update(read.notes)
+    for name in work.of_source(source):
+        found.update(_sidecar(work, name).notes)
+    return found
 
 
 def _sidecar(work: Work, name: Name) -> _Sidecar:

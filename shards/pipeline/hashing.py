@@ -16,6 +16,7 @@ import numpy.typing as npt
 import xxhash
 
 from shards.errors import SpecError
+from shards.scripts import apart
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -28,7 +29,6 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 # In UTF-8: ASCII in lower case, its punctuation and control characters as spaces, all else as it is.
 _BYTES = bytes(byte if byte > 127 else ord(chr(byte).lower()) if chr(byte).isalnum() else 32 for byte in range(256))
 _SPACES = re.compile("[\u0080-\u00bf\u2000-\u206f\u3000-\u303f\ufe30-\ufe4f\uff00-\uff0f]+")  # and punctuation
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
 def normalised(text: str) -> str:
@@ -48,7 +48,7 @@ def words(text: str) -> list[bytes]:
     """The words that n-grams are made of, in UTF-8."""
     if not text.isascii():
         text = _SPACES.sub(" ", unicodedata.normalize("NFC", text).lower())
-        text = _UNSPACED.sub(r" \g<0> ", text)
+        text = apart(text)
     return text.encode().translate(_BYTES).split()
 
 

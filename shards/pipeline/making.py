@@ -74,7 +74,13 @@ def _make(source: Source, documents: list[Stored], key: str, seed: int) -> Itera
         chats = [list(zip(each.roles or ("user", "assistant"), each.parts, strict=True)) for each in documents]
         for joined in longer.join_conversations(chats, source.characters):
             roles, said = zip(*joined.messages, strict=True)
-            yield Stored(key, said, roles, where(joined.parts), joined.label)
+            masked, start = [], 0
+            for part in joined.parts:
+                masked += [start + at for at in documents[part].masked]
+                start += len(documents[part].parts)
+                if any(not ended for _, ended in documents[part].sampled):  # something follows it now: its end is not its own
+                    masked.append(start - 1)
+            yield Stored(key, said, roles, where(joined.parts), joined.label, tuple(masked))
         return
     texts = [each.parts[0] for each in documents]
     if source.made == "related":

@@ -18,6 +18,7 @@ from shards.container import sync_directory
 from shards.errors import ShardError, SpecError
 from shards.pipeline.sealed import hash_of, load_bytes, save_bytes
 from shards.pipeline.work import Work
+from shards.readers.hidden import is_hidden
 from shards.records import Document
 from shards.sources import Rejected, read_unit, units
 from shards.spec import Clean, Origin, Source
@@ -25,6 +26,7 @@ from shards.writing import kept_aside
 
 SEALED = ".seal"
 ASIDE = "rejected.jsonl"
+TOO_SHORT = "too short to be looked for"
 PERPLEXITY, QUALITY, CONTAMINATION = "perplexity.arpa", "quality.model", "contamination.index"
 
 
@@ -36,7 +38,8 @@ def beside(clean: Clean) -> list[Source]:
 def as_source(purpose: str, path: str) -> Source:
     """Text that a recipe names by its path alone: JSON lines, Parquet, or text files, told by their names."""
     place = Path(path)
-    names = [place.name] if not place.is_dir() else [each.name for each in sorted(place.rglob("*")) if each.is_file()]
+    seen = [each for each in sorted(place.rglob("*")) if each.is_file() and not is_hidden(each.relative_to(place).parts)]
+    names = [place.name] if not place.is_dir() else [each.name for each in seen]
     origin: Origin = "text"
     if any(name.split(".")[-1] == "parquet" for name in names):
         origin = "parquet"
@@ -134,8 +137,10 @@ def described(work: Work) -> dict[str, str]:
             from shards.judging.contamination import Index
 
             index = Index.load(path)
-            sets = ", ".join(f"{each} ({size:,} texts)" for each, size in zip(index.names, index.sizes, strict=True))
-            found["contamination"] = f"looked for {sets or 'nothing'}"
+            sets = []
+            for each, size, short in zip(index.names, index.sizes, index.too_short, strict=True):
+                sets.append(f"{each} ({size:,} texts{f', {short:,} of them {TOO_SHORT}' if short else ''})")
+            found["contamination"] = f"looked for {', '.join(sets) or 'nothing'}"
     return found
 
 

@@ -58,6 +58,7 @@ class _Reader:
         self._chunks: list[tuple[int, int]] = []
         self._rejected: dict[str, int] = {}
         self._broken: dict[str, None] = {}
+        self._notes: Counter[str] = Counter()
         self._writer: ChunkWriter | None = None
         self._aside = Sealed(work.path("read", f"{source:03d}-{unit:06d}", ".rejected.jsonl"))
 
@@ -65,6 +66,7 @@ class _Reader:
         if isinstance(record, Document):
             try:
                 self._add(record, size_of(record))
+                self._notes.update(record.notes)
                 return
             except UnicodeEncodeError:
                 record = Rejected(record.where, "half a surrogate pair", "")
@@ -89,7 +91,7 @@ class _Reader:
     def close(self) -> ReadUnit:
         self._end_chunk()
         self._aside.close()
-        return ReadUnit(self._chunks, self._rejected, list(self._broken))
+        return ReadUnit(self._chunks, self._rejected, list(self._broken), dict(self._notes))
 
 
 def refuse_broken(work: Work) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -29,6 +31,7 @@ class SourceReport(msgspec.Struct, frozen=True):
     tokens: int  # in the shards, both splits
     documents: int
     text_bytes: int
+    notes: dict[str, int] = {}  # of records that were kept: see shards.manifest
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -67,34 +70,54 @@ def save(work: Work, out: Path, names: list[str]) -> None:
     found = []
     for number, source in enumerate(work.sources):
         own = [name for name in names if name == source.name or (source.split_by and name.startswith(f"{source.name}."))]
-        every = [manifests.load(out / name / split) for name in own for split in SPLITS]
-        rejected: dict[str, int] = {}
-        for manifest in every[:: len(SPLITS)]:
-            for reason, count in manifest.rejected.items():
-                rejected[reason] = rejected.get(reason, 0) + count
-        found.append(
-            SourceReport(
-                name=source.name,
-                origin=every[0].origin if every else "",
-                funnel=work.funnel(number),
-                rejected=rejected,
-                tokens=sum(manifest.tokens for manifest in every),
-                documents=sum(manifest.documents for manifest in every),
-                text_bytes=sum(manifest.text_bytes for manifest in every),
-            )
-        )
+        found.append(_of_source(out, source.name, own, work.funnel(number)))
     write_atomically(
         out / FILE_NAME, msgspec.json.format(msgspec.json.encode(Report(FORMAT, found, described(work))), indent=1) + b"\n"
     )
 
 
+def _of_source(out: Path, name: str, directories: Sequence[str], funnel: Funnel) -> SourceReport:
+    every = [manifests.load(out / directory / split) for directory in directories for split in SPLITS]
+    rejected: Counter[str] = Counter()
+    noted: Counter[str] = Counter()
+    for manifest in every[:: len(SPLITS)]:
+        rejected.update(manifest.rejected)
+        noted.update(manifest.notes)
+    return SourceReport(
+        name=name,
+        origin=every[0].origin if every else "",
+        funnel=funnel,
+        rejected=dict(rejected),
+        tokens=sum(manifest.tokens for manifest in every),
+        documents=sum(manifest.documents for manifest in every),
+        text_bytes=sum(manifest.text_bytes for manifest in every),
+        notes=dict(noted),
+    )
+
+
+class _Marker(msgspec.Struct):
+    done: bool = True
+
+
+def _is_done(out: Path) -> bool:
+    """Whether a build has come to its end; what was merged of several need not have been one."""
+    with suppress(OSError, msgspec.MsgspecError):
+        return msgspec.json.decode((out / "build.json").read_bytes(), type=_Marker).done
+    return True
+
+
 def load(out: Path) -> Report:
-    """Raises ShardError where there is none."""
+    """A build's report; of one that does not clean, what its manifests say. Raises ShardError where there is neither."""
     path = out / FILE_NAME
     try:
         return msgspec.json.decode(path.read_bytes(), type=Report)
+    except FileNotFoundError:
+        names = sorted(place.parent.parent.name for place in out.glob(f"*/{SPLITS[-1]}/{manifests.FILE_NAME}"))
+        if not names or not _is_done(out):
+            why = "no report: a build writes it when it is done" if out.is_dir() else "No such file or directory"
+            raise ShardError(f"{path}: {why}") from None
+        return Report(FORMAT, [_of_source(out, name, [name], Funnel({})) for name in names])
     except OSError as error:
-        why = "no report: a build with [data.clean] writes it when it is done" if path.parent.is_dir() else error.strerror
-        raise ShardError(f"{path}: {why}") from None
+        raise ShardError(f"{path}: {error.strerror}") from None
     except msgspec.MsgspecError as error:
         raise ShardError(f"{path}: not a report: {error} (build the shards again)") from None

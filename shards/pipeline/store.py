@@ -20,7 +20,7 @@ import zstandard
 
 from shards.container import TEMPORARY
 from shards.pipeline.sealed import damaged
-from shards.records import Document
+from shards.records import Document, Sampled
 
 FRAME_BYTES = 1 << 20  # of text in a frame
 LEVEL = 1
@@ -35,9 +35,13 @@ class Stored(msgspec.Struct, array_like=True, frozen=True):
     roles: tuple[str, ...]
     where: str
     label: str = ""
+    masked: tuple[int, ...] = ()
+    sampled: tuple[tuple[tuple[int, ...], bool], ...] = ()
 
     def document(self) -> Document:
-        return Document(self.parts[0] if self.key is None else self.key, self.parts, self.roles, self.where)
+        key = self.parts[0] if self.key is None else self.key
+        sampled = tuple(Sampled(*each) for each in self.sampled)
+        return Document(key, self.parts, self.roles, self.where, masked=self.masked, sampled=sampled)
 
 
 class Frame(msgspec.Struct, array_like=True, frozen=True):
@@ -55,7 +59,9 @@ class Index(msgspec.Struct, array_like=True, frozen=True):
 def stored(document: Document) -> Stored:
     """What of a document is kept."""
     alone = len(document.parts) == 1 and document.key == document.parts[0]
-    return Stored(None if alone else document.key, document.parts, document.roles, document.where, document.label)
+    key = None if alone else document.key
+    sampled = tuple((each.ids, each.ended) for each in document.sampled)
+    return Stored(key, document.parts, document.roles, document.where, document.label, document.masked, sampled)
 
 
 def size_of(document: Document | Stored) -> int:

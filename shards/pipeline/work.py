@@ -66,6 +66,7 @@ class ReadUnit(msgspec.Struct, frozen=True):
     chunks: list[tuple[int, int]]  # documents and bytes of text of each
     rejected: dict[str, int]  # records left out, by reason
     broken: list[str] = []  # its files of which the rest was lost
+    notes: dict[str, int] = {}  # of the documents: see shards.manifest
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -10,7 +10,9 @@ from shards.records import Document
 
 LONGEST_RECORD = 64 << 20  # bytes of one line, and of one file's document
 KEPT_ASIDE = 4096  # characters of a broken record that are kept
+LOOKED_AT = 4096  # bytes by which an encoding is told
 DAMAGED = "damaged file, read up to there"
+NULS = "NUL characters, which no text has"
 SPECIAL = re.compile(r"[*?\[]")  # what makes a path a glob
 
 
@@ -54,7 +56,9 @@ def shown(raw: bytes | str) -> str:
 
 
 def decoded(raw: bytes) -> tuple[str, str]:
-    """(text, "") of UTF-8 with or without a mark, or ("", why not)."""
+    """(text, "") of UTF-8 with or without a mark, or ("", why not). Text has no NULs; UTF-16 without a mark has, as a rule."""
+    if b"\0" in raw:
+        return "", not_utf8(raw)
     try:
         return raw.decode("utf-8-sig"), ""
     except UnicodeDecodeError:
@@ -62,9 +66,11 @@ def decoded(raw: bytes) -> tuple[str, str]:
 
 
 def not_utf8(raw: bytes) -> str:
-    """What to call bytes that are not UTF-8. UTF-16 and UTF-32 are known by their marks."""
-    if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+    """What to call bytes that are not UTF-8 text. UTF-16 and UTF-32 are known by their marks, or by where their NULs are."""
+    zeros = [raw[place:LOOKED_AT:4].count(0) * 4 / max(1, len(raw[:LOOKED_AT])) for place in range(4)]
+    even, odd = (zeros[0] + zeros[2]) / 2, (zeros[1] + zeros[3]) / 2
+    if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or (len(raw) >= 8 and max(min(zeros[:2]), min(zeros[2:])) > 0.9):
         return "not UTF-8 but UTF-32 (convert it with iconv)"
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or (max(even, odd) > 0.1 and min(even, odd) < 0.01):
         return "not UTF-8 but UTF-16 (convert it with iconv)"
-    return "not UTF-8"
+    return NULS if b"\0" in raw else "not UTF-8"

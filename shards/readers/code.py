@@ -15,6 +15,7 @@ from shards.records import Document
 from shards.spec import Source
 
 SUFFIXES = tuple(LANGUAGES)
+DOTTED_ARE_HIDDEN = False  # .eslintrc.js and .github are code; what is none among them is counted as vendored
 LONGEST_FILE = 1 << 20  # bytes; longer files are data, as a rule
 LONG_LINE = 1000  # characters; of code a line in thousands, of data and of what is minified all
 LONG_MEAN = 100  # characters of the mean line (Chen et al. 2021, section 3.1: the Codex paper's filter)

@@ -15,6 +15,7 @@ from shards.errors import SpecError
 from shards.readers import remote
 from shards.readers.base import Reading
 from shards.readers.compressed import opened
+from shards.readers.hidden import is_hidden, is_hidden_match
 
 
 class Found(NamedTuple):
@@ -25,20 +26,24 @@ class Found(NamedTuple):
     stamp: str | int
 
 
-def find(path: str, where: str, wanted: Callable[[str], bool], endings: str) -> list[Found]:
-    """The files of a path, sorted: itself, the wanted ones beneath it, or a glob's matches. SpecError if there are none."""
+def find(path: str, where: str, wanted: Callable[[str], bool], endings: str, *, dotted: bool = True) -> list[Found]:
+    """The files of a path, sorted: itself, the wanted ones beneath it, or a glob's matches. SpecError if there are none.
+
+    dotted: whether files and directories whose names begin with a dot are hidden, like the others that `hidden` knows.
+    """
     if remote.is_remote(path):
-        return [Found(*each) for each in remote.find(path, where, wanted, endings)]
+        return [Found(*each) for each in remote.find(path, where, wanted, endings, dotted)]
     root = Path(path)
     try:
         if root.is_dir():
-            found = sorted(file for file in _beneath(root) if wanted(file.name))
+            found = sorted(file for file in _beneath(root, dotted) if wanted(file.name))
             if not found:
-                raise SpecError(f"{where}: {path}: no files ending in {endings}")
+                raise SpecError(f"{where}: {path}: no files ending in {endings} (hidden ones are not read)")
         elif root.is_file():
             found = [root]
         else:
-            found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
+            names = (name for name in glob.glob(path, recursive=True) if not is_hidden_match(name, path, dotted=dotted))
+            found = sorted(Path(name) for name in names if Path(name).is_file())
             if not found:
                 raise SpecError(f"{where}: {path}: no such file, directory or glob match (correct the path; now in {Path.cwd()})")
         return [stat(file) for file in found]
@@ -46,13 +51,14 @@ def find(path: str, where: str, wanted: Callable[[str], bool], endings: str) -> 
         raise SpecError(f"{where}: {error.filename}: {error.strerror} (give access to it, or a path without it)") from None
 
 
-def _beneath(root: Path) -> Iterator[Path]:
+def _beneath(root: Path, dotted: bool) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error  # os.walk would leave out what it cannot look into without a word
 
-    for directory, _, names in os.walk(root, onerror=refuse):
+    for directory, inner, names in os.walk(root, onerror=refuse):
+        inner[:] = [name for name in inner if not is_hidden((name,), dotted=dotted)]
         for name in names:
-            if (file := Path(directory, name)).is_file():
+            if not is_hidden((name,), dotted=dotted) and (file := Path(directory, name)).is_file():
                 yield file
 
 

@@ -36,7 +36,7 @@ def _records(path: str, lines: io.BufferedReader) -> Iterator[Placed]:
             if number == 1:
                 if line.startswith(_BOM):
                     line = line.removeprefix(_BOM)
-                elif line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                elif line.startswith((b"\xff\xfe", b"\xfe\xff")) or "UTF" in _of_nuls(line):
                     yield Rejected(path, not_utf8(line), shown(line), rest=True)
                     return
             if len(line) == LONGEST_RECORD and not line.endswith(b"\n"):
@@ -58,7 +58,14 @@ def _records(path: str, lines: io.BufferedReader) -> Iterator[Placed]:
         yield Rejected(path, DAMAGED, str(error), rest=True)
 
 
+def _of_nuls(line: bytes) -> str:
+    """What a line with NULs is; JSON has none."""
+    return not_utf8(line) if b"\0" in line else ""
+
+
 def _why(error: Exception, line: bytes) -> str:
+    if b"\0" in line:
+        return not_utf8(line)
     said = str(error).lower()
     if isinstance(error, UnicodeDecodeError) or "utf-8" in said:
         return "not UTF-8"

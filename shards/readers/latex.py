@@ -13,6 +13,8 @@ from typing import Any
 from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, shown
 from shards.readers.compressed import COMPRESSED, DAMAGE, plain_name
 from shards.readers.files import Found, stream
+from shards.readers.hidden import is_hidden
+from shards.readers.texlexer import lexed, short_verbs
 from shards.readers.texmacros import MacroError, collect, expand
 from shards.readers.textext import body_text
 from shards.records import Document
@@ -22,16 +24,12 @@ SUFFIXES = (".tex", ".ltx", ".tar", ".tgz", ".gz")
 SOURCES = (".tex", ".ltx", ".latex", ".txt")
 LARGEST_SOURCE = LONGEST_RECORD // 2  # bytes of all a paper's .tex files
 DEEPEST = 16  # levels of \input
-_QUOTED = re.compile(
-    r"\\begin\{(verbatim\*?|lstlisting|minted|Verbatim|alltt)\}.*?\\end\{\1\}|\\verb\*?([^\sa-zA-Z*])[^\n]*?\2"
-    r"|(\\.)|(%[^\n]*(?:\n[ \t]*)?)",
-    re.DOTALL,
-)
-"""Verbatim, an escaped character, or a comment, whichever begins first."""
-_COMMENT_ENVIRONMENT = re.compile(r"\\begin\{comment\}.*?\\end\{comment\}|\\iffalse\b.*?\\fi\b", re.DOTALL)
 _INPUT = re.compile(
-    r"\\(?:input|include|subfile)\s*\{\s*([^{}\n]+?)\s*\}|\\(?:sub)?import\s*\{([^{}\n]*)\}\s*\{([^{}\n]+)\}|\\input\s+([^\s{}\\]+)"
+    r"\\(@?input|include|subfile|subfileinclude)\s*\{\s*([^{}\n]+?)\s*\}"
+    r"|\\(?:sub)?(?:import|inputfrom|includefrom)\*?\s*\{([^{}\n]*)\}\s*\{([^{}\n]+)\}|\\input\s+([^\s{}\\]+)"
 )
+_INPUT_PATH = re.compile(r"\\def\s*\\input@path\s*\{((?:\s*\{[^{}]*\})+)\s*\}")
+_INCLUDE_ONLY = re.compile(r"\\includeonly\s*\{([^{}]*)\}")
 _CLASS = re.compile(r"\\document(?:class|style)\b")
 _BODY = re.compile(r"\\begin\s*\{document\}")
 _END = re.compile(r"\\end\s*\{document\}")
@@ -100,7 +98,8 @@ def _members(path: str, file: io.BufferedReader[Any]) -> Iterator[tuple[str, byt
     room = LARGEST_SOURCE
     with tarfile.open(fileobj=file, mode="r|") as archive:
         for member in archive:
-            if member.isfile() and member.name.lower().endswith(SOURCES):
+            parts = posixpath.normpath(member.name).split("/")
+            if member.isfile() and member.name.lower().endswith(SOURCES) and not is_hidden(parts, dotted=False):
                 content = archive.extractfile(member)
                 if content is not None:
                     raw = _limited(content, room)
@@ -119,18 +118,22 @@ def _decoded(raw: bytes) -> str:
 def papers(where: str, files: dict[str, str]) -> Iterator[Record]:
     """The documents in a paper's files."""
     kept: list[str] = []
-    bare = {name: _bare(text, kept) for name, text in sorted(files.items())}
+    short = short_verbs(files.values())
+    bare = {name: lexed(text, kept, short) for name, text in sorted(files.items())}
     mains = [name for name, text in bare.items() if _CLASS.search(text)]
     if not mains and len(bare) == 1:
         mains = list(bare)  # plain TeX
-    included = {found for text in bare.values() for each in _INPUT.finditer(text) for found in [_find(each, "", bare)] if found}
+    tree = _Tree(bare)
+    included = {
+        found for name, text in bare.items() for each in _INPUT.finditer(text) for found in [tree.find(each, name)] if found
+    }
     mains = [name for name in mains if name not in included] or mains
     if not mains:
         yield Rejected(where, "no file with a document class", ", ".join(files)[:200])
     for name in mains:
         place = where if len(mains) == 1 else f"{where}: {name}"
         try:
-            text = _paper(name, bare, kept)
+            text = _paper(tree.inlined(name), kept)
         except (MacroError, RecursionError) as error:
             yield Rejected(place, "macros that do not come to an end", shown(str(error)))
             continue
@@ -140,61 +143,52 @@ def papers(where: str, files: dict[str, str]) -> Iterator[Record]:
             yield Rejected(place, "empty", "")
 
 
-def _bare(text: str, kept: list[str]) -> str:
-    """Without comments; what is verbatim is set aside, as `%` means itself there."""
-    text = text.replace("\ue000", "").replace("\ue001", "")
+class _Tree:
+    """A paper's files, which include each other; nothing outside of them is ever read."""
 
-    def replaced(found: re.Match[str]) -> str:
-        if found[3]:
-            return found[3]
-        if found[4]:
-            # A comment takes its line's end and the next line's indentation with it; but an empty line still ends a paragraph,
-            # and after a blank a line's end is no more than another one.
-            ends = text[found.end() : found.end() + 1] == "\n" or text[max(0, found.start() - 1) : found.start()] in (" ", "\t")
-            return "\n" if ends and not _begins_line(text, found.start()) else ""
-        kept.append(found[0])
-        return f"\ue000{len(kept) - 1}\ue001"
+    def __init__(self, files: dict[str, str]) -> None:
+        self._files = files
+        paths = (path for text in files.values() for path in _INPUT_PATH.findall(text))
+        self._paths = list(dict.fromkeys(path.strip() for each in paths for path in re.findall(r"\{([^{}]*)\}", each)))
 
-    return _COMMENT_ENVIRONMENT.sub("", _QUOTED.sub(replaced, text))
+    def find(self, found: re.Match[str], name: str) -> str:
+        """The file that an \\input in file `name` means; "" for one that is not there (a package's own, as a rule)."""
+        target = (found[2] or found[5] or posixpath.join(found[3] or "", (found[4] or "").lstrip("/"))).strip().strip('"')
+        for base in ("", posixpath.dirname(name), *self._paths):
+            for end in ("", ".tex", ".ltx"):
+                path = posixpath.normpath(posixpath.join(base, target + end))
+                if path in self._files:
+                    return path
+        return ""
 
+    def inlined(self, name: str) -> str:
+        """A main file with all that it includes. Raises MacroError where that does not come to an end."""
+        only = _INCLUDE_ONLY.search(self._files[name])
+        chosen = None if only is None else frozenset(each.strip().removesuffix(".tex") for each in only[1].split(","))
+        return self._inlined(name, (), [LONGEST_RECORD], chosen)
 
-def _begins_line(text: str, at: int) -> bool:
-    while at > 0 and text[at - 1] in " \t":
-        at -= 1
-    return at == 0 or text[at - 1] == "\n"
+    def _inlined(self, name: str, inside: tuple[str, ...], room: list[int], only: frozenset[str] | None) -> str:
+        """only: the \\include that count, where not all do."""
+        text = self._files[name]
+        room[0] -= len(text)
+        if room[0] < 0:
+            raise MacroError("files that include each other again and again")
+        if _CLASS.search(text) and inside:
+            begin, end = _BODY.search(text), _END.search(text)  # of a subfile its body
+            text = text[begin.end() if begin else 0 : end.start() if end else len(text)]
 
+        def replaced(found: re.Match[str]) -> str:
+            if found[1] == "include" and only is not None and found[2].strip().removesuffix(".tex") not in only:
+                return ""
+            target = self.find(found, name)
+            if not target or target in (*inside, name) or len(inside) >= DEEPEST:
+                return ""
+            return self._inlined(target, (*inside, name), room, only)
 
-def _find(found: re.Match[str], directory: str, files: dict[str, str]) -> str:
-    """The file that an \\input means; "" for one that is not there (a package's own, as a rule)."""
-    name = found[1] or found[4] or posixpath.join(found[2] or "", found[3] or "")
-    for base in ("", directory):
-        for end in ("", ".tex", ".ltx"):
-            path = posixpath.normpath(posixpath.join(base, name.strip('"') + end))
-            if path in files:
-                return path
-    return ""
-
-
-def _inlined(name: str, files: dict[str, str], inside: tuple[str, ...], room: list[int]) -> str:
-    text = files[name]
-    room[0] -= len(text)
-    if room[0] < 0:
-        raise MacroError("files that include each other again and again")
-    if _CLASS.search(text) and inside:
-        begin, end = _BODY.search(text), _END.search(text)  # of a subfile its body
-        text = text[begin.end() if begin else 0 : end.start() if end else len(text)]
-
-    def replaced(found: re.Match[str]) -> str:
-        target = _find(found, posixpath.dirname(name), files)
-        if not target or target in (*inside, name) or len(inside) >= DEEPEST:
-            return ""
-        return _inlined(target, files, (*inside, name), room)
-
-    return _INPUT.sub(replaced, text)
+        return _INPUT.sub(replaced, text)
 
 
-def _paper(name: str, files: dict[str, str], kept: list[str]) -> str:
-    whole = _inlined(name, files, (), [LONGEST_RECORD])
+def _paper(whole: str, kept: list[str]) -> str:
     begin = _BODY.search(whole)
     preamble, body = (whole[: begin.start()], whole[begin.end() :]) if begin else ("", whole)
     end = _END.search(body)

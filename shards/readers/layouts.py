@@ -54,7 +54,7 @@ def documents(records: Iterator[Placed], source: Source) -> Iterator[Record]:
     if layout == "oasst":
         yield from conversations(records, source)
     elif layout in CONVERTERS:
-        yield from _converted(records, source, CONVERTERS[layout])
+        yield from _converted(records, source, *CONVERTERS[layout])
     else:
         yield from _plain(records, _messages(source) if layout == "messages" else source)
 
@@ -109,14 +109,18 @@ def _rejected(record: tuple[str, Fields], reason: str) -> Rejected:
 STANDARD = Source(name="layout", kind="sft", origin="jsonl", path="", response_field="\0")
 
 
-def _converted(records: Iterator[Placed], source: Source, convert: Callable[[Fields], Fields | str]) -> Iterator[Record]:
+def _converted(
+    records: Iterator[Placed], source: Source, convert: Callable[[Fields], Fields | str], read: frozenset[str]
+) -> Iterator[Record]:
+    """read: the fields that `convert` reads; the others of a record say the same in every layout."""
     standard = msgspec.structs.replace(STANDARD, kind=source.kind)
     for record in records:
         if isinstance(record, Rejected):
             yield record
             continue
         fields = convert(record[1])
-        found = fields if isinstance(fields, str) else in_record(fields, standard, record[0])
+        others = {name: value for name, value in record[1].items() if name not in read}
+        found = fields if isinstance(fields, str) else in_record({**others, **fields}, standard, record[0])
         yield found if isinstance(found, Document) else _rejected(record, found)
 
 
@@ -141,16 +145,17 @@ def _sharegpt(record: Fields) -> Fields | str:
         return 'no field "conversations" that is a list'
     messages = []
     for turn in said:
-        if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
+        if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str | list):
             return 'field "conversations" is not a list of turns with from and value'
         role = ROLE_NAMES.get(turn["from"])
         if role is None:
             return f"a turn from {turn['from'][:40]!r}, who is neither human, gpt nor system"
-        messages.append({"role": role, "content": turn["value"]})
+        messages.append({**{name: value for name, value in turn.items() if name not in ("from", "value")}, "role": role})
+        messages[-1]["content"] = turn["value"]
     # Many published conversations begin with an answer whose question was cut off.
-    while messages and messages[0]["role"] == "assistant":
-        messages.pop(0)
-    return {"messages": messages} if messages else "no question"
+    first = next((at for at, turn in enumerate(messages) if turn["role"] == "user"), len(messages))
+    messages = [turn for at, turn in enumerate(messages) if at > first or turn["role"] != "assistant"]
+    return {"messages": messages} if any(turn["role"] == "user" for turn in messages) else "no question"
 
 
 def _lima(record: Fields) -> Fields | str:
@@ -167,7 +172,7 @@ def _hh(record: Fields) -> Fields | str:
         text = record.get(name)
         if not isinstance(text, str):
             return f'field "{name}" is not a string' if name in record else f'no field "{name}"'
-        pieces = _SAID.split(text)
+        pieces = _SAID.split(text.replace("\r\n", "\n"))
         if pieces[0].strip() or len(pieces) < 5:
             return f'field "{name}" is not "Human: ..." and "Assistant: ..." in turn'
         turns = zip(pieces[1::2], pieces[2::2], strict=True)
@@ -175,11 +180,12 @@ def _hh(record: Fields) -> Fields | str:
     return found
 
 
-CONVERTERS: dict[str, Callable[[Fields], Fields | str]] = {
-    "alpaca": _pair("instruction", "output", "input"),
-    "dolly": _pair("instruction", "response", "context"),
-    "flan": _pair("inputs", "targets"),
-    "sharegpt": _sharegpt,
-    "lima": _lima,
-    "hh": _hh,
+CONVERTERS: dict[str, tuple[Callable[[Fields], Fields | str], frozenset[str]]] = {
+    "alpaca": (_pair("instruction", "output", "input"), frozenset({"instruction", "output", "input", "text"})),
+    "dolly": (_pair("instruction", "response", "context"), frozenset({"instruction", "response", "context"})),
+    "flan": (_pair("inputs", "targets"), frozenset({"inputs", "targets"})),
+    "sharegpt": (_sharegpt, frozenset({"conversations"})),
+    "lima": (_lima, frozenset({"conversations"})),
+    "hh": (_hh, frozenset({"chosen", "rejected"})),
 }
+"""How a layout's records become records of messages, and the fields that it reads. Alpaca's `text` is the whole record again."""

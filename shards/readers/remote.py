@@ -12,6 +12,7 @@ from typing import Any
 from shards.errors import SpecError
 from shards.needs import need
 from shards.readers.base import SPECIAL
+from shards.readers.hidden import is_hidden, is_hidden_match
 
 TRIES = 4  # of one read, and of a listing
 PAUSE = 0.2  # seconds before the second try; doubled before each further one
@@ -69,11 +70,11 @@ def _bounded_response(aiohttp: Any) -> type[Any]:
     return Response
 
 
-def find(path: str, where: str, wanted: Callable[[str], bool], endings: str) -> list[tuple[str, int, str]]:
+def find(path: str, where: str, wanted: Callable[[str], bool], endings: str, dotted: bool = True) -> list[tuple[str, int, str]]:
     """(URL, bytes, stamp) of each file, sorted. SpecError if there are none, or nobody answers."""
     fs, inner = filesystem(path, where)
     try:
-        found: list[tuple[str, int, str]] = again(lambda: _find(fs, inner, path, where, wanted, endings))
+        found: list[tuple[str, int, str]] = again(lambda: _find(fs, inner, path, where, wanted, endings, dotted))
         return found
     except SpecError:
         raise
@@ -83,20 +84,25 @@ def find(path: str, where: str, wanted: Callable[[str], bool], endings: str) -> 
         raise SpecError(f"{where}: {path}: {_said(error)} (see that it can be reached and read)") from None
 
 
-def _find(fs: Any, inner: str, path: str, where: str, wanted: Callable[[str], bool], endings: str) -> list[tuple[str, int, str]]:
+def _find(
+    fs: Any, inner: str, path: str, where: str, wanted: Callable[[str], bool], endings: str, dotted: bool
+) -> list[tuple[str, int, str]]:
     fs.invalidate_cache()
     is_web = path.startswith(("http://", "https://"))
     # To a web server, `?` begins a query, and each address may be a page as well as a directory: the ending tells.
     if "*" in path if is_web else SPECIAL.search(path):
         found = {name: fs.info(name) for name in fs.glob(inner)}
         found = {name: info for name, info in found.items() if is_web or info.get("type") == "file"}
+        found = {name: info for name, info in found.items() if not is_hidden_match(name, inner, dotted=dotted)}
         if not found:
             raise SpecError(f"{where}: {path}: nothing matches (correct the URL)")
     elif path.endswith("/") if is_web else fs.isdir(inner):
+        top = inner.rstrip("/")
         names = [name for name in fs.find(inner) if wanted(name.rpartition("/")[2])]
+        names = [name for name in names if not is_hidden(name.removeprefix(top).split("/"), dotted=dotted)]
         found = {name: fs.info(name) for name in names}
         if not found:
-            raise SpecError(f"{where}: {path}: no files ending in {endings}")
+            raise SpecError(f"{where}: {path}: no files ending in {endings} (hidden ones are not read)")
     else:
         found = {inner: fs.info(inner)}
     return sorted((fs.unstrip_protocol(name), int(info.get("size") or 0), _stamp(info)) for name, info in found.items())

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import zstandard
+
 from shards.needs import need
 from shards.readers.base import DAMAGED, Reading, Record, Rejected, Unit, shown
-from shards.readers.compressed import DAMAGE
+from shards.readers.compressed import DAMAGE, LARGEST_WINDOW
 from shards.readers.files import stream
 from shards.records import Document
 from shards.spec import Source
@@ -17,6 +19,8 @@ from shards.spec import Source
 SUFFIXES = (".warc",)
 LONGEST_PAGE = 8 << 20  # bytes of HTML
 PAGES = ("text/html", "application/xhtml+xml")
+CODINGS = frozenset(("br", "zstd", "dcb", "dcz", "compress", "x-compress", "x-gzip"))
+"""Content codings (RFC 9110, section 8.4.1; RFC 8878; RFC 9842) that warcio may leave as they are."""
 _MARKUP = re.compile(rb"<(?:!doctype\s+html|html|head|body|title)\b", re.IGNORECASE)
 
 
@@ -94,12 +98,38 @@ def _page(path: str, record: Any) -> Record:
     if kind and kind not in PAGES:
         return Rejected(where, "not HTML", kind[:200])
     raw = content(record, LONGEST_PAGE)
+    coding = (headers.get_header("Content-Encoding") or "").strip().lower()
+    if coding in CODINGS and coding not in _decoded_by_warcio() and not _is_plain(raw):
+        if coding != "zstd":
+            return Rejected(where, f"content-encoding {coding} not read", shown(raw[:256]))
+        try:
+            raw = _from_zstd(raw)
+        except zstandard.ZstdError as error:
+            return Rejected(where, "content-encoding zstd is damaged", shown(str(error)))
     if len(raw) > LONGEST_PAGE:
-        return Rejected(where, f"longer than {LONGEST_PAGE >> 20} MiB", shown(raw))
+        return Rejected(where, f"longer than {LONGEST_PAGE >> 20} MiB", shown(raw[:256]))
     if not kind and not _MARKUP.search(raw, 0, 4096):
         return Rejected(where, "not HTML", shown(raw))
     text = main_text(raw)
     return Document(url, (text,), (), where) if text else Rejected(where, "no main text", shown(raw))
+
+
+def _is_plain(raw: bytes) -> bool:
+    """Whether a page is markup as it stands: crawlers decode pages, and may leave the header that tells how they came."""
+    return raw[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<" and _MARKUP.search(raw, 0, 4096) is not None
+
+
+def _decoded_by_warcio() -> frozenset[str]:
+    """The codings that warcio takes away itself; which they are depends on what is installed beside it."""
+    found: list[str] = need("warcio.bufferedreaders", "origin warc").BufferedReader.get_supported_decompressors()
+    return frozenset(found)
+
+
+def _from_zstd(raw: bytes) -> bytes:
+    """A page, up to one byte more than the longest. Raises ZstdError."""
+    with zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).stream_reader(raw, read_across_frames=True) as reader:
+        page: bytes = reader.read(LONGEST_PAGE + 1)
+    return page
 
 
 def main_text(html: bytes) -> str:

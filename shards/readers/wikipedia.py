@@ -13,7 +13,7 @@ from shards.records import Document
 from shards.spec import Source
 
 SUFFIXES = (".xml",)
-FILES, CATEGORIES, MEDIA = "6", "14", "-2"  # numbers of namespaces, the same in every language's wiki
+FILE, CATEGORY, MEDIA = "6", "14", "-2"  # numbers of namespaces, the same in every language's wiki
 
 
 def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
@@ -34,9 +34,9 @@ def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
 def _with(spaces: Namespaces, element: Element) -> Namespaces:
     """The dump's own names of namespaces, as they are in its language."""
     name, key = element.texts[""].strip(), element.attributes.get("key")
-    if name and key in (FILES, MEDIA):
+    if name and key in (FILE, MEDIA):
         return Namespaces(spaces.files | {name.lower()}, spaces.categories)
-    if name and key == CATEGORIES:
+    if name and key == CATEGORY:
         return Namespaces(spaces.files, spaces.categories | {name.lower()})
     return spaces
 

@@ -10,6 +10,8 @@ import html
 import re
 from typing import NamedTuple
 
+from shards.readers.wikinames import CATEGORIES, FILES
+
 _CODE_TAGS = "nowiki|pre|source|syntaxhighlight|math|chem|ce"
 _CODE_NAMES = frozenset(_CODE_TAGS.split("|"))
 _DROPPED_TAGS = (
@@ -33,6 +35,7 @@ _SPACES = re.compile(r" {2,}")
 _BLANKS = re.compile(r"\n{3,}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z]{2,10}){0,2}\Z")
 _PROJECTS = frozenset(("wikt", "wiktionary", "commons", "s", "q", "b", "n", "v", "d", "m", "meta", "species", "voy", "wikisource"))
+_AROUND = " \t\u200e\u200f"  # marks of direction come along when a name is copied
 _SENTINEL = "\ue000{}\ue001"
 _KEPT = re.compile("\ue000(\\d+)\ue001")
 
@@ -40,14 +43,14 @@ _KEPT = re.compile("\ue000(\\d+)\ue001")
 class Namespaces(NamedTuple):
     """The names, in small letters, by which links to files and to categories begin."""
 
-    files: frozenset[str] = frozenset(("file", "image", "media"))
-    categories: frozenset[str] = frozenset(("category",))
+    files: frozenset[str] = FILES
+    categories: frozenset[str] = CATEGORIES
 
 
-ENGLISH = Namespaces()
+KNOWN = Namespaces()
 
 
-def plain(text: str, spaces: Namespaces = ENGLISH) -> str:
+def plain(text: str, spaces: Namespaces = KNOWN) -> str:
     """The text of an article; "" where there is none."""
     kept: list[str] = []
     text = text.replace("\ue000", "").replace("\ue001", "").replace("\r\n", "\n")
@@ -173,7 +176,7 @@ def _link(inner: str, spaces: Namespaces) -> str:
     """What a link leaves: its text, or its target; nothing of files, categories and other languages' pages."""
     target, _, rest = inner.partition("|")
     prefix, colon, _ = target.partition(":")
-    prefix = prefix.strip().lower()
+    prefix = prefix.replace("_", " ").strip(_AROUND).lower()
     if colon:
         if prefix in spaces.files or prefix in spaces.categories:
             return ""

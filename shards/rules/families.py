@@ -6,7 +6,7 @@ import msgspec
 
 from shards.rules import c4, fineweb, gopher
 from shards.rules.settings import C4, FineWeb, GopherQuality, GopherRepetition, UniqueWords
-from shards.rules.text import Text
+from shards.rules.text import Text, unified
 
 __all__ = ["C4", "FineWeb", "GopherQuality", "GopherRepetition", "Rules", "Text", "UniqueWords"]
 
@@ -28,7 +28,8 @@ class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def apply(self, string: str) -> tuple[str, str]:
         """The text as kept and "", or the text as it was and why it is refused, as "family: rule"."""
-        text = Text(string)
+        plain = unified(string)
+        text = Text(plain)
         reason = ""
         if self.gopher_repetition:
             reason = gopher.judge_repetition(text, self.gopher_repetition)
@@ -40,4 +41,4 @@ class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             text, reason = c4.judge(text, self.c4)
         if not reason and self.fineweb:
             reason = fineweb.judge(text, self.fineweb)
-        return (string, reason) if reason else (text.string, "")
+        return (string, reason) if reason or text.string == plain else (text.string, "")

@@ -193,8 +193,16 @@ def leaders(keys: Hashes) -> npt.NDArray[np.int32]:
     return lead
 
 
+_BREAKS = re.compile("\r\n?|[\u2028\u2029]")
+
+
+def unified(string: str) -> str:
+    """The text with line feeds for all line ends: those of Windows and of old Macs, and Unicode's own."""
+    return _BREAKS.sub("\n", string) if "\r" in string or "\u2028" in string or "\u2029" in string else string
+
+
 class Text:
-    """A document's text and what rules count in it."""
+    """A document's text and what rules count in it; its lines are to end in line feeds (see `unified`)."""
 
     def __init__(self, string: str) -> None:
         self.string = string

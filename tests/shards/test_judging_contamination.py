@@ -107,7 +107,7 @@ def test_findings_are_those_of_a_search_of_every_place(text: str, items: list[st
 
 
 def test_other_scripts_lose_their_punctuation_too() -> None:
-    assert words("¿Qué — «hora» es? 你好，世界。 Don't") == ["qué", "hora", "es", "你好世界", "dont"]
+    assert words("¿Qué — «hora» es? 你好，世界。 Don't") == ["qué", "hora", "es", *"你好世界", "dont"]
 
 
 @pytest.mark.parametrize("settings", [Contamination(least=14), Contamination(least=1), Contamination(ngram=65)])
@@ -124,3 +124,39 @@ def test_it_reads_over_five_megabytes_a_second(index: Index) -> None:
     began = time.process_time()
     index.find(text)
     assert len(text) / 1e6 / (time.process_time() - began) > 5
+
+
+CHINESE = "下列关于古代水利工程的说法中正确的是哪一项请从四个选项中选出最合适的答案并说明理由。"
+JAPANESE = "次の文章を読んで、古い橋が川のどちら側から作られ始めたのかを、理由とともに四十字以内で説明しなさい。"
+KANA = "インターネットのつながりがわるいときは、まずルーターのでんげんをきってから、もういちどいれてみましょう。"
+THAI = "รถไฟขบวนหนึ่งออกจากสถานีเวลาเก้านาฬิกาและอีกขบวนหนึ่งออกเวลาสิบนาฬิกาด้วยความเร็วเป็นสองเท่าทั้งสองขบวนจะพบกันเมื่อใด"
+AROUND = {
+    CHINESE: ("第3页。考试题目：", "答案在下一页。老桥在河上，"),
+    JAPANESE: ("第三ページ。問題：", "答えは次のページにあります。"),
+    KANA: ("よくあるしつもん。", "それでもだめなら、おといあわせください。"),
+    THAI: ("หน้าที่สาม ข้อสอบ ", " คำตอบอยู่ในหน้าถัดไป"),
+}
+
+
+@pytest.mark.parametrize("text", list(AROUND), ids=["chinese", "japanese", "kana", "thai"])
+def test_an_evaluation_text_in_a_script_without_spaces_is_found_inside_a_clause(text: str) -> None:
+    index = Index.build({"exam": [text], "facts": [SHORT]}, Contamination())
+    before, after = AROUND[text]
+    assert index.find(before + text + after).items == {"exam": [0]} and index.too_short == [0, 0]
+    assert index.find(before + text[3:-3] + after).items == {"exam": [0]}, "a part of it is enough"
+    assert index.find((before + after) * 20).items == {}
+    assert index.find(f"{FILLER} {SHORT}").items == {"facts": [0]}
+
+
+def test_a_name_of_thirteen_characters_is_no_match_where_thirteen_characters_are_three_words() -> None:
+    index = Index.build({"exam": ["เมืองหลวงของประเทศไทยคือกรุงเทพมหานครและมีแม่น้ำเจ้าพระยาไหลผ่านกลางเมือง"]}, Contamination())
+    assert index.too_short == [0]
+    assert index.find("เขาเดินทางไปกรุงเทพมหานครเมื่อวานนี้เพื่อเยี่ยมเพื่อนเก่าของเขา").items == {}
+    kana = Index.build({"exam": ["インターネットプロトコルスイートとはなにかをせつめいしなさい"]}, Contamination())
+    assert kana.find("あのひとはインターネットプロトコルスイートをしらない").items == {}
+
+
+def test_an_index_says_how_many_texts_are_too_short_to_be_looked_for(tmp_path: Path) -> None:
+    index = Index.build({"maths": [LONG, TINY, "水是湿的吗？"], "tiny": [TINY]}, Contamination())
+    index.save(tmp_path / "index")
+    assert Index.load(tmp_path / "index").too_short == index.too_short == [2, 1]

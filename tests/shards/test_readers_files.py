@@ -18,7 +18,7 @@ import zstandard
 
 from shards.build import build, build_key
 from shards.errors import ShardError, SpecError
-from shards.readers.base import DAMAGED
+from shards.readers.base import DAMAGED, NULS
 from shards.records import Document
 from shards.sources import Reading, Rejected, broken, documents, fingerprint, read_unit, units
 from shards.spec import Build, Data, Source, Tokenizer, check
@@ -53,7 +53,7 @@ def lines(count: int, start: int = 0) -> bytes:
 STRANGE = [
     "العربية תורה हिन्दी ไทย 中文 日本語 한국어 ქართული አማርኛ",
     "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \U0001f9ff",
-    "a\x00b\x01c\x1b[31m\x7f",
+    "a\x01b\x1b[31m\x7f",
     "line\u2028paragraph\u2029\x85\x0b\x0c end\r\n",
     "\ufeffa mark within, \u202eright to left\u202c",
     " ",
@@ -159,7 +159,8 @@ def test_broken_records_are_kept_with_place_and_reason(tmp_path: Path) -> None:
         (b'{"text": "bad \xff utf-8"}', "not UTF-8"),
         (b'{"text": "\\ud800 alone"}', "a lone surrogate, which is no character"),
         (b'{"text": "cut', "not JSON"),
-        (b"\x00\x00", "not JSON"),
+        (b"\x00\x00", NULS),
+        (b'{"text": "a\\u0000b"}', NULS),
         (b"[1]", "not an object"),
         (b'{"text": ""}', "empty"),
         (b'{"text": 1}', 'field "text" is not a string'),
@@ -292,3 +293,64 @@ def test_keys_that_are_not_used_do_not_change_what_is_built() -> None:
         for more in ({}, {"broken_files": 0.5}, {"layout": "plain"})
     }
     assert len(keys) == 3
+
+
+ENGLISH = "The keeper of the light climbed the stairs.\nHe lit the lamp.\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32-le", "utf-32-be", "utf-32"])
+@pytest.mark.parametrize("text", [ENGLISH, "Käse und Brot, naïve Straße.\n", "Привет, мир: the ship\n"])
+def test_utf_16_and_32_are_refused_by_name_with_and_without_a_mark(tmp_path: Path, encoding: str, text: str) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "b.jsonl").write_bytes((json.dumps({"text": text}) + "\n").encode(encoding))
+    named = f"not UTF-8 but {encoding[:6].upper()} (convert it with iconv)"
+    for origin in ("text", "jsonl"):
+        found, rejected = read(source(tmp_path, origin))
+        assert found == [] and [(each.reason, each.rest) for each in rejected] == [(named, origin == "jsonl")]
+
+
+def test_text_with_nuls_is_refused_wherever_it_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(ENGLISH.encode() + b"\0" + ENGLISH.encode())
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "a\0b"}) + "\n" + json.dumps({"text": "whole"}) + "\n")
+    assert [each.reason for each in read(source(tmp_path, "text"))[1]] == [NULS]
+    found, rejected = read(source(tmp_path))
+    assert [each.parts[0] for each in found] == ["whole"] and [each.reason for each in rejected] == [NULS]
+
+
+HIDDEN = (
+    ".ipynb_checkpoints/a-checkpoint.jsonl", "._a.jsonl", ".hidden.jsonl", "__MACOSX/a.jsonl", "x/__MACOSX/a.jsonl",
+    "x/.deep/y/a.jsonl", "_delta_log/00.jsonl", "_temporary/0/a.jsonl",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["directory", "deep glob", "glob", "url", "url glob"])
+def test_hidden_files_are_read_only_where_they_are_named(tmp_path: Path, form: str) -> None:
+    root = tmp_path / ".cache" / "data"  # what the user names may itself be hidden
+    for name in (*HIDDEN, "a.jsonl", "x/_intro.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(json.dumps({"text": name}) + "\n")
+    path, wanted = {
+        "directory": (str(root), ["a.jsonl", "x/_intro.jsonl"]),
+        "deep glob": (f"{root}/**/*.jsonl", ["a.jsonl", "x/_intro.jsonl"]),
+        "glob": (f"{root}/*/*.jsonl", ["x/_intro.jsonl"]),
+        "url": (f"file://{root}", ["a.jsonl", "x/_intro.jsonl"]),
+        "url glob": (f"file://{root}/*/*.jsonl", ["x/_intro.jsonl"]),
+    }[form]
+    assert texts(source(path)) == wanted
+    for name in HIDDEN:
+        assert texts(source(root / name)) == [name], "a file that is named is read"
+    assert texts(source(root / "__MACOSX")) == ["__MACOSX/a.jsonl"]
+    assert texts(source(root / ".h*.jsonl")) == [".hidden.jsonl"]
+
+
+def test_of_code_dotfiles_are_read_but_not_copies_that_programs_leave(tmp_path: Path) -> None:
+    for name in (".eslintrc.js", "._a.js", ".ipynb_checkpoints/b.py", ".github/c.py", "d.py", "__MACOSX/d.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"x = '{name}'\n")
+    assert texts(source(tmp_path, "code")) == [f"x = '{name}'\n" for name in (".eslintrc.js", ".github/c.py", "d.py")]
+
+
+def test_a_directory_of_hidden_files_alone_says_so(tmp_path: Path) -> None:
+    (tmp_path / "._a.jsonl").write_text("{}")
+    with pytest.raises(SpecError, match=r"no files ending in .*hidden ones are not read"):
+        read(source(tmp_path))

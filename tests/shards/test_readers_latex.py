@@ -170,12 +170,58 @@ def test_several_main_files_are_several_documents_and_included_ones_are_none(tmp
         ("\\def\\w#1#2{#2-#1}\\w ab, \\w{one}{two}", "b-a, two-one"),
         ("50\\% of 5 \\& 6 % gone", "50% of 5 & 6"),
         ("\\begin{theorem}[Main] It holds.\\end{theorem}", "It holds."),
+        ("at \\url{http://x.y/a%20b} now", "at http://x.y/a%20b now"),
+        ("at \\url|http://x.y/a%20b| now", "at http://x.y/a%20b now"),
+        ("\\path{C:/a%b}, \\nolinkurl{c%d@e.f}", "C:/a%b, c%d@e.f"),
+        ("\\url{http://x.y/{a}%20b\\#c} now", "http://x.y/{a}%20b#c now"),
+        ("\\href{http://x.y/a%2Fb}{50\\% of it} % gone\nnow", "50% of it\nnow"),
+        ("\\href [pdfnewwindow] {http://x.y/a%2Fb}{it} now", "it now"),
+        ("\\newcommand{\\doi}[1]{\\url{http://doi.org/#1}}see \\doi{10.1/a}", "see http://doi.org/10.1/a"),
+        ("\\url{never closed % gone\n\nnext", "never closed\n\nnext"),
+        ("\\footnote{see \\url{http://x.y/a%20b}.} now", "(see http://x.y/a%20b.) now"),
+        ("\\section{Of \\verb|%a|}", "## Of `%a`"),
+        ("a\\verb|%|b \\verb*+\\url{%}+ c", "a`%`b `\\url{%}` c"),
+        ("\\lstinline[language=C]{a % b} and \\lstinline!50%! and \\mintinline{c}|x%y|", "`a % b` and `50%` and `x%y`"),
+        ("\\begin{lstlisting}[language=C]\na % b \\\\\n\\end{lstlisting}\nnow", "```\na % b \\\\\n```\nnow"),
+        ("\\MakeShortVerb{\\|}of |a%b| now", "of `a%b` now"),
+        ("of |a% gone\nb| now", "of |ab| now"),
+        ("a \\\\% gone\nb", "a\nb"),
+        ("a \\\\\\% stays", "a\n% stays"),
+        ("% \\begin{verbatim}\nx % y\nz", "x\nz"),
     ],
 )
 def test_pieces_of_tex(tmp_path: Path, source: str, text: str) -> None:
     (tmp_path / "p.tex").write_text("\\documentclass{article}\\begin{document}\n" + source + "\n\\end{document}")
     found, _ = read(tmp_path)
     assert [each.parts[0] for each in found] == [text + "\n"]
+
+
+def test_files_are_found_where_the_source_says_and_nowhere_else(tmp_path: Path) -> None:
+    files = {
+        "paper/main.tex": "\\documentclass{a}\\makeatletter\\def\\input@path{{parts/}{more/deep/}}\\makeatother\\begin{document}"
+        "\\input{one} \\input two \\include{three} \\import{sub/}{four} \\subimport*{sub}{six}"
+        "\\input{../outside} \\input{/etc/hostname}",
+        "paper/parts/one.tex": "One.",
+        "paper/more/deep/two.tex": "Two.",
+        "paper/three.tex": "Three.",
+        "paper/sub/four.tex": "Four. \\input{five}",
+        "paper/sub/five.tex": "Five.",
+        "paper/sub/six.tex": "Six.",
+        "outside.tex": "Outside.",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found, _ = read(tmp_path / "paper")
+    assert [each.parts[0].split() for each in found] == [["One.", "Two.", "Three.", "Four.", "Five.", "Six."]]
+
+
+def test_of_the_files_that_are_included_those_count_that_includeonly_names(tmp_path: Path) -> None:
+    head = "\\documentclass{a}\\includeonly{b, c.tex}\\begin{document}"
+    (tmp_path / "main.tex").write_text(head + "".join(f"\\include{{{name}}}" for name in "abc") + "\\input{a}")
+    for name in "abc":
+        (tmp_path / f"{name}.tex").write_text(f"{name.upper()}. ")
+    assert read(tmp_path)[0][0].parts[0].split() == ["B.", "C.", "A."]
 
 
 def test_macros_without_end_and_files_in_a_circle_are_told_of(tmp_path: Path) -> None:
@@ -198,7 +244,20 @@ def test_macros_without_end_and_files_in_a_circle_are_told_of(tmp_path: Path) ->
 
 
 def test_broken_sources_take_time_in_proportion_to_their_length(tmp_path: Path) -> None:
-    for unit in ("\\section{", "$x ", "\\begin{equation}", "{", "\\footnote[", "%\n", "\\verb|", "\\item[", "\\["):
+    for unit in (
+        "\\section{",
+        "$x ",
+        "\\begin{equation}",
+        "{",
+        "\\footnote[",
+        "%\n",
+        "\\verb|",
+        "\\item[",
+        "\\[",
+        "\\url{",
+        "\\url|",
+        "\\href{x}{",
+    ):
         (tmp_path / "p.tex").write_text("\\documentclass{a}\\begin{document}" + unit * (300_000 // len(unit)))
         started = time.perf_counter()
         read(tmp_path)

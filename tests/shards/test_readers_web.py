@@ -74,6 +74,47 @@ def test_pages_give_their_main_text_by_their_address(tmp_path: Path, suffix: str
     assert rejected[0].where == f"{tmp_path}/x.warc{suffix}: https://a.example/gone"
 
 
+def coded(coding: str, body: bytes, *, chunked: bool = False) -> bytes:
+    """A page with a content coding, in a WARC file."""
+    out = io.BytesIO()
+    writer = WARCWriter(out, gzip=False)
+    headers = [("Content-Type", "text/html"), ("Content-Encoding", coding)] + (
+        [("Transfer-Encoding", "chunked")] if chunked else []
+    )
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+    http = StatusAndHeaders("200 OK", headers, protocol="HTTP/1.1")
+    writer.write_record(writer.create_warc_record("https://a.example/", "response", payload=io.BytesIO(body), http_headers=http))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("coding", "body", "reason"),
+    [
+        ("gzip", gzip.compress(PAGE.encode()), ""),
+        ("zstd", zstandard.compress(PAGE.encode()), ""),
+        ("ZSTD", zstandard.ZstdCompressor(write_content_size=False).compress(PAGE.encode()), ""),
+        ("zstd", b"\x28\xb5\x2f\xfd broken", "content-encoding zstd is damaged"),
+        ("zstd", zstandard.compress(b"<html>" + bytes(9 << 20)), "longer than 8 MiB"),
+        ("compress", b"\x1f\x9d\x90" + bytes(range(128, 256)), "content-encoding compress not read"),
+        ("br", bytes(range(128, 256)), "content-encoding br not read"),
+        ("br", PAGE.encode(), ""),  # the crawler has decoded it, and left the header
+        ("utf-8", PAGE.encode(), ""),  # no coding at all, but servers send it
+    ],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_pages_content_coding_is_taken_away_or_named(
+    tmp_path: Path, coding: str, body: bytes, reason: str, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from warcio.bufferedreaders import BufferedReader
+
+    monkeypatch.delitem(BufferedReader.DECOMPRESSORS, "br", raising=False)  # warcio has it where brotli is installed
+    (tmp_path / "x.warc").write_bytes(coded(coding, body, chunked=chunked))
+    found, rejected = read(tmp_path, "warc")
+    assert [each.reason for each in rejected] == ([reason] if reason else [])
+    assert not reason or not found
+    assert reason or found[0].parts[0].split("\n")[-3:] == SENTENCES
+
+
 def test_a_warc_that_was_cut_off_gives_what_it_has(tmp_path: Path) -> None:
     raw = warc(PAGES[:1] * 3)
     (tmp_path / "x.warc.gz").write_bytes(raw[: len(raw) * 4 // 5])

@@ -263,3 +263,28 @@ def test_the_tables_of_characters_hold_for_every_code_point() -> None:
     whole = np.fromiter(map(marks._kind, range(0x110000)), np.uint8, 0x110000)
     assert np.array_equal(marks.kinds(), whole)
     assert np.array_equal(marks.kinds(marks.BASIC), whole[: marks.BASIC])
+
+
+LINES = PROSE.strip()
+VERDICTS = {
+    "prose": LINES,
+    "lines again": LINES + "\n" + "\n".join(["The keeper of the light climbed the stairs each evening."] * 9),
+    "short lines": "\n".join(f"The {n} keepers of it." for n in range(40)),
+    "line breaks": "\n\n\n".join(LINES.split(". ")) + "\n" * 90,
+    "paragraphs": "\n\n".join([PROSE.strip()] * 3 + [LINES]),
+}
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\u2028", "\u2029"], ids=["windows", "mac", "line", "paragraph"])
+def test_every_family_gives_the_same_verdict_whatever_ends_a_line(name: str, end: str) -> None:
+    text = VERDICTS[name]
+    other = text.replace("\n", end)
+    reasons = []
+    for family in Rules.__struct_fields__:
+        rules = Rules(**{family: getattr(ALL, family)})
+        (kept, reason), (kept_too, reason_too) = rules.apply(text), rules.apply(other)
+        assert reason_too == reason, family
+        assert kept_too == (other if kept == text else kept), "and what a rule does not change stays as it was"
+        reasons.append(reason)
+    assert any(reasons) == (name != "prose")

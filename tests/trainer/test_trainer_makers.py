@@ -94,10 +94,39 @@ def test_what_is_made_becomes_shards_that_the_next_stage_reads(rejected: tuple[P
     assert sum(corpus.documents for corpus in corpora) == len(pairs)
     tokenizer = Tokenizer.load(product / "tokenizer.model")
     texts = {tokenizer.decode(corpus.read(*corpus.span(n)).tolist()) for corpus in corpora for n in range(corpus.documents)}
-    assert texts == {pair["prompt"][0]["content"] + pair["chosen"] + pair["rejected"] for pair in pairs}
+    drawn = {
+        pair["prompt"][0]["content"] + tokenizer.decode(pair["chosen_ids"]) + tokenizer.decode(pair["rejected_ids"])
+        for pair in pairs
+    }
+    assert texts == drawn
     assert [values["train/loss"] for values in values_of(told) if "preference/margin" in values]
     assert any("eval/pairs/accuracy" in values for values in values_of(told))
     assert state(root / "checkpoints" / "11-1-dpo")["origin"]["shards"]["dpo"].keys() == {"pairs"}
+
+
+@pytest.mark.parametrize("part", ["best", "pairs"])
+def test_what_is_learned_are_the_ids_that_were_drawn_with_an_end_only_where_they_had_one(
+    rejected: tuple[Path, Told], part: str
+) -> None:
+    root = rejected[0]
+    product = root / "made" / state(root / "checkpoints" / "11-1-dpo")["made"]["rejection"]
+    names = ["response"] if part == "best" else ["chosen", "rejected"]
+    wanted, cut = [], 0
+    tokenizer = Tokenizer.load(product / "tokenizer.model")
+    for record in records(root, "rejection", part):
+        for mask, name in enumerate(names, 1):
+            ids, finish = record[f"{name}_ids"], record["finish_reason" if part == "best" else f"{name}_finish_reason"]
+            assert (ids[-1] in tokenizer.stops) == (finish == "stop") and len(ids) <= 8
+            cut += finish == "length"
+            wanted.append((mask, ids))
+    assert cut > len(wanted) / 2, "else there is nothing to see"
+    found = []
+    for corpus in (Corpus(product, part, split) for split in ("train", "held_out")):
+        for number in range(corpus.documents):
+            span = corpus.span(number)
+            ids, masks = corpus.read(*span), corpus.read(*span, "mask")
+            found += [(mask, ids[masks == mask].tolist()) for mask in range(1, len(names) + 1)]
+    assert sorted(found) == sorted(wanted)
 
 
 def test_a_stage_that_makes_data_leaves_the_weights_alone(rejected: tuple[Path, Told]) -> None:
