@@ -101,6 +101,9 @@ def may_trim(recipe: Recipe, stage: Stage) -> bool:
 
 def _sent(rows: NDArray[Any], device: torch.device) -> Tensor:
     """[halves, samples, ...] to the device, one half behind the other."""
-    found = torch.from_numpy(rows.reshape(-1, rows.shape[-1]))
-    # Out of pageable memory a copy may wait for what the device has been asked before.
-    return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+    return sent(torch.from_numpy(rows.reshape(-1, rows.shape[-1])), device)
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """From the host to the device. Out of pageable memory a copy may wait for what the device has been asked before."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

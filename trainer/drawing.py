@@ -1,4 +1,4 @@
-"""Responses of the policy, drawn by all ranks, and what is thought of them: by the policy itself, the reference, the judge.
+"""Responses of the policy, drawn by all ranks, and their log-probabilities and scores by the policy, the reference and others.
 
 Whatever comes out is whole on every rank: rows [responses, context], of which each replica has computed a share.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from trainer.batch import Rows, may_trim, of_one, samples_a_replica, share, trim
 from trainer.generate import Request, Response
 from trainer.generate.served import ServerError
 from trainer.network import Network
+from trainer.objectives.loss import real
 from trainer.training import Training
 
 Ids = Sequence[int] | Array
@@ -36,6 +38,9 @@ class Drawn:
     """[responses, context]: the engine's log-probabilities of the response's tokens, where these are targets."""
     version: int
     """Of the weights that drew them."""
+    temperature: float = 1.0
+    """At which they were drawn. Their log-probabilities are taken at the same one (`log_probs`), by every network: at another one
+    the mean of log pi - log pi_ref is no KL, and may be far below 0."""
 
     @property
     def skipped(self) -> int:
@@ -65,7 +70,7 @@ def draw(training: Training, prompts: Sequence[Ids], tokens: int, temperature: f
     device = training.world.device
     columns, engine = _rows(kept, responses, log_probs, context, training.tokenizer.pad)
     rows = of_one(*(column.to(device) for column in columns))
-    return Drawn(kept, responses, ended, rows, engine.to(device), training.progress.step)
+    return Drawn(kept, responses, ended, rows, engine.to(device), training.progress.step, temperature)
 
 
 def _rows(
@@ -108,13 +113,14 @@ def over_rows(training: Training, network: Network, rows: Rows, through: Callabl
     return every
 
 
-def log_probs(network: Network, rows: Rows) -> Tensor:
-    return network.log_probs(rows)
+def log_probs(training: Training, network: Network, drawn: Drawn) -> Tensor:
+    """Of the responses' tokens by a network, at the temperature that they were drawn at: [responses, context]; else 0."""
+    with network.configured(temperature=drawn.temperature):
+        return real(over_rows(training, network, drawn.rows, Network.log_probs), drawn.rows.mask)
 
 
-def log_probs_and_entropy(network: Network, rows: Rows) -> Tensor:
-    return network.log_probs(rows, entropy=True)
-
-
-def scores(network: Network, rows: Rows) -> Tensor:
-    return network.scores(rows)
+def log_probs_and_entropy(training: Training, network: Network, drawn: Drawn) -> tuple[Tensor, Tensor]:
+    """The same, and the entropy of what each token was drawn from, in nats: both [responses, context]."""
+    with network.configured(temperature=drawn.temperature):
+        both = over_rows(training, network, drawn.rows, partial(Network.log_probs, entropy=True))
+    return real(both[..., 0], drawn.rows.mask), real(both[..., 1], drawn.rows.mask)

@@ -9,6 +9,9 @@ import msgspec
 
 from launcher.recipe.bounds import MOST_COUNT, MOST_TOKENS, bounded
 
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 100
+"""vLLM draws at 0.01 what is asked for at less; the log-probabilities would be of another temperature."""
+
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of a stage whose model learns from its own responses. Coefficients are of the papers that docs/post-training.md names."""
@@ -47,6 +50,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Advantages are brought to mean 0 and variance 1 over a rollout."""
     advantage: Literal["group", "leave-one-out"] = "group"
     """GRPO: against the mean and deviation of the prompt's responses, or against the mean of the others (RLOO)."""
+    normalisation: Literal["token", "sequence"] = "token"
+    """GRPO: every token of an update weighs the same, or every response does, each of its tokens by 1 / the response's length."""
     mismatch: float = 0.05
     """Mean difference in nats, between what the engine and the trainer think of a drawn token, above which there is an alarm."""
 
@@ -54,7 +59,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """(key, what is wrong and the way out)."""
         found = bounded(self, 1, MOST_COUNT, ("prompts", "responses", "epochs"))
         found += bounded(self, 1, MOST_TOKENS, ("tokens",))
-        for key in ("temperature", "kl_target", "kl_horizon", "ratio_clip", "value_clip", "value_lr", "mismatch"):
+        if not LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
+            found.append(("temperature", f"must lie between {LEAST_TEMPERATURE} and {MOST_TEMPERATURE}"))
+        for key in ("kl_target", "kl_horizon", "ratio_clip", "value_clip", "value_lr", "mismatch"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 found.append((key, "must be greater than 0 and finite"))

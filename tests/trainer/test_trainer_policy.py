@@ -27,7 +27,6 @@ from trainer.model import Decoder
 from trainer.probe.judging import Judges
 from trainer.probe.loading import load
 from trainer.probe.service import Service
-from trainer.rollouts import _without_unscored
 
 FUNCTIONS = """
 import json, math, pathlib
@@ -45,6 +44,19 @@ def rigged(prompts, responses):
 
 def not_a_number(prompts, responses):
     return [math.nan if number == 1 else 1.0 for number, _ in enumerate(responses)]
+
+def patchy(prompts, responses):
+    "One response of the first prompt has no score, and of the second's four three have none."
+    return [None if number in (2, 4, 5, 7) else 1.0 for number, _ in enumerate(responses)]
+
+def unscored(prompts, responses):
+    return [None for _ in responses]
+
+def proud(prompts, responses):
+    return [1 / len(prompt) for prompt in prompts]
+
+def brief(prompts, responses):
+    return [-float(len(response)) for response in responses]
 
 def too_few(prompts, responses):
     return [1.0]
@@ -132,11 +144,6 @@ def test_grpo_finds_it_too_by_groups_and_by_leaving_one_out(build: Build) -> Non
         stage = ppo(32, objective="grpo", prompts=8, responses=4, epochs=1, advantage=advantage, lr=2e-2)
         found = series(steer(build(stage, name=advantage), size=1), "policy/reward")
         assert found[-1] > 2.5 * found[0]
-
-
-def test_a_response_without_a_score_says_nothing_of_the_others_in_its_group() -> None:
-    worth, real = torch.tensor([1.0, 0.0, 3.0, 5.0, 5.0, 0.0]), torch.tensor([True, False, True, True, True, False])
-    assert _without_unscored(worth, real, 3).tolist() == [1.0, 2.0, 3.0, 5.0, 5.0, 5.0]
 
 
 @pytest.fixture(scope="module")
