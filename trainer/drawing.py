@@ -20,6 +20,7 @@ from trainer.generate.served import ServerError
 from trainer.network import Network
 from trainer.objectives.loss import real
 from trainer.training import Training
+from trainer.transfer import on_device, sent
 
 Ids = Sequence[int] | Array
 
@@ -69,8 +70,8 @@ def draw(training: Training, prompts: Sequence[Ids], tokens: int, temperature: f
     kept = [[int(id) for id in prompt] if number in found else [] for number, prompt in enumerate(prompts)]
     device = training.world.device
     columns, engine = _rows(kept, responses, log_probs, context, training.tokenizer.pad)
-    rows = of_one(*(column.to(device) for column in columns))
-    return Drawn(kept, responses, ended, rows, engine.to(device), training.progress.step, temperature)
+    rows = of_one(*(sent(column, device) for column in columns))
+    return Drawn(kept, responses, ended, rows, sent(engine, device), training.progress.step, temperature)
 
 
 def _rows(
@@ -101,7 +102,7 @@ def over_rows(training: Training, network: Network, rows: Rows, through: Callabl
         training.heartbeat.beat(training.progress.step)
         # Replicas with a row less take the last one again, so that all have as many forwards.
         places = [min(start + at, count - 1) for at in range(first, min(first + stage.micro_batch, each))]
-        chosen = torch.tensor(places, device=device)
+        chosen = on_device(places, torch.int64, device)
         columns = (rows.tokens, rows.targets, rows.mask, rows.segments)
         found.append(through(network, of_one(*(column[chosen, :length] for column in columns))))
     network.reshard()

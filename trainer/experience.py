@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from launcher.recipe import Stage
-from trainer.batch import Rows, of_one, sent, trimmed
+from trainer.batch import Rows, of_one, trimmed
 from trainer.objectives.ppo import Experience as Noted
+from trainer.transfer import sent
 
 _IDS = ("tokens", "targets", "segments")
 _NOTED = ("old", "advantages", "returns", "old_values", "reference")

@@ -24,12 +24,13 @@ from trainer.drawing import Drawn, draw, log_probs, log_probs_and_entropy, over_
 from trainer.network import Network
 from trainer.objectives import grpo
 from trainer.objectives.advantages import adaptive, gae, kl, token_rewards, whiten
-from trainer.objectives.loss import real
+from trainer.objectives.loss import last_place, real
 from trainer.objectives.ppo import Experience as Noted
 from trainer.objectives.reward import score_places
 from trainer.parallel import together
 from trainer.rewards import RewardError, by_function
 from trainer.training import Training
+from trainer.transfer import on_device
 
 SHOWN = 16
 """Responses of a rollout that are reported at the most."""
@@ -81,19 +82,20 @@ def score(training: Training, drawn: Drawn) -> Tensor | None:
     whole rollout's has one is a fault of what scores them: there would be nothing to learn from, whatever is drawn.
     """
     stage, device = training.stage.stage, training.world.device
-    written = torch.tensor([bool(response) for response in drawn.responses], device=device)
+    written = on_device([bool(response) for response in drawn.responses], torch.bool, device)
     if stage.rollout.function is not None:
         found: list[list[float]] = []
         problem = together(lambda: found.append(by_function(training, drawn)), training.world, RewardError)
         if problem:
             training.hold_for_data(problem, retries=False)
             return None
-        given = torch.tensor(found[0], device=device)
+        given = on_device(found[0], torch.float32, device)
     else:
         assert training.cast.judge is not None
-        every = over_rows(training, training.cast.judge, drawn.rows, Network.scores)
-        given = every.gather(1, score_places(drawn.rows)[:, None])[:, 0]
-    ended = torch.tensor(drawn.ended, device=device)
+        rows = _as_ended(drawn, training.tokenizer.turn_end)
+        every = over_rows(training, training.cast.judge, rows, Network.scores)
+        given = every.gather(1, score_places(rows)[:, None])[:, 0]
+    ended = on_device(drawn.ended, torch.bool, device)
     given = given - stage.rollout.missing_eos * (~ended).float()
     lacking = int((written & ~given.isfinite()).sum())
     if lacking and lacking == int(written.sum()):
@@ -104,6 +106,20 @@ def score(training: Training, drawn: Drawn) -> Tensor | None:
         text = f"{lacking} of {len(written)} responses have no score, or one that is not a number; they are left out"
         training.note("alarm", text)
     return given.masked_fill(~(written & given.isfinite()), math.nan)
+
+
+def _as_ended(drawn: Drawn, end: int) -> Rows:
+    """The rows with the end of a turn behind each response that was cut off, or as its last token where the row is full.
+
+    A reward model has only learned what it says once a turn has ended. What it says of another token is arbitrary: it varies more
+    from one last token to the next than with all that is before them. A policy then learns to be cut off, and no critic can tell
+    the score beforehand. OpenRLHF ends what it scores in the same way.
+    """
+    rows, context = drawn.rows, drawn.rows.tokens.shape[1]
+    unended = [bool(response) and not ended for response, ended in zip(drawn.responses, drawn.ended, strict=True)]
+    cut = on_device(unended, torch.bool, rows.tokens.device)[:, None]
+    place = torch.arange(context, device=rows.tokens.device) == (last_place(rows.segments >= 0)[:, None] + 1).clamp(max=context - 1)
+    return rows._replace(tokens=rows.tokens.masked_fill(cut & place, end), segments=rows.segments.masked_fill(cut & place, 0))
 
 
 def _noted(training: Training, drawn: Drawn, given: Tensor) -> tuple[Rows, Noted, dict[str, float]]:

@@ -288,7 +288,9 @@ def test_the_probe_scores_answers_by_the_reward_model_and_refuses_to_let_it_writ
         assert score is not None
         tokenizer = Tokenizer.load(Path(recipe.data.dir or "") / "tokenizer.model")
         names = {tokenizer.piece(id): id for id in reversed(range(tokenizer.vocab))}
-        ids = torch.tensor([[*tokenizer.chat([("user", "What?")])[0], *(names[piece] for piece in pieces)]])
+        answer = [names[piece] for piece in pieces]
+        answer += [tokenizer.eos] if answer[-1] != tokenizer.eos else []  # one that was cut off is scored as if it ended there
+        ids = torch.tensor([[*tokenizer.chat([("user", "What?")])[0], *answer]])
         with torch.no_grad():
             found = model(ids, torch.arange(ids.shape[1])[None], torch.zeros_like(ids))
         assert score == pytest.approx(float(found[0, -1]), abs=1e-5)

@@ -20,14 +20,17 @@ from trainer_harness import Told, fresh, steer, tensors
 
 from launcher.protocol import Metrics
 from launcher.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
+from shards.templates import named
+from shards.tokenizer import Tokenizer, train
 from trainer import boundaries
 from trainer.batch import Rows
+from trainer.drawing import Drawn
 from trainer.model import Decoder
 from trainer.objectives import CRITIC, OBJECTIVES, dpo, grpo, reward
 from trainer.objectives.advantages import kl
 from trainer.objectives.loss import Loss
 from trainer.objectives.ppo import Experience
-from trainer.rollouts import distances
+from trainer.rollouts import _as_ended, distances
 
 __all__ = ["build"]
 
@@ -157,6 +160,29 @@ def test_pairs_of_which_a_response_is_empty_are_not_learned_from() -> None:
         assert float(weight) == dpo.weight(mask.numpy()) == 1
         (slope,) = torch.autograd.grad(loss, policy)
         assert not slope[[0, 1, 3, 4]].any() and slope[2].any() and slope[5].any()
+
+
+def test_a_response_that_was_cut_off_is_scored_as_if_it_ended_there() -> None:
+    """Behind it, or in the place of its last token where the row is full; what ended by itself, and what is empty, stays."""
+    end, pad = 2, 0
+    tokens = torch.tensor([[5, 6, 7, pad, pad], [5, 6, 7, 8, 9], [5, 6, end, pad, pad], [pad] * 5])
+    segments = torch.tensor([[0, 0, 0, -1, -1], [0] * 5, [0, 0, 0, -1, -1], [-1] * 5])
+    rows = rows_of((segments == 0).float())._replace(tokens=tokens, segments=segments)
+    prompts, responses = [[5], [5], [5], []], [[6, 7], [6, 7, 8, 9], [6, end], []]
+    drawn = Drawn(prompts, responses, [False, False, True, False], rows, torch.zeros(4, 5), 0)
+    found = _as_ended(drawn, end)
+    assert found.tokens.tolist() == [[5, 6, 7, end, pad], [5, 6, 7, 8, end], [5, 6, end, pad, pad], [pad] * 5]
+    assert found.tokens.gather(1, reward.score_places(found)[:, None])[:3, 0].tolist() == [end] * 3
+    assert drawn.rows.tokens is tokens and tokens[0, 3] == pad
+
+
+@pytest.mark.parametrize(
+    ("template", "said"), [("midwatch", "[EOS]"), ("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("zephyr", "[EOS]")]
+)
+def test_a_turn_ends_with_what_the_template_teaches(template: str, said: str) -> None:
+    model = train(["to be or not to be, that is the question " * 20], vocab=300, kind="bpe", template=named(template))
+    tokenizer = Tokenizer(model, template=named(template))
+    assert tokenizer.decode([tokenizer.turn_end], reserved=True).strip() == said
 
 
 def test_held_out_kl_is_that_of_the_distributions_that_the_responses_were_drawn_from(build: Build) -> None:
