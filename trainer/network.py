@@ -324,10 +324,12 @@ def _shard(part: Decoder, config: Model, world: World) -> None:
     offload = OffloadPolicy()
     if world.parallel.offload == "parameters":
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    wanted = world.parallel.reshard_after_forward
+    kept = None if wanted == "auto" else wanted
     for block in part.blocks.values():
         if world.tensor.size > 1:
             _divide(cast(Block, block), world.mesh["tensor"])
-        fully_shard(block, mesh=world.inner, mp_policy=precision, offload_policy=offload)
+        fully_shard(block, mesh=world.inner, mp_policy=precision, offload_policy=offload, reshard_after_forward=kept)
     fully_shard(part, mesh=world.outer, mp_policy=precision, offload_policy=offload)
     for module in part.modules():
         if isinstance(module, FSDPModule):

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from launcher.recipe.stage import Stage
 from trainer.parallel import copies, like, local
-from trainer.transfer import on_device
+from trainer.transfer import host_memory, on_device
 
 STREAMED = 8
 """Parameters whose moments are fetched at a time from the host's memory."""
@@ -67,7 +67,7 @@ class Optimizer:
 
     def _moment(self, part: Tensor) -> Tensor:
         if self._streamed:
-            return torch.zeros(part.shape, dtype=part.dtype, pin_memory=self._device.type == "cuda")
+            return host_memory(part.nbytes, pinned=self._device.type == "cuda").view(part.dtype).view(part.shape)
         return torch.zeros_like(part)
 
     def reset(self) -> None:

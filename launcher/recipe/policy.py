@@ -43,8 +43,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ratio_clip: float = 0.2
     value_clip: float | None = None
     """PPO: how far an update may move a value from what it was when the rollout was drawn, in the scores' own units. Not limited
-    where it is left out. The usual 0.2 is for returns that are normalised; where a reward model's scores lie 2 below the first
-    values, it holds the value model off for ten rollouts. Andrychowicz et al. 2021 found no threshold that helps."""
+    where it is left out. The usual 0.2 is for returns that are normalised; where a reward model's scores lie far from the first
+    values, it holds up what the value model has to make up for. Andrychowicz et al. 2021 found no threshold that helps."""
     value_lr: float | None = None
     """Peak learning rate of the value model; the stage's, where it is left out."""
     gamma: float = 1.0

@@ -20,6 +20,7 @@ from trainer_harness import Told, fresh, steer, tensors
 
 from launcher.protocol import Metrics
 from launcher.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
+from launcher.recipe.live import stage_settings
 from shards.templates import named
 from shards.tokenizer import Tokenizer, train
 from trainer import boundaries
@@ -29,7 +30,7 @@ from trainer.model import Decoder
 from trainer.objectives import CRITIC, OBJECTIVES, dpo, grpo, reward
 from trainer.objectives.advantages import kl
 from trainer.objectives.loss import Loss
-from trainer.objectives.ppo import Experience
+from trainer.objectives.ppo import Experience, value_loss
 from trainer.rollouts import _as_ended, distances
 
 __all__ = ["build"]
@@ -312,3 +313,12 @@ def test_a_recipes_normalisation_is_checked(recipe: Recipe) -> None:
         text = dump_recipe(msgspec.structs.replace(recipe, stage=(recipe.stage[0], stage))).replace("{}/rewards", "/tmp/rewards")
         with pytest.raises(RecipeError, match=re.escape(says)):
             parse_recipe(text, base=Path.cwd())
+
+
+def test_values_are_not_clipped_unless_the_recipe_says_so(recipe: Recipe) -> None:
+    values, old, returns, mask = torch.zeros(1, 3), torch.full((1, 3), -9.0), torch.full((1, 3), -3.0), torch.ones(1, 3)
+    for limit, clipped in ((None, 0.0), (0.2, 3.0)):
+        clip = stage_settings(recipe, ppo(1, value_clip=limit))["value_clip"]
+        loss, metrics = value_loss(values, old, returns, mask, clip)
+        assert float(metrics["value/clip_fraction"].sum()) == clipped
+        assert limit is not None or loss.tolist() == [[4.5] * 3]

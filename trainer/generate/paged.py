@@ -29,6 +29,10 @@ _GAP, _DENSE, _FEW = 32, 2, 16
 as many at the most, and if they are not fewer; else they are copied."""
 
 
+PAGE_UNIT = 256
+"""Tokens of which a page has a multiple for kernels that follow page tables."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Tokens [start, stop) of a step: a piece of a prompt, after `before` tokens that are cached already."""
@@ -218,9 +222,15 @@ def _torch_kernel() -> Any:
     return varlen_attn if "block_table" in inspect.signature(varlen_attn).parameters else None
 
 
-def kernel_serves(device: torch.device, dtype: torch.dtype, alibi: bool) -> bool:
-    """Whether a kernel that follows page tables takes such a model."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+def kernel_serves(device: torch.device, dtype: torch.dtype, head: int, size: int, alibi: bool) -> bool:
+    """Whether a kernel that follows page tables takes such a model, with pages of `size` tokens.
+
+    Both are FlashAttention 2 (Dao 2023): heads of up to 256 dimensions, a multiple of 8, on Ampere and what came after; its paged
+    form wants pages of a multiple of 256 tokens.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or not attention.runs_varlen(device):
+        return False
+    if head > attention.WIDEST or head % 8 or size % PAGE_UNIT:
         return False
     return _flash() is not None or (_torch_kernel() is not None and not alibi)
 

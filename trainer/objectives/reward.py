@@ -25,7 +25,9 @@ def loss(values: Tensor, rows: Rows, settings: Mapping[str, float], reference: T
     values: the scalar head's, [rows, time]; the score is that at `score_places`. `settings`: margin, centre.
     """
     there = complete(rows.mask).float()
-    scores = real(values.gather(1, score_places(rows)[:, None]).squeeze(1), there.repeat(2))
+    place = torch.arange(values.shape[1], device=values.device) == score_places(rows)[:, None]
+    # Not by `gather`, whose gradient is added up, for which CUDA has no order of its own.
+    scores = real(values, place & (there.repeat(2) > 0)[:, None]).sum(1)
     found, metrics = preferences(scores, settings["margin"], settings["centre"])
     return summed(found, there, metrics)
 
