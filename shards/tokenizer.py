@@ -160,6 +160,13 @@ class Tokenizer:
         return found
 
     @cached_property
+    def turn_end(self) -> int:
+        """What ends an assistant's turn in what is learned: the template's own token, or EOS."""
+        ids, mask = self.chat([("user", "a"), ("assistant", "b")])
+        last = ids[len(mask) - 1 - mask[::-1].index(1)]
+        return last if last in self.stops else self.eos
+
+    @cached_property
     def _markers(self) -> Markers:
         size = 0 if isinstance(self._model, JsonModel) else self._model.get_piece_size()
         control = [self._model.id_to_piece(number) for number in range(size) if self._model.is_control(number)]

@@ -91,7 +91,7 @@ def visible(
 
 def _varlen_kernel(device: torch.device, dtype: torch.dtype, head: int, slopes: bool) -> Varlen | None:
     """flash-attn's where it is installed, else torch's own, which knows no slopes; None where neither takes this."""
-    if dtype not in (torch.bfloat16, torch.float16) or head > WIDEST or not _runs_varlen(device):
+    if dtype not in (torch.bfloat16, torch.float16) or head > WIDEST or not runs_varlen(device):
         return None
     if flash_attn_varlen_func is not None:
         return _flash_attn
@@ -99,7 +99,7 @@ def _varlen_kernel(device: torch.device, dtype: torch.dtype, head: int, slopes: 
 
 
 @functools.cache
-def _runs_varlen(device: torch.device) -> bool:
+def runs_varlen(device: torch.device) -> bool:
     """Both were written for Ampere and what came after."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -14,6 +14,7 @@ from launcher.recipe import Recipe, Stage
 from shards.feed import Batch
 from trainer import documents
 from trainer.documents import Documents
+from trainer.transfer import sent
 
 LENGTHS = 16
 """Of which rows that are cut behind their ends have a multiple."""
@@ -101,6 +102,4 @@ def may_trim(recipe: Recipe, stage: Stage) -> bool:
 
 def _sent(rows: NDArray[Any], device: torch.device) -> Tensor:
     """[halves, samples, ...] to the device, one half behind the other."""
-    found = torch.from_numpy(rows.reshape(-1, rows.shape[-1]))
-    # Out of pageable memory a copy may wait for what the device has been asked before.
-    return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+    return sent(torch.from_numpy(rows.reshape(-1, rows.shape[-1])), device)

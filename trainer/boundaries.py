@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Rows
+from trainer.objectives.loss import real
 
 NEAR = 32
 """Tokens after a boundary that are near it."""
@@ -38,13 +39,13 @@ def sums(policy: Tensor, rows: Rows, near: Tensor | None = None) -> Tensor:
     Negative log-likelihood and number of the tokens near a boundary that count, then of all others that do; documents, rows.
     """
     near = near_boundaries(rows.segments) if near is None else near
-    lost = -policy.detach().float() * rows.mask
+    lost = -real(policy.detach().float(), rows.mask) * rows.mask
     close = near.float()
     far = 1.0 - close
     # What fills up a batch has nothing that counts.
-    real = rows.mask.any(-1).float()
-    documents = (rows.segments.amax(-1) + 1) * real
-    parts = (lost * close, rows.mask * close, lost * far, rows.mask * far, documents, real)
+    filled = rows.mask.any(-1).float()
+    documents = (rows.segments.amax(-1) + 1) * filled
+    parts = (lost * close, rows.mask * close, lost * far, rows.mask * far, documents, filled)
     return torch.stack([part.sum() for part in parts])
 
 

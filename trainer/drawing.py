@@ -1,4 +1,4 @@
-"""Responses of the policy, drawn by all ranks, and what is thought of them: by the policy itself, the reference, the judge.
+"""Responses of the policy, drawn by all ranks, and their log-probabilities and scores by the policy, the reference and others.
 
 Whatever comes out is whole on every rank: rows [responses, context], of which each replica has computed a share.
 """
@@ -18,8 +18,10 @@ from trainer.batch import Rows, may_trim, of_one, samples_a_replica, share, trim
 from trainer.generate import Request, Response
 from trainer.generate.served import ServerError
 from trainer.network import Network
+from trainer.objectives.loss import real
 from trainer.outside import Outside
 from trainer.training import Training
+from trainer.transfer import on_device, sent
 
 Ids = Sequence[int] | Array
 
@@ -38,6 +40,9 @@ class Drawn:
     """[responses, context]: the engine's log-probabilities of the response's tokens, where these are targets."""
     version: int
     """Of the weights that drew them."""
+    temperature: float = 1.0
+    """At which they were drawn. Their log-probabilities are taken at the same one (`log_probs`), by every network: at another one
+    the mean of log pi - log pi_ref is no KL, and may be far below 0."""
 
     @property
     def skipped(self) -> int:
@@ -71,21 +76,18 @@ def draw(training: Training, prompts: Sequence[Ids], tokens: int, temperature: f
     kept = [[int(id) for id in prompt] if number in found else [] for number, prompt in enumerate(prompts)]
     device = training.world.device
     columns, engine = _rows(kept, responses, log_probs, context, training.tokenizer.pad)
-    rows = of_one(*(column.to(device) for column in columns))
-    return Drawn(kept, responses, ended, rows, engine.to(device), training.progress.step)
+    rows = of_one(*(sent(column, device) for column in columns))
+    return Drawn(kept, responses, ended, rows, sent(engine, device), training.progress.step, temperature)
 
 
 def _of_prompts(training: Training, prompts: Sequence[tuple[int, ...]]) -> Tensor:
     """The policy's log-probabilities [tokens] of the prompts' tokens but each one's first, at temperature 1. By all ranks."""
-    network, stage = training.network, training.stage.stage
+    network, context = training.network, training.stage.stage.context
     firsts, rest = [[prompt[0]] for prompt in prompts], [list(prompt[1:]) for prompt in prompts]
-    columns, _ = _rows(firsts, rest, [[0.0] * len(each) for each in rest], stage.context, training.tokenizer.pad)
-    rows = of_one(*(column.to(training.world.device) for column in columns))
-    network.temperature = 1.0
-    try:
-        every = over_rows(training, network, rows, log_probs)
-    finally:
-        network.temperature = stage.temperature
+    columns, _ = _rows(firsts, rest, [[0.0] * len(each) for each in rest], context, training.tokenizer.pad)
+    rows = of_one(*(sent(column, training.world.device) for column in columns))
+    with network.configured(temperature=1.0):
+        every = over_rows(training, network, rows, Network.log_probs)
     return every[rows.mask.bool()]
 
 
@@ -117,7 +119,7 @@ def over_rows(training: Training, network: Network, rows: Rows, through: Callabl
         training.heartbeat.beat(training.progress.step)
         # Replicas with a row less take the last one again, so that all have as many forwards.
         places = [min(start + at, count - 1) for at in range(first, min(first + stage.micro_batch, each))]
-        chosen = torch.tensor(places, device=device)
+        chosen = on_device(places, torch.int64, device)
         columns = (rows.tokens, rows.targets, rows.mask, rows.segments)
         found.append(through(network, of_one(*(column[chosen, :length] for column in columns))))
     network.reshard()
@@ -129,13 +131,14 @@ def over_rows(training: Training, network: Network, rows: Rows, through: Callabl
     return every
 
 
-def log_probs(network: Network, rows: Rows) -> Tensor:
-    return network.log_probs(rows)
+def log_probs(training: Training, network: Network, drawn: Drawn) -> Tensor:
+    """Of the responses' tokens by a network, at the temperature that they were drawn at: [responses, context]; else 0."""
+    with network.configured(temperature=drawn.temperature):
+        return real(over_rows(training, network, drawn.rows, Network.log_probs), drawn.rows.mask)
 
 
-def log_probs_and_entropy(network: Network, rows: Rows) -> Tensor:
-    return network.log_probs(rows, entropy=True)
-
-
-def scores(network: Network, rows: Rows) -> Tensor:
-    return network.scores(rows)
+def log_probs_and_entropy(training: Training, network: Network, drawn: Drawn) -> tuple[Tensor, Tensor]:
+    """The same, and the entropy of what each token was drawn from, in nats: both [responses, context]."""
+    with network.configured(temperature=drawn.temperature):
+        both = over_rows(training, network, drawn.rows, partial(Network.log_probs, entropy=True))
+    return real(both[..., 0], drawn.rows.mask), real(both[..., 1], drawn.rows.mask)

@@ -7,6 +7,7 @@ stage finds has `_before` behind its name, and its own name as well where no ear
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from shards.errors import ShardError
 from shards.feed import Batch
 from shards.mixing import covers
 from trainer.batch import Rows, may_trim, micro_batches, samples_a_replica, share
-from trainer.objectives.dpo import METRICS
+from trainer.objectives.dpo import METRICS, complete
 from trainer.objectives.reward import gaps, score_places
 from trainer.optimizer import total
 from trainer.parallel import together
@@ -54,7 +55,6 @@ def evaluate(training: Training) -> bool:
             values |= sampled
     finally:
         for network in training.networks:
-            network.documents_masked, network.temperature = training.stage.stage.documents_masked, training.stage.stage.temperature
             network.reshard()
     at = training.progress
     training.reporter.send(at.lineage, at.step, at.tokens, values)
@@ -63,15 +63,20 @@ def evaluate(training: Training) -> bool:
 
 
 def _sit(training: Training, exam: Exam) -> dict[str, float] | None:
-    """Mean loss and metrics over one source's held-out samples; None if broken off."""
+    """Mean loss and metrics over one source's held-out samples, as its own stage trains on them; None if broken off."""
+    with ExitStack() as configured:
+        for each in training.networks:
+            configured.enter_context(each.configured(temperature=1.0, documents_masked=exam.stage.documents_masked))
+        return _examined(training, exam)
+
+
+def _examined(training: Training, exam: Exam) -> dict[str, float] | None:
     world, network, stage = training.world, training.network, exam.stage
     reference, cached = training.reference if exam.objective.needs_reference else None, training.sums
     if cached is not None and not (exam.stage is training.stage.stage and cached.has(exam.name, "held_out")):
         cached = None
     if exam.objective.needs_reference and reference is None and cached is None:
         return {}
-    for each in training.networks:
-        each.documents_masked, each.temperature = stage.documents_masked, 1.0
     settings = exam_settings(stage) | training.progress.settings
     sums = torch.zeros(2 + len(exam.objective.metrics) + BINS, device=world.device)
     stride, trims = stage.micro_batch * network.replicas, may_trim(training.recipe, stage)
@@ -102,8 +107,7 @@ def _sit(training: Training, exam: Exam) -> dict[str, float] | None:
 def _gaps(scores: Tensor, rows: Rows) -> Tensor:
     """Of the real pairs: [BINS]."""
     chosen, rejected = scores.gather(1, score_places(rows)[:, None])[:, 0].chunk(2)
-    there = rows.mask[: len(chosen)].any(-1)
-    return gaps((chosen - rejected)[there], BINS).float()
+    return gaps((chosen - rejected)[complete(rows.mask)], BINS).float()
 
 
 def exam_settings(stage: Stage) -> dict[str, float]:

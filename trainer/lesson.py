@@ -23,7 +23,7 @@ class Lesson:
 
     parts: list[Rows]
     held: list[Any]
-    weight: int
+    weight: float
     """Of the whole global batch, as the objective weighs it."""
     tokens: int
     """Of the same, that count."""
@@ -47,8 +47,8 @@ def _drawn(training: Training) -> Lesson | None:
         if collected is None:
             return None
         known = collected
-    parts, held, weight = rollouts.minibatch(training)
-    return Lesson(parts, held, weight, weight, known, time.monotonic() - began)
+    parts, held, weight, tokens = rollouts.minibatch(training)
+    return Lesson(parts, held, weight, tokens, known, time.monotonic() - began)
 
 
 def _read(training: Training) -> Lesson | None:

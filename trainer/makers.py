@@ -18,10 +18,12 @@ import torch
 from shards.errors import ShardError
 from shards.tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
 from trainer.batch import of_one
-from trainer.drawing import Drawn, draw, log_probs, over_rows
+from trainer.drawing import Drawn, draw, over_rows
 from trainer.making import Made
+from trainer.network import Network
+from trainer.objectives.loss import real
 from trainer.parallel import together
-from trainer.rollouts import judge, show
+from trainer.rollouts import score, show
 from trainer.training import Training
 
 Turns = list[tuple[str, str]]
@@ -140,15 +142,15 @@ def rejection(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, dict
     if drawn is None:
         return None
     training.phase("scoring")
-    judged = judge(training, drawn)
-    if judged is None:
+    given = score(training, drawn)
+    if given is None:
         return None
-    scores, answers = judged[0].tolist(), _answers(training, drawn)
-    there = judged[1].any(-1).tolist()
+    scores, answers = given.tolist(), _answers(training, drawn)
+    scored = given.isfinite().tolist()
     made: Made = {"best": [], "pairs": []}
     gained: list[float] = []
     for number, prompt in enumerate(prompts):
-        group = [at for at in range(number * count, (number + 1) * count) if there[at] and answers[at].text]
+        group = [at for at in range(number * count, (number + 1) * count) if scored[at] and answers[at].text]
         if not group:
             continue
         best, worst = max(group, key=scores.__getitem__), min(group, key=scores.__getitem__)
@@ -159,10 +161,12 @@ def rejection(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, dict
         if answers[best].text != answers[worst].text and scores[best] > scores[worst]:
             rewards = {"chosen_reward": scores[best], "rejected_reward": scores[worst]}
             made["pairs"].append(_pair(asked, answers[best], answers[worst]) | rewards)
-    show(training, drawn, judged[0], None)
-    real = [score for score, seen in zip(scores, there, strict=True) if seen]
+    show(training, drawn, given, None)
+    known = [value for value, there in zip(scores, scored, strict=True) if there]
     metrics = {
-        "policy/reward": sum(real) / max(1, len(real)),
+        "policy/reward": sum(known) / max(1, len(known)),
+        "policy/empty": float(sum(not answer.text for answer in answers)),
+        "policy/unscored": float(len(scored) - drawn.skipped - len(known)),
         "made/gain": sum(gained) / max(1, len(gained)),
         "made/best": float(len(made["best"])),
         "made/pairs": float(len(made["pairs"])),
@@ -246,7 +250,7 @@ def _preferences(
 
 
 def _log_probs_of(training: Training, sequences: Sequence[tuple[list[int], int]]) -> list[float]:
-    """Of what follows the first so many ids of each."""
+    """Of what follows the first so many ids of each; at temperature 1, as it was not drawn at another."""
     if not sequences:
         return []
     context, pad = training.stage.stage.context, training.tokenizer.pad
@@ -257,7 +261,9 @@ def _log_probs_of(training: Training, sequences: Sequence[tuple[list[int], int]]
             tokens[row, : len(ids)], targets[row, : len(ids) - 1] = torch.tensor(ids), torch.tensor(ids[1:])
             segments[row, : len(ids)], mask[row, start - 1 : len(ids) - 1] = 0, 1
     rows = of_one(*(column.to(training.world.device) for column in (tokens, targets, mask, segments)))
-    found: list[float] = (over_rows(training, training.network, rows, log_probs) * rows.mask).sum(-1).tolist()
+    with training.network.configured(temperature=1.0):
+        every = over_rows(training, training.network, rows, Network.log_probs)
+    found: list[float] = real(every, rows.mask).sum(-1).tolist()
     return found
 
 

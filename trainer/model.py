@@ -207,6 +207,7 @@ class Decoder(nn.Module):
         rope: of rotary ones; `original_context` where it gives none. factor: what learned and sinusoidal ones are divided by.
         """
         self._rope, self._original_context, self._factor = rope, rope.original_context or original_context, factor
+        self._frequencies: dict[tuple[int, torch.device], tuple[Tensor, float]] = {}
 
     def forward(
         self,
@@ -274,10 +275,17 @@ class Decoder(nn.Module):
 
     def rotation(self, positions: Tensor, time: int, dtype: torch.dtype) -> Rotation:
         """Of positions in rows of `time` tokens. In the type that blocks compute in: FSDP2 would make each block a copy."""
-        config = self.config
-        frequency, scale = frequencies(self._rope, config.head, config.rope_theta, self._original_context, time, positions.device)
+        frequency, scale = self._table(time, positions.device)
         cos, sin = angles(positions, frequency, scale)
         return cos.to(dtype), sin.to(dtype)
+
+    def _table(self, time: int, device: torch.device) -> tuple[Tensor, float]:
+        """Frequencies for rows of `time` tokens. They stay where they are until `set_positions`: a CUDA graph reads them there."""
+        key = (time if self._rope.kind in ("dynamic", "longrope") else 0, device)
+        if key not in self._frequencies:
+            config = self.config
+            self._frequencies[key] = frequencies(self._rope, config.head, config.rope_theta, self._original_context, time, device)
+        return self._frequencies[key]
 
     def drawn(self, seed: int, only: str = "") -> Iterator[tuple[Tensor, Tensor]]:
         """Each parameter, or the one of that name, and what it begins with, whole.

@@ -7,6 +7,7 @@ pipeline each of its ranks holds one or more parts of the layers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -58,24 +59,21 @@ class Network:
             _shard(part, config, world)
             part.to_empty(device="cpu" if world.parallel.offload == "parameters" else world.device)
 
-    @property
-    def documents_masked(self) -> bool:
-        return self.parts[0].documents_masked
+    @contextlib.contextmanager
+    def configured(self, *, temperature: float | None = None, documents_masked: bool | None = None) -> Iterator[None]:
+        """Within it, logits are divided by `temperature`, and documents masked or not; then both are again as they were.
 
-    @documents_masked.setter
-    def documents_masked(self, wanted: bool) -> None:
+        None: as they are, which is as the stage trains.
+        """
+        before = [(part.temperature, part.documents_masked) for part in self.parts]
         for part in self.parts:
-            part.documents_masked = wanted
-
-    @property
-    def temperature(self) -> float:
-        """By which logits are divided."""
-        return self.parts[0].temperature
-
-    @temperature.setter
-    def temperature(self, wanted: float) -> None:
-        for part in self.parts:
-            part.temperature = wanted
+            part.temperature = part.temperature if temperature is None else temperature
+            part.documents_masked = part.documents_masked if documents_masked is None else documents_masked
+        try:
+            yield
+        finally:
+            for part, (old_temperature, were_masked) in zip(self.parts, before, strict=True):
+                part.temperature, part.documents_masked = old_temperature, were_masked
 
     def flops_per_token(self, context: int) -> float:
         """Of the whole decoder, forward and backward."""
@@ -326,10 +324,12 @@ def _shard(part: Decoder, config: Model, world: World) -> None:
     offload = OffloadPolicy()
     if world.parallel.offload == "parameters":
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    wanted = world.parallel.reshard_after_forward
+    kept = None if wanted == "auto" else wanted
     for block in part.blocks.values():
         if world.tensor.size > 1:
             _divide(cast(Block, block), world.mesh["tensor"])
-        fully_shard(block, mesh=world.inner, mp_policy=precision, offload_policy=offload)
+        fully_shard(block, mesh=world.inner, mp_policy=precision, offload_policy=offload, reshard_after_forward=kept)
     fully_shard(part, mesh=world.outer, mp_policy=precision, offload_policy=offload)
     for module in part.modules():
         if isinstance(module, FSDPModule):

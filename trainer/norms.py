@@ -13,7 +13,10 @@ from trainer.spread import held
 
 
 class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019, equation 4; computed in float32."""
+    """Zhang and Sennrich 2019, equation 4; computed in float32, and rounded once.
+
+    By torch's own kernel, but for a CPU, where torch has none: it goes step by step and keeps what each step gave.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -22,10 +25,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = held(self.weight, partial=True)
-        if x.dtype == torch.float32 and not torch.compiler.is_compiling():  # a compiler joins the operations by itself
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler joins the steps by itself
             return cast(Tensor, _RMSNorm.apply(x, weight, self.eps))  # type: ignore[no-untyped-call]  # torch's is untyped
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * weight
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -36,19 +38,22 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         out: Tensor = (x * scale).mul_(weight)
-        return out
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        width, gradient = x.shape[-1], gradient.contiguous()
+        width, kind = x.shape[-1], x.dtype
+        gradient, x, wide = gradient.contiguous().to(scale.dtype), x.to(scale.dtype), weight.to(scale.dtype)
         of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            gradient, x, [width], torch.zeros_like(scale), scale, weight, None, [True, True, False]
+            gradient, x, [width], torch.zeros_like(scale), scale, wide, None, [True, True, False]
         )
-        return of_x.add_((gradient @ weight)[..., None].mul_(scale).div_(width)), of_weight, None
+        of_x.add_((gradient @ wide)[..., None].mul_(scale).div_(width))
+        return of_x.to(kind), of_weight.to(weight.dtype), None
 
 
 class LayerNorm(nn.LayerNorm):

@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 
 from launcher.recipe.stage import Stage
 from trainer.parallel import copies, like, local
+from trainer.transfer import host_memory, on_device
 
 STREAMED = 8
 """Parameters whose moments are fetched at a time from the host's memory."""
@@ -66,7 +67,7 @@ class Optimizer:
 
     def _moment(self, part: Tensor) -> Tensor:
         if self._streamed:
-            return torch.zeros(part.shape, dtype=part.dtype, pin_memory=self._device.type == "cuda")
+            return host_memory(part.nbytes, pinned=self._device.type == "cuda").view(part.dtype).view(part.shape)
         return torch.zeros_like(part)
 
     def reset(self) -> None:
@@ -95,8 +96,8 @@ class Optimizer:
         if not found:
             return torch.zeros((), device=self._device)
         norms = torch.stack([norm.float() for norm in torch._foreach_norm([gradient for _, gradient in found])])
-        weights = torch.tensor([weight for weight, _ in found])
-        return (norms.square() * weights.to(norms.device, non_blocking=True)).sum().to(self._device)
+        weights = on_device([weight for weight, _ in found], torch.float32, norms.device)
+        return (norms.square() * weights).sum().to(self._device)
 
     @torch.no_grad()
     def update(self, settings: dict[str, float], lr: float, eps: float, norm: Tensor) -> None:

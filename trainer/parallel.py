@@ -22,7 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from launcher.recipe.cluster import Cluster
 from launcher.recipe.load import RecipeError
-from launcher.recipe.parallel import Parallel
+from launcher.recipe.parallel import Parallel, multiple_of
 from trainer.spread import Group
 
 FOREVER = timedelta(days=3650)
@@ -170,7 +170,7 @@ def join(store: Store, prefix: str, cluster: Cluster, parallel: Parallel) -> Wor
 def lay_out(device: torch.device, parallel: Parallel) -> World:
     """The mesh over all ranks of the process group, and the ways between them. Raises RecipeError, as `join`."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    unit = parallel.model_ranks * (parallel.shard or 1)
+    unit = multiple_of(parallel, ())
     if size % unit:
         raise RecipeError(f"[parallel]: the mesh needs a multiple of {unit} ranks, and there are {size}")
     mesh, outer = _meshes(size, device, parallel)

@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from launcher.protocol import CommitRefused, Committed, Metrics, Order, RankBody
+from trainer.transfer import HostCopy
 
 
 class Link(Protocol):
@@ -67,19 +68,22 @@ class Reporter:
 
     def __init__(self, link: Link, judge: Callable[[int, bool, float], None], clock: Callable[[], float] = time.time) -> None:
         self._link, self._judge, self._clock = link, judge, clock
-        self._pending: StepReport | None = None
+        self._pending: tuple[StepReport, HostCopy] | None = None
 
     def put(self, report: StepReport) -> None:
         """Takes a step's metrics and sends those of the step before."""
+        # Before anything of the next step is queued: a copy that is asked for later waits for that step.
+        arriving = HostCopy(report.values)
         self.flush()
-        self._pending = report
+        self._pending = report, arriving
 
     def flush(self) -> None:
-        """Sends what is left; waits for the device to have computed it."""
-        report, self._pending = self._pending, None
-        if report is None:
+        """Sends what is left; waits for the device to have computed it, but not for what it was asked after."""
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
-        values = report.known | report.read(report.values.tolist())
+        report, arriving = pending
+        values = report.known | report.read(arriving.tolist())
         loss, norm = values["train/loss"], values["train/grad_norm"]
         finite = abs(loss) < float("inf") and abs(norm) < float("inf")
         self._judge(report.step, finite, loss)

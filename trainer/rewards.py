@@ -1,9 +1,13 @@
-"""Rewards by a Python function of the user's: `reward(prompts, responses) -> numbers`, lists of texts in, a list of floats out."""
+"""Rewards by a Python function of the user's: `reward(prompts, responses) -> numbers`, lists of texts in, a list of floats out.
+
+None in the place of a number is a response that could not be scored.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +22,7 @@ from trainer.training import Training
 
 log = logging.getLogger("trainer")
 
-Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+Function = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]
 
 
 class RewardError(Exception):
@@ -26,16 +30,21 @@ class RewardError(Exception):
 
 
 def by_function(training: Training, drawn: Drawn) -> list[float]:
-    """The scores of all responses, on every rank; each calls the function for its share. Raises RewardError on all."""
+    """The scores of all responses, on every rank; each calls the function for its share. Raises RewardError on all.
+
+    NaN where there is none: the function gave None, or was not asked, because the response is empty.
+    """
     world, place, tokenizer = training.world, training.stage.stage.rollout.function, training.tokenizer
     assert place is not None
     start, stop = share(0, len(drawn.responses), world.rank, world.size)
-    scores: list[float] = []
+    scores = [math.nan] * (stop - start)
     problem = ""
+    written = [number for number in range(start, stop) if drawn.responses[number]]
     try:
-        prompts = [tokenizer.decode(ids) for ids in drawn.prompts[start:stop]]
-        responses = [tokenizer.decode(ids) for ids in drawn.responses[start:stop]]
-        scores = _called(load(place), place, prompts, responses) if responses else []
+        prompts = [tokenizer.decode(drawn.prompts[number]) for number in written]
+        responses = [tokenizer.decode(drawn.responses[number]) for number in written]
+        for number, value in zip(written, _called(load(place), place, prompts, responses) if written else [], strict=True):
+            scores[number - start] = value
     except RewardError as error:
         problem = str(error)
     told = gather(msgspec.msgpack.encode((problem, scores)), world.control)
@@ -67,7 +76,7 @@ def load(place: str) -> Function:
 
 def _called(function: Function, place: str, prompts: list[str], responses: list[str]) -> list[float]:
     try:
-        found = [float(score) for score in function(prompts, responses)]
+        found = [math.nan if score is None else float(score) for score in function(prompts, responses)]
     except Exception as error:  # whatever the user's code raises
         log.exception("%s: failed:", place)
         where = _line_of(error, place.rpartition(":")[0])

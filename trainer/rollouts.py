@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,16 +20,18 @@ from launcher.protocol import Sampled
 from shards.container import Array
 from shards.errors import ShardError
 from trainer.batch import Rows, filled, may_trim, samples_a_replica, share
-from trainer.drawing import Drawn, draw, log_probs_and_entropy, over_rows, scores
-from trainer.drawing import log_probs as log_probs_of
+from trainer.drawing import Drawn, draw, log_probs, log_probs_and_entropy, over_rows
+from trainer.network import Network
 from trainer.objectives import grpo
-from trainer.objectives.advantages import adaptive, gae, token_rewards, whiten
+from trainer.objectives.advantages import adaptive, gae, kl, token_rewards, whiten
+from trainer.objectives.loss import last_place, real
 from trainer.objectives.ppo import Experience as Noted
 from trainer.objectives.reward import score_places
 from trainer.outside import Outside
 from trainer.parallel import together
 from trainer.rewards import RewardError, by_function
 from trainer.training import Training
+from trainer.transfer import on_device
 
 SHOWN = 16
 """Responses of a rollout that are reported at the most."""
@@ -53,19 +54,19 @@ def collect(training: Training) -> dict[str, float] | None:
         return None
     generated = time.monotonic()
     training.phase("scoring")
-    judged = judge(training, drawn)
-    if judged is None:
+    given = score(training, drawn)
+    if given is None:
         return None
-    found = _noted(training, drawn, *judged)
+    found = _noted(training, drawn, given)
     if found is None:
         return None
-    noted, metrics = found
+    rows, noted, metrics = found
     assert training.experience is not None
-    training.experience.put(drawn.rows, noted)
+    training.experience.put(rows, noted)
     at.position += stage.prompts_drawn
     at.drawn.count += 1
     at.drawn.version, at.drawn.updates, at.drawn.left = drawn.version, 0, stage.updates_drawn
-    show(training, drawn, judged[0], noted)
+    show(training, drawn, given, noted)
     training.phase("training")
     usage = training.responder().usage
     if slots := sum(each.slots for each in usage):
@@ -78,69 +79,97 @@ def collect(training: Training) -> dict[str, float] | None:
     return metrics
 
 
-def judge(training: Training, drawn: Drawn) -> tuple[Tensor, Tensor] | None:
-    """Scores [responses], and the mask [responses, context] without responses that have none; None where it had to be put off."""
-    stage = training.stage.stage
+def score(training: Training, drawn: Drawn) -> Tensor | None:
+    """Scores [responses]; NaN of a response that has none. None where it had to be put off. By all ranks alike.
+
+    An empty response has none, nor has one that the function gives None or the reward model what is not a number. That none of a
+    whole rollout's has one is a fault of what scores them: there would be nothing to learn from, whatever is drawn.
+    """
+    stage, device = training.stage.stage, training.world.device
+    written = on_device([bool(response) for response in drawn.responses], torch.bool, device)
     if stage.rollout.function is not None:
         found: list[list[float]] = []
         problem = together(lambda: found.append(by_function(training, drawn)), training.world, RewardError)
         if problem:
             training.hold_for_data(problem, retries=False)
             return None
-        given = torch.tensor(found[0], device=training.world.device)
+        given = on_device(found[0], torch.float32, device)
     else:
         assert training.cast.judge is not None
-        every = over_rows(training, training.cast.judge, drawn.rows, scores)
-        given = every.gather(1, score_places(drawn.rows)[:, None])[:, 0]
-    ended = torch.tensor(drawn.ended, device=given.device)
+        rows = _as_ended(drawn, training.tokenizer.turn_end)
+        every = over_rows(training, training.cast.judge, rows, Network.scores)
+        given = every.gather(1, score_places(rows)[:, None])[:, 0]
+    ended = on_device(drawn.ended, torch.bool, device)
     given = given - stage.rollout.missing_eos * (~ended).float()
-    bad = ~torch.isfinite(given)
-    if int(bad.sum()):
-        training.note("alarm", f"{int(bad.sum())} of {len(bad)} responses have a score that is not a number; they are left out")
-    return given.masked_fill(bad, 0.0), drawn.rows.mask * (~bad)[:, None]
+    lacking = int((written & ~given.isfinite()).sum())
+    if lacking and lacking == int(written.sum()):
+        who = stage.rollout.function or "the reward model"
+        training.hold_for_data(f"{who}: none of {lacking} responses has a score (correct it and resume)", retries=False)
+        return None
+    if lacking:
+        text = f"{lacking} of {len(written)} responses have no score, or one that is not a number; they are left out"
+        training.note("alarm", text)
+    return given.masked_fill(~(written & given.isfinite()), math.nan)
 
 
-def _noted(training: Training, drawn: Drawn, given: Tensor, mask: Tensor) -> tuple[Noted, dict[str, float]] | None:
-    """What updates need to know of each token, and the rollout's metrics; the KL's coefficient is steered on the way.
+def _as_ended(drawn: Drawn, end: int) -> Rows:
+    """The rows with the end of a turn behind each response that was cut off, or as its last token where the row is full.
 
-    None, with nothing changed, where the responses are not the policy's and had to be put off.
+    A reward model has only learned what it says once a turn has ended. What it says of another token is arbitrary: it varies more
+    from one last token to the next than with all that is before them. A policy then learns to be cut off, and no critic can tell
+    the score beforehand. OpenRLHF ends what it scores in the same way.
+    """
+    rows, context = drawn.rows, drawn.rows.tokens.shape[1]
+    unended = [bool(response) and not ended for response, ended in zip(drawn.responses, drawn.ended, strict=True)]
+    cut = on_device(unended, torch.bool, rows.tokens.device)[:, None]
+    place = torch.arange(context, device=rows.tokens.device) == (last_place(rows.segments >= 0)[:, None] + 1).clamp(max=context - 1)
+    return rows._replace(tokens=rows.tokens.masked_fill(cut & place, end), segments=rows.segments.masked_fill(cut & place, 0))
+
+
+def _noted(training: Training, drawn: Drawn, given: Tensor) -> tuple[Rows, Noted, dict[str, float]] | None:
+    """The rows with what is learned from in their mask, what updates need to know of each token, and the rollout's metrics.
+
+    The KL's coefficient is steered on the way. None, with nothing changed, where the responses are not the policy's and had to be
+    put off.
     """
     stage, drawn_at = training.stage.stage, training.progress.drawn
     coefficient = training.progress.settings["kl"] * (drawn_at.kl_scale if stage.rollout.kl_target is not None else 1.0)
-    policy, rows = stage.rollout, drawn.rows._replace(mask=mask)
-    both = over_rows(training, training.network, rows, log_probs_and_entropy)
-    old, entropy = both[..., 0] * mask, both[..., 1]
+    policy, written = stage.rollout, drawn.rows.mask
+    old, entropy = log_probs_and_entropy(training, training.network, drawn)
     assert training.reference is not None
-    reference = over_rows(training, training.reference, rows, log_probs_of) * mask
-    real, responses, tokens = mask.any(-1), max(1, int(mask.any(-1).sum())), max(1.0, float(mask.sum()))
-    metrics = distances(old, reference, entropy, mask)
+    reference = log_probs(training, training.reference, drawn)
+    scored = given.isfinite()
+    learned = grpo.comparable(scored, policy.responses) if stage.objective == "grpo" else scored
+    mask = written * learned[:, None]
+    metrics = distances(old, reference, entropy, written) | _scores_of(given)
     metrics |= {
-        "policy/reward": float((given * real).sum()) / responses,
-        "policy/reward_deviation": float(given[real].std()) if responses > 1 else 0.0,
         "policy/truncated": 1 - sum(drawn.ended) / max(1, len(drawn.ended) - drawn.skipped),
-        "policy/skipped": float(len(drawn.ended) - int(real.sum())),
+        "policy/empty": float(drawn.skipped),
+        "policy/unscored": float(len(scored) - drawn.skipped - int(scored.sum())),
+        "policy/skipped": float(len(learned) - int(learned.sum())),
         "policy/kl_coefficient": coefficient,
-        "policy/mismatch": float(((old - drawn.engine) * mask).abs().sum()) / tokens,
+        "policy/mismatch": float((old - drawn.engine).abs().sum()) / max(1.0, float(written.sum())),
         "policy/version": float(drawn.version),
     }
-    if metrics["policy/mismatch"] > policy.mismatch and _mismatched(training, metrics["policy/mismatch"]):
+    if not metrics["policy/mismatch"] <= policy.mismatch and _mismatched(training, metrics["policy/mismatch"]):
         return None
-    worth = _normalised(training, given, real) if policy.normalise else given
+    worth = real(_normalised(training, given, scored) if policy.normalise else given, scored)
+    rows = drawn.rows._replace(mask=mask)
     if stage.objective == "grpo":
-        worth = _without_unscored(worth, real, policy.responses)
-        advantages = grpo.advantages(worth, policy.responses, policy.advantage == "leave-one-out")[:, None] * mask
-        return Noted(old, advantages, reference=reference), metrics
+        metrics["policy/groups_skipped"] = float((~learned.view(-1, policy.responses).any(-1)).sum())
+        advantages = grpo.advantages(worth, policy.responses, policy.advantage == "leave-one-out", scored)[:, None] * mask
+        return rows, Noted(old, advantages, reference=reference), metrics
     assert training.cast.critic is not None
-    values = over_rows(training, training.cast.critic.network, rows, scores) * mask
+    values = real(over_rows(training, training.cast.critic.network, drawn.rows, Network.scores), mask)
     rewards = token_rewards(worth, old - reference, mask, coefficient)
     advantages, returns = gae(rewards, values, mask, policy.gamma, policy.lam)
     if policy.whiten:
         advantages = whiten(advantages, mask)
     if policy.kl_target is not None:
         drawn_at.kl_scale = adaptive(
-            drawn_at.kl_scale, metrics["policy/kl_sequence"], policy.kl_target, policy.kl_horizon, responses
+            drawn_at.kl_scale, metrics["policy/kl_sequence"], policy.kl_target, policy.kl_horizon, int(written.any(-1).sum())
         )
-    return Noted(old, advantages, returns, values, reference), metrics
+    return rows, Noted(old, advantages, returns, values, reference), metrics
 
 
 def _mismatched(training: Training, mismatch: float) -> bool:
@@ -157,21 +186,23 @@ def _mismatched(training: Training, mismatch: float) -> bool:
     return True
 
 
-def _without_unscored(worth: Tensor, real: Tensor, group: int) -> Tensor:
-    """Those that have no score get the mean of their group's others, so that they say nothing of these."""
-    scores, there = worth.view(-1, group), real.view(-1, group)
-    mean = (scores * there).sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(there, scores, mean).flatten()
+def _scores_of(given: Tensor) -> dict[str, float]:
+    """Mean and sample deviation of those that have one."""
+    there = given[given.isfinite()]
+    if not len(there):
+        return {}
+    return {"policy/reward": float(there.mean()), "policy/reward_deviation": float(there.std()) if len(there) > 1 else 0.0}
 
 
 def distances(policy: Tensor, reference: Tensor, entropy: Tensor, mask: Tensor) -> dict[str, float]:
     """How far the policy is from the reference on what it drew; log-probabilities, entropies and mask [responses, context].
 
     With d = log pi - log pi_ref of each drawn token (Schulman 2020, "Approximating KL divergence"): `policy/kl` is the mean of
-    k3 = exp(-d) - 1 + d over tokens, `policy/kl_k1` that of d itself, `policy/kl_sequence` the mean over responses of d summed.
+    k3 = exp(-d) - 1 + d over tokens, which is never negative; `policy/kl_k1` that of d itself, `policy/kl_sequence` the mean over
+    responses of d summed. All log-probabilities must be taken at the temperature that the responses were drawn at.
     """
-    d = (policy - reference) * mask
-    sums = torch.stack([d, torch.expm1(-d) + d, entropy * mask, mask]).sum((1, 2)).tolist()
+    policy, reference = real(policy, mask), real(reference, mask)
+    sums = torch.stack([policy - reference, kl(policy, reference, "k3"), real(entropy, mask), mask]).sum((1, 2)).tolist()
     k1, k3, spread, tokens = sums
     responses = float(mask.any(-1).sum())
     if not tokens:
@@ -185,9 +216,9 @@ def distances(policy: Tensor, reference: Tensor, entropy: Tensor, mask: Tensor) 
     }
 
 
-def _normalised(training: Training, given: Tensor, real: Tensor) -> Tensor:
+def _normalised(training: Training, given: Tensor, scored: Tensor) -> Tensor:
     """Scores divided by the deviation of all so far: Welford's running one, in the form of Chan et al. 1979 for many at a time."""
-    at, new = training.progress.drawn, given[real].double()
+    at, new = training.progress.drawn, given[scored].double()
     count = len(new)
     if count:
         mean = float(new.mean())
@@ -199,8 +230,8 @@ def _normalised(training: Training, given: Tensor, real: Tensor) -> Tensor:
     return given / (deviation + 1e-6)
 
 
-def minibatch(training: Training) -> tuple[list[Rows], list[Noted], int]:
-    """The next update's responses: this replica's share in micro-batches, and the tokens of all replicas'.
+def minibatch(training: Training) -> tuple[list[Rows], list[Noted], float, int]:
+    """The next update's responses: this replica's share in micro-batches; of all replicas' the objective's weight and the tokens.
 
     Each epoch takes the rollout in another order.
     """
@@ -209,13 +240,14 @@ def minibatch(training: Training) -> tuple[list[Rows], list[Noted], int]:
     number = at.drawn.updates % (held.responses // stage.global_batch)
     epoch = at.drawn.updates // (held.responses // stage.global_batch)
     generator = torch.Generator().manual_seed(_seed(training, at.drawn.count * 1_009 + epoch) % 2**63)
-    order = torch.randperm(held.responses, generator=generator).to(training.world.device)
+    order = torch.randperm(held.responses, generator=generator)
     chosen = order[number * stage.global_batch : (number + 1) * stage.global_batch]
     mine = chosen[slice(*share(0, len(chosen), network.replica, network.replicas))]
     samples, size = filled(samples_a_replica(stage.global_batch, network.replicas), stage.micro_batch, training.world.pipeline.size)
     length = held.length() if may_trim(training.recipe, stage) else stage.context
     parts = list(held.parts(mine, samples, size, length))
-    return [rows for rows, _ in parts], [noted for _, noted in parts], held.weight(chosen)
+    mask = held.mask()[chosen.numpy()]
+    return [rows for rows, _ in parts], [noted for _, noted in parts], training.stage.objective.weight(mask), int(mask.sum())
 
 
 def _prompts(training: Training, count: int) -> list[Array] | None:
@@ -235,16 +267,17 @@ def _seed(training: Training, number: int) -> int:
 def show(training: Training, drawn: Drawn, given: Tensor | None, noted: Noted | None) -> None:
     """Reports some of the responses: the best, the worst, the longest, the furthest from the reference, and the first ones."""
     there = [number for number, response in enumerate(drawn.responses) if response]
-    scores = given.tolist() if given is not None else None
+    scores = [score if math.isfinite(score) else None for score in given.tolist()] if given is not None else None
     apart: list[float] | None = None
     if noted is not None and noted.reference is not None:
-        apart = ((noted.old - noted.reference) * drawn.rows.mask).sum(-1).tolist()
-    ways: list[Sequence[float]] = [[float(len(response)) for response in drawn.responses]]
+        apart = real(noted.old - noted.reference, drawn.rows.mask).sum(-1).tolist()
+    ways: list[dict[int, float]] = [{number: float(len(drawn.responses[number])) for number in there}]
     if scores is not None:
-        ways += [scores, [-score for score in scores]]
+        known = {number: score for number in there if (score := scores[number]) is not None}
+        ways += [known, {number: -score for number, score in known.items()}]
     if apart is not None:
-        ways.append(apart)
-    chosen = [max(there, key=way.__getitem__) for way in ways if there]
+        ways.append({number: apart[number] for number in there})
+    chosen = [max(way, key=way.__getitem__) for way in ways if way]
     at, tokenizer = training.progress, training.tokenizer
     for number in dict.fromkeys([*chosen, *there][:SHOWN]):
         training.link.send(

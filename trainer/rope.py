@@ -6,7 +6,6 @@ reference to match: other codebases clamp YaRN's ramp elsewhere or leave the tem
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor
 
 from launcher.recipe.model import Rope
+from trainer.transfer import sent
 
 
-@functools.lru_cache(maxsize=256)
 def frequencies(
     rope: Rope, head: int, theta: float, original_context: int, length: int = 0, device: torch.device | None = None
 ) -> tuple[Tensor, float]:
-    """Radians a position for each pair of dimensions, [head / 2], and the factor on cosines and sines. Not to be changed.
+    """Radians a position for each pair of dimensions, [head / 2], and the factor on cosines and sines.
 
     theta: the base where `rope` has none of its own. length: tokens of the row, which only `dynamic` and `longrope` look at.
 
@@ -54,7 +53,7 @@ def frequencies(
         found = torch.where(turning, 1.0 / base**exponents, 0.0) / rope.factor
     if rope.attention_factor is not None and rope.kind in ("yarn", "longrope"):
         scale = rope.attention_factor
-    return found.to(device), scale
+    return found if device is None else sent(found, device), scale
 
 
 def _yarn(rope: Rope, head: int, base: float, original_context: int) -> tuple[Tensor, float]:

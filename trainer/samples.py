@@ -9,13 +9,13 @@ from launcher.protocol import Sampled
 from shards.container import Array
 from shards.errors import ShardError
 from shards.feed import open_held_out
-from trainer.drawing import draw, log_probs, log_probs_and_entropy, over_rows
+from trainer.drawing import draw, log_probs, log_probs_and_entropy
 from trainer.parallel import together
-from trainer.rollouts import distances, judge
+from trainer.rollouts import distances, score
 from trainer.training import Training
 
 TEMPERATURE = 0.8
-"""Of the continuations that are shown; responses that are measured are drawn at 1, or their KL would come out wrong."""
+"""Of the continuations that are shown. Responses that are measured are drawn as the stage draws what it learns from, else at 1."""
 RESPONSES = 8
 """Fresh responses an evaluation measures, over all ranks."""
 
@@ -48,8 +48,10 @@ def show_samples(training: Training) -> bool:
 def policy_metrics(training: Training) -> dict[str, float] | None:
     """How far the policy is from the reference on fresh responses to held-out prompts; None if broken off.
 
-    Of a policy that learns from its responses that is their score and KL, by source: `eval/NAME/reward`, `eval/NAME/kl_sequence`.
-    Else what `distances` has, and DPO's implicit reward as `policy/reward`: beta times the summed log-ratio.
+    Of a policy that learns from its responses that is their score and KL, by source: `eval/NAME/reward`, `eval/NAME/kl` (k3 a
+    token), `eval/NAME/kl_sequence` (k1 summed). They are drawn at the stage's temperature, and the KL is that of the two
+    distributions at this temperature: what the stage's `kl` limits. Else what `distances` has, and DPO's implicit reward as
+    `policy/reward`: beta times the summed log-ratio.
     """
     stage = training.stage.stage
     if training.reference is None:
@@ -89,18 +91,17 @@ def _on_held_out(training: Training, source: str, stream: int) -> dict[str, floa
     if drawn is None:
         return None
     assert training.reference is not None
-    mask = drawn.rows.mask
-    policy, entropy = over_rows(training, training.network, drawn.rows, log_probs_and_entropy).unbind(-1)
-    far = distances(policy, over_rows(training, training.reference, drawn.rows, log_probs), entropy, mask)
+    policy, entropy = log_probs_and_entropy(training, training.network, drawn)
+    far = distances(policy, log_probs(training, training.reference, drawn), entropy, drawn.rows.mask)
     if not stage.draws:
         return far | {"policy/reward": training.progress.settings.get("beta", stage.beta) * far["policy/kl_sequence"]}
-    judged = judge(training, drawn)
-    if judged is None:
+    given = score(training, drawn)
+    if given is None:
         training.evaluated = None
         return None
-    scores, real = judged[0], judged[1].any(-1)
-    told = {"reward": float(scores[real].mean())} if int(real.sum()) else {}
-    told |= {"kl_sequence": far["policy/kl_sequence"], "response_length": far.get("policy/response_length", 0.0)}
+    scored = given.isfinite()
+    told = {"reward": float(given[scored].mean())} if int(scored.sum()) else {}
+    told |= {name: far[f"policy/{name}"] for name in ("kl", "kl_sequence", "response_length") if f"policy/{name}" in far}
     return {f"eval/{source}/{name}": value for name, value in told.items()}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+from trainer.transfer import host_memory
 
 BLOCK = 4096
 """Bytes; a multiple of any usual device's block, and a page's divisor."""
@@ -27,13 +28,8 @@ def block_tensor(shape: torch.Size, dtype: torch.dtype, pinned: bool = False) ->
     """An empty tensor whose memory begins at a block's border and goes on, in zeros, to the next border after its end."""
     size = shape.numel() * dtype.itemsize
     padded = size + -size % BLOCK
-    if pinned:
-        memory = torch.zeros(padded + BLOCK, dtype=torch.uint8, pin_memory=True)
-        memory = memory[-memory.data_ptr() % BLOCK :]
-    else:  # torch's own allocator promises 64 bytes only
-        private = mmap.mmap(-1, max(padded, BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory = torch.frombuffer(private, dtype=torch.uint8)
-    return memory[:size].view(dtype).view(shape)
+    # torch's own allocator promises 64 bytes only.
+    return host_memory(max(padded, BLOCK), pinned=pinned)[:size].view(dtype).view(shape)
 
 
 def blocks(tensor: Tensor) -> memoryview:

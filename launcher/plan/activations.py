@@ -89,11 +89,8 @@ def exchanges_heads(model: Model, tensor: int, context_parallel: int) -> bool:
 
 
 def norm(model: Model) -> int:
-    """A token's input and output, and a number or two; RMSNorm in bfloat16 computes in float32 and keeps that input besides."""
-    each, width = compute_bytes(model), model.width
-    if model.norm == "layernorm":
-        return 2 * each * width + 8
-    return (2 * each + (4 if model.dtype == "bfloat16" else 0)) * width + 4
+    """A token's input and output, and LayerNorm's mean and deviation or RMSNorm's root."""
+    return 2 * compute_bytes(model) * model.width + (8 if model.norm == "layernorm" else 4)
 
 
 def attention(model: Model, piece: Piece, kernel: Kernel) -> int:

@@ -74,6 +74,8 @@ class Setting(NamedTuple):
     offload: Literal["none", "optimizer", "parameters"]
     on_cpu: bool
     generate: Generate = Generate()
+    neighbours: int = 0
+    """Ranks over which a block's parameters stay sharded after its forward: 1, gathered; 0, all that share the state."""
 
     @property
     def alone(self) -> bool:
@@ -119,7 +121,8 @@ def memory(model: Model, vocabulary: int, stage: Stage, ranks: int, on_cpu: bool
     """Of the rank that holds the most in a step of the stage, once a checkpoint has been written. Raises PlanError."""
     parallel = parallel or Parallel()
     mesh = mesh_of(parallel, stage.context_parallel, ranks)
-    return worst_rank(Setting(model, vocabulary, stage, mesh, batches_of(mesh, stage), parallel.offload, on_cpu))
+    batches = batches_of(mesh, stage)
+    return worst_rank(Setting(model, vocabulary, stage, mesh, batches, parallel.offload, on_cpu, neighbours=parallel.neighbours))
 
 
 def worst_rank(setting: Setting) -> Memory:
@@ -141,7 +144,8 @@ def rank_memory(setting: Setting, rank: int) -> Memory:
     shapes = [_shape(setting, share, held, part, waiting) for part in sorted(set(waiting))]
     peak, moment = max((bytes, moment) for shape in shapes for moment, bytes in moments(shape).items())
     state = {"none": weights + optimizer + reference, "optimizer": weights + reference, "parameters": 0}[setting.to_host]
-    state += others.critic + others.engine
+    kept = kept_blocks(setting, held, layers)
+    state += others.critic + others.engine + kept
     staging *= 2 if others.critic else 1
     in_host = {"none": 0, "optimizer": optimizer, "parameters": 2 * weights + optimizer + reference}[setting.to_host]
     return Memory(
@@ -153,7 +157,7 @@ def rank_memory(setting: Setting, rank: int) -> Memory:
         reference_bytes=reference,
         critic_bytes=others.critic,
         engine_bytes=others.engine,
-        gathered_bytes=0 if setting.alone else shapes[0].each * (shapes[0].models * held.root + min(2, layers) * held.block),
+        gathered_bytes=0 if setting.alone else shapes[0].each * (shapes[0].models * held.root + min(2, layers) * held.block) + kept,
         activations_bytes=sum(parts[part] for part in waiting),
         micro_batch_bytes=sum(parts),
         waiting_forwards=len(waiting),
@@ -165,6 +169,18 @@ def rank_memory(setting: Setting, rank: int) -> Memory:
         peak_bytes=state + peak + (staging if setting.on_cpu else 0),
         peak_moment=moment,
     )
+
+
+def kept_blocks(setting: Setting, held: Parameters, layers: int) -> int:
+    """Bytes of blocks that are not dropped after their forward, besides the two that are gathered at any time.
+
+    The reference keeps its own as the model does.
+    """
+    if setting.alone or not setting.neighbours:
+        return 0
+    blocks = max(0, layers - 2) if setting.neighbours == 1 else layers
+    models = 2 if setting.stage.needs_reference else 1
+    return models * compute_bytes(setting.model) * held.block * blocks // setting.neighbours
 
 
 def rank_parameters(setting: Setting, share: Share) -> Parameters:

@@ -137,7 +137,8 @@ def _stage(
     per_step = per_token * flops.passes(stage) * batches.samples * mesh.replicas * rows * stage.context
     idle = bubble(mesh.pipeline, batches.count, mesh.parts) if mesh.pipeline > 1 else None
     seconds = per_step / machine.flops_per_second / (1 - idle.share_of_step if idle else 1)
-    held = worst_rank(Setting(model, vocabulary, stage, mesh, batches, parallel.offload, machine.is_cpu, generate))
+    neighbours = parallel.neighbours
+    held = worst_rank(Setting(model, vocabulary, stage, mesh, batches, parallel.offload, machine.is_cpu, generate, neighbours))
     hours = seconds * stage.steps / 3600 * machine.ranks
     room = machine.gpu.memory_gb
     return StagePlan(

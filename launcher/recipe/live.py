@@ -5,6 +5,9 @@ from __future__ import annotations
 from launcher.recipe.load import Recipe
 from launcher.recipe.stage import Stage
 
+MOST_VALUE_CLIP = 1e9
+"""No value is clipped."""
+
 _BOUNDS: dict[str, tuple[float, float, str]] = {
     "lr": (0.0, 100.0, "peak learning rate of the stage"),
     "lr_scale": (0.0, 1000.0, "factor on the learning rate"),
@@ -19,7 +22,7 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "ratio_clip": (1e-6, 10.0, "how far the policy's ratio may go"),
     "margin": (-1000.0, 1000.0, "by which the chosen response is to score higher"),
     "centre": (0.0, 1000.0, "weight of the scores' distance from 0"),
-    "value_clip": (1e-6, 1e9, "how far a value may go"),
+    "value_clip": (1e-6, MOST_VALUE_CLIP, "how far a value may go"),
     "value_lr": (0.0, 100.0, "peak learning rate of the value model"),
     "eval_every": (1, 1e9, "steps between evaluations"),
     "checkpoint_every": (1, 1e9, "steps between checkpoints"),
@@ -52,7 +55,8 @@ def stage_settings(recipe: Recipe, stage: Stage) -> dict[str, float]:
         settings |= {"kl": stage.rollout.kl, "ratio_clip": stage.rollout.ratio_clip}
     if stage.objective == "ppo":
         value_lr = stage.lr if stage.rollout.value_lr is None else stage.rollout.value_lr
-        settings |= {"value_clip": stage.rollout.value_clip, "value_lr": value_lr}
+        value_clip = MOST_VALUE_CLIP if stage.rollout.value_clip is None else stage.rollout.value_clip
+        settings |= {"value_clip": value_clip, "value_lr": value_lr}
     settings |= {f"mixture.{name}": stage.mixture.get(name, 0.0) for name in stage.sources}
     return settings
 

@@ -28,6 +28,18 @@ class Parallel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What is kept in the host's memory: the optimizer's moments, or parameters and gradients as well."""
 
+    reshard_after_forward: bool | int | Literal["auto"] = "auto"
+    """Whether a block's parameters, gathered for its forward, are dropped until its backward gathers them again (ZeRO-3).
+
+    false: they stay (ZeRO-2), which saves that all-gather and takes the memory of the blocks. A number: they stay sharded over so
+    many neighbouring ranks, so that the second all-gather is within a node. "auto": as torch's `fully_shard` does: dropped."""
+
+    @property
+    def neighbours(self) -> int:
+        """Of a block's parameters after its forward: ranks that they are sharded over; 0: over all that share the state."""
+        kept = self.reshard_after_forward
+        return 0 if kept == "auto" or kept is True else 1 if kept is False else int(kept)
+
     @property
     def parts(self) -> int:
         """Parts of the layers on one rank."""
@@ -45,6 +57,10 @@ class Parallel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             found.append(("virtual", f"must be at most {MOST_COUNT:,}"))
         if self.schedule == "interleaved" and self.virtual < 2:
             found.append(("virtual", 'must be at least 2 (or use schedule = "1f1b")'))
+        kept = self.reshard_after_forward
+        if not isinstance(kept, bool | str) and (kept < 2 or (self.shard is not None and self.shard % kept)):
+            among = f"a divisor of shard, {self.shard}, " if self.shard is not None else ""
+            found.append(("reshard_after_forward", f'{kept} must be {among}at least 2 (or true, false or "auto")'))
         if found:
             return found
         sizes = {"heads": model.heads, "kv_heads": model.key_value_heads, "hidden": model.hidden_width}
@@ -60,4 +76,4 @@ class Parallel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def multiple_of(parallel: Parallel, contexts: Iterable[int]) -> int:
     """What the number of ranks must be a multiple of. contexts: the stages' `context_parallel`."""
-    return parallel.model_ranks * math.lcm(parallel.shard or 1, *contexts)
+    return parallel.model_ranks * math.lcm(parallel.shard or 1, parallel.neighbours or 1, *contexts)

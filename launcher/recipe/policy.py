@@ -9,6 +9,9 @@ import msgspec
 
 from launcher.recipe.bounds import MOST_COUNT, MOST_TOKENS, bounded
 
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 100
+"""vLLM draws at 0.01 what is asked for at less; the log-probabilities would be of another temperature."""
+
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of a stage whose model learns from its own responses. Coefficients are of the papers that docs/post-training.md names."""
@@ -38,7 +41,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kl_horizon: float = 10_000.0
     """Responses over which it is steered."""
     ratio_clip: float = 0.2
-    value_clip: float = 0.2
+    value_clip: float | None = None
+    """PPO: how far an update may move a value from what it was when the rollout was drawn, in the scores' own units. Not limited
+    where it is left out. The usual 0.2 is for returns that are normalised; where a reward model's scores lie far from the first
+    values, it holds up what the value model has to make up for. Andrychowicz et al. 2021 found no threshold that helps."""
     value_lr: float | None = None
     """Peak learning rate of the value model; the stage's, where it is left out."""
     gamma: float = 1.0
@@ -47,6 +53,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Advantages are brought to mean 0 and variance 1 over a rollout."""
     advantage: Literal["group", "leave-one-out"] = "group"
     """GRPO: against the mean and deviation of the prompt's responses, or against the mean of the others (RLOO)."""
+    normalisation: Literal["token", "sequence"] = "token"
+    """GRPO: every token of an update weighs the same, or every response does, each of its tokens by 1 / the response's length."""
     mismatch: float = 0.05
     """Nats. Mean difference of the engine's and the trainer's log-probabilities of a token, above which there is an alarm.
 
@@ -57,7 +65,9 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """(key, what is wrong and the way out)."""
         found = bounded(self, 1, MOST_COUNT, ("prompts", "responses", "epochs"))
         found += bounded(self, 1, MOST_TOKENS, ("tokens",))
-        for key in ("temperature", "kl_target", "kl_horizon", "ratio_clip", "value_clip", "value_lr", "mismatch"):
+        if not LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
+            found.append(("temperature", f"must lie between {LEAST_TEMPERATURE} and {MOST_TEMPERATURE}"))
+        for key in ("kl_target", "kl_horizon", "ratio_clip", "value_clip", "value_lr", "mismatch"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 found.append((key, "must be greater than 0 and finite"))

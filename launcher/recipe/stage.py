@@ -206,8 +206,8 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def temperature(self) -> float:
-        """At which its log-probabilities are taken."""
-        return self.rollout.temperature if self.draws or self.makes else 1.0
+        """At which its log-probabilities are taken: that of the responses that it learns from."""
+        return self.rollout.temperature if self.draws else 1.0
 
     @property
     def needs_reference(self) -> bool:
@@ -263,6 +263,8 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.draws or self.makes:
             found += [(f"policy.{key}", message) for key, message in self.rollout.problems()]
             found += [("policy", message) for message in self._rollout_problems()]
+            if self.objective != "grpo" and self.rollout.normalisation != "token":
+                found.append(("policy.normalisation", f'is for objective "grpo", this stage\'s is "{self.objective}" (drop it)'))
         elif self.policy is not None:
             message = f"is for objectives that draw responses, and the objective is {self.objective} (drop it)"
             found.append(("policy", message))

@@ -200,6 +200,7 @@ def test_every_model_is_the_same_however_it_is_laid_out(tmp_path: Path) -> None:
     cases += [Case(name, Parallel(tensor=2), 2, masked) for name in ("untied", "bloom", "gpt") for masked in (False, True)]
     cases += [Case("one key head", Parallel(), size, masked) for size in (2, 4) for masked in (False, True)]
     cases += [Case("bloom", Parallel(), 4, True), Case("bloom", Parallel(pipeline=2), 2, False)]
+    cases += [Case("llama", Parallel(reshard_after_forward=kept)) for kept in (True, False, 2)]
     hold(tmp_path, 4, cases)
 
 

@@ -71,6 +71,19 @@ def test_the_peak_of_a_rank_is_that_of_a_real_step(
     assert planned.peak_bytes - planned.staging_bytes == pytest.approx(measured, rel=0.06)
 
 
+@pytest.mark.parametrize(("kept", "ranks"), [(False, 2), (2, 4)])
+def test_blocks_that_stay_gathered_after_their_forward_are_planned(kept: bool | int, ranks: int, world: MakeWorld) -> None:
+    """The plan has a buffer besides, which is there where blocks are dropped."""
+    layout, config = Parallel(reshard_after_forward=kept), MODELS["bfloat16"]
+    where = stage(192, 2 * ranks, 2, activation_checkpointing="block")
+    planned = memory(config, VOCABULARY, where, ranks, True, layout)
+    dropped = memory(config, VOCABULARY, where, ranks, True, Parallel())
+    measured = peak_of_a_step(config, VOCABULARY, world(ranks, layout), where)
+    assert planned.peak_bytes - planned.staging_bytes == pytest.approx(measured, rel=0.08)
+    assert dropped.peak_bytes - dropped.staging_bytes < 0.95 * measured
+    assert planned.gathered_bytes > dropped.gathered_bytes
+
+
 @pytest.mark.parametrize(
     ("name", "parallel", "ranks", "rank", "changes"),
     [

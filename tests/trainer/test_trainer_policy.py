@@ -27,7 +27,6 @@ from trainer.model import Decoder
 from trainer.probe.judging import Judges
 from trainer.probe.loading import load
 from trainer.probe.service import Service
-from trainer.rollouts import _without_unscored
 
 FUNCTIONS = """
 import json, math, pathlib
@@ -45,6 +44,19 @@ def rigged(prompts, responses):
 
 def not_a_number(prompts, responses):
     return [math.nan if number == 1 else 1.0 for number, _ in enumerate(responses)]
+
+def patchy(prompts, responses):
+    "One response of the first prompt has no score, and of the second's four three have none."
+    return [None if number in (2, 4, 5, 7) else 1.0 for number, _ in enumerate(responses)]
+
+def unscored(prompts, responses):
+    return [None for _ in responses]
+
+def proud(prompts, responses):
+    return [1 / len(prompt) for prompt in prompts]
+
+def brief(prompts, responses):
+    return [-float(len(response)) for response in responses]
 
 def too_few(prompts, responses):
     return [1.0]
@@ -132,11 +144,6 @@ def test_grpo_finds_it_too_by_groups_and_by_leaving_one_out(build: Build) -> Non
         stage = ppo(32, objective="grpo", prompts=8, responses=4, epochs=1, advantage=advantage, lr=2e-2)
         found = series(steer(build(stage, name=advantage), size=1), "policy/reward")
         assert found[-1] > 2.5 * found[0]
-
-
-def test_a_response_without_a_score_says_nothing_of_the_others_in_its_group() -> None:
-    worth, real = torch.tensor([1.0, 0.0, 3.0, 5.0, 5.0, 0.0]), torch.tensor([True, False, True, True, True, False])
-    assert _without_unscored(worth, real, 3).tolist() == [1.0, 2.0, 3.0, 5.0, 5.0, 5.0]
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +288,9 @@ def test_the_probe_scores_answers_by_the_reward_model_and_refuses_to_let_it_writ
         assert score is not None
         tokenizer = Tokenizer.load(Path(recipe.data.dir or "") / "tokenizer.model")
         names = {tokenizer.piece(id): id for id in reversed(range(tokenizer.vocab))}
-        ids = torch.tensor([[*tokenizer.chat([("user", "What?")])[0], *(names[piece] for piece in pieces)]])
+        answer = [names[piece] for piece in pieces]
+        answer += [tokenizer.eos] if answer[-1] != tokenizer.eos else []  # one that was cut off is scored as if it ended there
+        ids = torch.tensor([[*tokenizer.chat([("user", "What?")])[0], *answer]])
         with torch.no_grad():
             found = model(ids, torch.arange(ids.shape[1])[None], torch.zeros_like(ids))
         assert score == pytest.approx(float(found[0, -1]), abs=1e-5)

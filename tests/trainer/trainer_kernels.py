@@ -89,7 +89,7 @@ def by_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, slopes: Tensor
 def use_kernels(patch: Any, flash: Callable[..., Tensor] | None, torchs: Callable[..., Tensor] | None = None) -> None:
     """As on a GPU with these installed. patch: pytest's, or something like it."""
     patch.setattr(attention, "flash_attn_varlen_func", flash)
-    patch.setattr(attention, "_runs_varlen", lambda device: True)
+    patch.setattr(attention, "runs_varlen", lambda device: True)
     if torchs is not None:
         patch.setattr(varlen, "varlen_attn", torchs)
     attention._torchs.cache_clear()

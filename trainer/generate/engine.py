@@ -16,6 +16,7 @@ from torch import Tensor
 
 from launcher.recipe.model import Model, Rope
 from trainer.generate.blocks import Blocks
+from trainer.generate.paged import PAGE_UNIT
 from trainer.generate.request import Event, Finish, Request, RequestError, Response, Sequence
 from trainer.generate.runner import Runner
 from trainer.generate.sampling import draw
@@ -29,7 +30,7 @@ _BEHIND = 8
 
 def page_tokens(device: torch.device) -> int:
     """Tokens of a page: kernels that follow pages on a GPU take no smaller ones."""
-    return 256 if device.type == "cuda" else 16
+    return PAGE_UNIT if device.type == "cuda" else 16
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,17 @@ class _Captured:
         filled = self._size - len(tokens)
         all_lengths = torch.tensor([*lengths, *[1] * filled], dtype=torch.int32)
         for buffer, values in ((self._tokens, tokens), (self._places, places), (self._slots, slots)):
-            buffer.copy_(torch.tensor([*values, *[0] * filled]))
-        self._tables.lengths.copy_(all_lengths)
-        self._tables.key_starts[1:].copy_(all_lengths.cumsum(0))
+            self._write(buffer, torch.tensor([*values, *[0] * filled]))
+        self._write(self._tables.lengths, all_lengths)
+        self._write(self._tables.key_starts[1:], all_lengths.cumsum(0, dtype=torch.int32))
         table = torch.zeros(self._size, self._widest, dtype=torch.int32)
         for row, held in enumerate(pages):
             table[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
-        self._tables.pages.copy_(table)
+        self._write(self._tables.pages, table)
         return self._replay()
+
+    def _write(self, buffer: Tensor, values: Tensor) -> None:
+        buffer.copy_(values.pin_memory() if self._device.type == "cuda" else values, non_blocking=True)
 
 
 def _capture(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:

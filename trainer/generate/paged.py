@@ -22,10 +22,15 @@ from torch import Tensor
 
 from trainer import attention
 from trainer.generate.request import Chunk
+from trainer.transfer import on_device, sent
 
 _GAP, _DENSE, _FEW = 32, 2, 16
 """Pages are seen where they lie if no more are missing between two of them, if those from the first to the last are so many times
 as many at the most, and if they are not fewer; else they are copied."""
+
+
+PAGE_UNIT = 256
+"""Tokens of which a page has a multiple for kernels that follow page tables."""
 
 
 @dataclass(frozen=True)
@@ -217,9 +222,15 @@ def _torch_kernel() -> Any:
     return varlen_attn if "block_table" in inspect.signature(varlen_attn).parameters else None
 
 
-def kernel_serves(device: torch.device, dtype: torch.dtype, alibi: bool) -> bool:
-    """Whether a kernel that follows page tables takes such a model."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+def kernel_serves(device: torch.device, dtype: torch.dtype, head: int, size: int, alibi: bool) -> bool:
+    """Whether a kernel that follows page tables takes such a model, with pages of `size` tokens.
+
+    Both are FlashAttention 2 (Dao 2023): heads of up to 256 dimensions, a multiple of 8, on Ampere and what came after; its paged
+    form wants pages of a multiple of 256 tokens.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or not attention.runs_varlen(device):
+        return False
+    if head > attention.WIDEST or head % 8 or size % PAGE_UNIT:
         return False
     return _flash() is not None or (_torch_kernel() is not None and not alibi)
 
@@ -243,9 +254,9 @@ def continued(chunks: Items[Chunk], size: int, slopes: Tensor | None, kv_heads: 
     seen: list[Seeing] = []
 
     def see(which: slice | Tensor, looking: Any, back: Any) -> None:
-        distance = torch.from_numpy(back).to(device, torch.float32)[:, None, None]
+        distance = on_device(back, torch.float32, device)[:, None, None]
         bias = torch.zeros_like(distance) if slopes is None else -slopes.view(kv_heads, -1, 1) * distance
-        seen.append(Seeing(which, torch.from_numpy(looking).to(device), bias.masked_fill_(distance < 0, -math.inf)))
+        seen.append(Seeing(which, sent(torch.from_numpy(looking), device), bias.masked_fill_(distance < 0, -math.inf)))
 
     apart = np.ones(len(pages), bool)
     # Of those that see the same page one does so where it lies.
@@ -260,12 +271,13 @@ def continued(chunks: Items[Chunk], size: int, slopes: Tensor | None, kv_heads: 
         see(slice(first, last), looking, back)
     if apart.any():
         place[apart] = np.arange(int(apart.sum())) + sum(len(each.rows) for each in seen)
-        see(torch.from_numpy(pages[apart]).to(device), rows[apart], behind[apart])
+        see(sent(torch.from_numpy(pages[apart]), device), rows[apart], behind[apart])
     starts = np.cumsum(counts) - counts
     table = np.repeat(place[starts][:, None], int(counts.max()), axis=1)
     table[rows, nth] = place
     lacking = torch.zeros(table.shape).masked_fill_(torch.from_numpy(np.arange(table.shape[1]) >= counts[:, None]), -math.inf)
-    return Continued(len(chunks), tuple(seen), torch.from_numpy(table).to(device), lacking[:, :, None, None, None].to(device))
+    lacking = sent(lacking[:, :, None, None, None], device)
+    return Continued(len(chunks), tuple(seen), sent(torch.from_numpy(table), device), lacking)
 
 
 def _glance(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,7 +300,7 @@ def tables(chunks: Items[Chunk], device: torch.device) -> Tables:
     widest = max(len(chunk.sequence.pages) for chunk in chunks)
 
     def tensor(values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
+        return on_device(values, torch.int32, device)
 
     starts, key_starts = ([0, *itertools.accumulate(each)] for each in (counts, lengths))
     pages = [filled(chunk.sequence.pages, widest) for chunk in chunks]

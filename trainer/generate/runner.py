@@ -21,6 +21,7 @@ from trainer.generate.request import Chunk
 from trainer.model import Decoder, Thrift
 from trainer.positions import alibi_slopes
 from trainer.spread import Spread
+from trainer.transfer import on_device
 
 
 class Runner:
@@ -49,7 +50,7 @@ class Runner:
         like = torch.empty(0, dtype=dtype, device=device)
         self.pages = Pages(config.layers, config.key_value_heads, config.head, pages + 1, size, like)
         self._slopes = alibi_slopes(config.heads, device) if config.position == "alibi" else None
-        self._kernel = kernel_serves(device, dtype, self._slopes is not None) if kernel is None else kernel
+        self._kernel = kernel_serves(device, dtype, config.head, size, self._slopes is not None) if kernel is None else kernel
         replays = self._kernel and device.type == "cuda" if replays is None else replays
         self._replayed = Replayed(self._by_tables, -(-context // size), context, device) if replays else None
 
@@ -80,9 +81,12 @@ class Runner:
             ends += chunk.stop - chunk.start
             if chunk.draws:
                 last.append(ends - 1)
-        seen = self._seen(chunks, torch.tensor(slots, device=self._device))
-        hidden = self._forward(torch.tensor([tokens], device=self._device), torch.tensor([places], device=self._device), seen)
-        return self._logits(hidden[0, torch.tensor(last, device=self._device, dtype=torch.int64)])
+        seen = self._seen(chunks, self._sent(slots))
+        hidden = self._forward(self._sent([tokens]), self._sent([places]), seen)
+        return self._logits(hidden[0, self._sent(last)])
+
+    def _sent(self, values: object) -> Tensor:
+        return on_device(values, torch.int64, self._device)
 
     def _slot(self, chunk: Chunk, place: int) -> int:
         return chunk.sequence.pages[place // self.size] * self.size + place % self.size
@@ -98,7 +102,7 @@ class Runner:
         for chunk in chunks[len(single) :]:
             stop = start + chunk.stop - chunk.start
             held = chunk.sequence.pages[: -(-chunk.stop // self.size)]
-            pieces.append(Piece(start, stop, chunk.start, torch.tensor(held, device=device)))
+            pieces.append(Piece(start, stop, chunk.start, on_device(held, torch.int64, device)))
             start = stop
         return Seen(rows, those, tuple(pieces), slopes=self._slopes)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.generate.request import Sequence
+from trainer.transfer import HostCopy, on_device
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -30,40 +31,49 @@ def draw(logits: Tensor, sequences: Items[Sequence]) -> Drawn:
     """A token for each of the sequences, from logits [sequences, vocabulary] in float32."""
     requests, device = [sequence.request for sequence in sequences], logits.device
     likeliest = logits.argmax(-1)
-    temperature = torch.tensor([request.temperature or 1.0 for request in requests], device=device)
+    temperature = on_device([request.temperature or 1.0 for request in requests], torch.float32, device)
     every = (logits / temperature[:, None]).log_softmax(-1)
     tokens = likeliest
     if any(request.temperature for request in requests):
-        greedy = torch.tensor([request.temperature == 0 for request in requests], device=device)
+        greedy = on_device([request.temperature == 0 for request in requests], torch.bool, device)
         tokens = torch.where(greedy, likeliest, _chosen(every, sequences))
     log_probs = every.gather(-1, tokens[:, None])[:, 0]
-    told = torch.stack([tokens.double(), log_probs.double()]).tolist()
-    return Drawn([int(token) for token in told[0]], told[1], _alternatives(logits, sequences))
+    drawn = HostCopy(torch.stack([tokens.double(), log_probs.double()]))
+    alternatives = _alternatives(logits, sequences)
+    ids, values = drawn.tolist()
+    return Drawn([int(token) for token in ids], values, alternatives)
+
+
+_WHOLE = 2.0**52
+"""Of which chances are whole numbers when they are summed: a float's sum over a row has no deterministic kernel on CUDA."""
 
 
 def _chosen(every: Tensor, sequences: Items[Sequence]) -> Tensor:
-    """By the inverse of the distribution: [sequences]."""
+    """By the inverse of the distribution: [sequences].
+
+    A chance is rounded to a multiple of 2^-52. Sums of whole numbers are exact, in whatever order they are added.
+    """
     requests, device = [sequence.request for sequence in sequences], every.device
-    chances = every.exp().double()
+    chances = (every.double().exp() * _WHOLE).long()
     if any(request.top_k or request.top_p < 1 for request in requests):
         most = every.shape[-1]
-        top_k = torch.tensor([min(request.top_k or most, most) for request in requests], device=device)
-        top_p = torch.tensor([request.top_p for request in requests], device=device, dtype=torch.float64)
+        top_k = on_device([min(request.top_k or most, most) for request in requests], torch.int64, device)
+        top_p = on_device([request.top_p for request in requests], torch.float64, device)
         chances = _cut(chances, top_k, top_p)
     sums = chances.cumsum(-1)
     seeds = np.array([request.seed % 2**64 for request in requests], np.uint64)
     numbers = np.array([sequence.drawn for sequence in sequences], np.uint64)
-    wanted = torch.from_numpy(uniform(seeds, numbers)).to(device)[:, None] * sums[:, -1:]
-    below = torch.nextafter(sums[:, -1:], torch.zeros_like(wanted))
+    drawn = on_device(uniform(seeds, numbers), torch.float64, device)[:, None]
+    wanted = torch.minimum((drawn * sums[:, -1:]).long(), sums[:, -1:] - 1)
     # The first whose sum is beyond it: never one whose chance is 0.
-    return torch.searchsorted(sums, torch.minimum(wanted, below), right=True)[:, 0]
+    return torch.searchsorted(sums, wanted, right=True)[:, 0]
 
 
 def _cut(chances: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Without what is past the likeliest k, or past those that reach p together."""
     ordered, places = chances.sort(stable=True, dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
-    kept = (before < top_p[:, None]) & (torch.arange(chances.shape[-1], device=chances.device) < top_k[:, None])
+    kept = (before < top_p[:, None] * _WHOLE) & (torch.arange(chances.shape[-1], device=chances.device) < top_k[:, None])
     return torch.zeros_like(chances).scatter_(-1, places, ordered * kept)
 
 
@@ -72,8 +82,9 @@ def _alternatives(logits: Tensor, sequences: Items[Sequence]) -> list[tuple[tupl
     wanted = [at for at, sequence in enumerate(sequences) if sequence.request.alternatives]
     if wanted:
         most = min(max(sequences[at].request.alternatives for at in wanted), logits.shape[-1])
-        values, ids = logits[wanted].log_softmax(-1).topk(most)
-        for at, chances, tokens in zip(wanted, values.tolist(), ids.tolist(), strict=True):
+        values, ids = logits[on_device(wanted, torch.int64, logits.device)].log_softmax(-1).topk(most)
+        chosen, likely = HostCopy(ids), HostCopy(values)
+        for at, chances, tokens in zip(wanted, likely.tolist(), chosen.tolist(), strict=True):
             count = sequences[at].request.alternatives
             found[at] = tuple(zip(tokens[:count], chances[:count], strict=True))
     return found

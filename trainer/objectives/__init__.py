@@ -54,6 +54,9 @@ def objective_of(stage: Stage) -> Objective:
     if stage.makes:
         return OBJECTIVES["sft"]  # what it makes is examined by later stages; it trains nothing
     objective = OBJECTIVES[stage.objective]
+    if stage.objective == "grpo":
+        by = stage.rollout.normalisation
+        return replace(objective, loss=partial(grpo.loss, normalisation=by), weight=partial(grpo.weight, normalisation=by))
     if stage.objective != "dpo":
         return objective
     loss = partial(dpo.loss, kind=stage.dpo_loss, length_normalised=stage.length_normalised, reference_free=stage.reference_free)

@@ -13,6 +13,8 @@ from torch import Tensor
 from trainer.objectives.loss import last_place, real
 
 Estimator = Literal["k1", "k2", "k3"]
+_FARTHEST = 20.0
+"""Of log pi_ref - log pi, as in verl's `kl_penalty`: from 88 on exp overflows to inf in float32."""
 
 
 def kl(policy: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
@@ -20,11 +22,18 @@ def kl(policy: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
 
     Schulman 2020, "Approximating KL divergence", with d = log pi - log pi_ref: k1 = d, of which a mean is unbiased but may be
     negative; k2 = d^2 / 2, biased, never negative; k3 = exp(-d) - 1 + d, unbiased and never negative.
+
+    k3 takes a d below -20 for -20, without a gradient. It is exact above: tokens that the reference holds for very unlikely must
+    keep their weight and their gradient. verl clamps both sides, and k3 itself to 10.
     """
     d = policy - reference
     if estimator == "k1":
         return d
-    return d.square() / 2 if estimator == "k2" else torch.expm1(-d) + d
+    if estimator == "k2":
+        return d.square() / 2
+    d = d.clamp(min=-_FARTHEST)
+    # For a d near 0 rounding leaves a difference of either sign.
+    return (torch.expm1(-d) + d).clamp(min=0)
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tensor:

@@ -31,18 +31,28 @@ def loss(
     length_normalised: bool = False,
     reference_free: bool = False,
 ) -> Loss:
-    """Rows [2 pairs, time]: the chosen responses, then the rejected ones in the same order. Weighed by pairs.
+    """Rows [2 pairs, time]: the chosen responses, then the rejected ones in the same order. Weighed by pairs (`complete`).
 
     `settings`: beta, and for "sigmoid" label_smoothing. reference_free: against a reference that gives all responses the same
     probability, which the difference of two leaves out; `reference` is then not looked at.
     """
     assert reference_free or reference is not None, "DPO holds against a reference"
-    there = rows.mask[: len(rows.tokens) // 2].any(-1).float()
+    there = complete(rows.mask).float()
     ours = responses(policy, rows, length_normalised)
     fixed = torch.zeros_like(ours) if reference_free or reference is None else responses(reference, rows, length_normalised)
     smoothing = settings["label_smoothing"] if kind == "sigmoid" else 0.0
     values, metrics = preferences(ours, fixed, settings["beta"], smoothing, kind)
     return summed(values, there, metrics)
+
+
+def complete(mask: Tensor) -> Tensor:
+    """Which pairs have both responses, bool [pairs], from a mask [2 pairs, time]. Only these are learned from.
+
+    Nothing can be preferred to an empty response: its log-probability is 0 whatever the model, so the loss would only raise or
+    lower the other one.
+    """
+    chosen, rejected = mask.any(-1).chunk(2)
+    return chosen & rejected
 
 
 def responses(log_probs: Tensor, rows: Rows, length_normalised: bool = False) -> Tensor:
@@ -71,5 +81,6 @@ def preferences(
 
 
 def weight(mask: npt.NDArray[np.float32]) -> float:
-    """Pairs: rows whose chosen half has a response."""
-    return float(mask[: len(mask) // 2].any(-1).sum())
+    """Pairs that have both responses."""
+    chosen, rejected = np.split(mask.any(-1), 2)
+    return float((chosen & rejected).sum())

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from trainer.batch import Rows
@@ -23,19 +24,34 @@ METRICS = (*ppo.METRICS, "policy/kl")
 Normalisation = Literal["token", "sequence"]
 
 
-def advantages(scores: Tensor, group: int, leave_one_out: bool = False) -> Tensor:
+def advantages(scores: Tensor, group: int, leave_one_out: bool = False, scored: Tensor | None = None) -> Tensor:
     """Of each response: scores [prompts * group], the responses to a prompt side by side, to the same shape.
 
     (r - mean) / (std + 1e-6) within the group. The standard deviation is the sample's (divided by group - 1), as TRL, verl and
     OpenRLHF have it; TRL adds 1e-4 and OpenRLHF 1e-9. leave_one_out: r less the mean of the others, not scaled.
+
+    scored: bool, of the same shape, which responses have a score; all, where it is left out. A group's mean, deviation and size
+    are those of its scored responses. The others get 0, as do all in a group with fewer than two scores (see `comparable`).
     """
     if group < 2:
         raise ValueError(f"a group of {group} has nothing to be held against (use at least 2)")
+    scored = torch.ones_like(scores, dtype=torch.bool) if scored is None else scored
     # In float32 the rounding of a mean of equal scores, divided by 1e-6, would be an advantage.
-    grouped = scores.double().view(-1, group)
-    centred = grouped - grouped.mean(-1, keepdim=True)
-    found = centred * group / (group - 1) if leave_one_out else centred / (grouped.std(-1, keepdim=True) + 1e-6)
+    grouped, there = real(scores.double(), scored).view(-1, group), scored.view(-1, group)
+    count = there.sum(-1, keepdim=True)
+    centred = real(grouped - grouped.sum(-1, keepdim=True) / count.clamp(min=1), there)
+    others = (count - 1).clamp(min=1)
+    if leave_one_out:
+        found = centred * count / others
+    else:
+        found = centred / ((centred.square().sum(-1, keepdim=True) / others).sqrt() + 1e-6)
     return found.flatten().to(scores.dtype)
+
+
+def comparable(scored: Tensor, group: int) -> Tensor:
+    """Which responses have a score, and another one with a score in their group; bool [prompts * group] to the same shape."""
+    there = scored.view(-1, group)
+    return (there & (there.sum(-1, keepdim=True) >= 2)).flatten()
 
 
 def loss(

@@ -9,12 +9,12 @@ import numpy.typing as npt
 from torch import Tensor
 
 from trainer.batch import Rows
-from trainer.objectives.loss import Loss
+from trainer.objectives.loss import Loss, real
 
 
 def loss(policy: Tensor, rows: Rows, settings: Mapping[str, float], reference: Tensor | None) -> Loss:
     """Radford et al. 2018, equation 1; weighed by real tokens."""
-    return -(policy * rows.mask).sum(), rows.mask.sum(), {}
+    return -(real(policy, rows.mask) * rows.mask).sum(), rows.mask.sum(), {}
 
 
 def weight(mask: npt.NDArray[np.float32]) -> float:

@@ -13,19 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.batch import Rows
-from trainer.objectives.dpo import METRICS, weight
-from trainer.objectives.loss import Loss, last_place, summed
+from trainer.objectives.dpo import METRICS, complete, weight
+from trainer.objectives.loss import Loss, last_place, real, summed
 
 __all__ = ["METRICS", "calibration", "gaps", "loss", "preferences", "score_places", "weight"]
 
 
 def loss(values: Tensor, rows: Rows, settings: Mapping[str, float], reference: Tensor | None = None) -> Loss:
-    """Rows [2 pairs, time]: the chosen responses, then the rejected ones in the same order. Weighed by pairs.
+    """Rows [2 pairs, time]: the chosen responses, then the rejected ones in the same order. Weighed by pairs that have both.
 
     values: the scalar head's, [rows, time]; the score is that at `score_places`. `settings`: margin, centre.
     """
-    scores = values.gather(1, score_places(rows)[:, None]).squeeze(1)
-    there = rows.mask[: len(scores) // 2].any(-1).float()
+    there = complete(rows.mask).float()
+    place = torch.arange(values.shape[1], device=values.device) == score_places(rows)[:, None]
+    # Not by `gather`, whose gradient is added up, for which CUDA has no order of its own.
+    scores = real(values, place & (there.repeat(2) > 0)[:, None]).sum(1)
     found, metrics = preferences(scores, settings["margin"], settings["centre"])
     return summed(found, there, metrics)
 

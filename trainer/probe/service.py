@@ -189,12 +189,16 @@ class Service:
         )
 
     def _score(self, id: str, answer: Answer, finish: Finish) -> float | None:
-        """What a reward model of the run makes of the answer; None where there is none, or nobody was answered."""
+        """What a reward model of the run makes of the answer; None where there is none, or nobody was answered.
+
+        It is read where a turn ends, as that is where a reward model has learned to say it; an answer that was cut off is ended.
+        """
         loaded = self._loaded.get(id)
         if loaded is None or loaded.form(answer.ask) != "chat" or finish == "aborted":
             return None
         try:
-            return self._judged(answer.ids)
+            ended = answer.ids[-1:] and answer.ids[-1] in loaded.tokenizer.stops
+            return self._judged(answer.ids if ended else [*answer.ids, loaded.tokenizer.turn_end])
         except (CheckpointError, MemoryError, RuntimeError) as error:
             log.warning("the answer is not scored: %s", error)
             return None
