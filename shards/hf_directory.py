@@ -29,12 +29,17 @@ ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """In the order in which `transformers` adds tokens that the tokenizer does not have yet."""
 BACKEND = "TokenizersBackend"
 """The class that takes a tokenizer.json as it is."""
+OTHER_NAMES = (BACKEND, "PreTrainedTokenizer", "BloomTokenizer")
+"""Its names in `tokenizer_config.json`, without "Fast"."""
 DEFAULTS = {
     "LlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
     "GPT2Tokenizer": dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>"),
+    "Qwen2Tokenizer": dict.fromkeys(("eos", "unk", "pad"), "<|endoftext|>"),
 }
 """Special tokens of the classes that build a tokenizer of their own from the file's vocabulary."""
 
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""Where that class cuts a text."""
 _TAG = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 """What a special token looks like that a file has among its ordinary pieces."""
 
@@ -82,6 +87,10 @@ class _Reader:
         bytes_wise = self._fast is not None and "ByteLevel" in _types(self._fast)
         if kind == "mistral" or (named == "LlamaTokenizer" and bytes_wise):
             return BACKEND
+        if named not in DEFAULTS and named not in OTHER_NAMES:
+            says = f"says {shown(named)}, a class that builds a tokenizer in its own way, which is not known here"
+            way = 'if tokenizer.json is right as it is, set tokenizer_class to "PreTrainedTokenizerFast"'
+            raise SpecError(f"tokenizer: {self._path.parent}: {CONFIG} {says}, whatever {FAST} says ({way})")
         return named if named in DEFAULTS else BACKEND
 
     def bundle(self) -> dict[str, Any]:
@@ -112,11 +121,19 @@ class _Reader:
             )
         if self._class == "LlamaTokenizer":
             return _llama(vocab, model.get("merges") or [], self._prefix())
-        pre = self._fast.get("pre_tokenizer") or {}
-        if pre.get("type") != "ByteLevel" or not pre.get("use_regex", True) or self._fast.get("normalizer"):
-            raise self._conflict(FAST, "splits text in another way than GPT-2's", CONFIG, f"says {self._class}")
         add_prefix_space = bool(self._config.get("add_prefix_space", False))
-        return self._fast | {"pre_tokenizer": pre | {"add_prefix_space": add_prefix_space}, "added_tokens": []}
+        split: dict[str, Any] = self._fast.get("pre_tokenizer") or {}
+        parts: list[dict[str, Any]] = []
+        if self._class == "Qwen2Tokenizer" and split.get("type") == "Sequence":
+            parts = split.get("pretokenizers") or []
+        last = parts[-1] if parts else split
+        found = [each.get("pattern") for each in parts[:-1]], (self._fast.get("normalizer") or {}).get("type")
+        wanted = ([{"Regex": QWEN2_SPLIT}], "NFC") if self._class == "Qwen2Tokenizer" else ([], None)
+        if found != wanted or last.get("type") != "ByteLevel" or last.get("use_regex", True) != (not parts):
+            raise self._conflict(FAST, f"splits text in another way than {self._class}", CONFIG, "says that class")
+        last = last | {"add_prefix_space": add_prefix_space}
+        pre = split | {"pretokenizers": [*parts[:-1], last]} if parts else last
+        return self._fast | {"pre_tokenizer": pre, "added_tokens": []}
 
     def _prefix(self) -> str:
         """Where a Llama's tokenizer puts a space: before the first part of a text, before each, or nowhere."""
@@ -128,7 +145,7 @@ class _Reader:
         pieces, kind, normalizer = parse(self._path.read_bytes())
         names, kinds = [name for name, _, _ in pieces], [what for _, _, what in pieces]
         here = self._path.name
-        if self._class == "GPT2Tokenizer":
+        if self._class in ("GPT2Tokenizer", "Qwen2Tokenizer"):
             raise self._conflict(here, "is SentencePiece's", CONFIG, f"says {self._class}, which reads bytes")
         if kind != 2:
             raise self._conflict(here, "is no BPE model", CONFIG, "is read by transformers as one of BPE")

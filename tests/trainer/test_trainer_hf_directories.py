@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 
 from shards.errors import SpecError
+from shards.hf_directory import QWEN2_SPLIT
 from shards.spec import Tokenizer as TokenizerSpec
 from shards.templates import DEFAULT, read
 from shards.tokenizer import RESERVED, Tokenizer, read_model
@@ -104,6 +105,12 @@ def _byte_level(prefix: bool) -> str:
 def byte_level(prefix: bool = False, **changes: Any) -> Files:
     found: Files = json.loads(_byte_level(prefix)) | changes
     return found
+
+
+def qwen2() -> Files:
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return byte_level(normalizer={"type": "NFC"}, pre_tokenizer={"type": "Sequence", "pretokenizers": [split, last]})
 
 
 def converted(**settings: Any) -> Files:
@@ -205,6 +212,8 @@ CASES: dict[str, Files] = {
     "GPT-2, a space by the configuration": fast({"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}, "gpt2"),
     "GPT-2, a space by the other file": fast({}, "gpt2", **{"tokenizer.json": byte_level(prefix=True)}),
     "GPT-2, as it is": fast(FAST | END, "gpt2", **{"tokenizer.json": byte_level(prefix=True)}),
+    "Qwen2": fast({"tokenizer_class": "Qwen2Tokenizer", "bos_token": None} | END, **{"tokenizer.json": qwen2()}),
+    "Qwen2, ChatML": fast({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}, **{"tokenizer.json": qwen2()}),
     "of a Mistral": fast(LLAMA | END, "mistral", **{"tokenizer.json": converted()}),
     "a special token without a role": fast(FAST | END | {"additional_special_tokens": ["<img>"], "image_token": "<image>"}),
     "ends by the generation": fast(FAST | END, **{"generation_config.json": {"eos_token_id": [0, 501]}}),
@@ -273,12 +282,12 @@ def drawn(rng: random.Random) -> Files:
     if rng.random() < 0.6:
         found["tokenizer.model"] = rng.choice([model, model, TIKTOKEN])
     if rng.random() < 0.6 or not found:
-        found["tokenizer.json"] = rng.choice([byte_level(), byte_level(prefix=True), converted(), converted()])
+        found["tokenizer.json"] = rng.choice([byte_level(), byte_level(prefix=True), qwen2(), converted(), converted()])
     config = {f"{role}_token": rng.choice([None, *names]) for role in ("bos", "eos", "pad", "unk") if rng.random() < 0.5}
     config |= {
         key: rng.random() < 0.5 for key in ("legacy", "add_prefix_space", "add_bos_token", "add_eos_token") if rng.random() < 0.3
     }
-    classes = ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "GPT2Tokenizer"]
+    classes = ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer"]
     config |= {"tokenizer_class": rng.choice(classes)} if rng.random() < 0.8 else {}
     config |= {"additional_special_tokens": rng.sample(["<z>", "<img>", "<|im_start|>"], 2)} if rng.random() < 0.3 else {}
     entries = token(500, "<|im_end|>", rng.random() < 0.5) | token(501, "<z>", rng.random() < 0.5, rstrip=rng.random() < 0.5)
@@ -451,6 +460,18 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...]]] = {
         ("tokenizer.json has the added token", "tokenizer_config.json has none such"),
     ),
     "tiktoken's alone": ({"tokenizer.model": TIKTOKEN, "tokenizer_config.json": LLAMA}, ("not a SentencePiece model",)),
+    "of Qwen2's class, another way to split": (
+        fast({"tokenizer_class": "Qwen2TokenizerFast"} | END),
+        ("tokenizer.json splits text in another way than Qwen2Tokenizer", "tokenizer_config.json"),
+    ),
+    "of GPT-2's class, another way to split": (
+        fast({"tokenizer_class": "GPT2Tokenizer"} | END, **{"tokenizer.json": qwen2()}),
+        ("tokenizer.json splits text in another way than GPT2Tokenizer", "tokenizer_config.json"),
+    ),
+    "of an unknown class": (
+        fast({"tokenizer_class": "GemmaTokenizerFast"} | END),
+        ("tokenizer_config.json says 'GemmaTokenizer'", "whatever tokenizer.json says", '"PreTrainedTokenizerFast"'),
+    ),
     "a token that is a number": (fast(FAST | {"eos_token": 5}), ("tokenizer.json", "or the files beside it are not")),
 }
 
