@@ -133,6 +133,13 @@ def test_a_record_that_means_something_else_is_rejected_by_its_field(more: dict[
         assert read(own | more) == reason
 
 
+def test_what_a_judge_says_of_a_pair_does_not_reject_it() -> None:
+    pair = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
+    found = read(pair | {"label": False, "reasoning": "5 is wrong"}, "preference")
+    assert isinstance(found, Document) and found.unread == ("reasoning",)
+    assert read(pair | {"tools": [{}]}, "preference") == 'has "tools": tool calls are not learned'
+
+
 def test_parts_of_text_are_put_together() -> None:
     parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
     assert said({"messages": [ASK | {"content": parts}, ANSWER]}) == TOLD
