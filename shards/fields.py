@@ -86,7 +86,7 @@ def around(record: Mapping[str, Any], known: Collection[str], allowed: Collectio
     for name, value in record.items():
         if name in known:
             continue
-        if name in UNDESIRED and (value is False or (name != "label" and value == 0)):
+        if name in UNDESIRED and name not in allowed and (value is False or (name != "label" and value == 0)):
             return f'"{name}" is false: an example of what not to say'
         if is_empty(value) or name in METADATA or name.endswith("_id"):
             continue

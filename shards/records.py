@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from shards.fields import CUT_OFF, FINISHED, REASONING, Turn, Turns, around, messages
+from shards.fields import CUT_OFF, FINISHED, REASONING, UNDESIRED, Turn, Turns, around, messages
 from shards.spec import Source
 
 
@@ -112,7 +112,8 @@ def _preference(record: Mapping[str, Any], source: Source, where: str) -> Docume
             return f'the answer in "{name}" is not to be learned'
     if chosen[-1].content == rejected[-1].content:
         return "both answers are the same"
-    prompt = _whole(record, (source.prompt_field, *names), prompt, unread, REASONING)  # a judge's reasons, mostly
+    allowed = (*REASONING, *UNDESIRED)  # a judge's reasons, mostly, and its marks
+    prompt = _whole(record, (source.prompt_field, *names), prompt, unread, allowed)
     if isinstance(prompt, str):
         return prompt
     drawn = []

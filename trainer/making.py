@@ -20,6 +20,7 @@ from launcher.recipe import Recipe, Stage
 from launcher.recipe.stage import PARTS
 from shards.build import build
 from shards.errors import ShardError
+from shards.pipeline.reporting import left_out
 from shards.spec import Build, Source
 from shards.spec import Tokenizer as TokenizerSpec
 from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -93,6 +94,8 @@ def finish(training: Training) -> None:
             raise ShardError(problem)
         names = ", ".join(source.name for source in sources)
         training.note("info", f'stage "{stage.name}" has made {names}, in {time.monotonic() - began:.1f} s')
+        for said in left_out(training.root / "made" / name):
+            training.note("warning", f'stage "{stage.name}": {said}')
     at.made = at.made | {stage.name: name}
 
 

@@ -21,6 +21,7 @@ from shards import build as builder
 from shards.commands import BUSY
 from shards.decoding import DecodeError, json_as
 from shards.errors import ShardError
+from shards.pipeline.reporting import left_out
 from shards.spec import Build
 
 
@@ -65,6 +66,9 @@ class Building:
             await asyncio.sleep(1.0)
         seconds = office.clock() - office.live.building_since
         office.record(j.DataBuilt(time=office.clock(), directory=build.out, seconds=seconds))
+        with contextlib.suppress(ShardError):  # what cannot be read is said where it is used
+            for said in await asyncio.to_thread(lambda: list(left_out(Path(build.out)))):
+                office.note("warning", f"data: {said}")
 
     async def _lasts(self) -> None:
         recipe = self._office.recipe

@@ -24,6 +24,7 @@ class Stopped(BaseException):
 
 def main(args: argparse.Namespace) -> int:
     from shards.build import build
+    from shards.pipeline.reporting import left_out
     from shards.progress import Progress, Report, Screen, print_progress
 
     if args.workers is not None and args.workers < 0:
@@ -44,30 +45,14 @@ def main(args: argparse.Namespace) -> int:
                 with Screen() as screen:
                     shown: Report = screen
                     build(spec, shown, args.workers)
-                _tell_left_out(Path(spec.out))
+                for said in left_out(Path(spec.out)):
+                    write_error(said)
                 if args.recipe is not None:
                     write_path(spec.out)
     except (Stopped, KeyboardInterrupt):
         write_error(f"stopped; the same command goes on from what {spec.out} has")
         return 1
     return 0
-
-
-def _tell_left_out(out: Path) -> None:
-    """What the shards do not have of their sources, in a line each: nothing is left out without a word."""
-    from shards.commands.output import counted
-    from shards.pipeline.models import TOO_SHORT
-    from shards.pipeline.reporting import load
-
-    report = load(out)
-    for name, said in report.models.items():
-        if TOO_SHORT in said:
-            write_error(f"{name}: {said}")
-    for source in report.sources:
-        if source.rejected:
-            write_error(f"{source.name}: left out: {counted(source.rejected)}")
-        if source.notes:
-            write_error(f"{source.name}: kept, but: {counted(source.notes)}")
 
 
 def _spec(args: argparse.Namespace) -> Build:

@@ -10,9 +10,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shards.commands.output import counted, directories, print_table, short, size, working
+from shards.commands.output import directories, print_table, short, size, working
 from shards.corpus import Corpus
 from shards.errors import SpecError
+from shards.pipeline.reporting import counted
 from shards.progress import Meter
 from shards.terminal import write_json, write_out
 from shards.tokenizer import FILE_NAME, Tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,11 +43,6 @@ def working(args: Any, phase: Phase, message: str, unit: str, total: int) -> Ite
         meter = Meter((lambda progress: None) if args.json or not screen.is_terminal else screen)
         meter.begin(phase, message, unit, total)
         yield meter
-
-
-def counted(reasons: Mapping[str, int]) -> str:
-    """Reasons with the number of records of each, the most frequent first."""
-    return "; ".join(f"{reason}: {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
 
 def size(count: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from shards.container import write_atomically
 from shards.errors import ShardError
 from shards.manifest import SPLITS
 from shards.pipeline.funnel import Count, Funnel, together
-from shards.pipeline.models import described
+from shards.pipeline.models import TOO_SHORT, described
 from shards.pipeline.work import Work
 
 FILE_NAME = "report.json"
@@ -93,6 +93,24 @@ def _of_source(out: Path, name: str, directories: Sequence[str], funnel: Funnel)
         text_bytes=sum(manifest.text_bytes for manifest in every),
         notes=dict(noted),
     )
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """Reasons with the number of records of each, the most frequent first."""
+    return "; ".join(f"{reason}: {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+
+
+def left_out(out: Path) -> Iterator[str]:
+    """What the shards of a build do not have of their sources, a line each: nothing is left out in silence. Raises ShardError."""
+    report = load(out)
+    for name, said in report.models.items():
+        if TOO_SHORT in said:
+            yield f"{name}: {said}"
+    for source in report.sources:
+        if source.rejected:
+            yield f"{source.name}: left out: {counted(source.rejected)}"
+        if source.notes:
+            yield f"{source.name}: kept, but: {counted(source.notes)}"
 
 
 class _Marker(msgspec.Struct):

@@ -195,6 +195,7 @@ def test_pairs_are_exported_and_what_teaches_nothing_is_counted(tmp_path: Path) 
         ("bob", "a clock", "four hours"),
         ("anna", "a clock", "four hours"),
     ]
+    assert {(each["chosen_finish_reason"], each["rejected_finish_reason"]) for each in told} == {("stop", "stop")}
     assert told[0]["prompt"][1] == {"role": "user", "content": "What is a watch?"}
     assert export(tmp_path, tmp_path / "elsewhere.jsonl")["pairs"] == 3
     assert (tmp_path / "elsewhere.jsonl").read_bytes() == (tmp_path / "pairs.jsonl").read_bytes()

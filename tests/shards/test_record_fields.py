@@ -10,7 +10,6 @@ import pytest
 
 from shards import manifest
 from shards.build import build
-from shards.commands.output import counted
 from shards.corpus import Corpus
 from shards.encode import encode, refusal
 from shards.pipeline import reporting
@@ -134,6 +133,13 @@ def test_a_record_that_means_something_else_is_rejected_by_its_field(more: dict[
         assert read(own | more) == reason
 
 
+def test_what_a_judge_says_of_a_pair_does_not_reject_it() -> None:
+    pair = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
+    found = read(pair | {"label": False, "reasoning": "5 is wrong"}, "preference")
+    assert isinstance(found, Document) and found.unread == ("reasoning",)
+    assert read(pair | {"tools": [{}]}, "preference") == 'has "tools": tool calls are not learned'
+
+
 def test_parts_of_text_are_put_together() -> None:
     parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
     assert said({"messages": [ASK | {"content": parts}, ANSWER]}) == TOLD
@@ -149,11 +155,7 @@ def test_an_answer_before_the_first_question_is_not_learned() -> None:
 
 
 @pytest.mark.parametrize(("clean", "workers"), [(None, 0), (None, 2), (Clean(exact=False, near=0), 0)])
-def test_fields_that_are_not_read_are_counted_and_shown(
-    tmp_path: Path, clean: Clean | None, workers: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from shards.commands.building import _tell_left_out
-
+def test_fields_that_are_not_read_are_counted_and_shown(tmp_path: Path, clean: Clean | None, workers: int) -> None:
     records = [{"messages": [ASK | {"content": f"{n}?"}, ANSWER | {"mood": "glad"}], "id": n, "hint": "x"} for n in range(20)]
     records += [{"messages": [ASK, ANSWER | {"weight": 0}, ASK, ANSWER]}, {"messages": [ASK, ANSWER | {"tool_calls": [1]}]}]
     path = tmp_path / "d.jsonl"
@@ -169,8 +171,10 @@ def test_fields_that_are_not_read_are_counted_and_shown(
     assert found.rejected == {'a turn has "tool_calls": tool calls are not learned': 1}
     report = next(each for each in reporting.load(out).sources if each.name == "own")
     assert (report.notes, report.rejected) == (found.notes, found.rejected)
-    _tell_left_out(out)
-    assert f"own: kept, but: {counted(found.notes)}" in capsys.readouterr().err
+    assert list(reporting.left_out(out)) == [
+        'own: left out: a turn has "tool_calls": tool calls are not learned: 1',
+        'own: kept, but: field not read: "hint": 20; field not read: "mood of a turn": 20',
+    ]
     corpus, tokenizer = Corpus(out, "own", "train"), Loaded.load(out / "tokenizer.model")
     start, stop = corpus.span(20)
     ids, mask = corpus.read(start, stop), corpus.read(start, stop, "mask")

@@ -179,6 +179,9 @@ def test_a_constitution_revises_and_judges(recipe: Recipe, tmp_path: Path) -> No
     root = run(recipe, tmp_path, "run", sources, stage, *later)
     told = steer(root, size=1)
     revisions, pairs, judged = (records(root, "constitution", part) for part in ("revisions", "pairs", "judged"))
+    for record in (*revisions, *pairs, *judged):
+        for name, finish in (("response", "finish_reason"), *((each, f"{each}_finish_reason") for each in ("chosen", "rejected"))):
+            assert name not in record or (0 < len(record[f"{name}_ids"]) <= 8 and record[finish] in ("stop", "length"))
     assert len(revisions) == 8
     assert {record["principle"] for record in revisions} == set(principles)
     assert all(record["critique"] and record["original"] for record in revisions)
