@@ -50,6 +50,11 @@ from shards.writing import PROGRESS, Progress, SplitWriter, kept_aside
 BATCH_CHARACTERS = 1 << 19  # of documents sent to a worker at once; decides where a limited source stops reading
 BATCH_DOCUMENTS = 2048
 MARKER = "build.json"
+READING = 2
+"""Changes when the same files are read as other documents or other learned tokens: shards built before are then built again.
+
+2: fields of conversations that change the meaning; TeX; scripts without spaces; hidden files.
+"""
 FIRST_KEYS = {
     "name", "kind", "origin", "path", "text_field", "prompt_field", "response_field", "chosen_field", "rejected_field",
     "max_documents", "max_tokens",
@@ -87,7 +92,7 @@ def build_key(build: Build) -> str:
         with suppress(SpecError):  # which building tells better
             plain["tokenizer"]["template"] = read(build.tokenizer).jinja
     reads_library = any(source.origin in STDLIB_KINDS for source in build.data.source)
-    decides = [manifests.FORMAT, platform.python_version() if reads_library else "", plain]
+    decides = [manifests.FORMAT, READING, platform.python_version() if reads_library else "", plain]
     return xxhash.xxh3_128_hexdigest(msgspec.json.encode(decides, order="sorted"))
 
 
@@ -200,7 +205,7 @@ def _difference(marker: Marker, spec: Build) -> str:
     changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     if not changed:
         template = "" if spec.tokenizer.template in TEMPLATES else f" when {spec.tokenizer.template} said something else,"
-        return f"{template} by Python {marker.python} or another format".strip()
+        return f"{template} by Python {marker.python}, or by a release that read the same files differently".strip()
     shown = [f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed[:3]]
     return "; ".join(shown) + ("; ..." if len(changed) > 3 else "")
 
