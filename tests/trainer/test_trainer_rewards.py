@@ -263,6 +263,8 @@ def test_responses_that_the_function_has_no_score_for_are_left_out_and_counted(o
     assert series(told, "policy/groups_skipped") == ([1.0] * 2 if objective == "grpo" else [])
     assert series(told, "policy/empty") == [0.0] * 2
     assert all(map(math.isfinite, series(told, "train/loss") + series(told, "train/grad_norm")))
+    tokens = series(told, "train/tokens")[-2:]
+    assert tokens[1] - tokens[0] <= 8 * (32 - 4 - lone), "what is left out weighs nothing in the update"
     # All that are scored score 1: a missing score that counted as 0 would show in the mean.
     assert series(told, "policy/reward") == [1.0] * 2
     assert series(told, "policy/reward_deviation") == [0.0] * 2
