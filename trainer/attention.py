@@ -116,7 +116,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, spread: Spread) -> Te
     if spread.ring:
         assert seen.blocks is not None
         return ring_attention(q, k, v, seen.blocks, spread.context)
-    return spread.tokens(_attend(spread.heads(q), spread.heads(k), spread.heads(v), seen))
+    q, k, v = spread.heads(q, k, v)
+    return spread.tokens(_attend(q, k, v, seen))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:

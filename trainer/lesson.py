@@ -59,7 +59,7 @@ def _read(training: Training) -> Lesson | None:
         return None
     batch, problem = _batch(training)
     waited = time.monotonic() - began
-    unread, weight, tokens, *counts = reduce(_counted(training, batch), world.control)
+    unread, weight, tokens, empty, *counts = reduce(_counted(training, batch), world.control)
     if unread or batch is None:
         training.hold_for_data(first_problem(problem, world) or "")
         return None
@@ -72,17 +72,22 @@ def _read(training: Training) -> Lesson | None:
     else:
         held = [fixed.log_probs(part) if fixed is not None else None for part in parts]
     known = {f"data/{name}/fraction": count / stage.global_batch for name, count in zip(stage.sources, counts, strict=True)}
+    known |= {"data/empty_samples": float(empty)} if empty else {}
     return Lesson(parts, held, weight, tokens, known | {"perf/data_wait_seconds": waited}, waited)
 
 
 def _counted(training: Training, batch: Batch | None) -> tuple[int, ...]:
-    """Whether this rank could not read its share; from one rank of a replica its weight, tokens and samples by source."""
+    """Whether this rank could not read its share; from one rank of a replica its weight, tokens, empty samples, and all by source.
+
+    An empty sample has nothing to learn from: no token that counts, or of a pair one response without any.
+    """
     stage, objective = training.stage.stage, training.stage.objective
     if batch is None or not training.network.speaks:
-        return (int(batch is None), 0, 0, *(0 for _ in stage.sources))
+        return (int(batch is None), 0, 0, 0, *(0 for _ in stage.sources))
     named = training.stage.feed.named
     read = Counter(named.get(source, source) for source, _, _ in batch.samples)
-    return (0, int(objective.weight(batch.mask)), int(batch.mask.sum()), *(read[name] for name in stage.sources))
+    empty = int((~batch.mask.any(-1).reshape(rows_of_a_sample(stage), -1).all(0)).sum())
+    return (0, int(objective.weight(batch.mask)), int(batch.mask.sum()), empty, *(read[name] for name in stage.sources))
 
 
 def _batch(training: Training) -> tuple[Batch | None, str | None]:

@@ -99,15 +99,22 @@ class Spread:
             x = x[:, order.argsort()]
         return x[:, :time].clone()  # what FSDP2 takes for an output must not be a view
 
-    def heads(self, x: Tensor) -> Tensor:
-        """[batch, heads, this rank's tokens, head] -> [batch, this rank's heads, all tokens, head]: DeepSpeed-Ulysses.
+    def heads(self, *each: Tensor) -> tuple[Tensor, ...]:
+        """Each [batch, heads, this rank's tokens, head] -> [batch, this rank's heads, all tokens, head]: DeepSpeed-Ulysses.
 
-        Jacobs et al. 2023, section 3.1; heads in as many equal parts as there are context-parallel ranks.
+        Jacobs et al. 2023, section 3.1; heads in as many equal parts as there are context-parallel ranks. All exchanges are under
+        way before the first is waited for, so that one is laid out while another is on the wire.
         """
-        parts, (batch, heads, time, head) = self.context.size, x.shape
-        x = x.view(batch, parts, heads // parts, time, head).transpose(0, 1).contiguous()
-        x = _arrived(collectives.all_to_all_single_autograd(x, None, None, self.context.ranks))
-        return x.permute(1, 2, 0, 3, 4).reshape(batch, heads // parts, parts * time, head)
+        parts, under_way = self.context.size, []
+        for x in each:
+            batch, heads, time, head = x.shape
+            x = x.view(batch, parts, heads // parts, time, head).transpose(0, 1).contiguous()
+            under_way.append(collectives.all_to_all_single_autograd(x, None, None, self.context.ranks))
+        found = []
+        for x in map(_arrived, under_way):
+            _, batch, heads, time, head = x.shape
+            found.append(x.permute(1, 2, 0, 3, 4).reshape(batch, heads, parts * time, head))
+        return tuple(found)
 
     def tokens(self, x: Tensor) -> Tensor:
         """The way back from `heads`."""

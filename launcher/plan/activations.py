@@ -157,10 +157,8 @@ def _products(model: Model, piece: Piece, tiled: bool) -> tuple[int, int]:
 
 
 def _is_saved(model: Model, piece: Piece) -> bool:
-    """Whether a block's input, as it comes, is among the tensors that it saves; RMSNorm saves it in float32."""
-    if model.norm_place == "after":
-        return piece.tensor == 1
-    return model.norm == "layernorm" or model.dtype == "float32"
+    """Whether a block's input, as it comes, is among the tensors that it saves: what its first norm or its first matrix takes."""
+    return model.norm_place == "before" or piece.tensor == 1
 
 
 def ends(model: Model, piece: Piece, *, first: bool, last: bool) -> int:

@@ -109,7 +109,7 @@ def test_ranks_that_cannot_be_laid_out_are_refused_with_those_that_can() -> None
 
 # Activations
 
-NORM = 4 * 8192 + 2 * 8192 + 4  # in float32, normalized, and a number a token; the output is its linear layer's input
+NORM = 2 * 8192 + 4  # its input, and a number a token; the output is its linear layer's input
 HEADS = 2 * ((8192 + 2 * 1024) + (8192 + 1024) + 8192) + 4 * 64  # projected, rotated, mixed, log-sum-exp
 ANGLES = 2 * 2 * 128  # once for all blocks
 MLP = 4 * 2 * 28672
@@ -140,7 +140,7 @@ def test_checkpointed_blocks_keep_their_inputs_and_one_at_a_time_is_whole() -> N
     piece = Piece(1, 8192, tensor=2, context_parallel=4)
     plain, checkpointed = (block(LLAMA, piece, "fused", kind) for kind in ("none", "block"))
     assert checkpointed.kept_bytes == 8192 // 8 * 8192 * 2
-    assert checkpointed.again_bytes == plain.kept_bytes, "its input, in bfloat16, is not the norm's, which is float32"
+    assert checkpointed.again_bytes == plain.kept_bytes - checkpointed.kept_bytes, "its input is what the first norm keeps"
     exact = msgspec.structs.replace(LLAMA, dtype="float32")
     plain, checkpointed = (block(exact, piece, "fused", kind) for kind in ("none", "block"))
     assert checkpointed.again_bytes == plain.kept_bytes - checkpointed.kept_bytes
@@ -159,7 +159,7 @@ def test_a_tiled_mlp_keeps_its_input_and_computes_a_tile_again() -> None:
     assert plain.kept_bytes - tiled.kept_bytes == 8192 * MLP // 8
     assert tiled.again_bytes == 1024 * MLP // 8
     again = block(LLAMA, Piece(1, 8192, tensor=8), "fused", "block", 1024).again_bytes
-    assert again == plain.kept_bytes - (8192 - 1024) * MLP // 8
+    assert again == plain.kept_bytes - (8192 - 1024) * MLP // 8 - 1024 * 2 * 8192, "but for its input"
 
 
 def test_selective_checkpointing_keeps_sums_over_ranks_instead_of_what_is_summed() -> None:
@@ -207,8 +207,8 @@ def test_the_first_ranks_of_a_pipeline_hold_the_most_micro_batches() -> None:
     piece = Piece(1, 8192, tensor=8)
     blocks, sent = 20 * block(LLAMA, piece, "fused").kept_bytes, 1024 * 8192 * 2
     assert ranks[0].micro_batch_bytes == blocks + sent + 8192 * (8 + ANGLES)
-    assert ranks[1].micro_batch_bytes == blocks + 2 * sent + 8192 * (8 + ANGLES), "what it got and what it sent"
-    assert ranks[3].micro_batch_bytes == blocks + sent + ends(LLAMA, piece, first=False, last=True)
+    assert ranks[1].micro_batch_bytes == blocks + sent + 8192 * (8 + ANGLES), "what it sent; its first norm keeps what it got"
+    assert ranks[3].micro_batch_bytes == blocks + ends(LLAMA, piece, first=False, last=True)
     assert memory(LLAMA, VOCABULARY, stage(), 64, False, Parallel(pipeline=4, tensor=8)) == ranks[0]
 
 

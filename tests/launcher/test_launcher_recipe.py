@@ -459,6 +459,27 @@ def test_a_world_that_the_model_does_not_fit_is_told_with_one_that_it_does(old: 
     assert str(error.value).startswith(f"my.toml:{line_with(text, place)}: [cluster] ")
 
 
+@pytest.mark.parametrize(("kept", "neighbours"), [("true", 0), ("false", 1), ("2", 2), ('"auto"', 0)])
+def test_what_becomes_of_blocks_after_their_forward_is_a_setting(kept: str, neighbours: int) -> None:
+    recipe = parse_recipe(SPREAD.replace("tensor = 4", f"tensor = 4\nreshard_after_forward = {kept}"))
+    assert recipe.parallel.neighbours == neighbours
+    assert recipe.ranks_multiple == 4 * max(1, neighbours)
+    assert parse_recipe(dump_recipe(recipe)).parallel == recipe.parallel
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("1", "1 must be at least 2 .or true, false or .auto."),
+        ("3\nshard = 4", "3 must be a divisor of shard, 4, at least 2"),
+        ('"always"', "reshard_after_forward"),
+    ],
+)
+def test_blocks_cannot_stay_sharded_over_ranks_that_do_not_divide(value: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        parse_recipe(SPREAD.replace("tensor = 4", f"tensor = 4\nreshard_after_forward = {value}"))
+
+
 def test_the_nodes_that_train_are_the_largest_number_that_the_model_fits() -> None:
     recipe = parse_recipe(SPREAD.replace("12:16", "11:15"))
     assert (recipe.ranks_multiple, recipe.nodes_multiple) == (4, 2)

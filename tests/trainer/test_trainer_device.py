@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from launcher.recipe import Model, Parallel
 from launcher.recipe.model import Rope
 from shards.feed import Batch
-from trainer import attention, loop, transfer
+from trainer import attention, loop, spread, transfer
 from trainer.batch import micro_batches
 from trainer.cast import Learner
 from trainer.experience import Experience
@@ -329,3 +329,22 @@ def test_pinned_memory_is_what_was_asked_for_and_unpinned_before_it_goes(monkeyp
     del view
     assert calls[1:] == [("unpin", place)]
     assert transfer.host_memory(0, pinned=False).shape == (0,)
+
+
+def test_exchanges_of_heads_are_all_under_way_before_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def started(x: Tensor, *_: Any) -> Tensor:
+        order.append("start")
+        return x
+
+    def arrived(x: Tensor) -> Tensor:
+        order.append("wait")
+        return x
+
+    monkeypatch.setattr(spread.collectives, "all_to_all_single_autograd", started)
+    monkeypatch.setattr(spread, "_arrived", arrived)
+    q, k = torch.zeros(2, 8, 5, 4), torch.zeros(2, 2, 5, 4)
+    found = spread.Spread(context=spread.Group(size=2)).heads(q, k, k)
+    assert order == ["start"] * 3 + ["wait"] * 3
+    assert [tuple(each.shape) for each in found] == [(2, 4, 10, 4), (2, 1, 10, 4), (2, 1, 10, 4)]

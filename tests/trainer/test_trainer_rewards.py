@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -19,15 +20,17 @@ from torch import Tensor
 from trainer_harness import Told, fresh, steer, tensors
 
 from launcher.protocol import Metrics
-from launcher.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
+from launcher.recipe import Recipe, RecipeError, Stage, dump_recipe, load_recipe, parse_recipe
 from launcher.recipe.live import stage_settings
+from shards.feed import Batch
 from shards.templates import named
 from shards.tokenizer import Tokenizer, train
 from trainer import boundaries
 from trainer.batch import Rows
 from trainer.drawing import Drawn
+from trainer.lesson import _counted
 from trainer.model import Decoder
-from trainer.objectives import CRITIC, OBJECTIVES, dpo, grpo, reward
+from trainer.objectives import CRITIC, OBJECTIVES, dpo, grpo, objective_of, reward
 from trainer.objectives.advantages import kl
 from trainer.objectives.loss import Loss
 from trainer.objectives.ppo import Experience, value_loss
@@ -163,6 +166,17 @@ def test_pairs_of_which_a_response_is_empty_are_not_learned_from() -> None:
         assert not slope[[0, 1, 3, 4]].any() and slope[2].any() and slope[5].any()
 
 
+def test_samples_without_anything_to_learn_are_counted() -> None:
+    """Of two pairs one has an empty rejected response; of two rows alone one has no token that counts."""
+    for objective, mask, weight, empty in (("dpo", [[1, 0], [1, 1], [1, 1], [0, 0]], 1, 1), ("sft", [[1, 1], [0, 0]], 2, 1)):
+        made = Batch.empty(len(mask), 2, 0, [("a", 0, 0), ("a", 0, 1)])
+        made.mask[:] = mask
+        stage = Stage(name="s", objective=objective, steps=1, context=2, global_batch=2, mixture={"a": 1.0})  # type: ignore[arg-type]
+        run = SimpleNamespace(stage=stage, objective=objective_of(stage), feed=SimpleNamespace(named={}))
+        training: Any = SimpleNamespace(stage=run, network=SimpleNamespace(speaks=True))
+        assert _counted(training, made) == (0, weight, int(made.mask.sum()), empty, 2)
+
+
 def test_a_response_that_was_cut_off_is_scored_as_if_it_ended_there() -> None:
     """Behind it, or in the place of its last token where the row is full; what ended by itself, and what is empty, stays."""
     end, pad = 2, 0
@@ -263,6 +277,8 @@ def test_responses_that_the_function_has_no_score_for_are_left_out_and_counted(o
     assert series(told, "policy/groups_skipped") == ([1.0] * 2 if objective == "grpo" else [])
     assert series(told, "policy/empty") == [0.0] * 2
     assert all(map(math.isfinite, series(told, "train/loss") + series(told, "train/grad_norm")))
+    tokens = series(told, "train/tokens")[-2:]
+    assert tokens[1] - tokens[0] <= 8 * (32 - 4 - lone), "what is left out weighs nothing in the update"
     # All that are scored score 1: a missing score that counted as 0 would show in the mean.
     assert series(told, "policy/reward") == [1.0] * 2
     assert series(told, "policy/reward_deviation") == [0.0] * 2
