@@ -130,7 +130,8 @@ class _Reader:
         found = [each.get("pattern") for each in parts[:-1]], (self._fast.get("normalizer") or {}).get("type")
         wanted = ([{"Regex": QWEN2_SPLIT}], "NFC") if self._class == "Qwen2Tokenizer" else ([], None)
         if found != wanted or last.get("type") != "ByteLevel" or last.get("use_regex", True) != (not parts):
-            raise self._conflict(FAST, f"splits text in another way than {self._class}", CONFIG, "says that class")
+            way = f'if {FAST} is right as it is, set tokenizer_class to "PreTrainedTokenizerFast"'
+            raise self._conflict(FAST, f"splits text in another way than {self._class}", CONFIG, "says that class", way)
         last = last | {"add_prefix_space": add_prefix_space}
         pre = split | {"pretokenizers": [*parts[:-1], last]} if parts else last
         return self._fast | {"pre_tokenizer": pre, "added_tokens": []}
@@ -163,8 +164,8 @@ class _Reader:
         vocab = {name: number for number, name in enumerate(names)}
         return _llama(vocab, _merges(vocab), prefix)
 
-    def _conflict(self, one: str, says: str, other: str, says_too: str) -> SpecError:
-        way = "save it again with transformers, as a tokenizer.json"
+    def _conflict(self, one: str, says: str, other: str, says_too: str, way: str = "") -> SpecError:
+        way = way or "save it again with transformers, as a tokenizer.json"
         return SpecError(f"tokenizer: {self._path.parent}: {one} {says}, and {other} {says_too} ({way})")
 
     def _tokens(self) -> tuple[dict[str, _Named], dict[int, _Named]]:
@@ -269,7 +270,13 @@ class _Reader:
         """Ids that end a response by the model's own configuration; each is a token that no text has."""
         file, given = (GENERATION, self._generation) if "eos_token_id" in self._generation else (MODEL_CONFIG, self._model_config)
         value = given.get("eos_token_id")
-        found = msgspec.convert(value if isinstance(value, list) else [] if value is None else [value], list[Id])
+        many = value if isinstance(value, list) else [] if value is None else [value]
+        try:
+            # A negative number is none: some configurations say -1 where a model has no such token.
+            found = [id for id in msgspec.convert(many, list[int]) if id >= 0]
+        except msgspec.ValidationError:
+            says = f"says {shown(value)}, which is no token's number"
+            raise SpecError(f"tokenizer: {self._path.parent}: {file} {says} (correct eos_token_id)") from None
         names = {number: name for name, number in vocabulary_of(tokenizer).items()}
         for number in found:
             entries = {entry["id"]: entry for _, entry in token_entries(tokenizer)}

@@ -218,6 +218,7 @@ CASES: dict[str, Files] = {
     "a special token without a role": fast(FAST | END | {"additional_special_tokens": ["<img>"], "image_token": "<image>"}),
     "ends by the generation": fast(FAST | END, **{"generation_config.json": {"eos_token_id": [0, 501]}}),
     "ends by the model": fast(FAST | END, **{"config.json": {"model_type": "llama", "eos_token_id": 501}}),
+    "no end by the model": fast(FAST | END, **{"config.json": {"model_type": "llama", "eos_token_id": -1}}),
 }  # fmt: skip
 
 
@@ -466,7 +467,11 @@ REFUSED: dict[str, tuple[Files, tuple[str, ...]]] = {
     ),
     "of GPT-2's class, another way to split": (
         fast({"tokenizer_class": "GPT2Tokenizer"} | END, **{"tokenizer.json": qwen2()}),
-        ("tokenizer.json splits text in another way than GPT2Tokenizer", "tokenizer_config.json"),
+        ("tokenizer.json splits text in another way than GPT2Tokenizer", "tokenizer_config.json", '"PreTrainedTokenizerFast"'),
+    ),
+    "an end that is no number": (
+        fast(FAST | END, **{"config.json": {"model_type": "llama", "eos_token_id": "two"}}),
+        ("config.json says 'two', which is no token's number (correct eos_token_id)",),
     ),
     "of an unknown class": (
         fast({"tokenizer_class": "GemmaTokenizerFast"} | END),
