@@ -91,6 +91,7 @@ class Outside:
         """
         if self._loaded == self._version:
             return True
+        self.forget()  # from here on it may have the old ones, the new ones, or some of each
         if self._through([self._prepare], peek) is None:
             return False
         self._probe = self._probe or _probe(prompts)
