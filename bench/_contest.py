@@ -49,12 +49,12 @@ def midwatch(root: Path, steps: int) -> dict[str, Any]:
     """The trainer's own loop, boundary and metrics in it; there is nobody at the link's other end."""
     import gc
 
-    from launcher.protocol import Lineage, Metrics, RankBody, Start
-    from launcher.recipe import load_recipe
-    from trainer.loop import boundary, step
-    from trainer.parallel import join, open_store, settle
-    from trainer.reporting import NoLink
-    from trainer.training import Training
+    from midwatch.protocol import Lineage, Metrics, RankBody, Start
+    from midwatch.recipe import load_recipe
+    from trainer.control.reporting import NoLink
+    from trainer.distributed.mesh import join, open_store, settle
+    from trainer.loop.loop import boundary, step
+    from trainer.stage.training import Training
 
     watch = Stopwatch()
 
@@ -84,7 +84,7 @@ def nanogpt(root: Path, steps: int) -> dict[str, Any]:
     import torch
 
     from bench._llama import train
-    from launcher.recipe import load_recipe
+    from midwatch.recipe import load_recipe
 
     torch.set_num_threads(1)
     recipe, watch = load_recipe(root / "recipe.toml"), Stopwatch()
@@ -99,7 +99,7 @@ def transformers(root: Path, steps: int) -> dict[str, Any]:
     from torch.utils.data import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-    from launcher.recipe import load_recipe
+    from midwatch.recipe import load_recipe
 
     torch.set_num_threads(1)
     recipe, watch = load_recipe(root / "recipe.toml"), Stopwatch()

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import psutil
 
-from launcher import journal as j
-from launcher import protocol as p
+from midwatch import protocol as p
+from midwatch.journal import journal as j
 from tests.system.chaos.faults import Fault, Theatre
 from tests.system.harness import Run, recipe_text
 from tests.system.hosts import Hosts

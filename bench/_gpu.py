@@ -19,8 +19,8 @@ from rich.table import Table
 
 from bench.boundary import Acknowledger
 from launcher.plan.memory import memory
-from launcher.recipe import Recipe, dump_recipe, parse_recipe
-from shards.build import build
+from midwatch.recipe import Recipe, dump_recipe, parse_recipe
+from shards.build.build import build
 from shards.spec import Build
 
 PEAK = 989e12

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launcher.recipe import Model, Stage
+from midwatch.recipe import Model, Stage
 
 LOG_EVERY = 10
 

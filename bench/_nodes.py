@@ -20,13 +20,13 @@ from urllib.parse import urlsplit
 import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 
-from launcher import protocol as p
 from launcher.agent.environment import presentable, rank_environment
-from launcher.agent.probe import ProbePort
-from launcher.identity import run_id
-from launcher.keys import CONTROLLER_NAME, RunKeys, client_context
-from launcher.paths import RunPaths, read_address
-from launcher.recipe import load_recipe
+from launcher.agent.reachability import ProbePort
+from midwatch import protocol as p
+from midwatch.recipe import load_recipe
+from midwatch.run_directory import RunPaths, read_address
+from midwatch.run_identity import run_id
+from midwatch.transport.tls_identity import CONTROLLER_NAME, RunKeys, client_context
 
 GPUS = 8
 HANDSHAKES = 28

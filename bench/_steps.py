@@ -18,14 +18,14 @@ import torch
 
 from bench._ranks import leave_after
 from bench.boundary import Measured, link_cpu
-from launcher import protocol as p
-from launcher.link import RankLink
-from launcher.recipe import load_recipe
-from trainer.loop import boundary, step
-from trainer.parallel import join, open_store, settle
-from trainer.ranklog import Logged
-from trainer.reporting import Link, NoLink
-from trainer.training import Training
+from midwatch import protocol as p
+from midwatch.recipe import load_recipe
+from midwatch.transport.rank_client import RankLink
+from trainer.control.rank_log import Logged
+from trainer.control.reporting import Link, NoLink
+from trainer.distributed.mesh import join, open_store, settle
+from trainer.loop.loop import boundary, step
+from trainer.stage.training import Training
 
 WARM = 4
 PAIRS = 4

@@ -22,10 +22,11 @@ def main() -> None:
     from torch.distributed import Store  # type: ignore[attr-defined]  # is public; its stubs leave it out
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
-    from launcher.recipe import Cluster, Parallel
-    from trainer import parallel, start
+    from midwatch.recipe import Cluster, Parallel
+    from trainer.distributed import mesh as parallel
+    from trainer.process import rank
 
-    join = start.join  # type: ignore[attr-defined]  # imported there
+    join = rank.join  # type: ignore[attr-defined]  # imported there
 
     def joined(store: Store, prefix: str, cluster: Cluster, mesh: Parallel) -> parallel.World:
         world = join(store, prefix, cluster, mesh)
@@ -34,9 +35,9 @@ def main() -> None:
         return world
 
     parallel.FOREVER = timedelta(seconds=COMING_SECONDS)
-    start.join = joined  # type: ignore[attr-defined]  # the bench puts its own in the place
+    rank.join = joined  # type: ignore[attr-defined]  # the bench puts its own in the place
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
-    sys.exit(start.main(sys.argv[1:]))
+    sys.exit(rank.main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ def midwatch(objective: str, root: Path, steps: int) -> dict[str, Any]:
     """The trainer's own loop; there is nobody at the link's other end but for who commits what PPO begins with."""
     import gc
 
-    from launcher.protocol import Lineage, Metrics, RankBody, Start
-    from launcher.recipe import load_recipe
-    from trainer.loglink import LogLink
-    from trainer.loop import boundary, step
-    from trainer.parallel import join, open_store, settle
-    from trainer.pipeline import end_stage
-    from trainer.training import Training
+    from midwatch.protocol import Lineage, Metrics, RankBody, Start
+    from midwatch.recipe import load_recipe
+    from trainer.control.standalone import LogLink
+    from trainer.distributed.mesh import join, open_store, settle
+    from trainer.loop.loop import boundary, step
+    from trainer.loop.stage_end import end_stage
+    from trainer.stage.training import Training
 
     told: list[dict[str, float]] = []
 
@@ -65,9 +65,9 @@ def midwatch(objective: str, root: Path, steps: int) -> dict[str, Any]:
 
 def documents(objective: str, root: Path, steps: int) -> tuple[list[dict[str, list[int]]], int, Any]:
     """What Midwatch's first steps read, document by document, how many a step there are, and the tokenizer."""
-    from launcher.recipe import load_recipe
-    from shards.tokenizer import FILE_NAME, Tokenizer
-    from trainer.stages import open_stage
+    from midwatch.recipe import load_recipe
+    from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
+    from trainer.stage.stage import open_stage
 
     recipe = load_recipe(root / f"{objective}.toml")
     run = open_stage(recipe, root / "data", 0, None)
@@ -94,8 +94,8 @@ def trl(objective: str, root: Path, steps: int) -> dict[str, Any]:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from launcher.recipe import load_recipe
-    from trainer import hf_tokenizer
+    from midwatch.recipe import load_recipe
+    from trainer.huggingface import tokenizer as hf_tokenizer
 
     torch.set_num_threads(1)
     recipe = load_recipe(root / f"{objective}.toml")

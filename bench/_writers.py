@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from bench._ranks import leave_after
-from launcher.recipe import Rope
-from launcher.recipe.hf_config import config_of
-from launcher.recipe.hf_layout import layout
-from launcher.recipe.model import Model
+from midwatch.recipe import Rope
+from midwatch.recipe.huggingface.config import config_of
+from midwatch.recipe.huggingface.weights_map import layout
+from midwatch.recipe.model import Model
 from trainer.generate import Engine, Request
 from trainer.generate.engine import STEP_TOKENS
-from trainer.model import Decoder
+from trainer.model.decoder import Decoder
 
 MODEL, VOCABULARY, CONTEXT = Model(layers=6, width=256, heads=8, kv_heads=8, hidden=688), 2048, 256
 REQUESTS, SHORTEST, LONGEST = 64, 8, 128

@@ -27,11 +27,11 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, unix_serve
 
 from bench._ranks import leave_after
-from launcher import protocol as p
-from launcher.link import RankLink
-from launcher.paths import Address, read_address, write_address
-from launcher.recipe import Recipe, dump_recipe, load_recipe
-from shards.build import build
+from midwatch import protocol as p
+from midwatch.recipe import Recipe, dump_recipe, load_recipe
+from midwatch.run_directory import Address, read_address, write_address
+from midwatch.transport.rank_client import RankLink
+from shards.build.build import build
 from shards.spec import Build
 
 PAIRS = 10
@@ -99,11 +99,11 @@ def rank(root: Path) -> None:
     """One rank: alternates blocks and leaves its figures."""
     import gc
 
-    from trainer.loop import boundary, step
-    from trainer.parallel import join, open_store, reduce, settle
-    from trainer.ranklog import Logged
-    from trainer.reporting import NoLink
-    from trainer.training import Training
+    from trainer.control.rank_log import Logged
+    from trainer.control.reporting import NoLink
+    from trainer.distributed.mesh import join, open_store, reduce, settle
+    from trainer.loop.loop import boundary, step
+    from trainer.stage.training import Training
 
     recipe = load_recipe(root / "recipe.toml")
     settle(recipe.cluster)

@@ -35,9 +35,9 @@ TARGETS = (4.0, 10.0, 120.0)  # per cent of a core, kB/s, MB
 def controller() -> None:
     """Answers, for each line `WIDTH` on stdin, twelve length-prefixed columns; each answer is a step later."""
     from launcher.metrics.chunks import Frame, Row
-    from launcher.metrics.columns import Segment
-    from launcher.metrics.nodes import ROW
     from launcher.metrics.store import Metrics
+    from midwatch.metrics.m4_columns import Segment
+    from midwatch.metrics.m4_nodes import ROW
 
     folder = Path(sys.argv[2])
     store = Metrics.open(folder / "metrics", folder / "index.sqlite", term=1)
@@ -65,8 +65,8 @@ def screen() -> None:
     from textual.app import App, ComposeResult
     from textual.containers import Grid
 
-    from launcher.metrics.columns import Columns
-    from tui.chart.paint import Picture, Series
+    from midwatch.metrics.m4_columns import Columns
+    from tui.chart.render import Picture, Series
     from tui.chart.widget import Chart
 
     source = subprocess.Popen(

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench._ranks import leave_after
-from launcher.protocol import CheckpointReady, CommitRefused, Committed, Lineage, Order, RankBody, Start
-from launcher.recipe import dump_recipe, parse_recipe
-from shards.build import build
+from midwatch.protocol import CheckpointReady, CommitRefused, Committed, Lineage, Order, RankBody, Start
+from midwatch.recipe import dump_recipe, parse_recipe
+from shards.build.build import build
 from shards.spec import Build
 
 ROUNDS = 5
@@ -99,11 +99,11 @@ class Committer:
 
 def rank(root: Path, task: str) -> None:
     """One rank: `measure` fills results.json, `restart` takes one step from the checkpoint that measuring left."""
-    from launcher.recipe import load_recipe
-    from trainer.loop import step
-    from trainer.parallel import join, open_store, reduce, settle
-    from trainer.reporting import NoLink
-    from trainer.training import Training
+    from midwatch.recipe import load_recipe
+    from trainer.control.reporting import NoLink
+    from trainer.distributed.mesh import join, open_store, reduce, settle
+    from trainer.loop.loop import step
+    from trainer.stage.training import Training
 
     recipe = load_recipe(root / "recipe.toml")
     settle(recipe.cluster)
@@ -226,7 +226,7 @@ def measure_alone(root: Path) -> dict[str, Any]:
 
 def measure(root: Path) -> dict[str, Any]:
     """All figures, in seconds."""
-    from trainer.manifest import verify
+    from midwatch.checkpoint_format.manifest import verify
 
     _prepare(root)
     run_ranks(root, "measure")

@@ -32,12 +32,12 @@ from rich.table import Table
 
 from bench import _prose
 from bench._peers import HERE, environment
-from shards.corpus import Corpus
-from shards.hf_tokenizer import from_sentencepiece
-from shards.rules.families import C4, FineWeb, GopherQuality, GopherRepetition
+from shards.filters.heuristics.families import C4, FineWeb, GopherQuality, GopherRepetition
+from shards.format.corpus import Corpus
 from shards.spec import Build, Clean, Data, Source
 from shards.spec import Tokenizer as TokenizerSpec
-from shards.tokenizer import Tokenizer, train
+from shards.tokenization.huggingface import from_sentencepiece
+from shards.tokenization.tokenizer import Tokenizer, train
 
 WORKERS = 2
 FILES = 8

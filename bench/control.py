@@ -20,9 +20,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launcher import journal as j
-from launcher import protocol as p
-from launcher.client import Client
+from midwatch import protocol as p
+from midwatch.journal import journal as j
+from midwatch.transport.client import Client
 from tests.system.harness import MIDWATCH, Run, recipe_text
 
 PAUSES, KILLS, HELPS = 10, 10, 10

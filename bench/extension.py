@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from launcher.recipe.model import Model, Rope
-from shards.records import Document
-from shards.sources import Reading
+from midwatch.recipe.model import Model, Rope
+from shards.build.sources import Reading
+from shards.readers.splits import split
 from shards.spec import Source
-from shards.splitting import split
-from trainer.likelihood import log_probs
-from trainer.model import Decoder
+from shards.tokenization.records import Document
+from trainer.model.decoder import Decoder
+from trainer.model.logprobs import log_probs
 
 VOCABULARY = 256
 TIMES = 4

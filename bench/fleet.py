@@ -30,12 +30,12 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from launcher import journal as j
-from launcher import protocol as p
-from launcher.client import Client
-from launcher.journal import read_journal
-from launcher.paths import RunPaths, read_address
-from launcher.recipe import dump_recipe, load_recipe
+from midwatch import protocol as p
+from midwatch.journal import journal as j
+from midwatch.journal.journal import read_journal
+from midwatch.recipe import dump_recipe, load_recipe
+from midwatch.run_directory import RunPaths, read_address
+from midwatch.transport.client import Client
 from tests.system.harness import recipe_text
 
 PROCESSES = 2

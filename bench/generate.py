@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.trainer import ONE_THREAD, RESULTS, spread, surroundings
-from launcher.recipe import parse_recipe
-from shards.build import build
+from midwatch.recipe import parse_recipe
+from shards.build.build import build
 from shards.spec import Build
 
 WARM = 4

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from launcher import protocol as p
+from midwatch import protocol as p
 from tests.tui.machines import machines
-from tui.chart import heat
-from tui.fleet import fleet_of
-from tui.troubles import History, troubles
-from tui.views.nodemap import arrange
+from tui.chart import heatmap
+from tui.views.nodes.faults import History, troubles
+from tui.views.nodes.map import arrange
+from tui.views.nodes.table import fleet_of
 
 WIDTH, HEIGHT, NODES = 200, 44, 512
 TARGET = 20.0
@@ -67,11 +67,11 @@ def main() -> None:
     Console().print(table)
 
 
-def _draw(made: object) -> heat.Canvas:
-    from tui.views.nodemap import Made
+def _draw(made: object) -> heatmap.Canvas:
+    from tui.views.nodes.map import Made
 
     assert isinstance(made, Made)
-    return heat.paint(made.heat, made.shape, WIDTH, HEIGHT, 0, (0, 0))
+    return heatmap.paint(made.heat, made.shape, WIDTH, HEIGHT, 0, (0, 0))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from launcher.metrics.chunks import Frame, Row
-from launcher.metrics.columns import Segment
-from launcher.metrics.nodes import ROW, Table
 from launcher.metrics.store import Metrics
+from midwatch.metrics.m4_columns import Segment
+from midwatch.metrics.m4_nodes import ROW, Table
 
 DOT_COLUMNS = 380  # a chart across a terminal of 200 columns
 LENGTHS = (10_000, 100_000, 1_000_000, 10_000_000)

@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench._peers import Peers
-from shards import stdlib
-from shards.container import Cache, ColumnReader, ColumnWriter
-from shards.feed import Feed
-from shards.order import Order
-from shards.tokenizer import Tokenizer, train
+from shards.format.seekable_zstd import Cache, ColumnReader, ColumnWriter
+from shards.readers import stdlib
+from shards.sampling.batches import Feed
+from shards.sampling.order import Order
+from shards.tokenization.tokenizer import Tokenizer, train
 
 TOKENS = 24_000_000
 FRAMES = (8_192, 16_384, 65_536)
@@ -120,7 +120,7 @@ def resident(code: str) -> float:
 
 def feed_memory(root: Path) -> float:
     """MB over its imports that a feed holds after 2,000 rows of 1,024 tokens."""
-    imports = "from shards.feed import Feed\n"
+    imports = "from shards.sampling.batches import Feed\n"
     read = f"f = Feed({str(root)!r}, 'train', 'text', 1024, {{'code': 1}}, 0)\nfor p in range(0, 2000, 8): f.read(p, p + 8)"
     return resident(imports + read) - resident(imports)
 
@@ -133,7 +133,7 @@ def batches(root: Path, context: int) -> Callable[[], object]:
 
 def main() -> None:
     """Measure, and print one table."""
-    from shards.build import build
+    from shards.build.build import build
     from shards.spec import Build, Data, Source
     from shards.spec import Tokenizer as TokenizerSpec
 

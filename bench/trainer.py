@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import _contest, _gpu
-from launcher.recipe import Recipe, dump_recipe, parse_recipe
-from shards.build import build
-from shards.feed import Feed
+from midwatch.recipe import Recipe, dump_recipe, parse_recipe
+from shards.build.build import build
+from shards.sampling.batches import Feed
 from shards.spec import Build
 
 WARM = 6

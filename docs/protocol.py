@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.commands import STATES, TABLE, Doing
-from launcher.paths import write_atomically
+from midwatch.commands import STATES, TABLE, Doing
+from midwatch.run_directory import write_atomically
 
 PAGE = Path(__file__).with_name("protocol.md")
 BEGIN, END = "<!-- table: python -m docs.protocol -->", "<!-- end of table -->"
@@ -14,7 +14,7 @@ WORDS = {Doing.NOW: "now", Doing.QUEUE: "queued", Doing.SHAPE: "next start"}
 
 
 def table() -> str:
-    """The table of launcher.commands in Markdown; each refusal has a number, explained below it."""
+    """The table of midwatch.commands in Markdown; each refusal has a number, explained below it."""
     reasons: list[str] = []
     lines = ["| command | " + " | ".join(STATES) + " |", "| --- |" + " --- |" * len(STATES)]
     for verb, row in TABLE.items():

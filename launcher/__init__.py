@@ -1,1 +1,1 @@
-"""A run's life: recipe, controller, journal, node agents, backends and the client that talks to them."""
+"""A run's life: the `midwatch` command, controller, node agents, backends and plan."""

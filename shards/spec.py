@@ -10,8 +10,8 @@ from typing import Literal
 import msgspec
 
 from shards.errors import SpecError
-from shards.judging.settings import Contamination, Language, Perplexity, Pii, Quality, Toxicity
-from shards.rules.settings import C4, FineWeb, GopherQuality, GopherRepetition, UniqueWords
+from shards.filters.heuristics.settings import C4, FineWeb, GopherQuality, GopherRepetition, UniqueWords
+from shards.filters.settings import Contamination, Language, Perplexity, Pii, Quality, Toxicity
 
 Kind = Literal["text", "sft", "preference"]
 Origin = Literal[

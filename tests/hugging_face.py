@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from launcher.recipe.hf_config import model_keys
-from launcher.recipe.hf_layout import file_shapes, layout
-from launcher.recipe.model import Model
-from shards.tokenizer import train
+from midwatch.recipe.huggingface.config import model_keys
+from midwatch.recipe.huggingface.weights_map import file_shapes, layout
+from midwatch.recipe.model import Model
+from shards.tokenization.tokenizer import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LLAMA = {

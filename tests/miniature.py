@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from launcher.recipe import Cluster, Recipe, Rope, Stage
+from midwatch.recipe import Cluster, Recipe, Rope, Stage
 
 
 def miniature(

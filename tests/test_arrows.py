@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("tui", "launcher", "trainer", "shards")
-TRAINER_MAY = {"launcher.recipe", "launcher.protocol", "launcher.link"}
+PACKAGES = ("tui", "launcher", "trainer", "midwatch", "shards")
 TORCH_MAY = {Path("launcher/agent/elastic.py")}
 
 
@@ -36,32 +35,24 @@ def test_the_contracts_hold() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_command_imports_the_screen_the_launcher_and_the_shards_only() -> None:
-    ours = {name.split(".")[0] for name in imports(ROOT / "midwatch.py")} & {*PACKAGES, "bench", "docs", "tests"}
-    assert ours <= {"tui", "launcher", "shards"}
-
-
-@pytest.mark.parametrize("file", sources("trainer"), ids=lambda f: str(f.relative_to(ROOT)))
-def test_the_trainer_knows_of_the_launcher_only_recipe_protocol_and_link(file: Path) -> None:
-    wrong = {
-        name
-        for name in imports(file)
-        if name.split(".")[0] in ("launcher", "tui", "midwatch") and not any(f"{name}.".startswith(f"{m}.") for m in TRAINER_MAY)
-    }
-    assert not wrong
-
-
 def test_only_the_trainer_and_the_agents_own_module_import_torch() -> None:
     wrong = [
         str(file.relative_to(ROOT))
-        for file in [ROOT / "midwatch.py", *sources("tui", "launcher", "shards")]
+        for file in sources("tui", "launcher", "midwatch", "shards")
         if any(name.split(".")[0] == "torch" for name in imports(file)) and file.relative_to(ROOT) not in TORCH_MAY
     ]
     assert not wrong
 
 
 def test_what_an_attached_screen_imports_brings_no_torch_along() -> None:
-    modules = ["midwatch", "launcher.client", "launcher.controller.__main__", "launcher.agent.__main__", "tui.app", "shards.build"]
+    modules = [
+        "midwatch",
+        "midwatch.transport.client",
+        "launcher.controller.__main__",
+        "launcher.agent.__main__",
+        "tui.app",
+        "shards.build.build",
+    ]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT).returncode == 0
 
@@ -84,7 +75,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_packages_and_their_files_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {*PACKAGES, "midwatch.py"}
+    assert tops == {*PACKAGES}
     missing = [f for f in sources(*PACKAGES) if str(f.relative_to(ROOT)) not in names]
     assert missing == []
     styles = [f for p in PACKAGES for f in (ROOT / p).rglob("*.tcss")]
@@ -94,7 +85,7 @@ def test_the_wheel_holds_the_packages_and_their_files_and_nothing_else(wheel: Pa
 def test_an_installation_runs_from_a_foreign_directory_with_a_stray_trainer_in_it(wheel: Path, tmp_path: Path) -> None:
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for stray in ("trainer.py", "launcher.py", "shards.py", "tui.py"):
+    for stray in ("trainer.py", "launcher.py", "midwatch.py", "shards.py", "tui.py"):
         (elsewhere / stray).write_text("raise SystemExit('a stray module ran')")
     zipfile.ZipFile(wheel).extractall(target)
     path = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": f"{target}"}

@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from midwatch import main
-from shards import manifest
-from shards.build import build
+from launcher.cli.__main__ import main
+from shards.build.build import build
+from shards.format import manifest
 from shards.spec import Build, Data, Source, Tokenizer
 from tests.fuzzing import COUNT, Subject, holds, scratch
 from tests.hugging_face import RECIPES

@@ -7,10 +7,10 @@ import os
 import sys
 import traceback
 
-from trainer.early import call_itself, guard, redirect
+from trainer.process.bootstrap import call_itself, guard, redirect
 
 CERTAIN_STATUS = 78
-"""`launcher.protocol`'s: the next start would end in the same way."""
+"""`midwatch.protocol`'s: the next start would end in the same way."""
 
 
 def rank(arguments: list[str]) -> int:
@@ -19,8 +19,8 @@ def rank(arguments: list[str]) -> int:
     redirect()
     guard()
     try:
-        from trainer.start import main
-    except ImportError:  # launcher.protocol, which names this status, may be what is missing
+        from trainer.process.rank import main
+    except ImportError:  # midwatch.protocol, which names this status, may be what is missing
         traceback.print_exc()
         return CERTAIN_STATUS
 
@@ -34,7 +34,7 @@ def rank(arguments: list[str]) -> int:
 if __name__ == "__main__":
     handle = os.environ.pop("MIDWATCH_FORKSERVER", None)
     if handle is not None:
-        from trainer.forkserver import serve
+        from trainer.process.fork_server import serve
 
         os._exit(serve(int(handle), rank))
     os._exit(rank(sys.argv[1:]))  # the threads of gloo that still run could abort an orderly end of the interpreter

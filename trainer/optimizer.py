@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from launcher.recipe.stage import Stage
-from trainer.parallel import copies, like, local
+from midwatch.recipe.stage import Stage
+from trainer.distributed.mesh import copies, like, local
 from trainer.transfer import host_memory, on_device
 
 STREAMED = 8

@@ -1,7 +1,7 @@
 """The operator's screen on a run: one frozen scene in, one drawing out; nothing of the run lives in this process.
 
 A snapshot from the controller replaces the one before it and is drawn at most FPS times a second. Keys go through the table of
-`tui.keys`. Views are imported and mounted when first opened; the first paint needs none.
+`tui.core.keys`. Views are imported and mounted when first opened; the first paint needs none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.terminal import write_error, write_out
+from midwatch.terminal import write_error, write_out
 
 os.environ.setdefault("TEXTUAL_FPS", "15")  # kind to SSH; Textual reads it when imported
 os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
@@ -26,21 +26,21 @@ from textual.message import Message
 from textual.theme import Theme
 from textual.timer import Timer
 
-from launcher import protocol
-from tui import frame, keys
-from tui.chart.ink import Ink
-from tui.panel import Line, Panel, broken, joined, spread
-from tui.scene import Link, Scene
+from midwatch import protocol
+from tui.chart.styles import Ink
+from tui.core import chrome, keys
+from tui.core.formatting import UNICODE
+from tui.core.scene import Link, Scene
+from tui.core.text_panel import Line, Panel, broken, joined, spread
 from tui.steering import Steering
-from tui.words import UNICODE
 
 if TYPE_CHECKING:
-    from launcher.client import Client
-    from launcher.remote import RemoteRun
-    from tui.commandline import Typed
+    from midwatch.transport.client import Client
+    from midwatch.transport.ssh_url import RemoteRun
+    from tui.core.command_bar import Prompt
+    from tui.core.command_line import Typed
+    from tui.core.controller_queries import Feed
     from tui.entry import Entry
-    from tui.feed import Feed
-    from tui.prompt import Prompt
     from tui.views.base import View
 
 DRAW_SECONDS = 0.5
@@ -157,7 +157,7 @@ class MidwatchApp(App[int]):
     @property
     def prefer(self) -> protocol.PreferenceBegin:
         """Who annotates here, and what: this user and the newest of everything, where the screen was not opened for it."""
-        from launcher.cli.prefer import begin_of_user
+        from midwatch.annotator import begin_of_user
 
         if self._prefer is None:
             self._prefer = begin_of_user()
@@ -165,7 +165,7 @@ class MidwatchApp(App[int]):
 
     @property
     def feed(self) -> Feed:
-        from tui.feed import Feed
+        from tui.core.controller_queries import Feed
 
         if self._feed is None:
             self._feed = Feed()
@@ -176,7 +176,7 @@ class MidwatchApp(App[int]):
         """Holds the client for as long as the screen lives."""
         import asyncio
 
-        from launcher.client import Client, ClientError
+        from midwatch.transport.client import Client, ClientError
 
         ended = asyncio.Event()
         client = Client(
@@ -247,9 +247,9 @@ class MidwatchApp(App[int]):
         scene = self.scene
         base = self.screen_stack[0]
         watching = self.view_name == "watch" and "watch" in self._views  # that view says the state itself
-        base.query_one("#header", Panel).show([frame.header(scene, cells, state=not watching)])
-        base.query_one("#tabs", Panel).show([frame.tabs(self.view_name, cells)])
-        base.query_one("#notices", Panel).show_all(frame.notices(scene, self._hidden, cells))
+        base.query_one("#header", Panel).show([chrome.header(scene, cells, state=not watching)])
+        base.query_one("#tabs", Panel).show([chrome.tabs(self.view_name, cells)])
+        base.query_one("#notices", Panel).show_all(chrome.notices(scene, self._hidden, cells))
         view = self._views.get(self.view_name)
         if view is not None and view.is_mounted:
             view.show(scene)
@@ -274,7 +274,7 @@ class MidwatchApp(App[int]):
         base.query_one("#status", Panel).show_all(broken(self._status(), cells, STATUS_ROWS))
         snapshot = self.scene.snapshot
         paused = snapshot is not None and snapshot.state in ("paused", "released", "failed")
-        line = frame.footer(self.view_name, self.scene.read_only, cells, paused=paused)
+        line = chrome.footer(self.view_name, self.scene.read_only, cells, paused=paused)
         base.query_one("#footer", Panel).show([line])
 
     def _status(self) -> Line:
@@ -287,9 +287,9 @@ class MidwatchApp(App[int]):
         if line and self.scene.now - moment < SAID_SECONDS:
             return line
         snapshot = self.scene.snapshot
-        waiting = frame.open_commands(snapshot.commands) if snapshot is not None else []
+        waiting = chrome.open_commands(snapshot.commands) if snapshot is not None else []
         if waiting:
-            from launcher.commands import describe
+            from midwatch.commands import describe
 
             parts = [[(f"#{c.number} {describe(c.verb, c.arguments)} ({c.author}): {c.state}", Ink.TEXT)] for c in waiting[-3:]]
             return [(" ", Ink.BLANK), *joined(parts, "; ")]
@@ -440,7 +440,7 @@ class MidwatchApp(App[int]):
             *self._before, name = self._before
             await self.open_view(name, remember=False)
         elif self.scene.snapshot is not None:
-            self._hidden |= frame.notice_keys(self.scene.snapshot, self.scene)
+            self._hidden |= chrome.notice_keys(self.scene.snapshot, self.scene)
             self._set()
 
     def do_detach(self) -> None:
@@ -459,7 +459,7 @@ class MidwatchApp(App[int]):
         await self.open_prompt("/")
 
     async def open_prompt(self, sign: str) -> None:
-        from tui.prompt import Prompt
+        from tui.core.command_bar import Prompt
 
         if self._prompt is None:
             self._prompt = Prompt()
@@ -468,7 +468,7 @@ class MidwatchApp(App[int]):
 
     async def do_typed(self, typed: Typed) -> None:
         """Does what a command line asks."""
-        from tui.commandline import ASK
+        from tui.core.command_line import ASK
 
         if typed.problem:
             self.say(typed.problem, Ink.WARNING)
@@ -530,7 +530,7 @@ def _make(name: str) -> View:
     """A view by its name; its module is imported here."""
     import importlib
 
-    module = importlib.import_module(f"tui.views.{name}")
+    module = importlib.import_module("tui.views.nodes.view" if name == "nodes" else f"tui.views.{name}")
     view: View = getattr(module, f"{name.capitalize()}View")(id=f"view-{name}")
     return view
 
@@ -540,7 +540,7 @@ def run(directory: Path | RemoteRun, *, read_only: bool = False, prefer: protoco
 
     A signal ends the screen with 128 and its number, as it would a program that does not handle it; the run goes on.
     """
-    from launcher.paths import RunPaths
+    from midwatch.run_directory import RunPaths
     from tui.driver import ScreenDriver, ScreenExit
 
     if isinstance(directory, Path) and not RunPaths(directory).is_run():

@@ -16,9 +16,9 @@ from textual.drivers import linux_driver
 from textual.events import Paste
 from textual.message import Message
 
-from launcher.signals import EndingSignals
-from launcher.terminal import safe
-from tui.words import UNICODE
+from midwatch.signals import EndingSignals
+from midwatch.terminal import safe
+from tui.core.formatting import UNICODE
 
 if TYPE_CHECKING:
     from tui.app import MidwatchApp

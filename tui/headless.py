@@ -14,13 +14,13 @@ import signal
 import time
 from pathlib import Path
 
-from launcher import protocol as p
-from launcher.client import Client, ClientError
-from launcher.commands import describe
-from launcher.recipe import load_recipe, parse_recipe
-from launcher.remote import RemoteRun
-from launcher.signals import EndingSignals
-from launcher.terminal import OutputError, discard_out, flush_out, indented, make_console, reader_is_gone, write_error, write_json
+from midwatch import protocol as p
+from midwatch.commands import describe
+from midwatch.recipe import load_recipe, parse_recipe
+from midwatch.signals import EndingSignals
+from midwatch.terminal import OutputError, discard_out, flush_out, indented, make_console, reader_is_gone, write_error, write_json
+from midwatch.transport.client import Client, ClientError
+from midwatch.transport.ssh_url import RemoteRun
 from tui.script import Entry
 
 FINISHED, FAILED, RULE_STOPPED, STOPPED = 0, 1, 3, 4

@@ -11,7 +11,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from launcher.protocol import Verb
+from midwatch.protocol import Verb
 
 
 class ScriptError(Exception):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from launcher import protocol
-from tui import frame
-from tui.chart.ink import Ink
-from tui.scene import newest_checkpoint
-from tui.words import plural
+from midwatch import protocol
+from tui.chart.styles import Ink
+from tui.core import chrome
+from tui.core.formatting import plural
+from tui.core.scene import newest_checkpoint
 
 if TYPE_CHECKING:
-    from launcher.client import Client
+    from midwatch.transport.client import Client
     from tui.app import MidwatchApp
     from tui.dialogs.base import Dialog
 
@@ -32,7 +32,7 @@ class Steering:
 
     def give(self, verb: protocol.Verb, arguments: dict[str, Any] | None = None) -> None:
         """Asks the run for something: shown as pending at once, and with its outcome when it comes."""
-        from launcher.commands import describe
+        from midwatch.commands import describe
 
         app, words = self._app, describe(verb, arguments or {})
         client = app.client
@@ -48,11 +48,11 @@ class Steering:
         app.run_worker(self._carry(self._given, client, verb, arguments or {}, words), exit_on_error=False)
 
     async def _carry(self, number: int, client: Client, verb: protocol.Verb, arguments: dict[str, Any], words: str) -> None:
-        from launcher.client import ClientError
+        from midwatch.transport.client import ClientError
 
         said, ink = f"{words}: no outcome is known", Ink.WARNING
         try:
-            said, ink = frame.outcome(await client.command(verb, arguments), words)
+            said, ink = chrome.outcome(await client.command(verb, arguments), words)
         except ClientError as error:
             said = f"{words}: {error}"
         finally:

@@ -17,12 +17,12 @@ import msgspec
 
 from launcher.agent.agent import Agent
 from launcher.agent.place import Place
-from launcher.joining import Joining, await_controller, read_key_file
-from launcher.keys import Identity, KeysError, store_identity
-from launcher.network import NetworkError
-from launcher.paths import PRIVATE_FILE, RunPaths, runtime_directory
-from launcher.recipe import RecipeError, load_recipe
-from launcher.signals import ignore_stray
+from midwatch.recipe import RecipeError, load_recipe
+from midwatch.run_directory import PRIVATE_FILE, RunPaths, runtime_directory
+from midwatch.signals import ignore_stray
+from midwatch.transport.addresses import NetworkError
+from midwatch.transport.node_join import Joining, await_controller, read_key_file
+from midwatch.transport.tls_identity import Identity, KeysError, store_identity
 from shards.terminal import Parser, log_to_stderr, write_error, write_out
 
 log = logging.getLogger("launcher.agent")

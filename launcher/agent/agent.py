@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from launcher import protocol as p
 from launcher.agent import stacks
 from launcher.agent.environment import presentable, rank_environment
 from launcher.agent.forkserver import ForkServers
 from launcher.agent.hangs import Hang, HangWatch
-from launcher.agent.probe import ProbePort
+from launcher.agent.reachability import ProbePort
 from launcher.agent.stats import NodeReader
-from launcher.directory import DirectoryWatch
-from launcher.identity import run_id
-from launcher.joining import Joining, ways_to
-from launcher.link import Connection
-from launcher.network import address_of, address_that_reaches, interface_of, interface_problem
-from launcher.paths import RunPaths, read_address, runtime_directory
-from launcher.recipe import Recipe
+from midwatch import protocol as p
+from midwatch.directory_identity import DirectoryWatch
+from midwatch.recipe import Recipe
+from midwatch.run_directory import RunPaths, read_address, runtime_directory
+from midwatch.run_identity import run_id
+from midwatch.transport.addresses import address_of, address_that_reaches, interface_of, interface_problem
+from midwatch.transport.node_join import Joining, ways_to
+from midwatch.transport.rank_client import Connection
 
 if TYPE_CHECKING:
     from launcher.agent.elastic import RankGroup

@@ -35,7 +35,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from launcher.agent.forkserver import ForkServerError, ForkServers
 from launcher.agent.stacks import socket_of
-from launcher.protocol import Gather, RankExit
+from midwatch.protocol import Gather, RankExit
 
 log = logging.getLogger("launcher.agent")
 

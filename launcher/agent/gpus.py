@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 import pynvml
 
-from launcher.agent.faults import Faults
 from launcher.agent.gpm import Activity
+from launcher.agent.gpu_faults import Faults
 from launcher.agent.nvml import Gone, maybe
-from launcher.protocol import Fault, Gpu, GpuProcess
+from midwatch.protocol import Fault, Gpu, GpuProcess
 
 log = logging.getLogger("launcher.agent")
 

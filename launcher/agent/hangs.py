@@ -11,7 +11,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from launcher.protocol import RankBeat
+from midwatch.protocol import RankBeat
 
 FACTOR = 5.0
 KNOWN = 5

@@ -9,8 +9,8 @@ import time
 
 import msgspec
 
-from launcher.paths import RunPaths, runtime_directory
-from launcher.processes import own_birth
+from midwatch.processes import own_birth
+from midwatch.run_directory import RunPaths, runtime_directory
 
 LEAVE_SECONDS = 30.0
 """That an agent which is leaving has to be gone: its ranks may be writing a checkpoint."""

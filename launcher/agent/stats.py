@@ -10,7 +10,7 @@ import msgspec
 import psutil
 
 from launcher.agent.gpus import GpuReader
-from launcher.protocol import Gpu, NodeStats, RankBeat
+from midwatch.protocol import Gpu, NodeStats, RankBeat
 
 FIRST_SECONDS = 0.5
 """That the first figures of the GPUs are waited for; later ones never are."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from launcher import journal as j
-from launcher.paths import RunPaths
-from launcher.recipe import Recipe
+from midwatch.journal import journal as j
+from midwatch.recipe import Recipe
+from midwatch.run_directory import RunPaths
 
 FIRST_SECONDS = 60.0
 """That the fewest nodes are waited for when a run starts, where starting an agent is a matter of seconds."""
@@ -22,7 +22,7 @@ class StartError(Exception):
 
 
 class Started(NamedTuple):
-    """An agent that was started, or found: its process number on its node, and its birth (launcher.processes)."""
+    """An agent that was started, or found: its process number on its node, and its birth (midwatch.processes)."""
 
     pid: int
     birth: str
@@ -56,11 +56,11 @@ def backend_of(recipe: Recipe, paths: RunPaths) -> Backend:
 
         return SshBackend(paths, recipe.cluster)
     if recipe.cluster.backend == "slurm":
-        from launcher.backends.slurm import SlurmBackend
+        from launcher.backends.slurm.backend import SlurmBackend
 
         return SlurmBackend(paths, recipe.cluster)
     if recipe.cluster.backend == "agents":
-        from launcher.backends.joining import JoiningBackend
+        from launcher.backends.external import JoiningBackend
 
         return JoiningBackend()
     from launcher.backends.local import LocalBackend

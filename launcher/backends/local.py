@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 
-from launcher import journal as j
 from launcher.agent.place import holder_of
 from launcher.backends import FIRST_SECONDS, Started, StartError
-from launcher.paths import RunPaths, host_name
-from launcher.processes import birth_of, lives
+from midwatch.journal import journal as j
+from midwatch.processes import birth_of, lives
+from midwatch.run_directory import RunPaths, host_name
 
 
 class LocalBackend:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import msgspec
 
-from launcher import journal as j
 from launcher.backends import FIRST_SECONDS, Started, StartError
-from launcher.keys import RunKeys
-from launcher.paths import RunPaths
-from launcher.recipe import Cluster
-from launcher.ssh import SILENT, Ssh, SshError, remote_command
+from midwatch.journal import journal as j
+from midwatch.recipe import Cluster
+from midwatch.run_directory import RunPaths
+from midwatch.transport.ssh import SILENT, Ssh, SshError, remote_command
+from midwatch.transport.tls_identity import RunKeys
 from shards.decoding import Count, DecodeError, json_as
 
 START_SECONDS = 60.0

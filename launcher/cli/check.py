@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launcher.checks import RUNTIME_WAY, NodeReport, What, check_nodes, ready
 from launcher.cli.runs import check_recipe
-from launcher.preflight import Findings, runtime_problem
-from launcher.recipe import Recipe, RecipeError, warnings
-from launcher.words import plural
+from launcher.preflight.checks import RUNTIME_WAY, NodeReport, What, check_nodes, ready
+from launcher.preflight.node_report import Findings, runtime_problem
+from midwatch.recipe import Recipe, RecipeError, warnings
+from midwatch.words import plural
 from shards.terminal import make_console, write_error, write_json, write_out
 
 MANY = 20

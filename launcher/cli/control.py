@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 from rich.table import Table
 from rich.text import Text
 
-from launcher import protocol as p
 from launcher.cli.runs import NoSuchRun, RunLine, find_anywhere, find_run, known_runs, line_of
-from launcher.client import Client, ClientError
-from launcher.commands import describe
-from launcher.journal import JournalError
-from launcher.paths import RunPaths
-from launcher.reach import Looks, SilentError
-from launcher.recipe import RecipeError
-from launcher.remote import RemoteRun
+from midwatch import protocol as p
+from midwatch.commands import describe
+from midwatch.journal.journal import JournalError
+from midwatch.recipe import RecipeError
+from midwatch.run_directory import RunPaths
+from midwatch.transport.client import Client, ClientError
+from midwatch.transport.discovery import Looks, SilentError
+from midwatch.transport.ssh_url import RemoteRun
 from shards.terminal import indented, make_console, write_error, write_json, write_out
 
 T = TypeVar("T")
@@ -256,8 +256,8 @@ def logs(arguments: argparse.Namespace) -> int:
 def relay(arguments: argparse.Namespace) -> int:
     import os
 
-    from launcher.relay import relay as pass_on
-    from launcher.slurm import SlurmError, SlurmRun, own_allocation, read_job, relay_step
+    from launcher.backends.slurm.jobs import SlurmError, SlurmRun, own_allocation, read_job, relay_step
+    from launcher.cli.relay import relay as pass_on
 
     try:
         root = find_anywhere(arguments.run)

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 from launcher.cli.runs import find_run, read_ledger
-from launcher.paths import RunPaths
-from launcher.recipe import load_recipe
+from midwatch.recipe import load_recipe
+from midwatch.run_directory import RunPaths
 from shards.terminal import write_error
 
 
@@ -24,6 +24,6 @@ def export(arguments: argparse.Namespace) -> int:
             return 1
         name = found.id
     python = load_recipe(paths.recipe).cluster.python or sys.executable
-    command = [python, "-P", "-m", "trainer.export", str(paths.root), "--checkpoint", name, "--to", arguments.to]
+    command = [python, "-P", "-m", "trainer.huggingface.export", str(paths.root), "--checkpoint", name, "--to", arguments.to]
     command += ["--dtype", arguments.dtype, *(["--untied"] if arguments.untied else [])]
     return subprocess.run(command).returncode

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from launcher import protocol as p
 from launcher.cli import control
 from launcher.cli.runs import find_anywhere, find_run
-from launcher.joining import check_url, make_key, read_key_file
-from launcher.keys import KeysError
-from launcher.paths import RunPaths, host_name
+from midwatch import protocol as p
+from midwatch.run_directory import RunPaths, host_name
+from midwatch.transport.node_join import check_url, make_key, read_key_file
+from midwatch.transport.tls_identity import KeysError
 from shards.terminal import make_console, write_error, write_json, write_out
 
 

@@ -92,7 +92,7 @@ def _add_planning(commands: Any) -> None:
 
 
 def _count(text: str) -> float:
-    from launcher.plan.quantities import parse_count
+    from launcher.plan.units import parse_count
 
     try:
         return parse_count(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.plan import Assumptions, PlanError, find_accelerator, plan_budget, plan_recipe
 from launcher.plan.accelerators import DEFAULT
-from launcher.recipe import RecipeError, load_recipe
+from midwatch.recipe import RecipeError, load_recipe
 from shards.decoding import shown
 from shards.terminal import make_console, write_json
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from launcher.plan import Budget, Plan, StagePlan
 from launcher.plan.accelerators import Accelerator
 from launcher.plan.memory import Memory
-from launcher.plan.quantities import count, factor, flops, money, size, span
+from launcher.plan.units import count, factor, flops, money, size, span
 
 _PARTS: tuple[tuple[str, Callable[[Memory], int]], ...] = (
     ("weights, float32", lambda m: m.weights_bytes),

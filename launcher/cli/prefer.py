@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import getpass
-import re
 import uuid
 from collections import Counter
 from pathlib import Path
 
-from launcher import protocol as p
 from launcher.cli.runs import find_anywhere, find_run
-from launcher.client import Client, ClientError
-from launcher.paths import RunPaths
-from launcher.preferences.agreement import measure
-from launcher.preferences.pairs import export
-from launcher.preferences.prompts import of_file
-from launcher.preferences.store import PreferenceError, all_decisions, check_name
-from launcher.remote import RemoteRun
-from launcher.words import plural
+from launcher.controller.annotation.agreement import measure
+from launcher.controller.annotation.pairs import export
+from launcher.controller.annotation.prompts import of_file
+from launcher.controller.annotation.store import PreferenceError, all_decisions, check_name
+from midwatch import protocol as p
+from midwatch.annotator import own_name
+from midwatch.run_directory import RunPaths
+from midwatch.transport.client import Client, ClientError
+from midwatch.transport.ssh_url import RemoteRun
+from midwatch.words import plural
 from shards.terminal import write_json, write_out
 
 LEFT_OUT = {
@@ -72,20 +71,6 @@ def begin_of(arguments: argparse.Namespace) -> p.PreferenceBegin:
         limit=arguments.limit,
         temperature=arguments.temperature,
     )
-
-
-def begin_of_user() -> p.PreferenceBegin:
-    """Of a screen that was not opened for it: this user, the newest checkpoint, the newest stage's prompts."""
-    return p.PreferenceBegin(id=0, annotator=own_name(), session=uuid.uuid4().hex)
-
-
-def own_name() -> str:
-    """The system's name of this user, as far as it can name a file."""
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):
-        name = ""
-    return re.sub(r"[^A-Za-z0-9_-]", "-", name)[:64] or "annotator"
 
 
 def report(found: p.Agreement) -> list[str]:

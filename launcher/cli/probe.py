@@ -18,15 +18,15 @@ from typing import TextIO
 
 import msgspec
 
-from launcher import protocol as p
+from launcher.cli.chat_repl import Talk
 from launcher.cli.runs import find_anywhere, read_ledger
-from launcher.cli.talk import Talk
-from launcher.client import Client, ClientError
-from launcher.paths import RunPaths, controller_lives
-from launcher.prober import Prober
-from launcher.recipe import load_recipe
-from launcher.remote import RemoteRun
-from launcher.words import plural
+from launcher.controller.probe.process import Prober
+from midwatch import protocol as p
+from midwatch.recipe import load_recipe
+from midwatch.run_directory import RunPaths, controller_lives
+from midwatch.transport.client import Client, ClientError
+from midwatch.transport.ssh_url import RemoteRun
+from midwatch.words import plural
 from shards.terminal import write_error, write_json, write_out
 
 Answers = Callable[[p.ProbeAsk], AsyncGenerator[p.ProbeAnswer]]

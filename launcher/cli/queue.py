@@ -8,13 +8,23 @@ import signal
 import time
 from pathlib import Path
 
+from launcher.backends.slurm.jobs import (
+    SlurmError,
+    SlurmRun,
+    Standing,
+    cancel,
+    elsewhere,
+    own_allocation,
+    read_job,
+    standing,
+    submit,
+)
 from launcher.cli.runs import find_run, line_of, read_ledger
-from launcher.paths import RunPaths, read_address, shows_life
-from launcher.reach import ClientError
-from launcher.recipe import RecipeError, load_recipe
-from launcher.roles import own_name
-from launcher.signals import EndingSignals
-from launcher.slurm import SlurmError, SlurmRun, Standing, cancel, elsewhere, own_allocation, read_job, standing, submit
+from midwatch.recipe import RecipeError, load_recipe
+from midwatch.run_directory import RunPaths, read_address, shows_life
+from midwatch.signals import EndingSignals
+from midwatch.transport.access import own_name
+from midwatch.transport.discovery import ClientError
 from shards.terminal import OutputError, discard_out, reader_is_gone, write_error, write_json, write_out
 
 POLL_SECONDS = 2.0

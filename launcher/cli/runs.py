@@ -10,17 +10,17 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.identity import claim
-from launcher.journal import JournalError, read_journal
-from launcher.ledger import Ledger
-from launcher.paths import PRIVATE_FILE, RunPaths, cache_directories, controller_lives, runtime_directory, write_atomically
-from launcher.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from launcher.remote import RemoteError, RemoteRun, parse_remote
-from launcher.roles import group_id
-from launcher.slurm import elsewhere
-from shards.build import build_key, conflict, is_built
+from launcher.backends.slurm.jobs import elsewhere
+from midwatch.journal.journal import JournalError, read_journal
+from midwatch.journal.run_state import Ledger
+from midwatch.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from midwatch.run_directory import PRIVATE_FILE, RunPaths, cache_directories, controller_lives, runtime_directory, write_atomically
+from midwatch.run_identity import claim
+from midwatch.transport.access import group_id
+from midwatch.transport.ssh_url import RemoteError, RemoteRun, parse_remote
+from shards.build.build import build_key, conflict, is_built
 from shards.errors import ShardError
-from shards.tokenizer import check_template
+from shards.tokenization.tokenizer import check_template
 
 
 class NoSuchRun(Exception):

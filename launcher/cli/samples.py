@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from launcher import protocol as p
 from launcher.cli.runs import find_anywhere
-from launcher.client import Client
-from launcher.words import plural
+from midwatch import protocol as p
+from midwatch.transport.client import Client
+from midwatch.words import plural
 from shards.terminal import make_console, write_error, write_json
 
 

@@ -17,33 +17,33 @@ from typing import Any
 
 import msgspec
 
-from launcher import journal as j
 from launcher.backends import backend_of
 from launcher.controller import recovery
-from launcher.controller.batch import Batch
-from launcher.controller.building import Building
-from launcher.controller.commits import Commits
+from launcher.controller.annotation.desk import Preferring
+from launcher.controller.checkpoints import Commits
+from launcher.controller.command_queue import Dispatch
+from launcher.controller.context import Office
 from launcher.controller.copies import settle_copy
-from launcher.controller.dispatch import Dispatch
-from launcher.controller.generations import Generations
-from launcher.controller.listener import Listener, ListenError
-from launcher.controller.office import Office
-from launcher.controller.pool import Pool
-from launcher.controller.preferring import Preferring
-from launcher.controller.probing import Probing
+from launcher.controller.data_build import Building
+from launcher.controller.probe.sessions import Probing
 from launcher.controller.queries import Queries
+from launcher.controller.rank_reports import Reports
 from launcher.controller.recipechange import note_change, run_began
-from launcher.controller.reports import Reports
-from launcher.controller.server import Doorkeeper
-from launcher.controller.stragglers import Stragglers
+from launcher.controller.serving.listener import Listener, ListenError
+from launcher.controller.serving.server import Doorkeeper
+from launcher.controller.slurm_signals import Batch
+from launcher.controller.snapshot import View
+from launcher.controller.supervision.generations import Generations
+from launcher.controller.supervision.node_pool import Pool
+from launcher.controller.supervision.stragglers import Stragglers
 from launcher.controller.versions import installed_versions
-from launcher.controller.view import View
-from launcher.controller.watching import Firing, Watching, action
-from launcher.directory import DirectoryId
-from launcher.identity import claim
-from launcher.keys import KeysError, RunKeys
+from launcher.controller.watch_rules import Firing, Watching, action
 from launcher.metrics.store import Metrics, usable_index
-from launcher.paths import (
+from midwatch.directory_identity import DirectoryId
+from midwatch.journal import journal as j
+from midwatch.protocol import Command
+from midwatch.recipe import Recipe, RecipeError, Watch, load_recipe
+from midwatch.run_directory import (
     Address,
     RunLock,
     RunPaths,
@@ -54,10 +54,10 @@ from launcher.paths import (
     say_farewell,
     write_address,
 )
-from launcher.protocol import Command
-from launcher.recipe import Recipe, RecipeError, Watch, load_recipe
-from launcher.roles import group_id, socket_directory
-from launcher.signals import ignore_stray
+from midwatch.run_identity import claim
+from midwatch.signals import ignore_stray
+from midwatch.transport.access import group_id, socket_directory
+from midwatch.transport.tls_identity import KeysError, RunKeys
 from shards.terminal import log_to_stderr
 
 log = logging.getLogger("launcher.controller")

@@ -20,19 +20,19 @@ import msgspec
 from websockets.asyncio.server import ServerConnection, unix_serve
 from websockets.exceptions import ConnectionClosed
 
-from launcher import checkpoints as files
-from launcher import journal as j
-from launcher import protocol as p
+from launcher.controller.checkpoints import Commits
 from launcher.controller.clients import refused_command
-from launcher.controller.commits import Commits
-from launcher.controller.office import Office
-from launcher.controller.peers import Roles, quiet
+from launcher.controller.context import Office
 from launcher.controller.queries import Queries
-from launcher.controller.view import View
-from launcher.identity import run_id
+from launcher.controller.serving.peers import Roles, quiet
+from launcher.controller.snapshot import View
 from launcher.metrics.store import Metrics
-from launcher.paths import Address, RunPaths, cache_directories, host_name, read_address
-from launcher.recipe import load_recipe
+from midwatch import protocol as p
+from midwatch.checkpoint_format import verify as files
+from midwatch.journal import journal as j
+from midwatch.recipe import load_recipe
+from midwatch.run_directory import Address, RunPaths, cache_directories, host_name, read_address
+from midwatch.run_identity import run_id
 
 NO_CONTROLLER = "no controller is running"
 LOOK_SECONDS = 0.5

@@ -13,14 +13,14 @@ import logging
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
-from launcher import journal as j
-from launcher import protocol as p
-from launcher.controller.dispatch import Dispatch
-from launcher.controller.office import Office
-from launcher.controller.preferring import Preferring, Question
-from launcher.controller.probing import Probing
+from launcher.controller.annotation.desk import Preferring, Question
+from launcher.controller.command_queue import Dispatch
+from launcher.controller.context import Office
+from launcher.controller.probe.sessions import Probing
 from launcher.controller.queries import Queries
-from launcher.controller.view import View
+from launcher.controller.snapshot import View
+from midwatch import protocol as p
+from midwatch.journal import journal as j
 
 log = logging.getLogger("launcher.controller")
 

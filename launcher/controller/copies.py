@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from launcher import journal as j
-from launcher.controller.office import Office
+from launcher.controller.context import Office
+from midwatch.journal import journal as j
 
 log = logging.getLogger("launcher.controller")
 

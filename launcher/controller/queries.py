@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher import protocol as p
-from launcher.controller.commits import Commits
-from launcher.controller.office import Office
-from launcher.controller.view import View
-from launcher.metrics.columns import Segment
-from launcher.recipe import Recipe
-from launcher.recipe.live import KEPT_ACROSS_STAGES, stage_settings
+from launcher.controller.checkpoints import Commits
+from launcher.controller.context import Office
+from launcher.controller.snapshot import View
+from midwatch import protocol as p
+from midwatch.metrics.m4_columns import Segment
+from midwatch.recipe import Recipe
+from midwatch.recipe.live_settings import KEPT_ACROSS_STAGES, stage_settings
 
 MOST_LOG_BYTES = 4 * 1024 * 1024
 """Read of a log for one query."""

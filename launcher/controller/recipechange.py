@@ -8,11 +8,11 @@ import re
 import tomllib
 from typing import Any
 
-from launcher import journal as j
 from launcher.agent.environment import MASK, SECRET, mask_url
-from launcher.controller.office import Office
-from launcher.ledger import differences
-from launcher.recipe import Recipe
+from launcher.controller.context import Office
+from midwatch.journal import journal as j
+from midwatch.journal.run_state import differences
+from midwatch.recipe import Recipe
 
 MOST_TOLD = 12
 """Changed keys that the warning names; the journal's entry has them all."""

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from launcher import checkpoints as files
-from launcher import journal as j
-from launcher.controller.office import Office
-from launcher.metrics.columns import Segment
-from launcher.paths import RunPaths, mount_of, read_address
+from launcher.controller.context import Office
+from midwatch.checkpoint_format import verify as files
+from midwatch.journal import journal as j
+from midwatch.metrics.m4_columns import Segment
+from midwatch.run_directory import RunPaths, mount_of, read_address
 from shards.decoding import DecodeError, json_as
 
 log = logging.getLogger("launcher.controller")

@@ -16,9 +16,9 @@ import msgspec
 import zstandard
 
 from launcher.metrics.chunks import Mark
-from launcher.metrics.columns import FANOUT, pack, unpack
-from launcher.metrics.nodes import NODE, ROW, Table
-from launcher.metrics.seen import Seen
+from launcher.metrics.dedup import Seen
+from midwatch.metrics.m4_columns import FANOUT, pack, unpack
+from midwatch.metrics.m4_nodes import NODE, ROW, Table
 
 FORMAT = 1
 BLOCK = 256  # records a block

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from launcher.metrics.columns import FANOUT, NODES_A_COLUMN
 from launcher.metrics.database import BLOCK, Database, Line, block_of
-from launcher.metrics.nodes import NODE, ROW, Table, between, fold, from_rows
+from midwatch.metrics.m4_columns import FANOUT, NODES_A_COLUMN
+from midwatch.metrics.m4_nodes import NODE, ROW, Table, between, fold, from_rows
 
 
 class Pyramid:

@@ -21,11 +21,11 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 import numpy as np
 
 from launcher.metrics.chunks import ChunkWriter, Frame, Mark, holds, read_frames
-from launcher.metrics.columns import Columns, Segment, grid, place
 from launcher.metrics.database import Damaged, Database, Line
-from launcher.metrics.nodes import NODE, ROW, Table
+from launcher.metrics.dedup import Seen
 from launcher.metrics.pyramid import Pyramid
-from launcher.metrics.seen import Seen
+from midwatch.metrics.m4_columns import Columns, Segment, grid, place
+from midwatch.metrics.m4_nodes import NODE, ROW, Table
 
 MEMORY = Path(":memory:")
 """SQLite's name for a database that has no file."""

@@ -2,9 +2,9 @@
 
 from launcher.plan.accelerators import ACCELERATORS, Accelerator, find_accelerator
 from launcher.plan.budget import TOKENS_A_PARAMETER, Budget, State, plan_budget
-from launcher.plan.figures import Assumptions, Factors, Plan, StagePlan
-from launcher.plan.quantities import PlanError
+from launcher.plan.plan import Assumptions, Factors, Plan, StagePlan
 from launcher.plan.report import plan_recipe
+from launcher.plan.units import PlanError
 
 __all__ = [
     "ACCELERATORS",

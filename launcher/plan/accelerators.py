@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from launcher.plan.quantities import PlanError
+from launcher.plan.units import PlanError
 
 Precision = Literal["float32", "bfloat16", "fp8"]
 

@@ -14,7 +14,7 @@ import msgspec
 
 from launcher.plan.flops import compute_bytes, rows_of_a_sample
 from launcher.plan.mesh import Mesh
-from launcher.recipe import Model, Stage
+from midwatch.recipe import Model, Stage
 
 Kernel = Literal["fused", "masked", "scores"]
 """How attention is computed. fused: scores are never whole. masked: nor here, but a matrix of what each position may see (or of

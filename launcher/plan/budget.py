@@ -11,7 +11,7 @@ import math
 import msgspec
 
 from launcher.plan.accelerators import Accelerator, Precision
-from launcher.plan.quantities import PlanError
+from launcher.plan.units import PlanError
 
 TOKENS_A_PARAMETER = 20.0
 FLOPS_A_PARAMETER_AND_TOKEN = 6.0

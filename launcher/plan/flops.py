@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import msgspec
 
-from launcher.recipe import Model, Stage
-from launcher.recipe.descent import judged
+from midwatch.recipe import Model, Stage
+from midwatch.recipe.stage_inputs import judged
 
 FORWARD_AND_BACKWARD = 3
 """Backward computes the gradient by the input and by the weights: twice forward (Kaplan et al. 2020, section 2.1)."""

@@ -14,12 +14,12 @@ import msgspec
 
 from launcher.plan import activations
 from launcher.plan.activations import Block, Kernel, Piece
-from launcher.plan.beside import beside
+from launcher.plan.auxiliary_memory import beside
 from launcher.plan.flops import block_matrices, block_parameters, compute_bytes
 from launcher.plan.mesh import Batches, Mesh, Share, batches_of, mesh_of, part_of_forward, share_of, waiting_forwards
 from launcher.plan.peak import FLOAT32, Shape, moments
-from launcher.recipe import Model, Parallel, Stage
-from launcher.recipe.generate import Generate
+from midwatch.recipe import Model, Parallel, Stage
+from midwatch.recipe.generate import Generate
 
 MOMENTS = 2
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import msgspec
 
-from launcher.plan.quantities import PlanError
-from launcher.recipe import Model, Parallel, Stage
-from launcher.recipe.parallel import multiple_of
+from launcher.plan.units import PlanError
+from midwatch.recipe import Model, Parallel, Stage
+from midwatch.recipe.parallel import multiple_of
 
 
 class Mesh(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from launcher.plan.quantities import PlanError
+from launcher.plan.units import PlanError
 
 
 class Bubble(msgspec.Struct, frozen=True):

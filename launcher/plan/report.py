@@ -14,14 +14,14 @@ from launcher.plan import flops
 from launcher.plan.accelerators import DEFAULT, Accelerator, find_accelerator
 from launcher.plan.activations import Piece, alibi_costs, attention_kernel, block, ends, exchanges_heads, needs_flash_attention
 from launcher.plan.budget import FLOPS_A_PARAMETER_AND_TOKEN, TOKENS_A_PARAMETER, best_size, verdict
-from launcher.plan.figures import Assumptions, Factors, Parameters, Plan, StagePlan, Tokens
+from launcher.plan.fit_suggestions import Case, ways_out
 from launcher.plan.memory import Setting, worst_rank
 from launcher.plan.mesh import batches_of, mesh_of
 from launcher.plan.pipeline import bubble
-from launcher.plan.quantities import PlanError
-from launcher.plan.ways import Case, ways_out
-from launcher.recipe import Cluster, Model, Parallel, Recipe, Stage
-from launcher.recipe.generate import Generate
+from launcher.plan.plan import Assumptions, Factors, Parameters, Plan, StagePlan, Tokens
+from launcher.plan.units import PlanError
+from midwatch.recipe import Cluster, Model, Parallel, Recipe, Stage
+from midwatch.recipe.generate import Generate
 
 IDLE = 0.2
 """Part of a step for which a pipeline may idle before a note says so."""
@@ -104,8 +104,8 @@ def _vocabulary(recipe: Recipe) -> tuple[int, list[str]]:
         notes.append(f"{recipe.tokenizer.path} is not here: a tokenizer of {ids:,} ids is assumed")
     elif recipe.tokenizer.path is not None:
         from shards.errors import ShardError
-        from shards.templates import read
-        from shards.tokenizer import Tokenizer, read_model
+        from shards.tokenization.templates import read
+        from shards.tokenization.tokenizer import Tokenizer, read_model
 
         path = Path(recipe.tokenizer.path)
         try:

@@ -19,14 +19,14 @@ PIPE_WIDTH = 250  # in a pipe there is no width to fit: a row stays one line
 
 def directories(path: Path) -> list[Path]:
     """The manifests' directories at or under `path`; SpecError if there are none."""
-    from shards.manifest import FILE_NAME
+    from shards.format.manifest import FILE_NAME
 
     if (path / FILE_NAME).is_file():
         return [path]
     found = sorted(file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{FILE_NAME}"))
     if not found:
         raise SpecError(f"{path}: no shards here (give the directory that was built, or one of a source in it)")
-    from shards.build import read_marker
+    from shards.build.build import read_marker
 
     marker = read_marker(path)
     if marker is not None and not marker.done:

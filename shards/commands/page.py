@@ -11,9 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from shards.build.filter_stats import Count, Funnel, Sample
+from shards.build.report import Report, SourceReport
 from shards.commands.output import short, size
-from shards.pipeline.funnel import Count, Funnel, Sample
-from shards.pipeline.reporting import Report, SourceReport
 from shards.terminal import make_console
 
 BAR = 16  # cells; a line with a rule's long name still fits 80 columns

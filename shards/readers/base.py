@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shards.records import Document
+from shards.tokenization.records import Document
 
 LONGEST_RECORD = 64 << 20  # bytes of one line, and of one file's document
 KEPT_ASIDE = 4096  # characters of a broken record that are kept

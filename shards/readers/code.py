@@ -11,8 +11,8 @@ from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Reject
 from shards.readers.compressed import DAMAGE, plain_name
 from shards.readers.files import Found, beneath, stream
 from shards.readers.languages import LANGUAGES, NAMES
-from shards.records import Document
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 SUFFIXES = tuple(LANGUAGES)
 DOTTED_ARE_HIDDEN = False  # .eslintrc.js and .github are code; what is none among them is counted as vendored

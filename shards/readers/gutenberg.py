@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, decoded, shown
 from shards.readers.compressed import DAMAGE
 from shards.readers.files import stream
-from shards.records import Document
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 SUFFIXES = (".txt",)
 HEADER = 60_000  # characters in which a header ends; small prints of the 1990s have some 12,000

@@ -17,8 +17,8 @@ from shards.readers.hidden import is_hidden
 from shards.readers.texlexer import lexed, short_verbs
 from shards.readers.texmacros import MacroError, collect, expand
 from shards.readers.textext import body_text
-from shards.records import Document
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 SUFFIXES = (".tex", ".ltx", ".tar", ".tgz", ".gz")
 SOURCES = (".tex", ".ltx", ".latex", ".txt")

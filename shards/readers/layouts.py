@@ -1,4 +1,4 @@
-"""Instruction data in the layouts that data sets are published in, as records in the fields that `shards.records` reads.
+"""Instruction data in the layouts that data sets are published in, as records for `shards.tokenization.records`.
 
 plain      the source's own fields: text; prompt and response, or messages; prompt, chosen and rejected
 messages   messages: [{role, content}], as chat models' data sets have it
@@ -22,8 +22,8 @@ import msgspec
 
 from shards.readers.base import Record, Rejected, shown
 from shards.readers.oasst import conversations
-from shards.records import Document, in_record
 from shards.spec import Source
+from shards.tokenization.records import Document, in_record
 
 Fields = Mapping[str, Any]
 Placed = tuple[str, Fields] | Rejected  # (where, record)

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from shards.readers.base import Record, Rejected, shown
-from shards.records import Document
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 LARGEST_TREE = 100_000  # messages
 ROLES = {"prompter": "user", "assistant": "assistant"}

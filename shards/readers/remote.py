@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shards.errors import SpecError
-from shards.needs import need
+from shards.optional import need
 from shards.readers.base import SPECIAL
 from shards.readers.hidden import is_hidden, is_hidden_match
 

@@ -18,8 +18,8 @@ from shards.readers.compressed import DAMAGE
 from shards.readers.files import Found, stream
 from shards.readers.markup import text_of
 from shards.readers.xmlstream import Element, XMLDamage, elements
-from shards.records import Document
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 SUFFIXES = ("posts.xml",)
 QUESTION, ANSWER = "1", "2"  # PostTypeId

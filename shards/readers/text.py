@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, decoded
 from shards.readers.compressed import DAMAGE
 from shards.readers.files import stream
-from shards.records import Document
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
 PIECE = LONGEST_RECORD // 4  # bytes after which a document ends at the next line end

@@ -9,12 +9,12 @@ from typing import Any
 
 import zstandard
 
-from shards.needs import need
+from shards.optional import need
 from shards.readers.base import DAMAGED, Reading, Record, Rejected, Unit, shown
 from shards.readers.compressed import DAMAGE, LARGEST_WINDOW
 from shards.readers.files import stream
-from shards.records import Document
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 SUFFIXES = (".warc",)
 LONGEST_PAGE = 8 << 20  # bytes of HTML

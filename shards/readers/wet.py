@@ -7,8 +7,8 @@ from typing import Any
 
 from shards.readers.base import LONGEST_RECORD, Reading, Record, Rejected, Unit, decoded, shown
 from shards.readers.warc import address, check, content, records
-from shards.records import Document
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 __all__ = ["SUFFIXES", "check", "read"]
 SUFFIXES = (".wet", ".warc.wet")

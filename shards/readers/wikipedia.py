@@ -9,8 +9,8 @@ from shards.readers.compressed import DAMAGE
 from shards.readers.files import stream
 from shards.readers.wikitext import Namespaces, plain
 from shards.readers.xmlstream import Element, XMLDamage, elements
-from shards.records import Document
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 SUFFIXES = (".xml",)
 FILE, CATEGORY, MEDIA = "6", "14", "-2"  # numbers of namespaces, the same in every language's wiki

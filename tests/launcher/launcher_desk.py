@@ -16,18 +16,18 @@ import msgspec
 import pytest
 import xxhash
 
-from launcher import journal as j
-from launcher import protocol as p
 from launcher.backends import Started
-from launcher.checkpoints import MANIFEST
 from launcher.controller import __main__ as controller
 from launcher.controller import recovery
-from launcher.controller.office import Office
-from launcher.directory import DirectoryId
-from launcher.identity import RunRecord
+from launcher.controller.context import Office
 from launcher.metrics.store import Metrics
-from launcher.paths import RunPaths
-from launcher.recipe import Recipe, Watch, dump_recipe, parse_recipe
+from midwatch import protocol as p
+from midwatch.checkpoint_format.verify import MANIFEST
+from midwatch.directory_identity import DirectoryId
+from midwatch.journal import journal as j
+from midwatch.recipe import Recipe, Watch, dump_recipe, parse_recipe
+from midwatch.run_directory import RunPaths
+from midwatch.run_identity import RunRecord
 
 RECIPE = """
 [run]

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from launcher.recipe import Recipe, parse_recipe
-from shards.tokenizer import train
+from midwatch.recipe import Recipe, parse_recipe
+from shards.tokenization.tokenizer import train
 
 RECIPE = """
 [run]
@@ -47,7 +47,7 @@ def write_tokenizer(root: Path) -> None:
 
 def write_model(recipe: Recipe, root: Path, directory: str, id: str, step: int, seed: int = 0) -> str:
     """Weights drawn from the seed; the manifest's digest."""
-    from trainer.model import Decoder
+    from trainer.model.decoder import Decoder
 
     decoder = Decoder(recipe.model, 290)
     decoder.initialise(seed)

@@ -11,12 +11,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from launcher import protocol as p
 from launcher.agent.agent import Agent
 from launcher.agent.environment import MASK, presentable, rank_environment
 from launcher.agent.stats import NodeReader
-from launcher.paths import RunPaths
-from launcher.recipe import load_recipe
+from midwatch import protocol as p
+from midwatch.recipe import load_recipe
+from midwatch.run_directory import RunPaths
 
 
 def gather(generation: int) -> p.Gather:
@@ -137,7 +137,7 @@ def test_a_ranks_exception_is_told_with_the_line_of_code_that_is_not_installed(t
     from launcher.agent.elastic import _with_place, last_words
 
     stack = (
-        'Traceback (most recent call last):\n  File "/x/site-packages/trainer/loop.py", line 7, in train\n    go()\n'
+        'Traceback (most recent call last):\n  File "/x/site-packages/trainer/loop/loop.py", line 7, in train\n    go()\n'
         '  File "/home/ann/reward.py", line 12, in score\n    raise ValueError("no")\n'
         '  File "/x/site-packages/torch/nn.py", line 9, in call\n    deep()\nValueError: no\n'
     )

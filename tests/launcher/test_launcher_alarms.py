@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from launcher_desk import desk_at, make_recipe
 
-from launcher import journal as j
-from launcher.controller.view import View
-from launcher.ledger import Ledger
-from launcher.protocol import Alarm, Lineage
-from launcher.recipe import Watch
+from launcher.controller.snapshot import View
+from midwatch.journal import journal as j
+from midwatch.journal.run_state import Ledger
+from midwatch.protocol import Alarm, Lineage
+from midwatch.recipe import Watch
 
 At = Callable[..., Any]
 SPIKE = Watch(name="spike", metric="x", above=5.0, cooldown=1)

@@ -12,11 +12,11 @@ import pytest
 from launcher_desk import desk_at
 from test_launcher_server import Served
 
-from launcher import protocol as p
-from launcher import reach as reach_module
-from launcher.client import Client, ClientError
 from launcher.controller.archive import serving_in_thread
-from launcher.paths import RunPaths, find_controller
+from midwatch import protocol as p
+from midwatch.run_directory import RunPaths, find_controller
+from midwatch.transport import discovery as reach_module
+from midwatch.transport.client import Client, ClientError
 
 
 @contextlib.asynccontextmanager

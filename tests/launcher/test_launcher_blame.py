@@ -7,9 +7,9 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher import protocol as p
-from launcher.controller.blame import Failure, first_failure, only_victims
-from launcher.network import interface_problem
+from launcher.controller.supervision.failure_attribution import Failure, first_failure, only_victims
+from midwatch import protocol as p
+from midwatch.transport.addresses import interface_problem
 
 GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:40022"
 NCCL = "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error"

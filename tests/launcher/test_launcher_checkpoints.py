@@ -11,7 +11,7 @@ import pytest
 import xxhash
 from launcher_desk import write_checkpoint
 
-from launcher.checkpoints import (
+from midwatch.checkpoint_format.verify import (
     MANIFEST,
     CheckpointError,
     check_sizes,

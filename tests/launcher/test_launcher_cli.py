@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from launcher_desk import desk_at, make_recipe
 
-from launcher import journal as j
 from launcher.cli.parser import make_parser
 from launcher.cli.runs import NoSuchRun, find_run, known_runs, line_of, prepare, remember
 from launcher.controller import __main__ as controller
-from launcher.logout import kills_at_logout
-from launcher.paths import RunPaths, runtime_directory, write_atomically
-from launcher.recipe import RecipeError
+from launcher.preflight.logout import kills_at_logout
+from midwatch.journal import journal as j
+from midwatch.recipe import RecipeError
+from midwatch.run_directory import RunPaths, runtime_directory, write_atomically
 from tui.script import Entry, ScriptError, parse_script
 
 ROOT = Path(__file__).parents[2]

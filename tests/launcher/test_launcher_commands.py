@@ -12,13 +12,13 @@ import msgspec
 import pytest
 from launcher_desk import NODE, Desk, InstantData, desk_at, make_recipe, write_checkpoint
 
-from launcher import checkpoints as files
-from launcher import journal as j
-from launcher import protocol as p
-from launcher.commands import OPS, STATES, TABLE, VERBS, Doing, check_arguments, describe
-from launcher.controller import pool as pool_module
-from launcher.controller.view import View
-from launcher.recipe import Watch
+from launcher.controller.snapshot import View
+from launcher.controller.supervision import node_pool as pool_module
+from midwatch import protocol as p
+from midwatch.checkpoint_format import verify as files
+from midwatch.commands import OPS, STATES, TABLE, VERBS, Doing, check_arguments, describe
+from midwatch.journal import journal as j
+from midwatch.recipe import Watch
 
 At = Callable[..., Any]
 ARGUMENTS: dict[str, dict[str, Any]] = {

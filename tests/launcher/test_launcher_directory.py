@@ -13,15 +13,15 @@ import psutil
 import pytest
 from launcher_desk import desk_at
 
-from launcher import journal as j
 from launcher.agent.place import Place, holder_of
 from launcher.backends import local as local_module
 from launcher.backends.local import LocalBackend
-from launcher.directory import DirectoryId, DirectoryWatch
-from launcher.identity import claim, read_record, run_id
-from launcher.paths import Address, RunPaths, find_controller, is_foreign, write_address
-from launcher.processes import birth_of, lives
-from launcher.slurm import Job, read_job, write_job
+from launcher.backends.slurm.jobs import Job, read_job, write_job
+from midwatch.directory_identity import DirectoryId, DirectoryWatch
+from midwatch.journal import journal as j
+from midwatch.processes import birth_of, lives
+from midwatch.run_directory import Address, RunPaths, find_controller, is_foreign, write_address
+from midwatch.run_identity import claim, read_record, run_id
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ async def test_a_copy_waits_until_it_is_resumed_and_leaves_the_originals_agents_
         command = desk.give("checkpoint")
         assert desk.ledger.generation_live and desk.ledger.agents
     copy = RunPaths(Path(shutil.copytree(tmp_path / "run", tmp_path / "copy")))
-    monkeypatch.setattr("launcher.controller.generations.REUNION_SECONDS", 0.0)
+    monkeypatch.setattr("launcher.controller.supervision.generations.REUNION_SECONDS", 0.0)
     async with desk_at(copy.root, monkeypatch) as desk:
         settle_copy(desk.office, "/original")
         assert (desk.ledger.state, desk.ledger.generation_live, desk.ledger.agents) == ("released", False, {})

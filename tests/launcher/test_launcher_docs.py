@@ -7,8 +7,8 @@ import typing
 import pytest
 
 from docs.protocol import PAGE, page
-from launcher import protocol as p
-from launcher.commands import VERBS
+from midwatch import protocol as p
+from midwatch.commands import VERBS
 
 TEXT = PAGE.read_text(encoding="utf-8")
 

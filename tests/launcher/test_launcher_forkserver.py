@@ -83,7 +83,7 @@ def test_its_ranks_die_with_the_fork_server_and_another_takes_its_place(servers:
 
 def test_changed_code_is_read_anew(servers: ForkServers, code: Path, tmp_path: Path) -> None:
     before = waiting(servers, tmp_path)
-    early = code / "trainer" / "early.py"
+    early = code / "trainer" / "process" / "bootstrap.py"
     early.write_text(early.read_text().replace("AGENT_DIED = 70", "AGENT_DIED = 71"))
     after = waiting(servers, tmp_path)
     assert psutil.Process(after.pid).ppid() != psutil.Process(before.pid).ppid()

@@ -13,21 +13,25 @@ import msgspec
 import pytest
 import xxhash
 
-from launcher import checkpoints, checks, journal, keys, protocol
 from launcher.backends import StartError
 from launcher.backends.ssh import started
-from launcher.ledger import Ledger
+from launcher.controller.annotation import prompts, records, store
+from launcher.controller.rollout_samples import Samples, Written
 from launcher.metrics import chunks
-from launcher.metrics.columns import Segment
 from launcher.metrics.store import Metrics
-from launcher.paths import read_address
 from launcher.plan import Assumptions, PlanError, plan_recipe
-from launcher.preferences import prompts, records, store
-from launcher.preflight import look
-from launcher.recipe import RecipeError, dump_recipe, load_recipe, parse_recipe, warnings
-from launcher.recipe.hf_files import INDEX, SINGLE
-from launcher.samples import Samples, Written
-from launcher.ssh import Result
+from launcher.preflight import checks
+from launcher.preflight.node_report import look
+from midwatch import protocol
+from midwatch.checkpoint_format import verify
+from midwatch.journal import journal
+from midwatch.journal.run_state import Ledger
+from midwatch.metrics.m4_columns import Segment
+from midwatch.recipe import RecipeError, dump_recipe, load_recipe, parse_recipe, warnings
+from midwatch.recipe.huggingface.files import INDEX, SINGLE
+from midwatch.run_directory import read_address
+from midwatch.transport import tls_identity
+from midwatch.transport.ssh import Result
 from tests.examples import example
 from tests.fuzzing import COUNT, Subject, holds, scratch
 from tests.hugging_face import LLAMA, RECIPES, write_llama
@@ -149,11 +153,11 @@ def fuzz_checkpoint(tmp_path: Path) -> Subject:
     }  # fmt: skip
 
     def load(raw: bytes) -> None:
-        (place / checkpoints.MANIFEST).write_bytes(raw)
-        checkpoints.verify(place)
+        (place / verify.MANIFEST).write_bytes(raw)
+        verify.verify(place)
 
     seeds = [msgspec.msgpack.encode(manifest)]
-    return Subject("checkpoint", seeds, load, (checkpoints.CheckpointError,), "msgpack", names=str(place))
+    return Subject("checkpoint", seeds, load, (verify.CheckpointError,), "msgpack", names=str(place))
 
 
 def fuzz_metrics(tmp_path: Path) -> Subject:
@@ -243,16 +247,16 @@ def fuzz_protocol(tmp_path: Path) -> Subject:
 
 def fuzz_replies(tmp_path: Path) -> Subject:
     """What a node says over ssh, and small files that others can write."""
-    identity = keys.Identity(**example(keys.Identity))
+    identity = tls_identity.Identity(**example(tls_identity.Identity))
     seeds = [msgspec.json.encode(look()), b'{"pid": 7, "created": 1.5}', identity.encode()]
 
     def load(raw: bytes) -> None:
         text = raw.decode(errors="replace")
         msgspec.json.encode(checks.understand(Result(0, text, "")))
-        for read in (lambda: started("node", 0, text, ""), lambda: keys.Identity.decode(raw)):
+        for read in (lambda: started("node", 0, text, ""), lambda: tls_identity.Identity.decode(raw)):
             try:
                 msgspec.json.encode(read())
-            except (StartError, keys.KeysError):
+            except (StartError, tls_identity.KeysError):
                 continue
         for name in ("address", "job"):
             (tmp_path / name).write_bytes(raw)

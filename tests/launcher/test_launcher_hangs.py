@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launcher.agent.hangs import Hang, HangWatch
-from launcher.protocol import RankBeat
+from midwatch.protocol import RankBeat
 
 
 class Ranks:

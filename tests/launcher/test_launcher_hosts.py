@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.recipe import Cluster
-from launcher.recipe.hosts import expand
+from midwatch.recipe import Cluster
+from midwatch.recipe.hosts import expand
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import journal as j
+from midwatch.journal import journal as j
 
 
 def opened(directory: Path, now: float = 1.0) -> j.Journal:
@@ -158,7 +158,7 @@ def test_a_takeover_during_an_append_is_noticed_by_the_append(room: Path, monkey
 SMALL_FILES = """
 import os, resource, signal, sys
 from pathlib import Path
-from launcher import journal as j
+from midwatch.journal import journal as j
 
 def noted(text):
     return j.Noted(time=2.0, level="info", text=text)
@@ -198,7 +198,7 @@ def test_a_journal_that_cannot_be_made_says_where(tmp_path: Path) -> None:
 WRITER = """
 import os, sys
 from pathlib import Path
-from launcher import journal as j
+from midwatch.journal import journal as j
 journal = j.Journal(Path(sys.argv[1]), 1.0, "host", os.getpid())
 for number in range(100_000):
     journal.append(j.Noted(time=1.0, level="info", text=f"{journal.term}/{number}/" + "x" * (number % 997)))

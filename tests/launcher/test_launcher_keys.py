@@ -14,8 +14,17 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from launcher.keys import Identity, KeysError, RunKeys, client_context, load_identity, peer_of, server_context, store_identity
-from launcher.paths import RunPaths
+from midwatch.run_directory import RunPaths
+from midwatch.transport.tls_identity import (
+    Identity,
+    KeysError,
+    RunKeys,
+    client_context,
+    load_identity,
+    peer_of,
+    server_context,
+    store_identity,
+)
 
 
 def keys_at(root: Path) -> RunKeys:
@@ -69,7 +78,8 @@ def test_the_keys_of_a_run_are_made_once_and_read_ever_after(tmp_path: Path) -> 
 
 
 def test_of_many_that_make_the_keys_at_once_all_get_the_same(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from launcher.keys import RunKeys; from launcher.paths import RunPaths\n"
+    code = "import sys; from pathlib import Path; from midwatch.run_directory import RunPaths\n"
+    code += "from midwatch.transport.tls_identity import RunKeys\n"
     code += "sys.stdin.read(); sys.stdout.write(RunKeys.ensure(RunPaths(Path(sys.argv[1]))).issue('agent', 'n').authority)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     racers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(6)]

@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import pytest
 
-from launcher import journal as j
-from launcher.ledger import Ledger
-from launcher.metrics.columns import Segment
-from launcher.protocol import Lineage, Replay
+from midwatch.journal import journal as j
+from midwatch.journal.run_state import Ledger
+from midwatch.metrics.m4_columns import Segment
+from midwatch.protocol import Lineage, Replay
 
 _times = itertools.count(1)
 

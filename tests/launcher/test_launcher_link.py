@@ -15,10 +15,10 @@ import pytest
 from websockets.asyncio.server import Server, ServerConnection, unix_serve
 from websockets.exceptions import ConnectionClosed
 
-from launcher import connection as connection_module
-from launcher import protocol as p
-from launcher.link import Connection, RankLink, Spool
-from launcher.paths import Address, write_address
+from midwatch import protocol as p
+from midwatch.run_directory import Address, write_address
+from midwatch.transport import connection as connection_module
+from midwatch.transport.rank_client import Connection, RankLink, Spool
 
 HELLO = p.RankHello(version=p.VERSION, run="r", generation=1, term=1, pid=1, world=2)
 

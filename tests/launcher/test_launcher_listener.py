@@ -23,18 +23,18 @@ from launcher_desk import NODE, Desk, desk_at
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidMessage, WebSocketException
 
-from launcher import connection as connection_module
-from launcher import protocol as p
-from launcher.connection import Connection
-from launcher.controller import listener as listener_module
-from launcher.controller import peers as peers_module
-from launcher.controller import server as server_module
-from launcher.controller.listener import Listener, ListenError
-from launcher.controller.peers import Refusals
-from launcher.keys import ANY_NODE, Identity, RunKeys, client_context, store_identity
-from launcher.link import RankLink, Spool
-from launcher.paths import Address, RunPaths, write_address
-from launcher.recipe import Cluster
+from launcher.controller.serving import listener as listener_module
+from launcher.controller.serving import peers as peers_module
+from launcher.controller.serving import server as server_module
+from launcher.controller.serving.listener import Listener, ListenError
+from launcher.controller.serving.peers import Refusals
+from midwatch import protocol as p
+from midwatch.recipe import Cluster
+from midwatch.run_directory import Address, RunPaths, write_address
+from midwatch.transport import connection as connection_module
+from midwatch.transport.connection import Connection
+from midwatch.transport.rank_client import RankLink, Spool
+from midwatch.transport.tls_identity import ANY_NODE, Identity, RunKeys, client_context, store_identity
 
 Open = Callable[..., Any]
 LOOPBACK = Cluster(backend="agents", interface="lo")
@@ -405,7 +405,7 @@ async def test_hundreds_of_agents_are_served_at_once_and_none_is_taken_for_a_str
 
 
 def test_refusals_are_all_counted_and_the_first_few_told(caplog: pytest.LogCaptureFixture) -> None:
-    from launcher.controller.office import Live
+    from launcher.controller.context import Live
 
     now, live = [0.0], Live()
     refusals = Refusals(live, clock=lambda: now[0])
@@ -428,7 +428,7 @@ async def test_the_recipes_interface_and_port_are_used_and_what_is_wrong_with_th
     identity = RunKeys.ensure(RunPaths(tmp_path)).issue("controller", "head")
 
     def listener() -> Listener:
-        from launcher.controller.office import Live
+        from launcher.controller.context import Live
 
         return Listener(identity, lambda *_: asyncio.sleep(0), Refusals(Live()))
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from launcher.network import NetworkError, address_that_reaches
+from midwatch.transport.addresses import NetworkError, address_that_reaches
 
 
 def test_where_all_ways_begin_at_one_address_nobody_is_called() -> None:

@@ -14,12 +14,12 @@ import msgspec
 import pytest
 from launcher_desk import Desk, desk_at, make_recipe
 
-from launcher import journal as j
-from launcher import protocol as p
 from launcher.backends import Started, StartError
-from launcher.controller import generations as generations_module
-from launcher.controller import pool as pool_module
-from launcher.recipe import Parallel
+from launcher.controller.supervision import generations as generations_module
+from launcher.controller.supervision import node_pool as pool_module
+from midwatch import protocol as p
+from midwatch.journal import journal as j
+from midwatch.recipe import Parallel
 
 
 class Cluster:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from launcher_desk import Desk, InstantData, desk_at
 
-from launcher import protocol as p
-from launcher.commands import TABLE, VERBS, Doing
-from launcher.controller.building import BuildError
+from launcher.controller.data_build import BuildError
+from midwatch import protocol as p
+from midwatch.commands import TABLE, VERBS, Doing
 
 At = Callable[..., Any]
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -98,7 +98,7 @@ async def test_a_stop_that_waits_while_the_start_fails_is_done_and_the_failure_i
 async def test_a_stop_of_a_run_whose_nodes_do_not_come_does_not_wait_for_them(at: At, monkeypatch: pytest.MonkeyPatch) -> None:
     async with at("building") as desk:
         monkeypatch.setattr(desk.backend, "came", lambda: None)
-        monkeypatch.setattr("launcher.controller.pool.PART_SECONDS", 0.2)
+        monkeypatch.setattr("launcher.controller.supervision.node_pool.PART_SECONDS", 0.2)
         InstantData.done.set()
         await desk.until(lambda: desk.ledger.state == "starting")
         stop = desk.give("stop")

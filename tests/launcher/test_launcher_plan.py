@@ -17,8 +17,8 @@ from launcher.plan.budget import best_size, state, verdict
 from launcher.plan.flops import attention_flops_per_token, flops_per_token, kv_cache_bytes_per_token
 from launcher.plan.memory import memory
 from launcher.plan.pipeline import bubble
-from launcher.plan.quantities import count, factor, money, parse_count, size, span
-from launcher.recipe import Cluster, Model, Recipe, Stage, parse_recipe
+from launcher.plan.units import count, factor, money, parse_count, size, span
+from midwatch.recipe import Cluster, Model, Recipe, Stage, parse_recipe
 
 ROOT = Path(__file__).parents[2]
 LLAMA_8B = Model(layers=32, width=4096, heads=32, kv_heads=8, hidden=14336, tied=False, dtype="bfloat16")

@@ -15,7 +15,7 @@ from launcher.plan import Assumptions, PlanError, plan_recipe
 from launcher.plan.activations import Piece, block, ends, exchanges_heads
 from launcher.plan.memory import Memory, Setting, memory, part_bytes, rank_memory, rank_parameters
 from launcher.plan.mesh import batches_of, mesh_of, share_of, waiting_forwards
-from launcher.recipe import Model, Parallel, Recipe, Stage, parse_recipe
+from midwatch.recipe import Model, Parallel, Recipe, Stage, parse_recipe
 
 LLAMA = Model(layers=80, width=8192, heads=64, kv_heads=8, hidden=28672, tied=False, dtype="bfloat16")
 VOCABULARY = 128_256

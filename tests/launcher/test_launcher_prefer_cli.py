@@ -17,12 +17,12 @@ import pexpect
 import pytest
 from launcher_model import talking_recipe, write_model, write_tokenizer
 
-from launcher import journal as j
-from launcher.paths import read_address
-from launcher.protocol import Lineage
-from launcher.recipe import dump_recipe
-from shards.build import build
-from shards.feed import Feed
+from midwatch.journal import journal as j
+from midwatch.protocol import Lineage
+from midwatch.recipe import dump_recipe
+from midwatch.run_directory import read_address
+from shards.build.build import build
+from shards.sampling.batches import Feed
 from shards.spec import Build, Data, Source, Tokenizer
 
 READ = 0.5

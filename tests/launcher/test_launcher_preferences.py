@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.preferences import agreement
-from launcher.preferences.pairs import export
-from launcher.preferences.prompts import is_shared, of_file, of_run, order
-from launcher.preferences.records import Answer, Decision, Pair, Prompt, Turn, key_of, utc
-from launcher.preferences.store import Drawn, PreferenceError, Store, all_decisions, read
-from launcher.protocol import Choice, Share
-from launcher.recipe import parse_recipe
+from launcher.controller.annotation import agreement
+from launcher.controller.annotation.pairs import export
+from launcher.controller.annotation.prompts import is_shared, of_file, of_run, order
+from launcher.controller.annotation.records import Answer, Decision, Pair, Prompt, Turn, key_of, utc
+from launcher.controller.annotation.store import Drawn, PreferenceError, Store, all_decisions, read
+from midwatch.protocol import Choice, Share
+from midwatch.recipe import parse_recipe
 
 PROMPT: Prompt = (Turn("system", "Be brief."), Turn("user", "What is a watch?"))
 
@@ -121,7 +121,7 @@ WRITER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, "tests/launcher")
-from launcher.preferences.store import Store
+from launcher.controller.annotation.store import Store
 from test_launcher_preferences import decision
 store = Store(Path(sys.argv[1]), "anna", f"process {sys.argv[2]}")
 print("open", flush=True)

@@ -14,10 +14,10 @@ import pytest
 from launcher_desk import Desk, desk_at
 from launcher_model import talking_recipe, write_model, write_tokenizer
 
-from launcher import protocol as p
-from launcher.client import Client, ClientError
-from launcher.paths import Address, RunLock, host_name, write_address
-from launcher.preferences.store import all_decisions
+from launcher.controller.annotation.store import all_decisions
+from midwatch import protocol as p
+from midwatch.run_directory import Address, RunLock, host_name, write_address
+from midwatch.transport.client import Client, ClientError
 
 PROMPTS = tuple((p.ProbeTurn("user", f"the watch {n} is"),) for n in range(40))
 BEGIN = p.PreferenceBegin(id=0, annotator="anna", session="1", prompts=PROMPTS, limit=6, temperature=1.0)

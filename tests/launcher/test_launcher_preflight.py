@@ -20,16 +20,16 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from launcher.checks import NodeReport, Note, Visit, check_nodes, compare, judge, ready, understand
 from launcher.cli.check import render
-from launcher.preflight import Call, Findings, Storage, look
-from launcher.recipe import Cluster, parse_recipe
-from launcher.ssh import Result
+from launcher.preflight.checks import NodeReport, Note, Visit, check_nodes, compare, judge, ready, understand
+from launcher.preflight.node_report import Call, Findings, Storage, look
+from midwatch.recipe import Cluster, parse_recipe
+from midwatch.transport.ssh import Result
 from tests.system.harness import MIDWATCH, recipe_text
 from tests.system.hosts import Hosts, require
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("launcher", "shards", "trainer")
+PACKAGES = ("launcher", "midwatch", "shards", "trainer")
 GIB = 1 << 30
 
 
@@ -146,7 +146,16 @@ def test_the_command_checks_the_nodes_and_run_does_not_start_on_bad_ones(hosts: 
 
 def test_preflight_needs_nothing_but_its_own_files(other_code: Path, tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(other_code)}
-    words = [sys.executable, "-S", "-P", "-m", "launcher.preflight", "--json", "--storage", str(tmp_path / "no" / "such" / "file")]
+    words = [
+        sys.executable,
+        "-S",
+        "-P",
+        "-m",
+        "launcher.preflight.node_report",
+        "--json",
+        "--storage",
+        str(tmp_path / "no" / "such" / "file"),
+    ]
     done = subprocess.run(words, cwd="/", env=environment, capture_output=True, text=True, timeout=30)
     found = understand(Result(done.returncode, f"motd {{of the day}}\n{done.stdout}", done.stderr))
     assert isinstance(found, Findings), done.stderr

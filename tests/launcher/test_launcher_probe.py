@@ -19,9 +19,9 @@ import pytest
 from launcher_desk import Desk, desk_at
 from launcher_model import talking_recipe, write_model, write_tokenizer
 
-from launcher import protocol as p
-from launcher.client import Client, ClientError
-from launcher.paths import Address, RunLock, host_name, write_address
+from midwatch import protocol as p
+from midwatch.run_directory import Address, RunLock, host_name, write_address
+from midwatch.transport.client import Client, ClientError
 
 ASK = p.ProbeAsk(ask=0, checkpoints=("newest",), prompt="the watch", limit=4, temperature=0.0)
 LONG: dict[str, Any] = {"limit": 4000, "temperature": 1.0}
@@ -153,10 +153,10 @@ async def test_an_interpreter_without_torch_says_so(talking: Callable[..., Any],
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from launcher.paths import RunPaths
-from launcher.prober import Prober
-from launcher.protocol import ProbeAsk
-from launcher.recipe import load_recipe
+from midwatch.run_directory import RunPaths
+from launcher.controller.probe.process import Prober
+from midwatch.protocol import ProbeAsk
+from midwatch.recipe import load_recipe
 
 async def main(root):
     prober = Prober(RunPaths(root), load_recipe(root / "recipe.toml"))
@@ -169,7 +169,7 @@ asyncio.run(main(Path(sys.argv[1])))
 
 
 def test_no_process_outlives_the_one_that_started_it(tmp_path: Path) -> None:
-    from launcher.recipe import dump_recipe
+    from midwatch.recipe import dump_recipe
 
     root, recipe = tmp_path / "run", talking_recipe()
     write_tokenizer(root)

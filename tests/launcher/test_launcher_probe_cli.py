@@ -13,10 +13,10 @@ import pexpect
 import pytest
 from launcher_model import talking_recipe, write_model, write_tokenizer
 
-from launcher import protocol as p
+from launcher.cli.chat_repl import Talk
 from launcher.cli.probe import show
-from launcher.cli.talk import Talk
-from launcher.recipe import dump_recipe
+from midwatch import protocol as p
+from midwatch.recipe import dump_recipe
 
 ASK = p.ProbeAsk(ask=0, checkpoints=("newest",), prompt="")
 

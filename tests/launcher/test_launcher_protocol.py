@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher import protocol as p
+from midwatch import protocol as p
 
 MESSAGES: tuple[type[Any], ...] = typing.get_args(p.Message)
 BODIES: tuple[type[Any], ...] = typing.get_args(p.RankBody)

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.cli.__main__ import main
 from launcher.cli.runs import check_recipe
-from launcher.recipe import Recipe, RecipeError, Rope, Source, Stage, dump_recipe, load_recipe, parse_recipe, warnings
-from launcher.recipe.lines import key_lines
-from launcher.recipe.live import check_setting, stage_settings
-from midwatch import main
+from midwatch.recipe import Recipe, RecipeError, Rope, Source, Stage, dump_recipe, load_recipe, parse_recipe, warnings
+from midwatch.recipe.live_settings import check_setting, stage_settings
+from midwatch.recipe.toml_lines import key_lines
 from tests.hugging_face import RECIPES, at_hand
 
 GOOD = """\

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from launcher_desk import Desk, desk_at, make_recipe
 
-from launcher import journal as j
 from launcher.controller.recipechange import note_change, run_began, stated
+from midwatch.journal import journal as j
 
 
 def changes(desk: Desk) -> list[tuple[str, ...]]:

@@ -12,13 +12,13 @@ import msgspec
 import pytest
 from launcher_desk import Desk, desk_at, make_recipe, write_checkpoint
 
-from launcher import checkpoints as files
-from launcher import journal as j
-from launcher import protocol as p
 from launcher.controller import recovery
-from launcher.controller.view import View
-from launcher.paths import PUBLIC_FILE, Address, RunPaths, write_address, write_atomically
-from launcher.recipe import Watch
+from launcher.controller.snapshot import View
+from midwatch import protocol as p
+from midwatch.checkpoint_format import verify as files
+from midwatch.journal import journal as j
+from midwatch.recipe import Watch
+from midwatch.run_directory import PUBLIC_FILE, Address, RunPaths, write_address, write_atomically
 
 
 class Storage:
@@ -136,7 +136,7 @@ async def test_a_client_that_waits_hears_that_a_command_is_done_when_that_is_dur
 async def test_ranks_are_not_started_before_their_generation_is_durable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: Storage
 ) -> None:
-    monkeypatch.setattr("launcher.controller.generations.STORAGE_SECONDS", 0.01)
+    monkeypatch.setattr("launcher.controller.supervision.generations.STORAGE_SECONDS", 0.01)
     async with desk_at(tmp_path / "run", monkeypatch, "training") as desk:
         storage.fails(errno.EIO)
         desk.ranks_die()
@@ -281,7 +281,7 @@ def test_a_term_file_that_is_put_back_counts_again(tmp_path: Path) -> None:
 async def test_storage_that_is_away_at_takeover_is_waited_for_and_nothing_is_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.controller.generations.STORAGE_SECONDS", 0.01)
+    monkeypatch.setattr("launcher.controller.supervision.generations.STORAGE_SECONDS", 0.01)
     root = tmp_path / "run"
     async with desk_at(root, monkeypatch, "failed") as desk:
         desk.give("golden", checkpoint="a")

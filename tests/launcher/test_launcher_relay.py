@@ -20,11 +20,11 @@ import pytest
 from launcher_desk import desk_at
 from test_launcher_server import Served
 
-from launcher import protocol as p
+from launcher.cli.relay import pump
 from launcher.cli.runs import NoSuchRun, find_anywhere, find_run, remember
-from launcher.client import Client, ClientError
-from launcher.relay import pump
-from launcher.remote import RemoteError, RemoteRun, parse_remote
+from midwatch import protocol as p
+from midwatch.transport.client import Client, ClientError
+from midwatch.transport.ssh_url import RemoteError, RemoteRun, parse_remote
 
 ROOT = Path(__file__).parents[2]
 MIDWATCH = f"{sys.executable} -P -m midwatch"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from launcher_desk import Desk, desk_at, write_checkpoint
 
-from launcher import protocol as p
-from launcher.controller.view import View
+from launcher.controller.snapshot import View
+from midwatch import protocol as p
 
 
 @pytest.fixture

@@ -24,10 +24,10 @@ import pytest
 from launcher_desk import RECIPE, desk_at, make_recipe
 from test_launcher_server import Served
 
-from launcher import protocol as p
 from launcher.cli.runs import check_recipe
-from launcher.client import Client, ClientError
-from launcher.paths import (
+from midwatch import protocol as p
+from midwatch.recipe import RecipeError
+from midwatch.run_directory import (
     Address,
     RunPaths,
     beat,
@@ -38,8 +38,8 @@ from launcher.paths import (
     say_farewell,
     write_address,
 )
-from launcher.recipe import RecipeError
-from launcher.roles import is_member, socket_directory
+from midwatch.transport.access import is_member, socket_directory
+from midwatch.transport.client import Client, ClientError
 
 Open = Callable[..., Any]
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be other users")
@@ -50,7 +50,7 @@ from pathlib import Path
 import msgspec
 from websockets.sync.client import unix_connect
 from websockets.exceptions import WebSocketException
-from launcher import protocol as p
+from midwatch import protocol as p
 user, group, path, *frames = sys.argv[1:]
 os.setgroups([]); os.setgid(int(group)); os.setuid(int(user))
 try:

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from launcher_desk import Desk, desk_at
 
-from launcher import protocol as p
-from launcher import samples as module
 from launcher.cli import samples as command
+from launcher.controller import rollout_samples as module
 from launcher.controller.queries import Queries
-from launcher.controller.view import View
-from launcher.metrics.columns import Segment
-from launcher.samples import Samples
+from launcher.controller.rollout_samples import Samples
+from launcher.controller.snapshot import View
+from midwatch import protocol as p
+from midwatch.metrics.m4_columns import Segment
 
 PATH = [Segment(1, -1, 40), Segment(2, 40, None)]
 

@@ -21,12 +21,12 @@ from launcher_desk import Desk, InstantData, desk_at
 from websockets.asyncio.client import ClientConnection, unix_connect
 from websockets.exceptions import ConnectionClosed
 
-from launcher import journal as j
-from launcher import protocol as p
-from launcher import reach as reach_module
-from launcher.client import Client, ClientError
-from launcher.controller import server as server_module
-from launcher.paths import Address, RunLock, host_name, write_address
+from launcher.controller.serving import server as server_module
+from midwatch import protocol as p
+from midwatch.journal import journal as j
+from midwatch.run_directory import Address, RunLock, host_name, write_address
+from midwatch.transport import discovery as reach_module
+from midwatch.transport.client import Client, ClientError
 
 Open = Callable[..., Any]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.backends.slurm.jobs import SlurmRun, Standing
 from launcher.cli import queue
-from launcher.signals import ENDING, EndingSignals, handled
-from launcher.slurm import SlurmRun, Standing
+from midwatch.signals import ENDING, EndingSignals, handled
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,14 @@ import msgspec
 import pytest
 
 from launcher.backends import StartError
-from launcher.backends.joining import JoiningBackend
-from launcher.directory import DirectoryId
-from launcher.identity import claim
-from launcher.joining import Joining, check_url, make_key, read_key_file, ways_to
-from launcher.keys import KeysError
-from launcher.paths import Address, RunPaths
-from launcher.recipe import Parallel, parse_recipe
-from launcher.slurm import Job, SlurmError, Standing, elsewhere, read_job, script, write_job
+from launcher.backends.external import JoiningBackend
+from launcher.backends.slurm.jobs import Job, SlurmError, Standing, elsewhere, read_job, script, write_job
+from midwatch.directory_identity import DirectoryId
+from midwatch.recipe import Parallel, parse_recipe
+from midwatch.run_directory import Address, RunPaths
+from midwatch.run_identity import claim
+from midwatch.transport.node_join import Joining, check_url, make_key, read_key_file, ways_to
+from midwatch.transport.tls_identity import KeysError
 from tests.system.harness import recipe_text
 
 CLUSTER = """backend = "slurm"
@@ -45,7 +45,9 @@ def test_the_batch_script_says_what_the_recipe_does() -> None:
     assert '--output="/shared/runs/a 100%%/logs/slurm.log"' in options
     assert options[-2:] == ["--gres=gpu:8", "--comment='a b'"], "the operator's own come last, and win"
     assert (
-        text.startswith("#!/bin/sh\n") and "\nmodule load cuda\nexec " in text and "-m launcher.batch '/shared/runs/a 100%'" in text
+        text.startswith("#!/bin/sh\n")
+        and "\nmodule load cuda\nexec " in text
+        and "-m launcher.backends.slurm.batch_main '/shared/runs/a 100%'" in text
     )
     assert subprocess.run(["sh", "-n"], input=text, text=True).returncode == 0
 
@@ -133,10 +135,10 @@ def test_a_job_whose_limit_leaves_no_time_to_train_is_not_queued_again(
     """The limit may be the partition's default, which the recipe does not say."""
     from test_launcher_recipe import GOOD
 
-    from launcher import batch
+    from launcher.backends.slurm import batch_main
 
     paths = RunPaths(tmp_path)
     paths.recipe.write_text(GOOD + '\n[cluster]\nbackend = "slurm"\nnodes = 1\n')
-    monkeypatch.setattr(batch, "time_limit", lambda job: limit)
-    assert batch.Keeper(paths, "12")._worth_it() is again
+    monkeypatch.setattr(batch_main, "time_limit", lambda job: limit)
+    assert batch_main.Keeper(paths, "12")._worth_it() is again
     assert ("time limit is 240 s" in capsys.readouterr().err) is not again

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.recipe import Cluster
-from launcher.ssh import MOST_OUTPUT, Result, Ssh, SshError, Why, explain, remote_command
+from midwatch.recipe import Cluster
+from midwatch.transport.ssh import MOST_OUTPUT, Result, Ssh, SshError, Why, explain, remote_command
 from tests.system.hosts import Hosts, require
 
 
@@ -83,7 +83,7 @@ async def test_each_way_of_not_getting_there_is_told_apart(hosts: Hosts, tmp_pat
             failure(Ssh(unknown), "a"),
             failure(Ssh(changed), "a"),
             failure(Ssh(("-F", "/no/such/file")), "a"),
-            failure(ssh, "a", "exec /opt/none/bin/python -m launcher.preflight"),
+            failure(ssh, "a", "exec /opt/none/bin/python -m launcher.preflight.node_report"),
         )
     finally:
         hosts.mend("b")

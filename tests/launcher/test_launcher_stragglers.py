@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from launcher_desk import NODE, Desk, desk_at, make_recipe
 
-from launcher import journal as j
-from launcher import protocol as p
-from launcher.controller.stragglers import Stragglers
+from launcher.controller.supervision.stragglers import Stragglers
+from midwatch import protocol as p
+from midwatch.journal import journal as j
 
 
 class Watched:

@@ -11,10 +11,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from launcher.controller.watching import Watching
-from launcher.protocol import Metrics
-from launcher.recipe import Recipe, Watch, dump_recipe, parse_recipe
-from launcher.recipe.watch import Condition
+from launcher.controller.watch_rules import Watching
+from midwatch.protocol import Metrics
+from midwatch.recipe import Recipe, Watch, dump_recipe, parse_recipe
+from midwatch.recipe.watch import Condition
 
 RECIPE = """
 [run]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from shards.build import build
+from shards.build.build import build
 from shards.spec import Build, Data, Source, Tokenizer
 
 settings.register_profile("shards", deadline=None, max_examples=40)

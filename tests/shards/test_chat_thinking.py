@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from shards import manifest
-from shards.build import build
-from shards.chat import NOT_AS_ASKED
+from shards.build.build import build
 from shards.errors import SpecError
+from shards.format import manifest
 from shards.spec import Build, Data, Source
 from shards.spec import Tokenizer as TokenizerSpec
-from shards.templates import Template
-from shards.tokenizer import Tokenizer, train
+from shards.tokenization.chat import NOT_AS_ASKED
+from shards.tokenization.templates import Template
+from shards.tokenization.tokenizer import Tokenizer, train
 
 TEXTS = [Path(__file__).read_text()]
 # As in Qwen3's: an empty thought before the newest answer, none before earlier ones, none in the prompt.

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import ShardError, SpecError
-from shards.judging.contamination import Index, words
-from shards.judging.settings import Contamination
+from shards.filters.contamination import Index, words
+from shards.filters.settings import Contamination
 
 LONG = "A train leaves the station at nine, and another one, twice as fast, leaves it at ten. When do they meet on the way?"
 SHORT = "Which is the largest planet of our solar system?"

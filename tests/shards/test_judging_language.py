@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import SpecError
-from shards.judging.language import UNKNOWN, Detector, Guess, judge
-from shards.judging.settings import Language
+from shards.filters.language import UNKNOWN, Detector, Guess, judge
+from shards.filters.settings import Language
 
 pytest.importorskip("pycld2", reason="pycld2 is not installed (make setup)")
 DETECTOR = Detector()

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from shards.judging.longer import FAMILIES, Family, join_conversations, join_related, make_tasks
+from shards.filters.long_documents import FAMILIES, Family, join_conversations, join_related, make_tasks
 
 pytest.importorskip("rensa", reason="rensa is not installed (make setup)")
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import ShardError, SpecError
-from shards.judging.kneser_ney import discounts
-from shards.judging.perplexity import Scorer, judge, sentences, train
-from shards.judging.settings import Perplexity
+from shards.filters.kneser_ney import discounts
+from shards.filters.perplexity import Scorer, judge, sentences, train
+from shards.filters.settings import Perplexity
 
 pytest.importorskip("kenlm", reason="kenlm is not installed (make setup)")
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import SpecError
-from shards.judging import numbers
-from shards.judging.pii import Finder, Finding
-from shards.judging.settings import Pii
+from shards.filters import check_digits
+from shards.filters.pii import Finder, Finding
+from shards.filters.settings import Pii
 
 pytest.importorskip("phonenumbers", reason="phonenumbers is not installed (make setup)")
 FINDER = Finder(Pii())
@@ -142,7 +142,7 @@ def planted(draw: random.Random) -> tuple[str, str]:
     if kind == "ip":
         return kind, f"{draw.choice([8, 23, 81, 151])}.{draw.randint(0, 255)}.{draw.randint(0, 255)}.{draw.randint(1, 254)}"
     if kind == "card":
-        number = completed("4" + digits(14), numbers.luhn)
+        number = completed("4" + digits(14), check_digits.luhn)
         return kind, draw.choice([number, " ".join(number[place : place + 4] for place in range(0, 16, 4))])
     if kind == "iban":
         account = digits(18)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from shards.errors import ShardError, SpecError
-from shards.judging.quality import Classifier, bucket, judge, quantiles
-from shards.judging.settings import Quality
+from shards.filters.quality import Classifier, bucket, judge, quantiles
+from shards.filters.settings import Quality
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed (make setup)")
 SETTINGS = Quality(features=1 << 14)

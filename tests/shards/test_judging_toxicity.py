@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import SpecError
-from shards.judging.settings import Toxicity
-from shards.judging.toxicity import Meter
-from shards.judging.wordlists import NEEDED, NEEDED_SLURS, SLURS, WORDS, digest
+from shards.filters.settings import Toxicity
+from shards.filters.toxicity import Meter
+from shards.filters.wordlists import NEEDED, NEEDED_SLURS, SLURS, WORDS, digest
 
 pytest.importorskip("profanity_check", reason="alt-profanity-check is not installed (make setup)")
 METER = Meter(Toxicity())

@@ -19,14 +19,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from shards import stdlib
-from shards.build import build
-from shards.corpus import Corpus
+from shards.build import hashing
+from shards.build import report as reporting
+from shards.build.build import build
 from shards.errors import ShardError
-from shards.pipeline import hashing, reporting
+from shards.format.corpus import Corpus
+from shards.readers import stdlib
 from shards.spec import Build, Clean, Source, Tokenizer
-from shards.tokenizer import FILE_NAME
-from shards.tokenizer import Tokenizer as Loaded
+from shards.tokenization.tokenizer import FILE_NAME
+from shards.tokenization.tokenizer import Tokenizer as Loaded
 
 
 def library(count: int, largest: int = 60_000) -> list[str]:

@@ -17,18 +17,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from shards import stdlib
-from shards.build import build
+from shards.build import checksummed_files
+from shards.build import report as reporting
+from shards.build.build import build
+from shards.build.encode import LONGEST_LABEL
+from shards.build.sources import Unit
+from shards.build.workspace import ReadUnit, Work, gathered
 from shards.errors import ShardError, SpecError
-from shards.judging.settings import Contamination, Language, Perplexity
-from shards.pipeline import reporting, sealed
-from shards.pipeline.encoding import LONGEST_LABEL
-from shards.pipeline.work import ReadUnit, Work, gathered
+from shards.filters.heuristics.settings import GopherQuality, UniqueWords
+from shards.filters.settings import Contamination, Language, Perplexity
 from shards.progress import Progress
-from shards.rules.settings import GopherQuality, UniqueWords
-from shards.sources import Unit
+from shards.readers import stdlib
 from shards.spec import Build, Clean, Source, Tokenizer
-from shards.tokenizer import FILE_NAME
+from shards.tokenization.tokenizer import FILE_NAME
 
 
 def prose(count: int) -> list[str]:
@@ -223,7 +224,9 @@ def test_a_byte_changed_between_two_runs_is_found_or_of_no_consequence(make: Mak
     out = Path(spec.out)
     begun = Path(shutil.copytree(out, tmp_path / "begun"))
     directory = Path("models") if step == "models" else Path("work", step)
-    files = sorted(file.relative_to(begun) for file in (begun / directory).iterdir() if file.stat().st_size > sealed.SEAL)
+    files = sorted(
+        file.relative_to(begun) for file in (begun / directory).iterdir() if file.stat().st_size > checksummed_files.SEAL
+    )
     found = 0
     for file, place in zip(files[:: max(1, len(files) // 6)], itertools.cycle((0.3, 0.6, 0.9, 0.999))):
         shutil.rmtree(out)
@@ -250,7 +253,7 @@ def test_units_are_in_order_whatever_their_numbers(make: Make, tmp_path: Path) -
     (work.root / "read").mkdir(parents=True)
     places = [(0, 7), (0, 999_999), (0, 1_000_000), (999, 0), (1000, 0)]
     for source, unit in places:
-        sealed.save_bytes(work.path("read", f"{source:03d}-{unit:06d}", ".json"), msgspec.json.encode(ReadUnit([], {})))
+        checksummed_files.save_bytes(work.path("read", f"{source:03d}-{unit:06d}", ".json"), msgspec.json.encode(ReadUnit([], {})))
     assert [place[:2] for place in work.units] == places
 
 

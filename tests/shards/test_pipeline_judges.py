@@ -11,17 +11,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from shards import stdlib
-from shards.build import build
-from shards.corpus import Corpus, sources
+from shards.build import report
+from shards.build.build import build
 from shards.errors import SpecError
-from shards.feed import Feed
-from shards.judging.settings import Contamination, Language, Perplexity, Pii, Quality, Toxicity
-from shards.manifest import load, verify
-from shards.pipeline import reporting
-from shards.rules.settings import GopherQuality, GopherRepetition
+from shards.filters.heuristics.settings import GopherQuality, GopherRepetition
+from shards.filters.settings import Contamination, Language, Perplexity, Pii, Quality, Toxicity
+from shards.format.corpus import Corpus, sources
+from shards.format.manifest import load, verify
+from shards.readers import stdlib
+from shards.sampling.batches import Feed
 from shards.spec import Build, Clean, Source
-from shards.tokenizer import FILE_NAME, Tokenizer
+from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
 ENGLISH = "The harbour was quiet in the morning, and the boats that had come in at night were still to be unloaded by the men. "
 GERMAN = "Der Hafen war am Morgen still, und die Boote, die in der Nacht gekommen waren, mussten noch entladen werden. "
@@ -80,7 +80,7 @@ def test_a_source_is_split_by_language_and_mixed_by_its_parts(make: Make) -> Non
     assert len(texts_of(out, "web.de")) == len(texts_of(out, "web.en")) == 30
     assert all("Hafen" in text for text in texts_of(out, "web.de"))
     assert not [message for name in sources(out) for split in ("train", "held_out") for message in verify(out / name / split)]
-    funnel = reporting.load(out).sources[0].funnel
+    funnel = report.load(out).sources[0].funnel
     assert {code: count.documents for code, count in funnel.told["language"].items()} == {"en": 30, "de": 30, "fr": 30}
     assert funnel.reasons["language: not kept"].documents == 30
     feed = Feed(out, "train", "text", 64, {"web": 1}, 0)
@@ -92,7 +92,7 @@ def test_personal_data_is_redacted_in_the_shards(make: Make) -> None:
     out = make(texts, Clean(pii=Pii()))
     kept = texts_of(out, "web")
     assert len(kept) == 40 and all("<EMAIL>" in text and "@example-host" not in text for text in kept)
-    funnel = reporting.load(out).sources[0].funnel
+    funnel = report.load(out).sources[0].funnel
     assert funnel.told["personal data"]["email"].documents == 40 and funnel.changed["pii"].documents >= 40
 
 
@@ -102,9 +102,9 @@ def test_what_judges_learn_from_is_read_once_and_decides(make: Make, tmp_path: P
     perplexity = Perplexity(reference=jsonl(tmp_path / "reference.jsonl", good[:60]), order=3, max_perplexity=100_000)
     contamination = Contamination(sets={"exam": jsonl(tmp_path / "exam.jsonl", [good[70][:400]])})
     out = make(good[60:] + bad[60:], Clean(quality=quality, perplexity=perplexity, contamination=contamination))
-    funnel = reporting.load(out).sources[0].funnel
+    funnel = report.load(out).sources[0].funnel
     assert funnel.reasons["quality: score too low"].documents > 40
-    said = reporting.load(out).models
+    said = report.load(out).models
     assert said["quality"].startswith("trained on 60 good and 60 bad documents: accuracy ")
     assert said["contamination"] == "looked for exam (1 texts)" and said["perplexity"].startswith("n-grams of 1 to 3 words: ")
     assert funnel.reasons["contamination: exam"].documents == 1
@@ -116,7 +116,7 @@ def test_what_judges_learn_from_is_read_once_and_decides(make: Make, tmp_path: P
 def test_rules_and_toxicity_are_steps_of_the_funnel(make: Make) -> None:
     texts = [*prose(60), "buy now " * 300, "too short", *(["A plain insult, you idiot. " * 3] * 2)]
     out = make(texts, Clean(near=0, gopher_repetition=GopherRepetition(), gopher_quality=GopherQuality(), toxicity=Toxicity()))
-    funnel = reporting.load(out).sources[0].funnel
+    funnel = report.load(out).sources[0].funnel
     assert list(funnel.steps) == ["read", "exact", "near", "gopher_repetition", "gopher_quality", "toxicity"]
     assert any(reason.startswith("gopher_repetition") for reason in funnel.reasons)
     assert funnel.reasons["exact duplicate"].documents == 1
@@ -148,7 +148,7 @@ def test_long_documents_are_made_and_marked(make_spec: Callable[..., Build], tmp
     assert all(len(text) >= 8000 for text in texts_of(out, "long")) and texts_of(out, "long")
     assert texts_of(out, "talks")
     assert load(out / "long" / "train").origin == "made: related of web, 8,000 characters or more each"
-    told = {each.name: each.funnel.told for each in reporting.load(out).sources}
+    told = {each.name: each.funnel.told for each in report.load(out).sources}
     assert set(told["long"]["made"]) == {"related"} and all(label.startswith("task-") for label in told["tasks"]["made"])
     # What is held out of the sources is in no document that is trained on.
     tokenizer = Tokenizer.load(out / FILE_NAME)

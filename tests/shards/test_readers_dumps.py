@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
+from shards.build.sources import Rejected, read_unit, units
 from shards.errors import SpecError
 from shards.readers.base import DAMAGED
 from shards.readers.markup import text_of
 from shards.readers.wikitext import plain
-from shards.records import Document
-from shards.sources import Rejected, read_unit, units
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 
 def read(path: Path, origin: str, **more: Any) -> tuple[list[Document], list[Rejected]]:
@@ -188,7 +188,7 @@ def test_a_dump_that_declares_entities_is_refused(tmp_path: Path) -> None:
 
 PEAK = """
 import json, sys
-from shards.sources import read_unit, units
+from shards.build.sources import read_unit, units
 from shards.spec import Source
 source = Source(name="a", kind="text", origin=sys.argv[2], path=sys.argv[1])
 unit, = units(source)

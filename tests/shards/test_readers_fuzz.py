@@ -17,12 +17,12 @@ import pytest
 import zstandard
 from warcio.warcwriter import WARCWriter
 
-from shards.build import build
-from shards.corpus import Corpus
-from shards.manifest import verify
-from shards.records import Document
-from shards.sources import Rejected, read_unit, units
+from shards.build.build import build
+from shards.build.sources import Rejected, read_unit, units
+from shards.format.corpus import Corpus
+from shards.format.manifest import verify
 from shards.spec import Build, Data, Source, Tokenizer
+from shards.tokenization.records import Document
 
 TEXT = "The river rises in the mountains, 日本 and Zürich, and flows north. " * 5
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from shards.records import Document
-from shards.sources import Rejected, read_unit, units
+from shards.build.sources import Rejected, read_unit, units
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 MAIN = r"""\documentclass[11pt]{article}
 % a comment with \section{Nothing}

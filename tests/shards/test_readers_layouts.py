@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shards.build.sources import Rejected, read_unit, units
 from shards.readers.base import DAMAGED
-from shards.records import Document
-from shards.sources import Rejected, read_unit, units
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 USER_ASSISTANT = ("user", "assistant")
 

@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shards.build.sources import Reading, Rejected, describe, fingerprint, read_unit, units
 from shards.errors import SpecError
 from shards.readers import remote
 from shards.readers.base import DAMAGED
-from shards.records import Document
-from shards.sources import Reading, Rejected, describe, fingerprint, read_unit, units
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 
 def source(path: str, origin: str = "jsonl", **more: Any) -> Source:

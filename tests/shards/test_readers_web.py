@@ -12,12 +12,12 @@ import zstandard
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
+from shards.build.sources import Rejected, read_unit, units
 from shards.errors import SpecError
 from shards.readers.base import DAMAGED
 from shards.readers.code import language, of_path, of_text
-from shards.records import Document
-from shards.sources import Rejected, read_unit, units
 from shards.spec import Source
+from shards.tokenization.records import Document
 
 
 def read(path: Path, origin: str, **more: Any) -> tuple[list[Document], list[Rejected]]:
@@ -253,7 +253,7 @@ def test_languages_by_name(name: str, expected: str) -> None:
 
 def test_the_standard_library_is_nearly_all_code_that_somebody_wrote() -> None:
     """False positives, on real code: what is left out is generated or data indeed."""
-    from shards import stdlib
+    from shards.readers import stdlib
 
     texts = [(key, path.read_text(encoding="utf-8", errors="replace")) for key, path in stdlib.files()]
     out = {key: of_path(key) or of_text(text) for key, text in texts if of_path(key) or of_text(text)}

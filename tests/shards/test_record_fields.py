@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from shards import manifest
-from shards.build import build
-from shards.corpus import Corpus
-from shards.encode import encode, refusal
-from shards.pipeline import reporting
-from shards.pipeline.store import stored
+from shards.build import report as reporting
+from shards.build.build import build
+from shards.build.chunks import stored
+from shards.build.sources import Rejected
+from shards.format import manifest
+from shards.format.corpus import Corpus
 from shards.readers.layouts import documents
-from shards.records import Document
-from shards.sources import Rejected
 from shards.spec import Build, Clean, Data, Source, Tokenizer
-from shards.templates import named
-from shards.tokenizer import Tokenizer as Loaded
-from shards.tokenizer import train
+from shards.tokenization.encode import encode, refusal
+from shards.tokenization.records import Document
+from shards.tokenization.templates import named
+from shards.tokenization.tokenizer import Tokenizer as Loaded
+from shards.tokenization.tokenizer import train
 
 ASK, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 TOLD = [("user", "2+2?"), ("assistant", "4")]
@@ -188,8 +188,8 @@ def test_a_manifest_without_notes_is_byte_for_byte_what_it_was_before_there_were
 
 
 def test_long_conversations_made_of_others_leave_out_what_those_leave_out() -> None:
-    from shards.pipeline.making import _make
-    from shards.pipeline.store import Stored
+    from shards.build.chunks import Stored
+    from shards.build.synthetic import _make
 
     text = "the harbour of the old town was closed in winter, and the ferry went from the stone bridge in spring " * 4
     roles = ("user", "assistant") * 2

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import SpecError
-from shards.rules import marks
-from shards.rules import text as splitting
-from shards.rules.families import C4, FineWeb, GopherQuality, GopherRepetition, Rules, Text, UniqueWords
-from shards.rules.marks import SYMBOLS
+from shards.filters.heuristics import marks
+from shards.filters.heuristics import text as splitting
+from shards.filters.heuristics.families import C4, FineWeb, GopherQuality, GopherRepetition, Rules, Text, UniqueWords
+from shards.filters.heuristics.marks import SYMBOLS
 
 PROSE = (
     "The keeper of the light climbed the stairs each evening and lit the lamp that ships have steered by since his "
@@ -244,7 +244,7 @@ def test_symbols_are_a_superset_of_the_ends_of_sentences() -> None:
 
 def test_a_line_of_fifty_megabytes_is_judged_in_bounded_memory() -> None:
     code = (
-        "from shards.rules.families import *\n"
+        "from shards.filters.heuristics.families import *\n"
         "text = 'x' * 20_000_000 + ' and the rest of it ' * 1_500_000\n"
         "rules = Rules(gopher_repetition=GopherRepetition(), gopher_quality=GopherQuality(), c4=C4(), fineweb=FineWeb())\n"
         "status = lambda: next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"

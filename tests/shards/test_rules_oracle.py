@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shards.rules import c4
-from shards.rules.families import C4, FineWeb, GopherQuality, GopherRepetition, Rules, Text
-from shards.rules.text import unified
+from shards.filters.heuristics import c4
+from shards.filters.heuristics.families import C4, FineWeb, GopherQuality, GopherRepetition, Rules, Text
+from shards.filters.heuristics.text import unified
 
 datatrove = pytest.importorskip("datatrove", reason="datatrove is not installed (make setup)")
 
@@ -173,7 +173,7 @@ def test_repetition_of_run_together_words_is_datatroves(words: list[str], theirs
     # datatrove compares n words run together, so "a aa" repeats "aa a": the count must follow it there too.
     from datatrove.pipeline.filters.gopher_repetition_filter import find_all_duplicate, find_top_duplicate, get_n_grams
 
-    from shards.rules.gopher import repeated_gram_characters, top_gram_characters
+    from shards.filters.heuristics.gopher import repeated_gram_characters, top_gram_characters
 
     text = Text(" ".join(words))
     for n in range(2, 11):

@@ -19,15 +19,16 @@ import psutil
 import pytest
 import zstandard
 
-from shards import manifest, splitting
-from shards.build import build, build_key, is_built
-from shards.corpus import Corpus
-from shards.encode import Workers
+from shards.build.build import build, build_key, is_built
+from shards.build.sources import Reading, Rejected, is_held_out
 from shards.errors import ShardError, SpecError
-from shards.records import Document
-from shards.sources import Reading, Rejected, is_held_out
+from shards.format import manifest
+from shards.format.corpus import Corpus
+from shards.readers import splits as splitting
 from shards.spec import Build, Source, Tokenizer, decode_build
-from shards.tokenizer import Tokenizer as Loaded
+from shards.tokenization.encode import Workers
+from shards.tokenization.records import Document
+from shards.tokenization.tokenizer import Tokenizer as Loaded
 
 CODE = (Source(name="code", kind="text", origin="stdlib-code", max_documents=60),)
 SMALL = Tokenizer(vocab=400, sample_bytes=50_000)
@@ -74,7 +75,7 @@ def test_the_number_of_workers_does_not_change_a_byte(built: Path, tmp_path: Pat
 
 
 def test_what_is_built_is_whole_and_its_documents_come_back(built: Path) -> None:
-    from shards import stdlib
+    from shards.readers import stdlib
 
     for name in ("code", "topics", "chat", "pairs"):
         for split in manifest.SPLITS:
@@ -91,7 +92,7 @@ def test_nothing_is_held_out_and_trained_on(built: Path) -> None:
 
 def test_the_librarys_files_are_held_out_from_all_sources_at_once(built: Path) -> None:
     """Else a held-out function's docstring would be trained on as code."""
-    from shards import stdlib
+    from shards.readers import stdlib
 
     trained = {answer for key, (_, answer) in stdlib.questions(lambda key: not is_held_out(key, 0.1, 0))}
     held = {answer for key, (_, answer) in stdlib.questions(lambda key: is_held_out(key, 0.1, 0))}

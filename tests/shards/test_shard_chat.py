@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import xxhash
 
-from shards import manifest
-from shards.build import build, build_key, conflict, is_built
-from shards.corpus import Corpus
-from shards.encode import chats
+from shards.build.build import build, build_key, conflict, is_built
 from shards.errors import ShardError, SpecError
-from shards.feed import Feed
-from shards.records import Document, in_record
+from shards.format import manifest
+from shards.format.corpus import Corpus
+from shards.sampling.batches import Feed
 from shards.spec import Build, Data, Source, Tokenizer
-from shards.templates import Template, named
-from shards.tokenizer import Tokenizer as Loaded
-from shards.tokenizer import train
+from shards.tokenization.encode import chats
+from shards.tokenization.records import Document, in_record
+from shards.tokenization.templates import Template, named
+from shards.tokenization.tokenizer import Tokenizer as Loaded
+from shards.tokenization.tokenizer import train
 
 GOOD = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 GOOD += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -255,7 +255,7 @@ def test_a_conversation_and_a_preference_that_begin_alike_are_held_out_together(
 def test_a_build_that_was_interrupted_counts_what_the_template_refuses_once(
     tmp_path: Path, make_spec: Callable[..., Build], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shards import writing
+    from shards.format import writer
 
     records = [{"messages": [USER, ASSISTANT] if n % 5 else [USER, USER, ASSISTANT], "n": n} for n in range(400)]
     path = write(tmp_path / "d.jsonl", records)
@@ -268,7 +268,7 @@ def test_a_build_that_was_interrupted_counts_what_the_template_refuses_once(
         "held_out": 0,
     }
     whole = build(make_spec(tmp_path / "whole", **small), workers=0)
-    finish, times = writing.SplitWriter.finish, []
+    finish, times = writer.SplitWriter.finish, []
 
     def cut(self: Any) -> None:
         finish(self)
@@ -277,7 +277,7 @@ def test_a_build_that_was_interrupted_counts_what_the_template_refuses_once(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(writing.SplitWriter, "finish", cut)
+        patched.setattr(writer.SplitWriter, "finish", cut)
         with pytest.raises(KeyboardInterrupt):
             build(make_spec(tmp_path / "cut", **small), workers=0)
     again = build(make_spec(tmp_path / "cut", **small), workers=0)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import xxhash
 
-from shards.build import build
-from shards.corpus import Corpus
+from shards.build.build import build
+from shards.format.corpus import Corpus
 from shards.spec import Build, Clean, Source
-from shards.tokenizer import Tokenizer
+from shards.tokenization.tokenizer import Tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs/shard-format.md"
 
@@ -87,7 +87,7 @@ def test_verify_names_all_that_is_bad_and_exits_with_1(copied: Path) -> None:
 
 def test_verify_finds_columns_that_do_not_belong_together(copied: Path) -> None:
     """Every file whole and named in the manifest with its right hashes, but the ends are another shard's."""
-    from shards import manifest
+    from shards.format import manifest
 
     directory = copied / "code/train"
     whole = manifest.load(directory)
@@ -151,7 +151,7 @@ def merged(out: Path, *builds: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def others(built: Path, tmp_path_factory: pytest.TempPathFactory, make_spec) -> tuple[Path, Path, Path]:
     """With the tokenizer of `built`: less of its code, and another source; with one of its own, its code."""
-    from shards.build import build
+    from shards.build.build import build
     from shards.spec import Source
     from shards.spec import Tokenizer as Given
 
@@ -167,7 +167,7 @@ def others(built: Path, tmp_path_factory: pytest.TempPathFactory, make_spec) -> 
 
 
 def test_cat_shows_a_sample_as_the_trainer_learns_it(built: Path) -> None:
-    from shards.feed import Feed
+    from shards.sampling.batches import Feed
 
     for source, kind in (("chat", "sft"), ("code", "text"), ("pairs", "preference")):
         feed = Feed(built, "train", kind, 120, {source: 1}, 0)
@@ -236,7 +236,7 @@ def test_diff_names_what_differs_down_to_the_first_document(built: Path, others:
 
 
 def test_merge_makes_one_directory_of_builds_whose_sources_differ_that_runs_take(built: Path, others, tmp_path: Path) -> None:
-    from shards.build import is_built, read_marker
+    from shards.build.build import is_built, read_marker
 
     done = merged(tmp_path / "all", built, others[1])
     assert done.returncode == 0, done.stderr
@@ -314,7 +314,7 @@ def test_no_command_writes_among_the_shards(built: Path) -> None:
 
 def test_shards_import_no_torch_and_none_of_the_other_packages() -> None:
     code = (
-        "import sys, shards.build, shards.commands, shards.feed, shards.prefetch\n"
+        "import sys, shards.build.build, shards.commands, shards.sampling.batches, shards.sampling.prefetch\n"
         "print(*[name for name in ('torch', 'trainer', 'launcher', 'tui', 'midwatch') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "\n"

@@ -15,7 +15,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.container import (
+from shards.errors import ShardError
+from shards.format.seekable_zstd import (
     CHECKSUM_FLAG,
     ENTRY,
     FOOTER,
@@ -28,7 +29,6 @@ from shards.container import (
     ColumnReader,
     ColumnWriter,
 )
-from shards.errors import ShardError
 
 FRAME = 256
 
@@ -202,7 +202,7 @@ def test_offsets_pass_four_gibibytes(tmp_path: Path) -> None:
 
 def test_a_writer_killed_at_any_moment_leaves_no_file_under_the_final_name(tmp_path: Path) -> None:
     script = (
-        "import numpy, os, pathlib, sys; from shards.container import ColumnWriter\n"
+        "import numpy, os, pathlib, sys; from shards.format.seekable_zstd import ColumnWriter\n"
         "w = ColumnWriter(pathlib.Path(sys.argv[1]), 'uint16', 64); w.append(numpy.arange(1000)); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "c.zst")], check=False)

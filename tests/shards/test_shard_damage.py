@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import manifest
-from shards.container import Array
-from shards.corpus import Corpus
 from shards.errors import ShardError
-from shards.feed import Feed
+from shards.format import manifest
+from shards.format.corpus import Corpus
+from shards.format.seekable_zstd import Array
+from shards.sampling.batches import Feed
 
 FLIPS = 2000
 CUTS = 200

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.container import ColumnReader
-from shards.corpus import Corpus
 from shards.errors import ShardError
-from shards.feed import Feed, ObjectiveKind, open_held_out
-from shards.packing import best_fit, make, plan
-from shards.prefetch import Prefetcher
+from shards.format.corpus import Corpus
+from shards.format.seekable_zstd import ColumnReader
+from shards.sampling.batches import Feed, ObjectiveKind, open_held_out
+from shards.sampling.packing import best_fit, make, plan
+from shards.sampling.prefetch import Prefetcher
 
 TEXT = {"code": 2.0, "topics": 1.0}
 RESTARTING = {(True, None), (True, True), (False, True)}
@@ -273,7 +273,7 @@ def test_a_state_of_other_data_is_refused(built: Path, key: str, value: object, 
 
 
 def test_another_tokenizer_in_the_place_of_the_shards_own_is_refused(copied: Path) -> None:
-    from shards.tokenizer import train
+    from shards.tokenization.tokenizer import train
 
     (copied / "tokenizer.model").write_bytes(train(["some other text entirely"] * 9, vocab=300))
     with pytest.raises(ShardError, match="made with tokenizer"):
@@ -323,7 +323,7 @@ def test_held_out_samples_are_the_same_at_every_evaluation_and_end(built: Path) 
 
 
 def test_nothing_held_out_is_a_length_of_nothing(tmp_path: Path, make_spec) -> None:
-    from shards.build import build
+    from shards.build.build import build
     from shards.spec import Source, Tokenizer
 
     sources = (

@@ -12,18 +12,18 @@ import msgspec
 import pytest
 import xxhash
 
-from shards import manifest
-from shards.build import build
-from shards.chat import Message
-from shards.container import HEADER, ColumnFile
-from shards.corpus import Corpus
+from shards.build.build import build
 from shards.errors import ShardError
-from shards.hf_tokenizer import CONFIG, from_sentencepiece
-from shards.rendering import ChatError, Renderer
+from shards.format import manifest
+from shards.format.corpus import Corpus
+from shards.format.seekable_zstd import HEADER, ColumnFile
 from shards.spec import Build, Data, Source, decode_build
 from shards.spec import Tokenizer as TokenizerSpec
-from shards.templates import NAMED, Template
-from shards.tokenizer import RESERVED, Tokenizer, piece_count, read_model, train
+from shards.tokenization.chat import Message
+from shards.tokenization.huggingface import CONFIG, from_sentencepiece
+from shards.tokenization.jinja import ChatError, Renderer
+from shards.tokenization.templates import NAMED, Template
+from shards.tokenization.tokenizer import RESERVED, Tokenizer, piece_count, read_model, train
 from tests.fuzzing import COUNT, Subject, attack, holds, scratch
 
 TALK: list[Message] = [("user", "What?"), ("assistant", "That.")]

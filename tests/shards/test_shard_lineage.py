@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.order import BLOCK, Order, Sample
-from shards.segments import Change
+from shards.sampling.order import BLOCK, Order, Sample
+from shards.sampling.segments import Change
 
 SIZES = {"a": 300, "b": 41, "c": 7, "d": 120}
 weights = st.floats(0.01, 10)

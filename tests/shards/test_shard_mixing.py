@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.build import build
-from shards.corpus import Corpus
+from shards.build.build import build
 from shards.errors import ShardError
-from shards.feed import Feed
-from shards.mixing import Mixing, limit, named, parts, shares, weigh
-from shards.segments import BLOCK
+from shards.format.corpus import Corpus
+from shards.sampling.batches import Feed
+from shards.sampling.mixing import Mixing, limit, named, parts, shares, weigh
+from shards.sampling.segments import BLOCK
 from shards.spec import Source
 
 

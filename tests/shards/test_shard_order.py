@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.order import BLOCK, VERSION, Order
-from shards.permutation import permute
-from shards.segments import apportion
+from shards.sampling.order import BLOCK, VERSION, Order
+from shards.sampling.permutation import permute
+from shards.sampling.segments import apportion
 
 weights = st.floats(0.01, 10)
 names = st.sampled_from(["a", "b", "c"])

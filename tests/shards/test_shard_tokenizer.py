@@ -10,9 +10,9 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards import stdlib
 from shards.errors import ShardError, SpecError
-from shards.tokenizer import LONG, RESERVED, Tokenizer, train
+from shards.readers import stdlib
+from shards.tokenization.tokenizer import LONG, RESERVED, Tokenizer, train
 
 TEXTS = [path.read_text(errors="replace") for _, path in stdlib.files()[:25]]
 

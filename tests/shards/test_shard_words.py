@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards import stdlib, words
-from shards.tokenizer import Tokenizer, train
+from shards.readers import stdlib
+from shards.tokenization import word_cache
+from shards.tokenization.tokenizer import Tokenizer, train
 
 TEXTS = [path.read_bytes().decode("utf-8", "replace") for _, path in stdlib.files()][:300:3]
 
@@ -48,7 +49,7 @@ def test_texts_that_are_cut_have_the_same_ids(tokenizer: Tokenizer) -> None:
 
 
 def test_forgetting_changes_nothing(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "KEPT", 100)
+    monkeypatch.setattr(word_cache, "KEPT", 100)
     fresh = Tokenizer(tokenizer.model)
     for text in TEXTS[:10]:
         ids, _ = fresh.encode_texts([text])

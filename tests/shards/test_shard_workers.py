@@ -11,7 +11,7 @@ from types import FrameType
 
 import pytest
 
-from shards.encode import Workers
+from shards.tokenization.encode import Workers
 
 LONG = 60.0  # seconds of a task that nobody waits for
 
@@ -47,7 +47,7 @@ def test_a_task_that_fails_ends_the_others() -> None:
 
 PARENT = f"""
 import multiprocessing, time
-from shards.encode import Workers
+from shards.tokenization.encode import Workers
 if __name__ == "__main__":
     with Workers(1) as pool:
         tasks = pool.run(time.sleep, [(0,), ({LONG},)])
@@ -81,7 +81,7 @@ def test_a_worker_does_not_outlive_its_parent_in_the_middle_of_a_task() -> None:
 
 INTERRUPTED = """
 import os, signal, time
-from shards.encode import Workers
+from shards.tokenization.encode import Workers
 if __name__ == "__main__":
     with Workers(2) as pool:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -16,12 +16,12 @@ from typing import Any
 import msgspec
 import psutil
 
-from launcher import journal as j
-from launcher import protocol as p
-from launcher.client import Client, ClientError
-from launcher.journal import read_journal
-from launcher.ledger import Ledger
-from launcher.paths import read_address
+from midwatch import protocol as p
+from midwatch.journal import journal as j
+from midwatch.journal.journal import read_journal
+from midwatch.journal.run_state import Ledger
+from midwatch.run_directory import read_address
+from midwatch.transport.client import Client, ClientError
 
 MIDWATCH = str(Path(sys.executable).parent / "midwatch")
 

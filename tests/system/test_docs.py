@@ -8,11 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from launcher.recipe import Checkpoint, Cluster, Data, Model, Probe, Report, Rope, Run, Source, Stage, Tokenizer, Watch
-from launcher.recipe.generate import Generate
-from launcher.recipe.live import stage_settings
-from launcher.recipe.load import load_recipe
-from launcher.recipe.policy import Policy
+from midwatch.recipe import Checkpoint, Cluster, Data, Model, Probe, Report, Rope, Run, Source, Stage, Tokenizer, Watch
+from midwatch.recipe.generate import Generate
+from midwatch.recipe.live_settings import stage_settings
+from midwatch.recipe.load import load_recipe
+from midwatch.recipe.rollout import Policy
 
 ROOT = Path(__file__).parents[2]
 

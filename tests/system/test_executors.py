@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from shards import stdlib
-from shards.build import build
+from shards.build.build import build
 from shards.errors import ShardError
-from shards.judging.settings import Quality
+from shards.filters.settings import Quality
+from shards.readers import stdlib
 from shards.spec import Build, Clean, Data, Slurm, Source, Tokenizer
 from tests.system.slurm import Slurm as RealSlurm
 from tests.system.slurm import require_slurm

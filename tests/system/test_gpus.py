@@ -11,13 +11,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from launcher.protocol import Gpu, NodeStats
+from midwatch.protocol import Gpu, NodeStats
 
 READ = """
 import msgspec, os, sys, threading, time
 from pathlib import Path
 from launcher.agent import gpus, stats
-from launcher.protocol import RankBeat
+from midwatch.protocol import RankBeat
 gpus.READ_SECONDS, gpus.SELDOM, gpus.STALE_SECONDS, gpus.HANG_SECONDS = 0.1, 2, 1.0, float(sys.argv[3])
 reader = stats.NodeReader("here", Path(sys.argv[1]))
 beats = (RankBeat(7, os.getpid(), 3, 1.0),)

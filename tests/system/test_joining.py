@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import protocol as p
+from midwatch import protocol as p
 from tests.system.harness import MIDWATCH, Run, recipe_text
 from tests.system.hosts import Hosts, require
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from launcher.recipe import Recipe, dump_recipe, load_recipe
-from shards import manifest
-from shards.stdlib import files
-from shards.tokenizer import train
+from midwatch.recipe import Recipe, dump_recipe, load_recipe
+from shards.format import manifest
+from shards.readers.stdlib import files
+from shards.tokenization.tokenizer import train
 from tests.hugging_face import LLAMA, RECIPES, at_hand
 from tests.miniature import miniature
 from tests.system.harness import Run
@@ -118,9 +118,9 @@ def made_from_is_whole(run: Run, known: dict[str, Any], last: str) -> None:
 
 def our_logits(root: Path, checkpoint: str, ids: Tensor) -> Tensor:
     """Of the last stage's product, in one process."""
-    from trainer import manifest as checkpoints
-    from trainer.export import whole
-    from trainer.model import Decoder
+    from midwatch.checkpoint_format import manifest as checkpoints
+    from trainer.huggingface.export import whole
+    from trainer.model.decoder import Decoder
 
     recipe = load_recipe(root / "recipe.toml")
     known, _ = checkpoints.read(root / "checkpoints" / checkpoint)

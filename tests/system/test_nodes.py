@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import journal as j
-from launcher import protocol as p
+from midwatch import protocol as p
+from midwatch.journal import journal as j
 from tests.system.harness import Run, recipe_text
 from tests.system.hosts import Hosts, require
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import protocol as p
-from launcher.client import Client, ClientError
+from midwatch import protocol as p
+from midwatch.transport.client import Client, ClientError
 from tests.system.harness import MIDWATCH, Run, recipe_text
 from tests.system.slurm import HEAD, Slurm, require_slurm
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launcher import journal as j
-from launcher import protocol as p
+from midwatch import protocol as p
+from midwatch.journal import journal as j
 from tests.system.harness import Run, recipe_text
 
 

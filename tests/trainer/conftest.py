@@ -11,9 +11,9 @@ import pytest
 import torch
 from trainer_harness import MakeRun, Step, steer, torchrun, write_recipe
 
-from launcher.protocol import Op
-from launcher.recipe import Recipe, parse_recipe
-from shards.build import build
+from midwatch.protocol import Op
+from midwatch.recipe import Recipe, parse_recipe
+from shards.build.build import build
 from shards.spec import Build
 
 # Files of tests run side by side; threads that wait for each other's cores take many times as long as one thread does.

@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_kernels import FlashAttn, TorchsVarlen, by_documents, use_kernels
 from trainer_meter import VOCABULARY, MakeWorld, fake_worlds, stage
 
-from launcher.recipe import Model
-from shards.feed import Batch
-from trainer import attention
-from trainer.batch import micro_batches
-from trainer.documents import Documents, found, joined
-from trainer.model import Decoder
-from trainer.network import Network
-from trainer.spread import Spread
+from midwatch.recipe import Model
+from shards.sampling.batches import Batch
+from trainer.batches import micro_batches
+from trainer.distributed.sequence_parallel import Spread
+from trainer.model import attention
+from trainer.model.decoder import Decoder
+from trainer.model.document_offsets import Documents, found, joined
+from trainer.model.sharded_model import Network
 
 KINDS: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope"},

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.batch import Rows
-from trainer.boundaries import COUNT, NEAR, means, near_boundaries, sums
+from trainer.batches import Rows
+from trainer.loop.packing_metrics import COUNT, NEAR, means, near_boundaries, sums
 
 METRICS = ["train/loss_near_boundaries", "train/loss_within_documents", "data/documents_per_row"]
 

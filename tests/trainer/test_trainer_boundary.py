@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from launcher.protocol import Op, Order, Outcome, RankBody
-from trainer import boundary as module
-from trainer.boundary import Boundary
-from trainer.parallel import World
-from trainer.reporting import NoLink
+from midwatch.protocol import Op, Order, Outcome, RankBody
+from trainer.control import boundary as module
+from trainer.control.boundary import Boundary
+from trainer.control.reporting import NoLink
+from trainer.distributed.mesh import World
 
 
 class Orders(NoLink):

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from shards import stdlib
-from shards.build import build
-from shards.feed import Feed
-from shards.hf_tokenizer import bundle
+from shards.build.build import build
+from shards.readers import stdlib
+from shards.sampling.batches import Feed
 from shards.spec import Build, Data, Source
 from shards.spec import Tokenizer as TokenizerSpec
-from shards.templates import read
-from shards.tokenizer import Tokenizer, train
-from trainer.hf_tokenizer import files
+from shards.tokenization.huggingface import bundle
+from shards.tokenization.templates import read
+from shards.tokenization.tokenizer import Tokenizer, train
+from trainer.huggingface.tokenizer import files
 
 transformers = pytest.importorskip("transformers")
 

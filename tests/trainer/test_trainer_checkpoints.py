@@ -32,12 +32,13 @@ from trainer_harness import (
     train_plain,
 )
 
-from launcher import checkpoints
-from launcher.protocol import Op
-from trainer import manifest, storage
-from trainer.loglink import committed, newest, prune, sweep
-from trainer.manifest import FORMAT, CheckpointError, Manifest
-from trainer.sink import BLOCK, Sink, block_tensor, blocks
+from midwatch.checkpoint_format import manifest
+from midwatch.checkpoint_format import verify as checkpoints
+from midwatch.checkpoint_format.manifest import FORMAT, CheckpointError, Manifest
+from midwatch.protocol import Op
+from trainer.checkpoint import storage
+from trainer.checkpoint.direct_io import BLOCK, Sink, block_tensor, blocks
+from trainer.control.standalone import committed, newest, prune, sweep
 
 HEAD = Manifest(FORMAT, {}, {}, {"step": 7}, 1, "7-1", 1)
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from trainer_harness import MakeRun, Step, Told, build_small, fresh, same_bits, state, steer, write_recipe
 
-from launcher.protocol import Op, Replay
-from launcher.recipe import Recipe
+from midwatch.protocol import Op, Replay
+from midwatch.recipe import Recipe
 
 
 def rollback(checkpoint: str, lineage: int, **more: Any) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typing import Any
 from msgspec.structs import replace
 from trainer_harness import Step, Told, fresh, same_bits, state, steer, write_recipe
 
-from launcher.protocol import Op
-from launcher.recipe import Recipe
-from launcher.recipe.mixture import Anneal
-from launcher.recipe.supply import shortages
-from shards.feed import Feed
+from midwatch.protocol import Op
+from midwatch.recipe import Recipe
+from midwatch.recipe.data_sufficiency import shortages
+from midwatch.recipe.mixture import Anneal
+from shards.sampling.batches import Feed
 
 
 def prepared(recipe: Recipe, place: Path, data: Path | None = None, **settings: Any) -> Path:

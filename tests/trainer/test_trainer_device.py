@@ -19,22 +19,25 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launcher.recipe import Model, Parallel
-from launcher.recipe.model import Rope
-from shards.feed import Batch
-from trainer import attention, loop, spread, transfer
-from trainer.batch import micro_batches
-from trainer.cast import Learner
-from trainer.experience import Experience
-from trainer.generate import Engine, Request, paged, sampling
-from trainer.model import Decoder
-from trainer.network import Network
-from trainer.norms import RMSNorm
+from midwatch.recipe import Model, Parallel
+from midwatch.recipe.model import Rope
+from shards.sampling.batches import Batch
+from trainer import transfer
+from trainer.batches import micro_batches
+from trainer.control.reporting import NoLink, Reporter, StepReport
+from trainer.distributed import sequence_parallel
+from trainer.distributed.mesh import World, lay_out
+from trainer.generate import Engine, Request, paged_attention, sampling
+from trainer.loop import loop
+from trainer.model import attention
+from trainer.model.decoder import Decoder
+from trainer.model.norms import RMSNorm
+from trainer.model.sharded_model import Network
 from trainer.objectives import CRITIC, OBJECTIVES, Objective
 from trainer.objectives.ppo import Experience as Noted
 from trainer.optimizer import Optimizer
-from trainer.parallel import World, lay_out
-from trainer.reporting import NoLink, Reporter, StepReport
+from trainer.rollout.buffer import Experience
+from trainer.stage.model_roles import Learner
 
 ACCELERATOR = torch.device("meta")
 CONFIG = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=64)
@@ -198,7 +201,7 @@ class Fetched:
 def test_a_step_of_the_engine_waits_for_its_tokens_alone(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in pieces, tokens one by one, top-k and top-p, greedy requests and alternatives among them."""
     monkeypatch.setattr(sampling, "HostCopy", Fetched)
-    monkeypatch.setattr(paged, "_flash", lambda: lambda q, *_, **__: torch.empty_like(q))
+    monkeypatch.setattr(paged_attention, "_flash", lambda: lambda q, *_, **__: torch.empty_like(q))
     engine = Engine(CONFIG, VOCABULARY, ACCELERATOR, 64, page=16, running=4, step_tokens=8, kernel=kernel)
     for seed, more in enumerate(({}, {"top_k": 3}, {"top_p": 0.5, "alternatives": 2}, {"temperature": 0.0})):
         engine.add(Request(tuple(range(1, 20)), 5, seed=seed, **more))  # type: ignore[arg-type]
@@ -224,7 +227,7 @@ def test_a_steps_metrics_are_copied_before_the_next_step_is_queued(monkeypatch: 
             asked.append(f"read {self._values[0]:g}")
             return self._values.tolist()
 
-    monkeypatch.setattr("trainer.reporting.HostCopy", Copied)
+    monkeypatch.setattr("trainer.control.reporting.HostCopy", Copied)
     reporter = Reporter(NoLink(), lambda step, finite, loss: None)
     for step in (1, 2):
         read = {"train/loss": 0.0, "train/grad_norm": 0.0}
@@ -282,7 +285,7 @@ def test_the_engines_kernel_is_used_for_what_it_takes(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention, "flash_attn_varlen_func", object() if given.pop("flash", False) else None)
     attention.runs_varlen.cache_clear()
-    assert paged.kernel_serves(**given) == serves
+    assert paged_attention.kernel_serves(**given) == serves
     attention.runs_varlen.cache_clear()
 
 
@@ -342,9 +345,9 @@ def test_exchanges_of_heads_are_all_under_way_before_one_is_waited_for(monkeypat
         order.append("wait")
         return x
 
-    monkeypatch.setattr(spread.collectives, "all_to_all_single_autograd", started)
-    monkeypatch.setattr(spread, "_arrived", arrived)
+    monkeypatch.setattr(sequence_parallel.collectives, "all_to_all_single_autograd", started)
+    monkeypatch.setattr(sequence_parallel, "_arrived", arrived)
     q, k = torch.zeros(2, 8, 5, 4), torch.zeros(2, 2, 5, 4)
-    found = spread.Spread(context=spread.Group(size=2)).heads(q, k, k)
+    found = sequence_parallel.Spread(context=sequence_parallel.Group(size=2)).heads(q, k, k)
     assert order == ["start"] * 3 + ["wait"] * 3
     assert [tuple(each.shape) for each in found] == [(2, 4, 10, 4), (2, 1, 10, 4), (2, 1, 10, 4)]

@@ -11,7 +11,7 @@ import torch
 from trainer_harness import steer, write_recipe
 
 from bench.extension import TIMES, WAYS, Outcome, Size, extend
-from launcher.recipe import Recipe, RecipeError, parse_recipe
+from midwatch.recipe import Recipe, RecipeError, parse_recipe
 
 TINY = Size(layers=2, width=32, context=16, steps=300, long_steps=40, batch=48, held_out=256, lr=5e-3)
 RAREST = ("RoPE, dynamic NTK", "sinusoidal, as it is", "sinusoidal, interpolated", "ALiBi, as it is")

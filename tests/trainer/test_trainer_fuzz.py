@@ -14,10 +14,10 @@ import msgspec
 import pytest
 import xxhash
 
+from midwatch.checkpoint_format import manifest
 from tests.fuzzing import COUNT, Subject, holds, scratch
-from trainer import manifest
 from trainer.generate.request import Request
-from trainer.generate.served import Lines, Server, ServerError
+from trainer.generate.vllm_client import Lines, Server, ServerError
 
 REPLY = {
     "id": "cmpl-1",
@@ -165,7 +165,7 @@ def test_a_server_that_goes_on_for_ever_is_left_in_time(what: str) -> None:
 
 
 def test_a_body_is_bounded_in_size_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.generate.served._LARGEST", 1 << 20)
+    monkeypatch.setattr("trainer.generate.vllm_client._LARGEST", 1 << 20)
     with (
         answering(repeated(OK + b"\r\n", b" " * 65536)) as url,
         pytest.raises(ServerError, match="does not come to an end"),

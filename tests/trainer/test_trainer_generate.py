@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from launcher.recipe import Rope
-from launcher.recipe.model import Model
-from trainer import attention
+from midwatch.recipe import Rope
+from midwatch.recipe.model import Model
 from trainer.generate import Engine, Request, RequestError, Response
-from trainer.generate.blocks import Blocks
+from trainer.generate.block_manager import Blocks
 from trainer.generate.request import Sequence
 from trainer.generate.sampling import uniform
-from trainer.model import Decoder
+from trainer.model import attention
+from trainer.model.decoder import Decoder
 
 CONFIG = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=64)
 VOCABULARY, CONTEXT, STOPS = 61, 96, frozenset(range(2, 8))

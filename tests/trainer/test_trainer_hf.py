@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from trainer_harness import logs, start_ranks, tensors, train_plain, write_recipe
 
-from launcher.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
-from launcher.recipe.hf_config import model_keys
-from launcher.recipe.model import Model, Rope
-from shards.build import build
+from midwatch.checkpoint_format.manifest import CheckpointError
+from midwatch.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
+from midwatch.recipe.huggingface.config import model_keys
+from midwatch.recipe.model import Model, Rope
+from shards.build.build import build
 from shards.spec import Build
-from shards.tokenizer import Tokenizer
-from trainer.export import ExportError, export
-from trainer.manifest import CheckpointError
+from shards.tokenization.tokenizer import Tokenizer
+from trainer.huggingface.export import ExportError, export
 
 transformers = pytest.importorskip("transformers")
 
@@ -130,9 +130,9 @@ def saved(directory: Path) -> dict[str, Tensor]:
 
 def read_on_rank(root: Path) -> None:
     """What a rank does to begin: reads its part; it writes down what that took, and its part's bits."""
-    from trainer.hf import load
-    from trainer.network import Network
-    from trainer.parallel import join, local, open_store
+    from trainer.distributed.mesh import join, local, open_store
+    from trainer.huggingface.load import load
+    from trainer.model.sharded_model import Network
 
     def anonymous() -> int:
         status = Path("/proc/self/status").read_text()
@@ -205,7 +205,7 @@ def test_a_trained_checkpoint_goes_out_and_in_and_out_again_as_the_same_bits_and
 
 def our_logits(run: Path, ids: Tensor, checkpoint: str = "2-1-tune", at: int = 0) -> Tensor:
     """Of a checkpoint at the end of a stage, in one process."""
-    from trainer.model import Decoder
+    from trainer.model.decoder import Decoder
 
     recipe = load_recipe(run / "recipe.toml")
     known = tensors(run / "checkpoints" / checkpoint)
@@ -484,7 +484,7 @@ def test_a_tied_head_can_be_written_out_and_is_read_as_the_same_model(quiet: Pat
 def test_an_export_is_never_made_for_fewer_positions_than_the_model_came_with(
     declared: int | None, kind: Any, context: int, positions: int
 ) -> None:
-    from launcher.recipe.hf_config import config_of
+    from midwatch.recipe.huggingface.config import config_of
 
     model = Model(layers=1, width=16, heads=2, max_position_embeddings=declared)
     stage = Rope(kind=kind) if kind == "none" else Rope(kind=kind, factor=4.0, original_context=4096)
@@ -497,9 +497,9 @@ def test_an_export_is_never_made_for_fewer_positions_than_the_model_came_with(
 
 @pytest.mark.parametrize("rope", ["linear", "ntk", "dynamic", "yarn", "llama3", "none"])
 def test_a_stages_rope_goes_into_the_configuration_and_comes_back(rope: str) -> None:
-    from launcher.recipe.hf_config import config_of
-    from launcher.recipe.model import Rope
-    from trainer.rope import frequencies
+    from midwatch.recipe.huggingface.config import config_of
+    from midwatch.recipe.model import Rope
+    from trainer.model.rope import frequencies
 
     model = Model(layers=1, width=64, heads=4)
     stage = Rope(kind=rope, factor=4.0, theta=30_000.0)  # type: ignore[arg-type]
@@ -529,9 +529,9 @@ def test_a_table_that_is_read_between_its_rows_is_written_out_as_transformers_re
 def test_directories_of_older_releases_and_narrower_weights_are_read(tmp_path: Path, tokenizer_file: Path) -> None:
     from safetensors.torch import save_file
 
-    from launcher.recipe.hf_files import open_directory
-    from trainer.hf import _fill
-    from trainer.model import Decoder
+    from midwatch.recipe.huggingface.files import open_directory
+    from trainer.huggingface.load import _fill
+    from trainer.model.decoder import Decoder
 
     torch.manual_seed(5)
     theirs = CONFIGS["gpt2"](520).to(torch.bfloat16).eval()

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from launcher.recipe.hf_files import DirectoryError, open_directory
-from launcher.recipe.model import Model
-from trainer.hf import _fill
-from trainer.model import Decoder
+from midwatch.recipe.huggingface.files import DirectoryError, open_directory
+from midwatch.recipe.model import Model
+from trainer.huggingface.load import _fill
+from trainer.model.decoder import Decoder
 
 transformers = pytest.importorskip("transformers")
 

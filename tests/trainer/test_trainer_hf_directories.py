@@ -14,11 +14,11 @@ import pytest
 import sentencepiece
 
 from shards.errors import SpecError
-from shards.hf_directory import QWEN2_SPLIT
 from shards.spec import Tokenizer as TokenizerSpec
-from shards.templates import DEFAULT, read
-from shards.tokenizer import RESERVED, Tokenizer, read_model
-from trainer.hf_tokenizer import files
+from shards.tokenization.huggingface_directory import QWEN2_SPLIT
+from shards.tokenization.templates import DEFAULT, read
+from shards.tokenization.tokenizer import RESERVED, Tokenizer, read_model
+from trainer.huggingface.tokenizer import files
 
 transformers = pytest.importorskip("transformers")
 
@@ -115,8 +115,8 @@ def qwen2() -> Files:
 
 def converted(**settings: Any) -> Files:
     """The tokenizer.json that releases of `transformers` before 5 made of a SentencePiece model."""
-    from shards.hf_directory import _merges
-    from shards.sentencepiece_model import parse
+    from shards.tokenization.huggingface_directory import _merges
+    from shards.tokenization.sentencepiece_model import parse
 
     vocab = {name: number for number, (name, _, _) in enumerate(parse(sentence_pieces())[0])}
     normalizers = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from shards.build import build
+from shards.build.build import build
+from shards.build.sources import Reading
 from shards.errors import SpecError
-from shards.hf_tokenizer import bundle
-from shards.records import Document
-from shards.sources import Reading
+from shards.readers.splits import split
 from shards.spec import Build, Data, Source
 from shards.spec import Tokenizer as TokenizerSpec
-from shards.splitting import split
-from shards.tokenizer import RESERVED, Tokenizer, piece_count, train
-from trainer.hf_tokenizer import TokenizerError, files
+from shards.tokenization.huggingface import bundle
+from shards.tokenization.records import Document
+from shards.tokenization.tokenizer import RESERVED, Tokenizer, piece_count, train
+from trainer.huggingface.tokenizer import TokenizerError, files
 
 transformers = pytest.importorskip("transformers")
 
@@ -185,7 +185,7 @@ def test_no_text_forges_a_reserved_id_of_a_tokenizer_json(foreign: Path) -> None
 
 
 def test_shards_are_built_with_a_tokenizer_json(foreign: Path, tmp_path: Path) -> None:
-    from shards.feed import open_held_out
+    from shards.sampling.batches import open_held_out
 
     source = Source(name="topics", kind="text", origin="stdlib-topics", max_documents=20)
     data = Data(source=(source,), held_out=0.2)

@@ -9,10 +9,10 @@ import pytest
 from safetensors.torch import load_file
 from trainer_harness import Step, fresh, logged, state, steer, tensors, write_recipe
 
-from launcher.protocol import Op
-from launcher.recipe import Parallel, Recipe
-from trainer.export import export
-from trainer.loglink import newest
+from midwatch.protocol import Op
+from midwatch.recipe import Parallel, Recipe
+from trainer.control.standalone import newest
+from trainer.huggingface.export import export
 
 LEGS: list[tuple[int, int, Parallel, int]] = [
     (3, 4, Parallel(tensor=2, pipeline=2), 1),

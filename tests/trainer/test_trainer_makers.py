@@ -10,14 +10,14 @@ import msgspec
 import pytest
 from trainer_harness import Step, Told, same_bits, state, steer, tensors, write_recipe
 
-from launcher.protocol import Op
-from launcher.recipe import Recipe, RecipeError, Source, Stage, parse_recipe
-from launcher.recipe.policy import Policy
-from launcher.recipe.repeat import expanded
-from launcher.recipe.stage import Repeat
-from shards.corpus import Corpus
-from shards.tokenizer import Tokenizer
-from trainer.makers import turns_of
+from midwatch.protocol import Op
+from midwatch.recipe import Recipe, RecipeError, Source, Stage, parse_recipe
+from midwatch.recipe.repeat import expanded
+from midwatch.recipe.rollout import Policy
+from midwatch.recipe.stage import Repeat
+from shards.format.corpus import Corpus
+from shards.tokenization.tokenizer import Tokenizer
+from trainer.synthetic.methods import turns_of
 
 FUNCTION = """
 def letters(prompts, responses):

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 from trainer_harness import MakeRun, Told, steer, write_recipe
 
-from launcher.recipe import Recipe, load_recipe
-from shards.build import build
+from midwatch.recipe import Recipe, load_recipe
+from shards.build.build import build
 from shards.spec import Build
 from tests.hugging_face import RECIPES, at_hand
 from tests.miniature import miniature
-from trainer.export import export
+from trainer.huggingface.export import export
 
 SOURCES = {
     "general": {"origin": "stdlib-topics", "max_tokens": 60_000},

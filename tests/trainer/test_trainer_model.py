@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from launcher.recipe.model import Model, Rope
-from trainer.likelihood import log_probs
-from trainer.model import Decoder
-from trainer.positions import learned
-from trainer.rope import frequencies
+from midwatch.recipe.model import Model, Rope
+from trainer.model.decoder import Decoder
+from trainer.model.logprobs import log_probs
+from trainer.model.positions import learned
+from trainer.model.rope import frequencies
 
 CONFIG = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=48)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from launcher.recipe.hf_config import model_keys
-from launcher.recipe.hf_layout import Part, layout, misfits
-from launcher.recipe.model import Model, Rope
-from trainer.model import Decoder
-from trainer.norms import RMSNorm
-from trainer.positions import alibi_slopes, sinusoids
+from midwatch.recipe.huggingface.config import model_keys
+from midwatch.recipe.huggingface.weights_map import Part, layout, misfits
+from midwatch.recipe.model import Model, Rope
+from trainer.model.decoder import Decoder
+from trainer.model.norms import RMSNorm
+from trainer.model.positions import alibi_slopes, sinusoids
 
 transformers = pytest.importorskip("transformers")
 

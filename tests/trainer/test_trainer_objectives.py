@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from test_trainer_model import decoder
 from torch import Tensor
 
-from shards.feed import Batch
-from trainer.batch import Rows, micro_batches, samples_a_replica, share
-from trainer.model import Decoder
+from shards.sampling.batches import Batch
+from trainer.batches import Rows, micro_batches, samples_a_replica, share
+from trainer.model.decoder import Decoder
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.dpo import preferences
 

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from launcher.recipe import Stage
-from trainer import manifest, storage
-from trainer.manifest import FORMAT, Manifest
+from midwatch.checkpoint_format import manifest
+from midwatch.checkpoint_format.manifest import FORMAT, Manifest
+from midwatch.recipe import Stage
+from trainer.checkpoint import storage
 from trainer.optimizer import STREAMED, Optimizer, learning_rate
 
 SETTINGS = {"lr": 0.1, "lr_scale": 1.0, "min_lr_ratio": 0.1, "weight_decay": 0.1, "clip": 1e9, "beta1": 0.9, "beta2": 0.95}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.pace import SMOOTH_SECONDS, WARM_STEPS, Pace
+from trainer.control.step_timer import SMOOTH_SECONDS, WARM_STEPS, Pace
 
 CPU = torch.device("cpu")
 

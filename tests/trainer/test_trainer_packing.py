@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from launcher.recipe import Recipe
-from launcher.recipe.model import Model, Rope
-from trainer.model import Decoder
-from trainer.stages import open_stage
+from midwatch.recipe import Recipe
+from midwatch.recipe.model import Model, Rope
+from trainer.model.decoder import Decoder
+from trainer.stage.stage import open_stage
 
 DOCUMENTS = (5, 1, 13, 8, 2)
 """Lengths of one row's documents; the rest of it is padding."""

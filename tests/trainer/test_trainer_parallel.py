@@ -13,10 +13,10 @@ from torch import Tensor
 from trainer_harness import logs, start_ranks
 from trainer_kernels import FlashAttn
 
-from launcher.recipe import Cluster, Model, Parallel, Stage
-from trainer import documents
-from trainer.batch import Rows
-from trainer.model import Decoder
+from midwatch.recipe import Cluster, Model, Parallel, Stage
+from trainer.batches import Rows
+from trainer.model import document_offsets
+from trainer.model.decoder import Decoder
 
 VOCABULARY = 61
 LLAMA = Model(layers=4, width=32, heads=8, kv_heads=4, hidden=48)
@@ -73,8 +73,8 @@ def rows(count: int, time: int = 37) -> Rows:
 
 def known(rows: Rows) -> Rows:
     """With their documents."""
-    starts, longest = documents.found(rows.segments.numpy())
-    return rows._replace(documents=documents.Documents(torch.from_numpy(starts), longest))
+    starts, longest = document_offsets.found(rows.segments.numpy())
+    return rows._replace(documents=document_offsets.Documents(torch.from_numpy(starts), longest))
 
 
 def cut(rows: Rows, start: int, count: int) -> Rows:
@@ -98,14 +98,15 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
     """What each rank does: each layout in turn; the largest differences from one rank."""
     from torch.distributed.tensor import DTensor
 
-    from trainer import attention, ring
-    from trainer.batch import filled, share
-    from trainer.network import Network
+    from trainer.batches import filled, share
+    from trainer.distributed import ring_attention
+    from trainer.distributed.mesh import join, lay_out, open_store
+    from trainer.model import attention
+    from trainer.model.sharded_model import Network
     from trainer.optimizer import Optimizer, total
-    from trainer.parallel import join, lay_out, open_store
 
     torch.set_num_threads(1)
-    ring.TILE = 8  # more than one, for rows as short as these
+    ring_attention.TILE = 8  # more than one, for rows as short as these
     world = join(open_store(), "test", Cluster(device="cpu"), Parallel())
     said: list[tuple[str, float, float]] = []
     attention.flash_attn_varlen_func = kernel = FlashAttn()

@@ -21,15 +21,15 @@ from trainer_meter import SETTINGS, VOCABULARY, MakeWorld, built, fake_worlds, p
 
 from launcher.plan import ACCELERATORS, activations, flops
 from launcher.plan.memory import memory
-from launcher.recipe.model import Model
-from trainer import peak
-from trainer.batch import Rows
-from trainer.cast import model_tensors
-from trainer.likelihood import log_probs
-from trainer.model import Decoder
+from midwatch.recipe.model import Model
+from trainer.batches import Rows
+from trainer.distributed.mesh import local
+from trainer.loop import peak_flops
+from trainer.model.decoder import Decoder
+from trainer.model.logprobs import log_probs
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
-from trainer.parallel import local
+from trainer.stage.model_roles import model_tensors
 
 LLAMA = Model(layers=2, width=64, heads=4, kv_heads=2, hidden=136)
 GPT = Model(
@@ -95,7 +95,7 @@ def test_flops_are_what_the_trainer_divides_by_for_its_mfu(name: str) -> None:
 def test_peak_rates_are_those_of_the_trainers_mfu() -> None:
     names = {"h200": "H200", "h100-sxm": "H100", "h100-pcie": "H100 PCIe", "h20": "H20", "b200": "B200", "a100-80gb": "A100"}
     for plans, trainers in (names | {"l40s": "L40S"}).items():
-        assert ACCELERATORS[plans].flops_per_second("bfloat16") == peak._BFLOAT16[trainers]
+        assert ACCELERATORS[plans].flops_per_second("bfloat16") == peak_flops._BFLOAT16[trainers]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -201,12 +201,12 @@ def test_the_peak_is_that_of_a_real_step(
 
 STEPS = """
 import torch, torch.distributed as dist
-from launcher.recipe.model import Model
+from midwatch.recipe.model import Model
 from trainer_meter import SETTINGS, rows
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
-from trainer.network import Network
-from trainer.parallel import World
+from trainer.model.sharded_model import Network
+from trainer.distributed.mesh import World
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -233,8 +233,8 @@ print(resident("VmHWM") - before)
 """
 
 SETTLE = """
-from launcher.recipe import Cluster
-from trainer.parallel import settle
+from midwatch.recipe import Cluster
+from trainer.distributed.mesh import settle
 
 settle(Cluster(device="cpu"))
 """

@@ -16,7 +16,7 @@ from trainer_meter import VOCABULARY, MakeWorld, fake_worlds, peak_of_a_step, st
 from launcher.plan.flops import block_parameters
 from launcher.plan.memory import Setting, memory, rank_memory
 from launcher.plan.mesh import batches_of, mesh_of
-from launcher.recipe import Model, Parallel
+from midwatch.recipe import Model, Parallel
 
 LLAMA = Model(layers=4, width=96, heads=8, kv_heads=4, tied=False)
 MODELS = {
@@ -112,12 +112,12 @@ def test_the_peak_of_a_rank_of_a_pipeline_is_that_of_a_real_step(
 
 LONG = """
 import gc, torch, torch.distributed as dist
-from launcher.recipe import Model, Parallel
+from midwatch.recipe import Model, Parallel
 from trainer_meter import SETTINGS, rows, stage
-from trainer.network import Network
+from trainer.model.sharded_model import Network
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
-from trainer.parallel import lay_out
+from trainer.distributed.mesh import lay_out
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

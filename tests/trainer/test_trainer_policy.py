@@ -17,13 +17,13 @@ from trainer_harness import Step, Told, fresh, logs, same_bits, start_ranks, sta
 from transformers import AutoModelForSequenceClassification
 
 from launcher.plan.memory import Memory, memory
-from launcher.protocol import Op, ProbeAsk, ProbeEnd, ProbeToken
-from launcher.recipe import Recipe, Stage, load_recipe
-from launcher.recipe.policy import Policy
-from shards.feed import open_held_out
-from shards.tokenizer import Tokenizer
-from trainer.export import export
-from trainer.model import Decoder
+from midwatch.protocol import Op, ProbeAsk, ProbeEnd, ProbeToken
+from midwatch.recipe import Recipe, Stage, load_recipe
+from midwatch.recipe.rollout import Policy
+from shards.sampling.batches import open_held_out
+from shards.tokenization.tokenizer import Tokenizer
+from trainer.huggingface.export import export
+from trainer.model.decoder import Decoder
 from trainer.probe.judging import Judges
 from trainer.probe.loading import load
 from trainer.probe.service import Service
@@ -414,10 +414,10 @@ def weighing(root: Path, id: str) -> None:
     import torch
     from torch import Tensor
 
-    from launcher.recipe import load_recipe
-    from trainer.parallel import join, local, open_store, settle
-    from trainer.reporting import NoLink
-    from trainer.training import Training
+    from midwatch.recipe import load_recipe
+    from trainer.control.reporting import NoLink
+    from trainer.distributed.mesh import join, local, open_store, settle
+    from trainer.stage.training import Training
 
     recipe = load_recipe(root / "recipe.toml")
     settle(recipe.cluster)

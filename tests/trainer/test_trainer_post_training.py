@@ -18,10 +18,10 @@ from msgspec.structs import replace
 from torch import Tensor
 from trainer_harness import Step, Told, fresh, same_bits, state, steer, write_recipe
 
-from launcher.protocol import Op
-from launcher.recipe import Recipe
-from shards.feed import Batch
-from trainer.batch import Rows
+from midwatch.protocol import Op
+from midwatch.recipe import Recipe
+from shards.sampling.batches import Batch
+from trainer.batches import Rows
 from trainer.objectives import advantages, dpo, grpo, ppo, reward
 from trainer.objectives.advantages import adaptive, gae, kl, moments, token_rewards, whiten
 from trainer.objectives.ppo import Experience

@@ -15,11 +15,11 @@ import pytest
 import torch
 from trainer_harness import state, tensors
 
-from launcher import protocol as p
-from launcher.recipe import Recipe, load_recipe
-from shards.hf_tokenizer import bundle
-from shards.tokenizer import Tokenizer
-from trainer.model import Decoder
+from midwatch import protocol as p
+from midwatch.recipe import Recipe, load_recipe
+from shards.tokenization.huggingface import bundle
+from shards.tokenization.tokenizer import Tokenizer
+from trainer.model.decoder import Decoder
 from trainer.probe.loading import Loaded, find, load
 from trainer.probe.service import Service
 from trainer.probe.text import Stream, pieces

@@ -20,14 +20,14 @@ from trainer_harness import fresh, write_recipe
 from bench.boundary import Acknowledger
 from launcher.agent.elastic import RankGroup
 from launcher.agent.environment import rank_environment
-from launcher.protocol import PHASES, Gather
-from launcher.recipe import Recipe
-from trainer.early import AGENT_DIED
-from trainer.heartbeat import Heartbeat
+from midwatch.protocol import PHASES, Gather
+from midwatch.recipe import Recipe
+from trainer.control.heartbeat import Heartbeat
+from trainer.process.bootstrap import AGENT_DIED
 
 GUARDED = """
 import sys, time
-from trainer.early import guard, redirect
+from trainer.process.bootstrap import guard, redirect
 redirect()
 print("guarded", flush=True)
 assert guard().name == "agent-guard"
@@ -62,7 +62,7 @@ def test_a_heartbeat_says_step_and_time(tmp_path: Path) -> None:
 
 
 def test_without_an_agent_nothing_beats_and_nothing_guards(tmp_path: Path) -> None:
-    from trainer.early import guard, redirect
+    from trainer.process.bootstrap import guard, redirect
 
     redirect({})
     assert guard({}) is None

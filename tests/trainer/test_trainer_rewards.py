@@ -19,22 +19,22 @@ from test_trainer_policy import Build, build, logs, ppo, series, start_ranks, st
 from torch import Tensor
 from trainer_harness import Told, fresh, steer, tensors
 
-from launcher.protocol import Metrics
-from launcher.recipe import Recipe, RecipeError, Stage, dump_recipe, load_recipe, parse_recipe
-from launcher.recipe.live import stage_settings
-from shards.feed import Batch
-from shards.templates import named
-from shards.tokenizer import Tokenizer, train
-from trainer import boundaries
-from trainer.batch import Rows
-from trainer.drawing import Drawn
-from trainer.lesson import _counted
-from trainer.model import Decoder
+from midwatch.protocol import Metrics
+from midwatch.recipe import Recipe, RecipeError, Stage, dump_recipe, load_recipe, parse_recipe
+from midwatch.recipe.live_settings import stage_settings
+from shards.sampling.batches import Batch
+from shards.tokenization.templates import named
+from shards.tokenization.tokenizer import Tokenizer, train
+from trainer.batches import Rows
+from trainer.loop import packing_metrics
+from trainer.loop.train_batch import _counted
+from trainer.model.decoder import Decoder
 from trainer.objectives import CRITIC, OBJECTIVES, dpo, grpo, objective_of, reward
 from trainer.objectives.advantages import kl
 from trainer.objectives.loss import Loss
 from trainer.objectives.ppo import Experience, value_loss
-from trainer.rollouts import _as_ended, distances
+from trainer.rollout.rollout import _as_ended, distances
+from trainer.rollout.sampling import Drawn
 
 __all__ = ["build"]
 
@@ -102,7 +102,7 @@ def test_garbage_at_masked_places_changes_neither_loss_nor_gradient(name: str, s
 def test_garbage_at_masked_places_is_in_no_metric_of_packing_nor_in_a_distance() -> None:
     mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     dirty = torch.tensor([[-1.0, math.nan, -2.0], [math.inf, -math.inf, math.nan]])
-    found = boundaries.sums(dirty, rows_of(mask))
+    found = packing_metrics.sums(dirty, rows_of(mask))
     assert found.isfinite().all() and float(found[2]) == 3.0
     metrics = distances(dirty, torch.where(mask > 0, dirty - 0.5, dirty), dirty, mask)
     assert metrics["policy/kl_sequence"] == 1.0
@@ -237,11 +237,11 @@ def by_hand(recipe: Recipe, checkpoint: Path, known: dict[str, Any], temperature
 
 def evaluated(root: Path, id: str) -> None:
     """Loads a checkpoint and evaluates it, noting what was drawn."""
-    from trainer import samples
-    from trainer.evaluate import evaluate
-    from trainer.parallel import join, open_store, settle
-    from trainer.reporting import NoLink
-    from trainer.training import Training
+    from trainer.control.reporting import NoLink
+    from trainer.distributed.mesh import join, open_store, settle
+    from trainer.loop import text_samples
+    from trainer.loop.evaluate import evaluate
+    from trainer.stage.training import Training
 
     class Noting(NoLink):
         def send(self, body: Any) -> None:
@@ -254,7 +254,7 @@ def evaluated(root: Path, id: str) -> None:
         return drawn
 
     known: dict[str, Any] = {}
-    drawing, samples.draw = samples.draw, draw
+    drawing, text_samples.draw = text_samples.draw, draw
     recipe = load_recipe(root / "recipe.toml")
     settle(recipe.cluster)
     world = join(open_store(), "test", recipe.cluster, recipe.parallel)

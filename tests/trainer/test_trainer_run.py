@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from trainer_harness import MakeRun, logged, logs, losses, plain, same_bits, start_ranks, state, torchrun, train_plain, write_recipe
 
-from launcher.recipe import Recipe, parse_recipe
-from shards.build import build
+from midwatch.recipe import Recipe, parse_recipe
+from shards.build.build import build
 from shards.spec import Build
 
 

@@ -19,13 +19,13 @@ from test_trainer_policy import built, ppo, series
 from trainer_harness import Step, Told, fresh, logs, same_bits, start_ranks, steer, steered, write_recipe
 from vllm_stand_in import StandIn
 
-from launcher.protocol import Op
-from launcher.recipe import Recipe, RecipeError, Rope, load_recipe, parse_recipe
-from launcher.recipe.generate import Generate
-from launcher.recipe.hf_config import config_of
-from trainer import export
+from midwatch.protocol import Op
+from midwatch.recipe import Recipe, RecipeError, Rope, load_recipe, parse_recipe
+from midwatch.recipe.generate import Generate
+from midwatch.recipe.huggingface.config import config_of
 from trainer.generate import Request, Response
-from trainer.generate.served import THREADS, Lines, Server, ServerError, Under
+from trainer.generate.vllm_client import THREADS, Lines, Server, ServerError, Under
+from trainer.huggingface import export
 
 MODEL = msgspec.structs.replace(CONFIG, tied=True)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from launcher.recipe import Model
-from trainer.float8 import float8_product
-from trainer.model import Block, Decoder, Joining, Linear, Thrift
-from trainer.recompute import Mode
+from midwatch.recipe import Model
+from trainer.model.activation_checkpointing import Mode
+from trainer.model.decoder import Block, Decoder, Joining, Linear, Thrift
+from trainer.model.float8 import float8_product
 
 SHAPE = Model(layers=2, width=64, heads=4, kv_heads=2)
 VOCABULARY = 100

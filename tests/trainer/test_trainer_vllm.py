@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from test_trainer_policy import built, ppo, series
 from trainer_harness import Ranks, Step, Told, fresh, logs, start_ranks, steered, write_recipe
 
-from launcher.protocol import Start
-from launcher.recipe import Recipe, Stage, load_recipe
-from launcher.recipe.generate import Generate
-from trainer import export
+from midwatch.protocol import Start
+from midwatch.recipe import Recipe, Stage, load_recipe
+from midwatch.recipe.generate import Generate
+from trainer.huggingface import export
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"

@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from launcher.protocol import (
+from midwatch.protocol import (
     CheckpointFailed,
     CheckpointReady,
     CommitRefused,
@@ -41,12 +41,12 @@ from launcher.protocol import (
     RankBody,
     Start,
 )
-from launcher.recipe import Recipe, load_recipe
+from midwatch.recipe import Recipe, load_recipe
 
 MakeRun = Callable[..., Path]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "trainer.start", "trainer_harness"])
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "trainer.process.rank", "trainer_harness"])
 
 
 @dataclass(frozen=True)
@@ -209,17 +209,17 @@ def _rank(
 
 def plain(root: Path) -> None:
     """As torchrun would start it: no controller, from the newest checkpoint."""
-    from trainer.start import main
+    from trainer.process.rank import main
 
     sys.exit(main([str(root)]))
 
 
 def steered(root: Path, script: list[Step], start: Start, refuse: str = "", lag: int = 0) -> None:
     """With a controller that follows a script."""
-    from trainer.parallel import join, open_store, settle
-    from trainer.ranklog import Logged, begin
-    from trainer.reporting import Link, NoLink
-    from trainer.start import run_rank
+    from trainer.control.rank_log import Logged, begin
+    from trainer.control.reporting import Link, NoLink
+    from trainer.distributed.mesh import join, open_store, settle
+    from trainer.process.rank import run_rank
 
     begin()
     recipe = load_recipe(root / "recipe.toml")
@@ -329,7 +329,7 @@ def state(directory: Path) -> dict[str, Any]:
 
 
 def write_recipe(root: Path, recipe: Recipe) -> Path:
-    from launcher.recipe import dump_recipe
+    from midwatch.recipe import dump_recipe
 
     root.mkdir(parents=True, exist_ok=True)
     (root / "recipe.toml").write_text(dump_recipe(recipe))
@@ -340,7 +340,7 @@ def build_small(recipe: Recipe, data: Path) -> Recipe:
     """Two stages, each on a source of its own, in shards so small that no step reads them all."""
     import msgspec.structs
 
-    from shards.build import build
+    from shards.build.build import build
     from shards.spec import Build
 
     changed = msgspec.structs.replace(recipe.data, dir=str(data), source=recipe.data.source[:2], frame_tokens=512, shard_tokens=512)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from trainer import attention
+from trainer.model import attention
 
 
 class _Kernel:

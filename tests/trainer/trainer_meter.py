@@ -17,14 +17,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launcher.recipe import Model, Parallel, Stage
-from trainer import parallel, relay
-from trainer.batch import Rows, filled
-from trainer.network import Network
+from midwatch.recipe import Model, Parallel, Stage
+from trainer.batches import Rows, filled
+from trainer.distributed import mesh
+from trainer.distributed.mesh import World
+from trainer.model import pipeline_stage
+from trainer.model.sharded_model import Network
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
-from trainer.parallel import World
-from trainer.stages import rows_of_a_sample
+from trainer.stage.stage import rows_of_a_sample
 
 VOCABULARY = 500
 SETTINGS = {"clip": 1.0, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "beta": 0.1, "label_smoothing": 0.0}
@@ -42,7 +43,7 @@ def fake_worlds() -> Iterator[MakeWorld]:
 
     def make(ranks: int, layout: Parallel | None = None, rank: int = 0) -> World:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-        return parallel.lay_out(torch.device("cpu"), layout or Parallel())
+        return mesh.lay_out(torch.device("cpu"), layout or Parallel())
 
     def agreed(self: Any, received_result: Any = None) -> Tensor:
         """What stages of a pipeline would tell each other before the first step: that all know the shapes."""
@@ -51,8 +52,8 @@ def fake_worlds() -> Iterator[MakeWorld]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with (
-        mock.patch.object(parallel, "_gloo", _all_ranks),
-        mock.patch.object(relay.Stage, "_warmup_backward_result", agreed, create=True),
+        mock.patch.object(mesh, "_gloo", _all_ranks),
+        mock.patch.object(pipeline_stage.Stage, "_warmup_backward_result", agreed, create=True),
     ):
         yield make
     torch.set_num_threads(threads)

@@ -17,11 +17,11 @@ import msgspec
 import torch
 from safetensors import safe_open
 
-from launcher.recipe.hf_files import open_directory
-from launcher.recipe.hf_layout import layout
-from launcher.recipe.model import Model
+from midwatch.recipe.huggingface.files import open_directory
+from midwatch.recipe.huggingface.weights_map import layout
+from midwatch.recipe.model import Model
 from trainer.generate import Engine, Request
-from trainer.model import Decoder
+from trainer.model.decoder import Decoder
 
 Tamper = Callable[[dict[str, Any]], Any]
 

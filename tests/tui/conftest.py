@@ -15,8 +15,8 @@ from textual.pilot import Pilot
 
 from tests.tui.stage import NOW, Stage
 from tui.app import MidwatchApp
-from tui.panel import Panel, text
-from tui.prompt import Prompt
+from tui.core.command_bar import Prompt
+from tui.core.text_panel import Panel, text
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from launcher import protocol as p
+from midwatch import protocol as p
 from tests.tui.stage import NOW, replace, snapshot
 
 GB = 10**9

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher import protocol as p
+from midwatch import protocol as p
 from tests.tui.stage import NOW, STEP, Stage, _rows, replace, snapshot
 
 FIRST = 1_000

@@ -23,13 +23,13 @@ import numpy as np
 from websockets.asyncio.server import Server, ServerConnection, unix_serve
 from websockets.exceptions import ConnectionClosed
 
-from launcher import protocol as p
-from launcher.controller.preferring import Preferring, Question
-from launcher.metrics.columns import Segment, columns_of
-from launcher.metrics.nodes import ROW
-from launcher.paths import Address, RunPaths, write_address
-from launcher.recipe import parse_recipe
-from launcher.samples import Samples
+from launcher.controller.annotation.desk import Preferring, Question
+from launcher.controller.rollout_samples import Samples
+from midwatch import protocol as p
+from midwatch.metrics.m4_columns import Segment, columns_of
+from midwatch.metrics.m4_nodes import ROW
+from midwatch.recipe import parse_recipe
+from midwatch.run_directory import Address, RunPaths, write_address
 
 NOW = 1_760_000_000.0
 """08:53:20 UTC on 9 October 2025."""

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from launcher.metrics.columns import Columns, columns_of
-from launcher.metrics.nodes import ROW
-from tui.chart.ink import Ink
-from tui.chart.paint import Border, Canvas, Mark, Picture, Series, dot_columns, paint, reading
+from midwatch.metrics.m4_columns import Columns, columns_of
+from midwatch.metrics.m4_nodes import ROW
+from tui.chart.render import Border, Canvas, Mark, Picture, Series, dot_columns, paint, reading
 from tui.chart.scale import compact, duration, scale
-from tui.chart.strips import StagePart, bar, spark, stage_strip, text_of
+from tui.chart.sparkline import StagePart, bar, spark, stage_strip, text_of
+from tui.chart.styles import Ink
 
 
 def columns(name: str = "train/loss", offset: float = 0.0, steps: int = 1_000, width: int = 80) -> Columns:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from launcher.metrics.chunks import Frame, Row
-from launcher.metrics.columns import Columns, Grid, Segment, columns_of
-from launcher.metrics.nodes import ROW, Table
 from launcher.metrics.store import Metrics
-from tui.chart.paint import line_dots
-from tui.chart.raster import cells, characters, dot_rows
+from midwatch.metrics.m4_columns import Columns, Grid, Segment, columns_of
+from midwatch.metrics.m4_nodes import ROW, Table
+from tui.chart.braille import cells, characters, dot_rows
+from tui.chart.render import line_dots
 from tui.chart.scale import Scale, scale
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from textual.app import App, ComposeResult
 
-from launcher.metrics.columns import columns_of
-from launcher.metrics.nodes import ROW
-from tui.chart.paint import Picture, Series
+from midwatch.metrics.m4_columns import columns_of
+from midwatch.metrics.m4_nodes import ROW
+from tui.chart.render import Picture, Series
 from tui.chart.widget import Chart
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.remote import RemoteRun
+from midwatch.transport.ssh_url import RemoteRun
 from tui.headless import Reporter
 
 

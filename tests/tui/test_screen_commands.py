@@ -1,9 +1,9 @@
 """Keys and typed commands reach the run; what came of them is said; what is lost is shown before anything is sent."""
 
-from launcher import protocol as p
+from midwatch import protocol as p
 from tests.tui.conftest import Screen, attached
 from tests.tui.stage import NOW, STEP, Stage, replace
-from tui import keys
+from tui.core import keys
 from tui.dialogs.base import Press
 from tui.dialogs.rollback import RollbackDialog
 

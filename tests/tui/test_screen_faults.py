@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.tui.conftest import attached
 from tests.tui.stage import Stage, replace, snapshot
+from tui.core.scene import Scene, checkpoint_flags, silence, speaks_against
 from tui.dialogs.rollback import choices, pick, unknown
-from tui.scene import Scene, checkpoint_flags, silence, speaks_against
 
 FAULT = "/runs/a/journal/000003.log: Input/output error; the storage is at fault, not full (/dev/sdb1 at /runs)"
 

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from textual.pilot import Pilot
 
-from launcher import protocol as p
+from midwatch import protocol as p
 from tests.tui.conftest import Screen, attached
 from tests.tui.machines import machines
 from tests.tui.stage import NOW, Stage, replace
 from tui.app import MidwatchApp
-from tui.chart.heat import Heat
+from tui.chart.heatmap import Heat
 from tui.dialogs.node import NodeDialog
-from tui.fleet import fleet_of, known_quantities, rack_of, racks, rolled
-from tui.troubles import SAMPLES, History, troubles
-from tui.views.nodemap import arrange
-from tui.views.nodes import NodesView
+from tui.views.nodes.faults import SAMPLES, History, troubles
+from tui.views.nodes.map import arrange
+from tui.views.nodes.table import fleet_of, known_quantities, rack_of, racks, rolled
+from tui.views.nodes.view import NodesView
 
 SIZES = ((80, 24), (200, 50))
 

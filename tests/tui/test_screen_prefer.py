@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 
-from launcher import protocol as p
+from midwatch import protocol as p
 from tests.tui.conftest import Screen, attached
 from tests.tui.stage import NOW, Stage
 from tests.tui.test_screen_terminal import Tmux, _until
-from tui import judging, keys
 from tui.app import MidwatchApp
-from tui.panel import text, width
+from tui.core import keys
+from tui.core.text_panel import text, width
+from tui.views import preference_layout
 from tui.views.prefer import PreferView
 
 SIZES = ((80, 24), (200, 50))
@@ -172,9 +173,9 @@ def test_lines_fit_where_they_are_shown() -> None:
     found = p.Agreement(measure="Krippendorff's alpha", value=None, pairs=30, annotators=3, alike=share, reward=share, left=share,
                         decisions={})  # fmt: skip
     for cells in (80, 120):
-        assert width(judging.agreement(found, cells)) <= cells
-    assert "left side 78% (68-85) of 90" in text(judging.agreement(found, 120))
-    assert text(judging.answer(" \n", 20)[0]) == "(an empty answer)"
+        assert width(preference_layout.agreement(found, cells)) <= cells
+    assert "left side 78% (68-85) of 90" in text(preference_layout.agreement(found, 120))
+    assert text(preference_layout.answer(" \n", 20)[0]) == "(an empty answer)"
     assert keys.find("prefer", "space") == keys.find("prefer", "enter")
 
 

@@ -5,15 +5,15 @@ from collections.abc import Callable
 import pytest
 from textual.pilot import Pilot
 
-from launcher import protocol as p
+from midwatch import protocol as p
 from tests.tui.conftest import Screen, attached
 from tests.tui.stage import NOW, Stage
-from tui import talk
 from tui.app import MidwatchApp
 from tui.chart.text import SECOND, plain, spaced
-from tui.panel import text
-from tui.prompt import Prompt
-from tui.talk import Answer, Exchange
+from tui.core import conversation
+from tui.core.command_bar import Prompt
+from tui.core.conversation import Answer, Exchange
+from tui.core.text_panel import text
 from tui.views.probe import ProbeView
 
 PROMPT = "What does os.path.join do?"
@@ -170,8 +170,8 @@ def token(words: str) -> p.ProbeToken:
     return p.ProbeToken(ask=1, which=0, text=words, piece=words, log_prob=-1.0)
 
 
-def laid_out(words: list[str], cells: int, cursor: int | None = None) -> tuple[list[str], talk.Page]:
-    page = talk.page([Exchange("go", [Answer("a", tokens=[token(word) for word in words])])], 0, cells, cursor)
+def laid_out(words: list[str], cells: int, cursor: int | None = None) -> tuple[list[str], conversation.Page]:
+    page = conversation.page([Exchange("go", [Answer("a", tokens=[token(word) for word in words])])], 0, cells, cursor)
     return [text(line) for line in page.lines[1:]], page
 
 
@@ -179,8 +179,8 @@ def test_text_is_broken_after_spaces_and_every_token_knows_its_place() -> None:
     rows, page = laid_out(["the", " watch", " is", "\n", " long", "er", "thanaline"], 10)
     assert rows[:4] == ["the watch ", "is", " longertha", "naline"]
     assert page.marks[1] == (1, 4) and page.marks[2] == (2, 0) and page.marks[5] == (3, 5)
-    assert talk.beside(page.marks, 1, 1) == 2 and talk.beside(page.marks, 5, -1) == 2
-    assert talk.beside(page.marks, 6, 1) is None
+    assert conversation.beside(page.marks, 1, 1) == 2 and conversation.beside(page.marks, 5, -1) == 2
+    assert conversation.beside(page.marks, 6, 1) is None
 
 
 def test_a_token_that_shows_nothing_is_shown_while_the_cursor_is_on_it() -> None:

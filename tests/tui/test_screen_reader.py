@@ -1,10 +1,10 @@
 """Lines that are longer than the screen can be read whole; stacks of a hang are a key away."""
 
-from launcher import protocol as p
+from midwatch import protocol as p
 from tests.tui.conftest import attached
 from tests.tui.stage import NOW, Stage
-from tui.chart.ink import Ink
-from tui.panel import broken, shifted, text
+from tui.chart.styles import Ink
+from tui.core.text_panel import broken, shifted, text
 
 LONG = "rank 0 ended: " + "RuntimeError in a collective that was under way, " * 5 + "and the decisive word is LAST"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launcher import protocol as p
-from launcher.samples import Samples
+from launcher.controller.rollout_samples import Samples
+from midwatch import protocol as p
 from tests.tui.conftest import Screen, attached
 from tests.tui.rollouts import UPDATES, play, rollouts, write
 from tests.tui.stage import NOW, Stage, replace
+from tui.core.scene import Scene
+from tui.core.text_panel import text
 from tui.headless import _line
-from tui.panel import text
-from tui.scene import Scene
 from tui.views.metrics import _order
 from tui.views.samples import SamplesView, page, row
 from tui.views.watch import rollout, slots

@@ -22,7 +22,9 @@ import pytest
 from tests.tui.stage import Stage
 
 ROOT = Path(__file__).parents[2]
-ATTACH = "import sys; from midwatch import main; sys.argv = ['midwatch', 'attach', sys.argv[1]]; {before}sys.exit(main())"
+ATTACH = (
+    "import sys; from launcher.cli.__main__ import main; sys.argv = ['midwatch', 'attach', sys.argv[1]]; {before}sys.exit(main())"
+)
 ENVIRONMENT = {**os.environ, "TZ": "UTC", "LANG": "C.UTF-8", "MIDWATCH_ASCII": "0", "TERM": "xterm-256color"}
 MODE = re.compile(rb"\x1b\[\?(\d+)([hl])")
 

@@ -10,9 +10,9 @@ from textual.color import Color as Shade
 
 from tests.tui.conftest import attached
 from tests.tui.stage import Stage
-from tui import keys
-from tui.chart.ink import STYLES, Ink
-from tui.words import speaks_unicode
+from tui.chart.styles import STYLES, Ink
+from tui.core import keys
+from tui.core.formatting import speaks_unicode
 
 BLACK = Shade(0, 0, 0)
 SIZES = ((1, 1), (2, 1), (1, 30), (20, 5), (300, 3), (80, 24))
@@ -84,7 +84,7 @@ ASCII_RUN = """
 import asyncio
 from tests.tui.conftest import attached
 from tests.tui.stage import Stage
-from tui.keys import VIEWS
+from tui.core.keys import VIEWS
 async def main():
     with Stage() as stage:
         async with attached(stage) as screen:

@@ -8,8 +8,8 @@ from textual.pilot import Pilot
 from tests.tui.conftest import Screen
 from tests.tui.rollouts import play
 from tests.tui.stage import NOW, Stage
-from tui import keys
 from tui.app import MidwatchApp
+from tui.core import keys
 
 SIZES = ((80, 24), (120, 40), (200, 50))
 

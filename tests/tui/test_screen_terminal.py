@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import protocol as p
+from midwatch import protocol as p
 from tests.tui.stage import NOW, Stage
 
 ATTACH = "import sys, pathlib; from tui.app import run; sys.exit(run(pathlib.Path(sys.argv[1])))"

@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 
-from launcher import protocol as p
+from midwatch import protocol as p
 from tests.tui.conftest import attached
 from tests.tui.stage import NOW, STEP, Stage, log_lines, replace
-from tui import keys
 from tui.chart.widget import Chart
-from tui.panel import text
+from tui.core import keys
+from tui.core.text_panel import text
 from tui.views.checkpoints import tree
 from tui.views.metrics import MetricsView, Span, _order
 from tui.views.watch import slots

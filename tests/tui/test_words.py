@@ -5,26 +5,26 @@ from pathlib import Path
 import pytest
 
 from tests.tui.stage import snapshot
-from tui import words
-from tui.chart.ink import Ink
-from tui.commandline import OPTIONS, complete, parse
-from tui.manual import page
-from tui.panel import cut, fit, text, wrapped
+from tui.chart.styles import Ink
+from tui.core import formatting
+from tui.core.command_line import OPTIONS, complete, parse
+from tui.core.keys_doc import page
+from tui.core.text_panel import cut, fit, text, wrapped
 
 
 def test_the_manual_page_is_the_table_of_keys() -> None:
-    assert (Path(__file__).parents[2] / "docs" / "keys.md").read_text() == page(), "python -m tui.manual > docs/keys.md"
+    assert (Path(__file__).parents[2] / "docs" / "keys.md").read_text() == page(), "python -m tui.core.keys_doc > docs/keys.md"
 
 
 @pytest.mark.parametrize(
     ("count", "said"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (41_300_000, "41.3 MB"), (480e9, "480 GB"), (5e15, "5000 TB")]
 )
 def test_sizes(count: float, said: str) -> None:
-    assert words.size(count) == said
+    assert formatting.size(count) == said
 
 
 def test_a_hundred_per_cent_is_said_of_what_is_complete_alone() -> None:
-    assert words.percent(999, 1000) == "99%" and words.percent(1000, 1000) == "100%" and words.percent(1, 0) == "-"
+    assert formatting.percent(999, 1000) == "99%" and formatting.percent(1000, 1000) == "100%" and formatting.percent(1, 0) == "-"
 
 
 @pytest.mark.parametrize("cells", range(9))

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from launcher.recipe.model import Model, Rope
-from trainer.generate.blocks import Blocks
-from trainer.generate.paged import PAGE_UNIT
+from midwatch.recipe.model import Model, Rope
+from trainer.generate.block_manager import Blocks
+from trainer.generate.model_runner import Runner
+from trainer.generate.paged_attention import PAGE_UNIT
 from trainer.generate.request import Event, Finish, Request, RequestError, Response, Sequence
-from trainer.generate.runner import Runner
 from trainer.generate.sampling import draw
 from trainer.generate.scheduler import Scheduler
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from trainer.generate.blocks import Blocks
+from trainer.generate.block_manager import Blocks
 from trainer.generate.request import Chunk, Finish, Sequence
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from launcher.recipe import Stage
-from trainer.batch import Rows
+from midwatch.recipe import Stage
+from trainer.batches import Rows
 from trainer.objectives import dpo, grpo, ppo, pretrain, reward, sft
 from trainer.objectives.loss import Loss
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.batch import Rows
+from trainer.batches import Rows
 from trainer.objectives.loss import Loss, real, summed
 
 METRICS = ("preference/accuracy", "preference/margin", "preference/chosen_reward", "preference/rejected_reward")

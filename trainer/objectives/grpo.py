@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainer.batch import Rows
+from trainer.batches import Rows
 from trainer.objectives import ppo
 from trainer.objectives.advantages import kl
 from trainer.objectives.loss import Loss, real, summed

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from trainer.batch import Rows
+from trainer.batches import Rows
 from trainer.objectives.loss import Loss, real
 
 

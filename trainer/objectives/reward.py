@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.batch import Rows
+from trainer.batches import Rows
 from trainer.objectives.dpo import METRICS, complete, weight
 from trainer.objectives.loss import Loss, last_place, real, summed
 

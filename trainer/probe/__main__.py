@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
-    from launcher.protocol import Message, decode, framed
-    from launcher.recipe import RecipeError, load_recipe
+    from midwatch.protocol import Message, decode, framed
+    from midwatch.recipe import RecipeError, load_recipe
     from trainer.probe.judging import Judges
     from trainer.probe.loading import find, load
     from trainer.probe.service import Service
@@ -66,7 +66,7 @@ def _listen() -> queue.SimpleQueue[bytes]:
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def listen() -> None:
-        from launcher.protocol import LENGTH_BYTES, frame_length
+        from midwatch.protocol import LENGTH_BYTES, frame_length
 
         with contextlib.suppress(Exception):
             source = sys.stdin.buffer

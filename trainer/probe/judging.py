@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from launcher.recipe import Recipe
-from trainer import manifest
-from trainer.loglink import committed
-from trainer.model import Decoder
+from midwatch.checkpoint_format import manifest
+from midwatch.recipe import Recipe
+from trainer.control.standalone import committed
+from trainer.model.decoder import Decoder
 from trainer.probe.weights import Weights
 
 

@@ -9,16 +9,16 @@ from typing import Literal
 
 import torch
 
-from launcher.protocol import ProbeAsk, ProbeTurn
-from launcher.recipe import Recipe, Stage
-from shards.tokenizer import FILE_NAME as TOKENIZER_FILE
-from shards.tokenizer import Tokenizer
-from trainer import manifest
+from midwatch.checkpoint_format import manifest
+from midwatch.checkpoint_format.manifest import CheckpointError
+from midwatch.protocol import ProbeAsk, ProbeTurn
+from midwatch.recipe import Recipe, Stage
+from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
+from shards.tokenization.tokenizer import Tokenizer
+from trainer.control.standalone import GOLDEN, committed
 from trainer.generate import Engine, Request
-from trainer.loglink import GOLDEN, committed
-from trainer.manifest import CheckpointError
 from trainer.probe.weights import Weights
-from trainer.state import Progress, from_manifest
+from trainer.progress import Progress, from_manifest
 
 RUNNING = 8
 """Answers at a time; more wait."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from launcher.protocol import Message, ProbeAsk, ProbeBegan, ProbeEnd, ProbeStop, ProbeToken
+from midwatch.checkpoint_format.manifest import CheckpointError
+from midwatch.protocol import Message, ProbeAsk, ProbeBegan, ProbeEnd, ProbeStop, ProbeToken
 from shards.errors import ShardError
 from trainer.generate import Event, Finish, RequestError
-from trainer.manifest import CheckpointError
 from trainer.probe.loading import Loaded
 from trainer.probe.text import Stream, pieces
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 
-from shards.tokenizer import Tokenizer, is_json
+from shards.tokenization.tokenizer import Tokenizer, is_json
 
 BEFORE = 8
 """Tokens before that are decoded with new ones: whether a piece begins with a space depends on what it follows."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer import manifest
-from trainer.manifest import Entry
+from midwatch.checkpoint_format import manifest
+from midwatch.checkpoint_format.manifest import Entry
 
 
 class Weights(Mapping[str, Tensor]):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tui.words import compact, duration
+from tui.core.formatting import compact, duration
 
 __all__ = ["Scale", "compact", "duration", "nice_step", "scale", "value_range"]
 

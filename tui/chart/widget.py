@@ -7,9 +7,9 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
-from tui.chart.ink import STYLES
-from tui.chart.paint import Canvas, Picture, dot_columns, frame, paint
-from tui.chart.raster import DOTS_ACROSS
+from tui.chart.braille import DOTS_ACROSS
+from tui.chart.render import Canvas, Picture, dot_columns, frame, paint
+from tui.chart.styles import STYLES
 
 
 class Chart(Widget):

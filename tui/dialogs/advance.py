@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from textual.widget import Widget
 
-from tui.chart.ink import Ink
+from tui.chart.styles import Ink
+from tui.core.formatting import duration, plural
+from tui.core.scene import Scene, Span, running_span, stage_spans
+from tui.core.text_panel import Line, Rows, wrapped
 from tui.dialogs.base import Answer, Dialog
-from tui.panel import Line, Rows, wrapped
-from tui.scene import Scene, Span, running_span, stage_spans
-from tui.words import duration, plural
 
 
 class AdvanceDialog(Dialog):

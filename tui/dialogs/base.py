@@ -19,13 +19,13 @@ from textual.strip import Strip
 from textual.widget import Widget
 from textual.widgets import Input
 
-from launcher.protocol import Verb
-from launcher.terminal import safe
-from tui.chart.ink import STYLES, Ink
+from midwatch.protocol import Verb
+from midwatch.terminal import safe
+from tui.chart.styles import STYLES, Ink
+from tui.core.formatting import UNICODE
+from tui.core.scene import Scene
+from tui.core.text_panel import Line, Panel, wrapped
 from tui.entry import Entry
-from tui.panel import Line, Panel, wrapped
-from tui.scene import Scene
-from tui.words import UNICODE
 
 Answer = tuple[Verb, dict[str, Any]]
 MOUNT_SECONDS = 5.0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from launcher.protocol import NodeView, Verb
-from tui.chart.ink import Ink
+from midwatch.protocol import NodeView, Verb
+from tui.chart.styles import Ink
+from tui.core.formatting import age, plural
+from tui.core.scene import Scene, newest_checkpoint
+from tui.core.text_panel import Line, wrapped
 from tui.dialogs.base import Answer, Dialog
-from tui.panel import Line, wrapped
-from tui.scene import Scene, newest_checkpoint
-from tui.words import age, plural
 
 HEADINGS = {"node-drain": "Drain", "node-quarantine": "Quarantine", "node-add": "Use again"}
 

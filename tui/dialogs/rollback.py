@@ -11,15 +11,15 @@ from textual.containers import Horizontal
 from textual.events import Key
 from textual.widget import Widget
 
-from launcher.protocol import Alarm, CheckpointView, Refused, UndoQuery, UndoReply
-from tui.chart.ink import Ink
-from tui.commandline import number, whole
+from midwatch.protocol import Alarm, CheckpointView, Refused, UndoQuery, UndoReply
+from tui.chart.styles import Ink
+from tui.core.chrome import DOT
+from tui.core.command_line import number, whole
+from tui.core.controller_queries import Feed
+from tui.core.formatting import UNICODE, age, compact, duration, plural
+from tui.core.scene import Scene, checkpoint_flags, on_line, speaks_against, stage_spans
+from tui.core.text_panel import Line, Panel, Rows, Run, wrapped
 from tui.dialogs.base import Answer, Dialog, Field
-from tui.feed import Feed
-from tui.frame import DOT
-from tui.panel import Line, Panel, Rows, Run, wrapped
-from tui.scene import Scene, checkpoint_flags, on_line, speaks_against, stage_spans
-from tui.words import UNICODE, age, compact, duration, plural
 
 ROWS = 6
 """Checkpoints in sight."""

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, cast
 
 from textual.containers import Vertical
 
-from tui.panel import Line, Rows
-from tui.scene import Scene
+from tui.core.scene import Scene
+from tui.core.text_panel import Line, Rows
 
 if TYPE_CHECKING:
     from tui.app import MidwatchApp

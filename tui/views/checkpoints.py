@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 from textual.app import ComposeResult
 
-from launcher.protocol import CheckpointView, Lineage, Snapshot, UndoQuery, UndoReply
-from tui.chart.ink import Ink
+from midwatch.protocol import CheckpointView, Lineage, Snapshot, UndoQuery, UndoReply
+from tui.chart.styles import Ink
+from tui.core.formatting import UNICODE, age, compact, plural, size, when
+from tui.core.scene import Scene, checkpoint_flags, newest_checkpoint, speaks_against
+from tui.core.text_panel import Line, Panel, Rows, Run, wrapped
 from tui.dialogs.rollback import undo_lines
-from tui.panel import Line, Panel, Rows, Run, wrapped
-from tui.scene import Scene, checkpoint_flags, newest_checkpoint, speaks_against
 from tui.views.base import View
-from tui.words import UNICODE, age, compact, plural, size, when
 
 DEEPEST = 8
 """Levels that are still indented: a run that crashed a hundred times must fit the screen."""

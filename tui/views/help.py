@@ -2,11 +2,11 @@
 
 from textual.app import ComposeResult
 
-from tui import keys
-from tui.chart.ink import Ink
-from tui.frame import shown_key
-from tui.panel import Line, Rows
-from tui.scene import Scene
+from tui.chart.styles import Ink
+from tui.core import keys
+from tui.core.chrome import shown_key
+from tui.core.scene import Scene
+from tui.core.text_panel import Line, Rows
 from tui.views.base import View
 
 

@@ -2,13 +2,13 @@
 
 import re
 
-from launcher.protocol import JournalLine, JournalQuery, JournalReply
-from tui import frame
-from tui.chart.ink import Ink
-from tui.panel import Lazy, Line
-from tui.scene import Scene
+from midwatch.protocol import JournalLine, JournalQuery, JournalReply
+from tui.chart.styles import Ink
+from tui.core import chrome
+from tui.core.formatting import plural
+from tui.core.scene import Scene
+from tui.core.text_panel import Lazy, Line
 from tui.views.reader import ReaderView
-from tui.words import plural
 
 BATCH = 2000
 
@@ -55,7 +55,7 @@ class JournalView(ReaderView):
     def _redraw(self) -> None:
         scene = self._scene
         if scene is not None:
-            self.show_lines(Lazy(self._shown, lambda line: [(" ", Ink.BLANK), *frame.told(line, scene)]))
+            self.show_lines(Lazy(self._shown, lambda line: [(" ", Ink.BLANK), *chrome.told(line, scene)]))
 
     async def _learn(self) -> None:
         """All entries after the last known one."""

@@ -4,13 +4,13 @@ import re
 
 from textual.app import ComposeResult
 
-from launcher.protocol import LogQuery, LogReply
-from tui.chart.ink import Ink
-from tui.panel import Lazy, Line, Panel, joined
-from tui.scene import Scene
-from tui.views.charting import Fetcher
+from midwatch.protocol import LogQuery, LogReply
+from tui.chart.styles import Ink
+from tui.core.formatting import plural
+from tui.core.scene import Scene
+from tui.core.text_panel import Lazy, Line, Panel, joined
+from tui.views.chart_data import Fetcher
 from tui.views.reader import ReaderView
-from tui.words import plural
 
 FIRST = 10_000
 """Lines asked for at a time; the newest so many first."""

@@ -7,16 +7,16 @@ from typing import Literal, NamedTuple
 from textual.app import ComposeResult
 from textual.containers import Grid as Grating
 
-from launcher.metrics.columns import Columns
-from launcher.protocol import MetricsQuery, MetricsReply, Snapshot
-from tui.chart.ink import Ink
-from tui.chart.paint import Picture, Series
+from midwatch.metrics.m4_columns import Columns
+from midwatch.protocol import MetricsQuery, MetricsReply, Snapshot
+from tui.chart.render import Picture, Series
+from tui.chart.styles import Ink
 from tui.chart.widget import Chart
-from tui.panel import Line
-from tui.scene import Scene
+from tui.core.formatting import UNICODE, plural
+from tui.core.scene import Scene
+from tui.core.text_panel import Line
 from tui.views.base import View
-from tui.views.charting import Fetcher, borders, ghosts, marks, newest_step
-from tui.words import UNICODE, plural
+from tui.views.chart_data import Fetcher, borders, ghosts, marks, newest_step
 
 SMOOTHINGS = (0, 10, 50, 200, 1000)
 AXES: tuple[Literal["step", "tokens", "time"], ...] = ("step", "tokens", "time")

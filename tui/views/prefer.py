@@ -15,11 +15,11 @@ from textual.app import ComposeResult
 from textual.containers import Container, Vertical
 from textual.worker import Worker
 
-from launcher import protocol as p
-from tui import judging
-from tui.chart.ink import Ink
-from tui.panel import Line, Panel, Rows, wrapped
-from tui.scene import Scene
+from midwatch import protocol as p
+from tui.chart.styles import Ink
+from tui.core.scene import Scene
+from tui.core.text_panel import Line, Panel, Rows, wrapped
+from tui.views import preference_layout
 from tui.views.base import View
 
 WIDE = 100
@@ -76,7 +76,7 @@ class PreferView(View):
         self._answers.set_class(wide, "wide")
         pair = self._state.pair if self._state is not None else None
         cells = self.size.width - 2
-        asked = judging.prompt(pair, cells) if pair is not None else [[], *wrapped(self._words, cells, Ink.TEXT)]
+        asked = preference_layout.prompt(pair, cells) if pair is not None else [[], *wrapped(self._words, cells, Ink.TEXT)]
         self._prompt.styles.height = min(len(asked), max(2, self.size.height // (4 if pair is not None else 1)))
         self._prompt.show(asked)
         self._answers.visible = pair is not None
@@ -84,14 +84,16 @@ class PreferView(View):
             choice = self._pending.choice if isinstance(self._pending, p.PreferenceMade) else ""
             for side, text in enumerate((pair.left, pair.right)):
                 rows = self._texts[side]
-                rows.show(judging.answer(text, (cells // 2 if wide else cells) - 1))
+                rows.show(preference_layout.answer(text, (cells // 2 if wide else cells) - 1))
                 chosen = choice == ("left", "right")[side]
-                self._headings[side].show([judging.heading(side, not wide, rows.place() if rows.size.height else "", chosen)])
+                self._headings[side].show(
+                    [preference_layout.heading(side, not wide, rows.place() if rows.size.height else "", chosen)]
+                )
         lines: list[Line] = [[], []]
         if self._state is not None:
             lines = [
-                judging.progress(self._state) if self._state.annotator else [],
-                judging.agreement(self._state.agreement, self.size.width),
+                preference_layout.progress(self._state) if self._state.annotator else [],
+                preference_layout.agreement(self._state.agreement, self.size.width),
             ]
         self._foot.show(lines)
         if self._pending is not None and not scene.link.up:
@@ -173,7 +175,7 @@ class PreferView(View):
         if not done:
             self.midwatch.say(self.midwatch.feed.refusal, Ink.WARNING)
         elif isinstance(pending, p.PreferenceMade):
-            self.midwatch.say(f"{judging.WORDS[pending.choice]}: kept; u takes it back")
+            self.midwatch.say(f"{preference_layout.WORDS[pending.choice]}: kept; u takes it back")
         else:
             self.midwatch.say("taken back: decide it anew")
         self._redraw()

@@ -8,15 +8,15 @@ from textual.containers import Container
 from textual.timer import Timer
 from textual.worker import Worker
 
-from launcher.protocol import ProbeAnswer, ProbeAsk
-from tui import talk
-from tui.chart.ink import Ink
-from tui.panel import Line, Panel, joined
-from tui.scene import Scene
-from tui.talk import Answer, Exchange
+from midwatch.protocol import ProbeAnswer, ProbeAsk
+from tui.chart.styles import Ink
+from tui.core import conversation
+from tui.core.conversation import Answer, Exchange
+from tui.core.scene import Scene
+from tui.core.text_panel import Line, Panel, joined
+from tui.views.answer_pane import Column
 from tui.views.base import View
-from tui.views.choice import Choice
-from tui.views.column import Column
+from tui.views.checkpoint_picker import Choice
 
 WIDE = 100
 """Cells from which on two columns lie side by side."""
@@ -77,7 +77,7 @@ class ProbeView(View):
             active = which == self._active
             self._columns[which].show(self._exchanges, which, name, self._cursor if active else None, active)
         rows = 0 if self.size.height < 10 else 6 if self.size.height < 30 else 11
-        self._bars.show_all(talk.bars(self._answer, self._cursor, self.size.width, rows))
+        self._bars.show_all(conversation.bars(self._answer, self._cursor, self.size.width, rows))
 
     def _line(self) -> Line:
         """How the next prompt is asked."""
@@ -152,7 +152,7 @@ class ProbeView(View):
     def _send(self, prompt: str) -> None:
         self._end_answers()
         names = self._ask.checkpoints
-        ask = msgspec.structs.replace(self._ask, prompt=prompt, turns=talk.turns(self._exchanges, len(names)))
+        ask = msgspec.structs.replace(self._ask, prompt=prompt, turns=conversation.turns(self._exchanges, len(names)))
         answers = [Answer(name) for name in names]
         self._exchanges.append(Exchange(prompt, answers))
         self._cursor = None
@@ -254,7 +254,7 @@ class ProbeView(View):
         column, answer = self._columns[self._active], self._answer
         if answer is not None and answer.tokens:
             at = len(answer.tokens) - 1 if self._cursor is None else self._cursor
-            found = talk.beside(column.marks, at, int(by))
+            found = conversation.beside(column.marks, at, int(by))
             if found is not None and found < len(answer.tokens):
                 self._cursor = found
                 self._redraw()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from textual.app import ComposeResult
 
-from tui.panel import Line, Rows, broken, text, wrapped
+from tui.core.text_panel import Line, Rows, broken, text, wrapped
 from tui.views.base import View
 
 SHIFT = 20

@@ -6,13 +6,13 @@ from collections import OrderedDict
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 
-from launcher.protocol import SampleQuery, SampleReply, SampleView
-from tui.chart.ink import Ink
-from tui.panel import Lazy, Line, Panel, Rows, Run, cut, fit, spread, wrapped
-from tui.scene import Scene
+from midwatch.protocol import SampleQuery, SampleReply, SampleView
+from tui.chart.styles import Ink
+from tui.core.formatting import UNICODE, compact, plural
+from tui.core.scene import Scene
+from tui.core.text_panel import Lazy, Line, Panel, Rows, Run, cut, fit, spread, wrapped
 from tui.views.base import View
-from tui.views.charting import Fetcher
-from tui.words import UNICODE, compact, plural
+from tui.views.chart_data import Fetcher
 
 ORDERS = ("step", "reward", "worst", "longest", "kl")
 WORDS = {

@@ -2,14 +2,14 @@
 
 from textual.app import ComposeResult
 
-from launcher.protocol import Sampled, Snapshot, StageView, TextQuery, TextReply
-from tui.chart.ink import Ink
-from tui.chart.strips import bar
-from tui.panel import Line, Rows, Run, wrapped
-from tui.scene import Scene, silence
+from midwatch.protocol import Sampled, Snapshot, StageView, TextQuery, TextReply
+from tui.chart.sparkline import bar
+from tui.chart.styles import Ink
+from tui.core.formatting import UNICODE, compact, duration, percent, plural, setting
+from tui.core.scene import Scene, silence
+from tui.core.text_panel import Line, Rows, Run, wrapped
 from tui.views.base import View
 from tui.views.watch import SIGNS
-from tui.words import UNICODE, compact, duration, percent, plural, setting
 
 SAMPLES = 3
 """Of each stage, the newest."""

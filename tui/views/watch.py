@@ -7,19 +7,19 @@ from typing import NamedTuple
 from textual.app import ComposeResult
 from textual.containers import Grid as Grating
 
-from launcher.metrics.columns import grid
-from launcher.protocol import NodeView, Snapshot, StageView
-from tui import frame
-from tui.chart.ink import Ink
-from tui.chart.paint import Picture, Series
-from tui.chart.strips import bar, spark
+from midwatch.metrics.m4_columns import grid
+from midwatch.protocol import NodeView, Snapshot, StageView
+from tui.chart.render import Picture, Series
+from tui.chart.sparkline import bar, spark
+from tui.chart.styles import Ink
 from tui.chart.widget import Chart
-from tui.panel import Line, Panel, Run, cut, fit, joined
-from tui.scene import Scene, newest_checkpoint, running_span, silence
-from tui.troubles import newest_fault
+from tui.core import chrome
+from tui.core.formatting import UNICODE, age, compact, duration, percent, plural, setting, size
+from tui.core.scene import Scene, newest_checkpoint, running_span, silence
+from tui.core.text_panel import Line, Panel, Run, cut, fit, joined
 from tui.views.base import View
-from tui.views.charting import Fetcher, borders, ghosts, marks, newest_step, short_name, window
-from tui.words import UNICODE, age, compact, duration, percent, plural, setting, size
+from tui.views.chart_data import Fetcher, borders, ghosts, marks, newest_step, short_name, window
+from tui.views.nodes.faults import newest_fault
 
 
 class Slot(NamedTuple):
@@ -166,7 +166,7 @@ class WatchView(View):
         self._pipeline_panel.show(pipeline(snapshot.stages, width, silence(scene) is None)[: plan.pipeline])
         self._machines_panel.show(_machines(snapshot.nodes, width, plan.nodes))
         events = list(reversed(snapshot.events))[: plan.events]
-        self._events_panel.show([cut([(" ", Ink.BLANK), *frame.told(event, scene)], width) for event in events])
+        self._events_panel.show([cut([(" ", Ink.BLANK), *chrome.told(event, scene)], width) for event in events])
         if self._needs() != self._drawn_for:
             self._fetcher.want()
 
@@ -260,10 +260,10 @@ def _nothing_yet(snapshot: Snapshot) -> str:
 
 def _state_band(scene: Scene, width: int, rows: int) -> list[Line]:
     """The state in a word, its reason beside it; with air around it where there is room."""
-    words = frame.state_words(scene)
+    words = chrome.state_words(scene)
     snapshot = scene.snapshot
     line: list[Run] = (
-        [(" ", Ink.BLANK), frame.state_badge(scene, snapshot), ("  ", Ink.BLANK), *words] if snapshot is not None else words
+        [(" ", Ink.BLANK), chrome.state_badge(scene, snapshot), ("  ", Ink.BLANK), *words] if snapshot is not None else words
     )
     return [[], cut(line, width), []] if rows >= 3 else [cut(line, width)]
 

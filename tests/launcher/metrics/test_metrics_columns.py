@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from launcher.metrics.chunks import Frame, Row
-from launcher.metrics.columns import NODES_A_COLUMN, Columns, Segment, columns_of, grid, smoothed
-from launcher.metrics.nodes import ROW
 from launcher.metrics.store import Metrics
+from midwatch.metrics.m4_columns import NODES_A_COLUMN, Columns, Segment, columns_of, grid, smoothed
+from midwatch.metrics.m4_nodes import ROW
 
 Raw = dict[int, dict[int, float]]  # lineage -> step -> value
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from launcher.metrics.chunks import ChunkWriter, Frame, Row, encode, read_frames
-from launcher.metrics.columns import Segment
-from launcher.metrics.seen import Seen
+from launcher.metrics.dedup import Seen
 from launcher.metrics.store import MEMORY, Metrics, usable_index
+from midwatch.metrics.m4_columns import Segment
 
 PATH = [Segment(0, -1, None)]
 

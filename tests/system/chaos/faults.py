@@ -20,10 +20,10 @@ import psutil
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
-from launcher import protocol as p
-from launcher.identity import run_id
-from launcher.keys import CONTROLLER_NAME, RunKeys, client_context
-from launcher.paths import RunPaths, read_address
+from midwatch import protocol as p
+from midwatch.run_directory import RunPaths, read_address
+from midwatch.run_identity import run_id
+from midwatch.transport.tls_identity import CONTROLLER_NAME, RunKeys, client_context
 from tests.system.harness import Run
 from tests.system.hosts import Hosts
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from launcher import journal as j
-from launcher.checkpoints import CheckpointError, verify
-from launcher.ledger import Ledger
+from midwatch.checkpoint_format.verify import CheckpointError, verify
+from midwatch.journal import journal as j
+from midwatch.journal.run_state import Ledger
 from tests.system.harness import Run
 
 

@@ -7,8 +7,8 @@ import random
 import time
 from typing import NamedTuple
 
-from launcher import journal as j
-from launcher.client import ClientError
+from midwatch.journal import journal as j
+from midwatch.transport.client import ClientError
 from tests.system.chaos.faults import MILD, Fault, Theatre
 
 RECOVER_SECONDS = 90.0 * float(os.environ.get("CHAOS_PATIENCE", "1"))

@@ -1,0 +1,24 @@
+"""The backend of nodes that join by themselves: what runs them (Kubernetes, a cloud, somebody's hands) starts their agents, too."""
+
+from __future__ import annotations
+
+import math
+
+from launcher.backends import Started, StartError
+from midwatch.journal import journal as j
+
+
+class JoiningBackend:
+    """Names no node and starts no agent: the pool knows those that have come."""
+
+    patience, lacking = math.inf, "they join by: midwatch agent --join URL --key-file FILE"
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return ()
+
+    async def start(self, node: str) -> Started:
+        raise StartError(f"{node} has gone; it joins again when its agent is started there (midwatch agent --join)")
+
+    def alive(self, agent: j.AgentStarted) -> bool | None:
+        return None

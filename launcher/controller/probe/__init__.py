@@ -1,0 +1,1 @@
+"""Sessions with a checkpoint's model: the process that answers, and who asks it."""

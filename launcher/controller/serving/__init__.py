@@ -1,0 +1,1 @@
+"""Connections to the controller: listeners, peers and their roles."""

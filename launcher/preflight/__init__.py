@@ -1,0 +1,1 @@
+"""What is checked on the nodes before a run starts."""

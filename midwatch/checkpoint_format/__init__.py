@@ -1,0 +1,1 @@
+"""Checkpoints on disk: manifests, and whether the files are what they say."""

@@ -1,0 +1,1 @@
+"""The journal, the truth about a run, and the state that it adds up to."""

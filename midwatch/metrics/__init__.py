@@ -1,0 +1,1 @@
+"""Series as they are sent to screens: M4 aggregates."""

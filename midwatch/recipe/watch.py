@@ -1,0 +1,81 @@
+"""`[[watch]]`: a condition on a metric, or several at once, and what is done when they hold."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from midwatch.recipe.bounds import MOST_COUNT, MOST_STEPS, bounded
+
+CONDITIONS = (
+    "above", "below", "sigma", "not_finite", "change_above", "change_below", "ratio_above", "ratio_below",
+)  # fmt: skip
+TRENDS = ("change_above", "change_below", "ratio_above", "ratio_below")
+
+
+class Condition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Something that may hold of a metric; exactly one of `CONDITIONS` says what.
+
+    The last four compare the metric with its own past: its mean over the newest quarter of the last `over` steps with that over the
+    oldest quarter of them. They are silent until both have a value.
+    """
+
+    metric: str
+    """Slash-path of the metric, as `train/loss`."""
+    above: float | None = None
+    below: float | None = None
+    sigma: float | None = None
+    """Standard deviations over the mean of the last `window` values."""
+    not_finite: bool = False
+    """Holds of NaN and infinity."""
+    change_above: float | None = None
+    """It has changed by more than this: newest mean minus oldest."""
+    change_below: float | None = None
+    ratio_above: float | None = None
+    """Newest mean over oldest."""
+    ratio_below: float | None = None
+    window: int = 128
+    """Values that `sigma` looks back on; it is silent until there are so many."""
+    over: int = 200
+    """Steps that changes and ratios look back on."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(key, what is wrong and the way out)."""
+        found: list[tuple[str, str]] = []
+        given = [key for key in CONDITIONS if getattr(self, key) is not None and getattr(self, key) is not False]
+        numbers = [key for key in given if key != "not_finite"]
+        found += [(key, "must be a finite number") for key in numbers if not math.isfinite(getattr(self, key))]
+        if len(given) != 1:
+            found.append(("metric", f"needs exactly one of {', '.join(CONDITIONS)}, but has {', '.join(given) or 'none'}"))
+        found += bounded(self, 1, MOST_COUNT, ("window",))
+        found += bounded(self, 4, MOST_COUNT, ("over",))
+        return found
+
+
+class Watch(Condition, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One watch rule."""
+
+    name: str
+    others: tuple[Condition, ...] = msgspec.field(default=(), name="and")
+    """What must hold as well, by the newest value of each one's metric."""
+    steps: int = 1
+    """Values in a row for which all of it must hold."""
+    action: Literal["alert", "pause", "rollback", "stop"] = "alert"
+    skip: int = 0
+    """Rollback: steps of data to pass over."""
+    lr_scale: float = 1.0
+    """Rollback: factor on the learning rate."""
+    cooldown: int = 100
+    """Steps after firing in which the rule is silent."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = [("name" if key == "metric" else key, message) for key, message in Condition.problems(self)]
+        for other in self.others:
+            found += [("and", f"{other.metric}: {key}: {message}") for key, message in other.problems()]
+        found += bounded(self, 1, MOST_STEPS, ("steps",))
+        if not 0 < self.lr_scale < math.inf:
+            found.append(("lr_scale", "must be greater than 0 and finite"))
+        found += bounded(self, 0, MOST_STEPS, ("skip", "cooldown"))
+        return found

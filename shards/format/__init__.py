@@ -1,0 +1,1 @@
+"""The shards themselves: seekable zstd, manifests, and what a data directory holds."""

@@ -1,0 +1,1 @@
+"""Text to ids: tokenizers, chat templates and records."""

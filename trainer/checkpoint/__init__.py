@@ -1,0 +1,1 @@
+"""Checkpoints: saving, loading, hashing, and what they were made from."""

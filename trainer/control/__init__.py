@@ -1,0 +1,1 @@
+"""The boundary between steps: orders, heartbeats, logs and reports of a rank."""

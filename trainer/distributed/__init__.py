@@ -1,0 +1,1 @@
+"""Ranks and meshes, and attention over sequences that are sharded."""

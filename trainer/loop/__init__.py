@@ -1,0 +1,1 @@
+"""The training loop: batches, commands, evaluation, the end of a stage."""

@@ -1,0 +1,1 @@
+"""The model: decoder, attention, positions, and their sharded form."""

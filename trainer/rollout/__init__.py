@@ -1,0 +1,1 @@
+"""Rollouts: engines that draw responses, rewards, and the buffer of what was drawn."""

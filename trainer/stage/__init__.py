@@ -1,0 +1,1 @@
+"""A stage of the pipeline: its models, its data and the state of its training."""

@@ -1,0 +1,157 @@
+"""The reference's log-probabilities of a stage's preference pairs, worked out once and kept as columns, as shards are.
+
+With them a stage trains without the reference in memory, and without its forward at each step. They lie in
+RUN/made/reference/KEY, the key being of what decides them: the reference's checkpoint, the shards, the context. Each file holds,
+for each pair of a source, the summed log-probabilities of the chosen response and of the rejected one; float32, as the bits of
+uint32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+
+from midwatch.recipe import Stage
+from shards.errors import ShardError
+from shards.format.seekable_zstd import ColumnReader, ColumnWriter
+from shards.sampling.batches import Batch
+from trainer.batches import Rows, may_trim, micro_batches, samples_a_replica, share
+from trainer.checkpoint.dcp_files import make_below
+from trainer.distributed.mesh import share as share_bytes
+from trainer.distributed.mesh import together
+from trainer.model.sharded_model import Network
+from trainer.objectives.dpo import responses
+from trainer.objectives.loss import last_place
+from trainer.stage.training import Training
+
+FRAME_ITEMS = 4096
+Sample = tuple[str, int, int]
+"""(source, epoch, number), as a batch has them."""
+
+
+class Sums:
+    """Of the pairs of a stage's sources; `split` is "train" or "held_out"."""
+
+    def __init__(self, files: dict[tuple[str, str], Path]) -> None:
+        self._columns = {at: ColumnReader(file, "uint32", FRAME_ITEMS) for at, file in files.items()}
+
+    def has(self, source: str, split: str) -> bool:
+        return (source, split) in self._columns
+
+    def of(self, samples: Sequence[Sample], rows: Rows, split: str) -> Tensor:
+        """As log-probabilities [rows, time] that sum to theirs: the chosen rows of the samples, then their rejected ones.
+
+        Of rows that are filled up behind the samples' own, nothing.
+        """
+        pairs = len(rows.tokens) // 2
+        found = np.zeros((2, pairs), np.float32)
+        for at, (source, _, number) in enumerate(samples[:pairs]):
+            found[:, at] = self._columns[source, split].read(2 * number, 2 * number + 2).astype("<u4").view("<f4")
+        values = torch.from_numpy(found.reshape(-1)).to(rows.mask.device)
+        return torch.zeros_like(rows.mask).scatter(1, last_place(rows.mask > 0)[:, None], values[:, None])
+
+    def close(self) -> None:
+        for column in self._columns.values():
+            column.close()
+
+
+def prepare(training: Training) -> bool:
+    """Sees to it that `training.sums` is there; whether it is: else it was broken off, or put off. By all ranks alike."""
+    stage, run = training.stage.stage, training.stage
+    if training.sums is not None:
+        return True
+    place = training.root / "made" / "reference" / _key(training)
+    wanted: list[tuple[tuple[str, str], int, Callable[[int, int], Batch]]] = []
+    for name in run.feed.named:
+        wanted.append(((name, "train"), run.feed.samples_per_epoch(name), _of_source(training, name)))
+    for exam in run.exams:
+        if exam.pairs and exam.stage is stage:
+            wanted.append(((exam.name, "held_out"), len(exam.samples), exam.samples.read))
+    files = {at: place / f"{at[0]}-{at[1]}.zst" for at, _, _ in wanted}
+    there = _led(training, lambda: all(file.is_file() for file in files.values()))
+    if not there:
+        reference = training.reference or training.load_reference()
+        training.phase("scoring")
+        for at, count, read in wanted:
+            if not _write(training, reference, files[at], count, read):
+                return False
+        training.phase("training")
+    found: list[Sums] = []
+    problem = together(lambda: found.append(Sums(files)), training.world, ShardError)
+    if problem:
+        training.hold_for_data(problem)
+        return False
+    training.sums = found[0]
+    training.cast = replace(training.cast, reference=None, reference_key="")
+    return True
+
+
+def _key(training: Training) -> str:
+    stage, digests = training.stage.stage, sorted(training.stage.feed.digests.items())
+    exams = [exam for exam in training.stage.exams if exam.pairs and exam.stage is stage]
+    held = [(exam.name, exam.samples.digest, len(exam.samples)) for exam in exams]
+    return xxhash.xxh3_64_hexdigest(repr((training.progress.reference, digests, held, stage.context, _positions(stage))).encode())
+
+
+def _positions(stage: Stage) -> tuple[object, ...]:
+    return stage.rope, stage.position_factor
+
+
+def _of_source(training: Training, name: str) -> Callable[[int, int], Batch]:
+    return lambda start, stop: training.stage.feed.samples(name, start, stop)
+
+
+def _append(to: list[Batch], read: Callable[[int, int], Batch], first: int, last: int) -> None:
+    to.append(read(first, last))
+
+
+def _led(training: Training, ask: Callable[[], bool]) -> bool:
+    """What rank 0 sees, for all of them."""
+    return bool(share_bytes(b"1" if training.world.leads and ask() else b"", training.world.control))
+
+
+@torch.no_grad()
+def _write(training: Training, reference: Network, file: Path, count: int, read: Callable[[int, int], Batch]) -> bool:
+    """One source's; whether it was written."""
+    world, stage = training.world, training.stage.stage
+    if _led(training, file.is_file):
+        return True
+    stride, trims = stage.micro_batch * reference.replicas, may_trim(training.recipe, stage)
+    with ExitStack() as kept:
+        writer = None
+        if world.leads:
+            make_below(training.root, file.parent)
+            writer = kept.enter_context(ColumnWriter(file, "uint32", FRAME_ITEMS))
+        for start in range(0, count, stride):
+            if training.boundary.peek():
+                return False
+            length = min(stride, count - start)
+            first, last = share(start, length, reference.replica, reference.replicas)
+            batches: list[Batch] = []
+            bound = partial(_append, batches, read, first, last)
+            problem = together(bound, world, ShardError)
+            if problem:
+                training.hold_for_data(problem)
+                return False
+            samples = samples_a_replica(length, reference.replicas)
+            (rows,) = micro_batches(batches[0], 2, samples, samples, world.device, trims)
+            sums = responses(reference.log_probs(rows), rows).view(2, -1)[:, : last - first]
+            every = torch.zeros(length, 2, device=world.device)
+            if reference.speaks:
+                every[first - start : last - start] = sums.t()
+            dist.all_reduce(every)
+            if writer is not None:
+                writer.append(every.cpu().numpy().reshape(-1).view("<u4"))
+        if writer is not None:
+            writer.close()
+    reference.reshard()
+    return _led(training, lambda: True)

@@ -1,0 +1,1 @@
+"""Stages that make data: rejection sampling and the constitutional method."""

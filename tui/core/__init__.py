@@ -1,0 +1,1 @@
+"""What all views and dialogs share: the frame of the screen, keys, the command line, formatting."""

@@ -1,0 +1,43 @@
+"""docs/keys.md, from the table of keys: `python -m tui.core.keys_doc` prints it, and a test holds the file to it."""
+
+from midwatch.terminal import write_out
+from tui.core import keys
+from tui.core.command_line import USAGE
+
+HEAD = """# Keys
+
+Keyboard first; the mouse points at charts, scrolls and chooses. Capitals ask first, show what will be lost, and start with the
+focus on Cancel. A read-only screen (`midwatch attach --read-only`) binds no command. `?` shows this in the screen.
+"""
+
+TAIL = """
+## On the command line
+
+`:` opens it; Tab completes, the arrows go through what was typed before, Esc leaves it. What is typed here is what the command
+line of `midwatch` takes, without the run: `:rollback 140 --skip 5 --lr-scale 0.5`. Commands after which something is lost ask
+first, unless a `!` ends the verb: `:stop! --now`. The names and letters of views open them; `:q` detaches.
+
+| command | |
+| --- | --- |
+"""
+
+
+def table(rows: list[keys.Key]) -> str:
+    cells = "\n".join(f"| `{key.shown}` | {key.text} |" for key in rows)
+    return f"\n| key | |\n| --- | --- |\n{cells}\n"
+
+
+def page() -> str:
+    views = [key for key in keys.GLOBAL if key.action.startswith("open:")]
+    planned = [key for key in keys.GLOBAL if key.planned]
+    rest = [key for key in keys.GLOBAL if key not in (*views, *planned, *keys.COMMANDS)]
+    parts = [HEAD, "\n## Views\n", table(views), "\n## Commands\n", table(list(keys.COMMANDS)), "\n## Everywhere\n", table(rest)]
+    for name, own in keys.OF_VIEW.items():
+        parts += [f"\n## In {name}\n", table(list(own))]
+    usages = "\n".join(f"| `:{usage}` | |" for usage in [*USAGE.values(), "resume", "checkpoint"])
+    parts += [TAIL.rstrip("\n"), "\n", usages, "\n\n## Not there yet\n", table(planned)]
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    write_out(page(), end="")

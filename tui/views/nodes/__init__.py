@@ -1,0 +1,1 @@
+"""The nodes view: map, table and the page of one node."""
