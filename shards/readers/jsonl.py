@@ -36,7 +36,7 @@ def _records(path: str, lines: io.BufferedReader) -> Iterator[Placed]:
             if number == 1:
                 if line.startswith(_BOM):
                     line = line.removeprefix(_BOM)
-                elif line.startswith((b"\xff\xfe", b"\xfe\xff")) or "UTF" in _of_nuls(line):
+                elif line.startswith((b"\xff\xfe", b"\xfe\xff")) or (b"\0" in line[:4] and "UTF" in _of_nuls(line)):
                     yield Rejected(path, not_utf8(line), shown(line), rest=True)
                     return
             if len(line) == LONGEST_RECORD and not line.endswith(b"\n"):

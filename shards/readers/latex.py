@@ -14,7 +14,7 @@ from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Reject
 from shards.readers.compressed import COMPRESSED, DAMAGE, plain_name
 from shards.readers.files import Found, stream
 from shards.readers.hidden import is_hidden
-from shards.readers.texlexer import lexed, short_verbs
+from shards.readers.texlexer import lexed, own_names
 from shards.readers.texmacros import MacroError, collect, expand
 from shards.readers.textext import body_text
 from shards.spec import Source
@@ -118,15 +118,12 @@ def _decoded(raw: bytes) -> str:
 def papers(where: str, files: dict[str, str]) -> Iterator[Record]:
     """The documents in a paper's files."""
     kept: list[str] = []
-    short = short_verbs(files.values())
-    bare = {name: lexed(text, kept, short) for name, text in sorted(files.items())}
+    bare = _bare(files, kept)
     mains = [name for name, text in bare.items() if _CLASS.search(text)]
     if not mains and len(bare) == 1:
         mains = list(bare)  # plain TeX
     tree = _Tree(bare)
-    included = {
-        found for name, text in bare.items() for each in _INPUT.finditer(text) for found in [tree.find(each, name)] if found
-    }
+    included = tree.included(mains)
     mains = [name for name in mains if name not in included] or mains
     if not mains:
         yield Rejected(where, "no file with a document class", ", ".join(files)[:200])
@@ -143,6 +140,29 @@ def papers(where: str, files: dict[str, str]) -> Iterator[Record]:
             yield Rejected(place, "empty", "")
 
 
+def _bare(files: dict[str, str], kept: list[str]) -> dict[str, str]:
+    """The files without comments and verbatim text. Each is read where it is included: what is verbatim depends on that."""
+    own, tree = own_names(files.values()), _Tree(files)
+    bare: dict[str, str] = {}
+
+    def lex(name: str, main: str, short: set[str], depth: int) -> None:
+        if not name or name in bare or depth > DEEPEST:
+            return
+
+        def including(text: str, at: int) -> None:
+            if (found := _INPUT.match(text, at)) is not None:
+                lex(tree.find(found, name, main), main, short, depth + 1)
+
+        bare[name] = ""  # it does not include itself
+        bare[name] = lexed(files[name], kept, short, own, including)
+
+    classes = [name for name, text in sorted(files.items()) if _CLASS.search(text)]
+    included = tree.included(classes)
+    for name in (*(name for name in classes if name not in included), *sorted(files)):
+        lex(name, name, set(), 0)
+    return dict(sorted(bare.items()))
+
+
 class _Tree:
     """A paper's files, which include each other; nothing outside of them is ever read."""
 
@@ -151,10 +171,27 @@ class _Tree:
         paths = (path for text in files.values() for path in _INPUT_PATH.findall(text))
         self._paths = list(dict.fromkeys(path.strip() for each in paths for path in re.findall(r"\{([^{}]*)\}", each)))
 
-    def find(self, found: re.Match[str], name: str) -> str:
-        """The file that an \\input in file `name` means; "" for one that is not there (a package's own, as a rule)."""
+    def included(self, mains: list[str]) -> set[str]:
+        """The files that main files include, and those that these include."""
+        found: set[str] = set()
+        for main in mains:
+            seen, left = {main}, [main]
+            while left:
+                name = left.pop()
+                targets = {self.find(each, name, main) for each in _INPUT.finditer(self._files[name])} - seen - {""}
+                seen |= targets
+                left += targets
+            found |= seen - {main}
+        return found
+
+    def find(self, found: re.Match[str], name: str, main: str) -> str:
+        """The file that an \\input in file `name` means; "" for one that is not there (a package's own, as a rule).
+
+        main: the paper's main file, in whose directory TeX runs.
+        """
         target = (found[2] or found[5] or posixpath.join(found[3] or "", (found[4] or "").lstrip("/"))).strip().strip('"')
-        for base in ("", posixpath.dirname(name), *self._paths):
+        top = posixpath.dirname(main)
+        for base in (top, *(posixpath.join(top, path) for path in self._paths), "", posixpath.dirname(name), *self._paths):
             for end in ("", ".tex", ".ltx"):
                 path = posixpath.normpath(posixpath.join(base, target + end))
                 if path in self._files:
@@ -180,7 +217,7 @@ class _Tree:
         def replaced(found: re.Match[str]) -> str:
             if found[1] == "include" and only is not None and found[2].strip().removesuffix(".tex") not in only:
                 return ""
-            target = self.find(found, name)
+            target = self.find(found, name, inside[0] if inside else name)
             if not target or target in (*inside, name) or len(inside) >= DEEPEST:
                 return ""
             return self._inlined(target, (*inside, name), room, only)

@@ -354,3 +354,12 @@ def test_a_directory_of_hidden_files_alone_says_so(tmp_path: Path) -> None:
     (tmp_path / "._a.jsonl").write_text("{}")
     with pytest.raises(SpecError, match=r"no files ending in .*hidden ones are not read"):
         read(source(tmp_path))
+
+
+def test_a_nul_in_the_first_record_rejects_that_record_alone(tmp_path: Path) -> None:
+    (tmp_path / "it.jsonl").write_bytes(b'{"text":"a"}\0\n{"text":"one"}\n{"text":"two"}\n')
+    read = Source(name="it", kind="text", origin="jsonl", path=str(tmp_path / "it.jsonl"))
+    found = [each for unit in units(read) for each in read_unit(read, unit)]
+    assert [each.parts for each in found if isinstance(each, Document)] == [("one",), ("two",)]
+    (rejected,) = (each for each in found if isinstance(each, Rejected))
+    assert not rejected.rest

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shards.build.sources import Rejected, read_unit, units
+from shards.readers.texlexer import lexed
 from shards.spec import Source
 from shards.tokenization.records import Document
 
@@ -188,6 +189,21 @@ def test_several_main_files_are_several_documents_and_included_ones_are_none(tmp
         ("a \\\\% gone\nb", "a\nb"),
         ("a \\\\\\% stays", "a\n% stays"),
         ("% \\begin{verbatim}\nx % y\nz", "x\nz"),
+        (
+            r"\newcommand{\path}{\mathsf{P}}Let $\path$ be a path of $G$ and $x$ a vertex",
+            r"Let $\mathsf{P}$ be a path of $G$ and $x$ a vertex",
+        ),
+        (r"\newcommand{\path}{P}$\path_1 \neq \path_2$ now", r"$P_1 \neq P_2$ now"),
+        (r"with $\path_1 \neq \path_2$ now", r"with $\path_1 \neq \path_2$ now"),
+        (r"\def\url#1{\texttt{#1}}at \url{http://a.b/c} now", "at http://a.b/c now"),
+        (r"\renewcommand{\url}{\texttt}at \url{http://a.b/c} now", "at http://a.b/c now"),
+        (r"\let\old\url at \url{http://a.b/%20c} now", "at http://a.b/%20c now"),
+        ("%\\def\\url#1{}\nat \\url{http://a.b/%20c} now", "at http://a.b/%20c now"),
+        (r"\newcommand{\code}[1]{\lstinline{#1}}Use \code{foo} now", "Use foo now"),
+        (r"\newcommand{\code}[1]{\mintinline{c}|#1|}Use \code{foo} now", "Use foo now"),
+        (r"Use \lstinline|#1| now", "Use `#1` now"),
+        ("%\\MakeShortVerb{\\|}\nthe $|x|$ now", "the $|x|$ now"),
+        (r"\MakeShortVerb{\|}of |a%b| \DeleteShortVerb{\|}the $|x|$ now", "of `a%b` the $|x|$ now"),
     ],
 )
 def test_pieces_of_tex(tmp_path: Path, source: str, text: str) -> None:
@@ -267,3 +283,48 @@ def test_broken_sources_take_time_in_proportion_to_their_length(tmp_path: Path) 
 def test_old_sources_in_latin_1_are_read(tmp_path: Path) -> None:
     (tmp_path / "p.tex").write_bytes("\\documentclass{a}\\begin{document}Käse".encode("latin-1"))
     assert read(tmp_path)[0][0].parts == ("Käse\n",)
+
+
+def test_a_path_of_tikz_is_no_url(tmp_path: Path) -> None:
+    (tmp_path / "a.tex").write_text(
+        "\\documentclass{a}\\begin{document}\\path (0,0) node {a}; then ( all that follows\n\\end{document}"
+    )
+    assert "then ( all that follows" in read(tmp_path)[0][0].parts[0]
+
+
+def test_short_forms_of_verb_count_from_where_they_are_made_in_reading_order(tmp_path: Path) -> None:
+    for name, text in {
+        "main.tex": "\\documentclass{a}\\begin{document}\\input{z}"
+        "\\MakeShortVerb{\\|}\\input{b}\\DeleteShortVerb{\\|}\\input{a}\\end{document}",
+        "z.tex": "one $|x|$ ",
+        "b.tex": "two |y%z| ",
+        "a.tex": "three $|w|$",
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert squeezed(read(tmp_path)[0][0].parts[0]).strip() == "one $|x|$ two `y%z` three $|w|$"
+
+
+def test_a_paper_in_a_folder_includes_from_its_own_directory(tmp_path: Path) -> None:
+    paper = {
+        "paper/main.tex": "\\documentclass{a}\\def\\input@path{{parts/}}"
+        "\\begin{document}\\input{sec/one}\\input{two}\\end{document}",
+        "paper/sec/one.tex": "One. \\input{sec/deep}",
+        "paper/sec/deep.tex": "Deep. ",
+        "paper/parts/two.tex": "Two. ",
+    }
+    (tmp_path / "p.tar.gz").write_bytes(archive(paper))
+    found, rejected = read(tmp_path)
+    assert not rejected and [squeezed(each.parts[0]).strip() for each in found] == ["One. Deep. Two."]
+
+
+@pytest.mark.parametrize("piece", ["\\verb|x\n", '\\verb!x \\verb"x \\verb+x ', "\\begin{comment} ", "\\iffalse x "])
+def test_what_is_not_closed_is_not_searched_for_again(piece: str) -> None:
+    def seconds(count: int) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            lexed("\\verb~" * count + piece * count + "\\begin{comment}" * count, [])
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds(16_000) < 3.2 * seconds(8_000) + 0.005

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-LEAST = 1e-6
+LEAST = 1e-5
 """Nats. Differences of float32 log-probabilities below this mean nothing."""
 _SURE = 10.0
 """Times its error that a movement must be before the relative test judges it. A smaller one adds to the next reload's."""
@@ -29,6 +29,9 @@ class ReloadCheck:
         self._limit = limit
         self._base: tuple[Tensor, Tensor] | None = None
         """The trainer's and the server's log-probabilities that movements are measured from."""
+        self._rounding = 0.0
+        """Root mean square of their difference after the first reload. Later ones must not come to differ by much more: a part that
+        stays behind at every reload would be within the tolerance each time, and add up."""
 
     def problem(self, trainer: Tensor, server: Tensor) -> str | None:
         """What is wrong after a reload, as the rest of "the server ..."; both [tokens], of the same tokens at every call."""
@@ -37,10 +40,13 @@ class ReloadCheck:
         if not apart <= self._limit:
             return f"differs from the policy by {apart:.3g} nats a token (more than policy.mismatch {self._limit:g})"
         if self._base is None:
-            self._base = trainer, server
+            self._base, self._rounding = (trainer, server), max(_root_mean_square(server - trainer), LEAST)
             return None
+        gap = _root_mean_square(server - trainer)
+        if gap > _SURE * self._rounding:
+            return f"differs from the policy by {gap:.3g} nats a token, where it was {self._rounding:.3g} at first"
         moved, followed = trainer - self._base[0], server - self._base[1]
-        noise = math.sqrt(2) * max(_root_mean_square(self._base[1] - self._base[0]), LEAST)
+        noise = math.sqrt(2) * self._rounding
         signal = _root_mean_square(moved)
         if signal < _SURE * noise / math.sqrt(len(moved)):
             return None

@@ -214,7 +214,8 @@ def whole(directory: Path, entry: Entry) -> Tensor:
 
 
 def write(to: Path, parts: dict[str, Part], tensors: Tensors, dtype: torch.dtype, file_bytes: int) -> None:
-    """The safetensors, in files of about that size at the most, and their index where there are several."""
+    """The safetensors, in files of about that size at the most, and their index where there are several. Raises ExportError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shapes = file_shapes(parts)
@@ -230,7 +231,10 @@ def write(to: Path, parts: dict[str, Part], tensors: Tensors, dtype: torch.dtype
     weight_map: dict[str, str] = {}
     for number, members in enumerate(files, 1):
         file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        save_file(_gathered(members, shapes, parts, tensors, dtype), to / file, metadata={"format": "pt"})
+        try:
+            save_file(_gathered(members, shapes, parts, tensors, dtype), to / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise ExportError(f"{to / file}: cannot be written: {error} (make room or access)") from None
         follow_umask(to / file)
         weight_map |= dict.fromkeys(members, file)
     if len(files) > 1:
