@@ -45,7 +45,7 @@ class Play:
         time.sleep(dice.uniform(0.0, 1.5))
         self._command()
         faults = theatre.draw_all(dice, kinds)
-        struck = time.time()
+        struck, known = time.time(), len(list(run.entries()))
         for fault in faults:
             theatre.inflict(fault)
         waited = 0.0
@@ -54,7 +54,7 @@ class Play:
             waited = max(waited, fault.seconds)
             theatre.undo(fault)
         self._recover(before.step, faults)
-        cost = self._cost(faults, struck)
+        cost = self._cost(faults, struck, known)
         self.costs.append(cost)
         if {f.kind for f in faults} <= MILD and cost.seen is not None:
             raise AssertionError(f"{faults[0]} cost the ranks' lives\n{run.story()}")
@@ -98,21 +98,20 @@ class Play:
                 time.sleep(0.1)
         raise AssertionError(f"after {told} the run does not train again\n{run.story()}")
 
-    def _cost(self, faults: tuple[Fault, ...], struck: float) -> Cost:
+    def _cost(self, faults: tuple[Fault, ...], struck: float, known: int) -> Cost:
+        """known: entries of the journal before the faults. Times do not tell what came after: some faults set the clock."""
         run = self._theatre.run
-        entries = [e for _, e in run.entries() if e.time >= struck]
+        entries = [e for _, e in run.entries()][known:]
 
-        def first(kind: type[j._Entry], after: float = struck, **fields: str) -> float | None:
-            times = [
-                e.time - struck
-                for e in entries
-                if isinstance(e, kind) and e.time >= after and all(getattr(e, k) == v for k, v in fields.items())
-            ]
-            return min(times, default=None)
+        def first(kind: type[j._Entry], after: int = 0, **fields: str) -> tuple[int, float] | None:
+            for place, e in enumerate(entries[after:], after):
+                if isinstance(e, kind) and all(getattr(e, k) == v for k, v in fields.items()):
+                    return place, e.time - struck
+            return None
 
-        seen = first(j.GenerationEnded)
-        agreed = first(j.GenerationBegan)
-        restarted = first(j.StateChanged, struck + agreed, state="training") if agreed is not None else None
+        ended, began = first(j.GenerationEnded), first(j.GenerationBegan)
+        trained = first(j.StateChanged, began[0], state="training") if began is not None else None
+        seen, agreed, restarted = (None if each is None else each[1] for each in (ended, began, trained))
         since = struck + (restarted if restarted is not None else 0.0)
         rows = [row for row in run.rows("train/loss") if row.time > since]
         stepped = min((row.time - struck for row in rows), default=float("nan"))
