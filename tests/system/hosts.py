@@ -262,7 +262,7 @@ class Hosts:
                 words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=clean
             )
 
-    def _await_sshd(self, name: str, timeout: float = 10) -> None:
+    def _await_sshd(self, name: str, timeout: float = 60) -> None:
         deadline = time.monotonic() + timeout
         while self._sshd[name].poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection((self.address(name), 22), timeout=1):
@@ -270,7 +270,7 @@ class Hosts:
             time.sleep(0.02)
         raise RuntimeError(f"the sshd of {name} does not answer:\n{self.log(name)}")
 
-    def _link_up(self, host: str, timeout: float = 10) -> None:
+    def _link_up(self, host: str, timeout: float = 60) -> None:
         self._in_switch(f"link set {self._port(host)} up")
         port = f"/sys/class/net/{self._port(host)}"
         deadline = time.monotonic() + timeout  # the kernel may take a second to notice, on either side
