@@ -42,6 +42,8 @@ class Hosts:
         self.directory = directory.absolute()
         self.config = self.directory / "ssh_config"
         """For `ssh -F`; in a recipe: `ssh_options = ["-F", FILE]`."""
+        self._listened: dict[str, int] = {}
+        """Times that a host's sshd had begun to listen before the one that runs now."""
         self._sshd: dict[str, subprocess.Popen[bytes]] = {}
         self._slow: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -256,6 +258,7 @@ class Hosts:
             script,
         ]
         with (mine / "sshd.log").open("ab") as out:
+            self._listened[name] = self.log(name).count("Server listening")
             # What makes the controller's clock and disk fail is not for sshd, whose sandbox would end it.
             clean = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
             self._sshd[name] = subprocess.Popen(
@@ -263,12 +266,13 @@ class Hosts:
             )
 
     def _await_sshd(self, name: str, timeout: float = 60) -> None:
+        """Until the one that was started last listens; by its log, since the link may be cut meanwhile."""
         deadline = time.monotonic() + timeout
         while self._sshd[name].poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection((self.address(name), 22), timeout=1):
+            if self.log(name).count("Server listening") > self._listened[name]:
                 return
             time.sleep(0.02)
-        raise RuntimeError(f"the sshd of {name} does not answer:\n{self.log(name)}")
+        raise RuntimeError(f"the sshd of {name} does not listen:\n{self.log(name)}")
 
     def _link_up(self, host: str, timeout: float = 60) -> None:
         self._in_switch(f"link set {self._port(host)} up")
