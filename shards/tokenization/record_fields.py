@@ -76,6 +76,13 @@ def is_empty(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | tuple | dict) and not value)
 
 
+def _holds_nothing(value: Any) -> bool:
+    """The same of a list that is padded, or written as JSON."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return is_empty(value) or (isinstance(value, list | tuple) and all(each is None for each in value))
+
+
 def around(record: Mapping[str, Any], known: Collection[str], allowed: Collection[str] = ()) -> Around | str:
     """The system message and the history of a record whose own turns are in the fields `known`; or why it is rejected.
 
@@ -90,7 +97,9 @@ def around(record: Mapping[str, Any], known: Collection[str], allowed: Collectio
             return f'"{name}" is false: an example of what not to say'
         if is_empty(value) or name in METADATA or name.endswith("_id"):
             continue
-        if name in SYSTEMS and isinstance(value, str):
+        if name in SYSTEMS:
+            if not isinstance(value, str):
+                return f'field "{name}" is not text'
             if value.strip():
                 before.insert(0, Turn("system", value))
         elif name == "history":
@@ -98,6 +107,8 @@ def around(record: Mapping[str, Any], known: Collection[str], allowed: Collectio
             if isinstance(turns, str):
                 return turns
             before += turns
+        elif name in FORBIDDEN and _holds_nothing(value):
+            continue
         elif name in FORBIDDEN and name not in allowed:
             return f'has "{name}": {FORBIDDEN[name]}'
         elif name == "weight":
@@ -131,7 +142,9 @@ def messages(value: Sequence[Any], name: str, unread: dict[str, None]) -> Turns 
     for message in value:
         if not isinstance(message, Mapping):
             return f'field "{name}" is not a list of messages with role and content'
-        forbidden = next((field for field in FORBIDDEN_IN_TURNS if not is_empty(message.get(field))), None)
+        if message.get("role") == "system" and is_empty(message.get("content")):
+            continue
+        forbidden = next((field for field in FORBIDDEN_IN_TURNS if not _holds_nothing(message.get(field))), None)
         if forbidden is not None:
             return f'a turn has "{forbidden}": {FORBIDDEN_IN_TURNS[forbidden]}'
         role, content = message.get("role"), _content(message.get("content"))

@@ -130,7 +130,7 @@ def _preference(record: Mapping[str, Any], source: Source, where: str) -> Docume
 
 def _sampled(record: Mapping[str, Any], prefix: str) -> Sampled | str | None:
     """How an answer was drawn, where the record says so: `finish_reason` as in OpenAI's responses, and the ids."""
-    reason, ids = record.get(f"{prefix}finish_reason"), record.get(f"{prefix or 'response_'}ids")
+    reason, ids = record.get(f"{prefix}finish_reason") or None, record.get(f"{prefix or 'response_'}ids")
     if reason is None and ids is None:
         return None
     if reason not in (None, *FINISHED, *CUT_OFF):

@@ -269,3 +269,24 @@ def test_answers_that_are_the_same_once_the_template_has_trimmed_them_prefer_not
     assert isinstance(document, Document)
     reason = "both answers are the same, as the template and the tokenizer write them"
     assert refusal(ours, "preference", document) == (reason if same else "")
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"tools": "[]"},
+        {"tools": " {} "},
+        {"images": [None]},
+        {"finish_reason": ""},
+        {"system": None},
+        {"system": "  "},
+    ],
+)
+def test_a_value_that_holds_nothing_is_no_field(empty: dict[str, Any]) -> None:
+    assert said({"messages": [ASK, ANSWER]} | empty) == TOLD
+    assert said({"messages": [{"role": "system", "content": None}, ASK, ANSWER]}) == TOLD
+
+
+@pytest.mark.parametrize("system", [["be brief"], 5, {"text": "be brief"}])
+def test_a_system_message_that_is_no_text_rejects_the_record(system: Any) -> None:
+    assert read({"messages": [ASK, ANSWER], "system": system}) == 'field "system" is not text'
