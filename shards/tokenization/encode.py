@@ -92,8 +92,9 @@ def refusal(tokenizer: Tokenizer, kind: Kind, document: Document) -> str:
 
 
 def _bare(text: str) -> str:
-    """A text without what templates trim and tokenizers normalise."""
-    return "".join(unicodedata.normalize("NFKC", text).split())
+    """A text without what templates trim and tokenizers normalise: blanks, case, accents, compatible forms of characters."""
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(letter for letter in plain if not letter.isspace() and not unicodedata.combining(letter))
 
 
 def notes(tokenizer: Tokenizer, kind: Kind, document: Document) -> list[str]:

@@ -20,7 +20,7 @@ from shards.tokenization.encode import encode, refusal
 from shards.tokenization.records import Document
 from shards.tokenization.templates import named
 from shards.tokenization.tokenizer import Tokenizer as Loaded
-from shards.tokenization.tokenizer import train
+from shards.tokenization.tokenizer import read_model, train
 
 ASK, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 TOLD = [("user", "2+2?"), ("assistant", "4")]
@@ -290,3 +290,20 @@ def test_a_value_that_holds_nothing_is_no_field(empty: dict[str, Any]) -> None:
 @pytest.mark.parametrize("system", [["be brief"], 5, {"text": "be brief"}])
 def test_a_system_message_that_is_no_text_rejects_the_record(system: Any) -> None:
     assert read({"messages": [ASK, ANSWER], "system": system}) == 'field "system" is not text'
+
+
+def test_a_pair_that_the_tokenizer_makes_equal_is_left_out(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    made = Fast(models.BPE())
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(["yes no maybe"] * 9, trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<s>", "</s>"]))
+    made.save(str(tmp_path / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = Loaded(read_model(tmp_path / "tokenizer.json"), "it", named("midwatch"))
+    assert refusal(tokenizer, "preference", Document("k", ("Is it?", "Yes", "yes"))).startswith("both answers are the same")
+    assert refusal(tokenizer, "preference", Document("k", ("Is it?", "Yes", "no"))) == ""
