@@ -33,6 +33,7 @@ _EMPTY_BRACKETS = re.compile(r"[ \t]?\((?:[ \t]*[,;:·–/]?[ \t]*)*\)")
 _OPEN_COMMA = re.compile(r"\([ \t]*[,;][ \t]*")
 _SPACES = re.compile(r" {2,}")
 _BLANKS = re.compile(r"\n{3,}")
+_FILE_NAME = re.compile(r"\.[A-Za-z0-9]{2,5}\s*\Z")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z]{2,10}){0,2}\Z")
 _PROJECTS = frozenset(("wikt", "wiktionary", "commons", "s", "q", "b", "n", "v", "d", "m", "meta", "species", "voy", "wikisource"))
 _AROUND = " \t\u200e\u200f"  # marks of direction come along when a name is copied
@@ -41,9 +42,13 @@ _KEPT = re.compile("\ue000(\\d+)\ue001")
 
 
 class Namespaces(NamedTuple):
-    """The names, in small letters, by which links to files and to categories begin."""
+    """The names, in small letters, by which links to files and to categories begin.
 
-    files: frozenset[str] = FILES
+    files: those of the dump's own language and MediaWiki's own, which every wiki knows. Those of other languages are looked at too,
+    since dumps do not list a language's older names; but they are words of the text as well, unless the name of a file follows.
+    """
+
+    files: frozenset[str] = frozenset(("file", "image", "media"))
     categories: frozenset[str] = CATEGORIES
 
 
@@ -178,7 +183,7 @@ def _link(inner: str, spaces: Namespaces) -> str:
     prefix, colon, _ = target.partition(":")
     prefix = prefix.replace("_", " ").strip(_AROUND).lower()
     if colon:
-        if prefix in spaces.files or prefix in spaces.categories:
+        if prefix in spaces.files or prefix in spaces.categories or (prefix in FILES and _FILE_NAME.search(target)):
             return ""
         if not rest and (_LANGUAGE.match(prefix) or prefix in _PROJECTS) and " " not in prefix:
             return ""

@@ -102,6 +102,7 @@ def test_an_article_comes_out_as_its_text() -> None:
         ("<pre>\n# {{a}}\n## b\n</pre>", "```\n# {{a}}\n## b\n```"),
         ("<source lang='c'>a = b[[0]];</source>", "`a = b[[0]];`"),
         ("[[Datei:x.jpg|mini|Ein Bild]]Text", "Text"),
+        ("A [[Fail: A Story|fail story]] of [[Medium: Rare|medium]] length", "A fail story of medium length"),
         (
             "[[Bild:x.jpg|thumb|Ein [[Haus]]]] [[圖像:x.png|縮圖|橋]] [[Изображение:x.jpg|Мост]] [[Tập_tin:x.jpg|Cầu]]Text",
             "Text",
