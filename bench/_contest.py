@@ -76,7 +76,7 @@ def midwatch(root: Path, steps: int) -> dict[str, Any]:
         step(training)
         watch.note(FIRST_LOSSES, float)
     training.close()
-    return watch.found(sum(parameter.numel() for parameter in training.network.parameters().values()))
+    return watch.found(sum(parameter.numel() for parameter in training.model.parameters().values()))
 
 
 def nanogpt(root: Path, steps: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from midwatch import protocol as p
 from midwatch.recipe import load_recipe
 from midwatch.transport.rank_client import RankLink
 from trainer.control.rank_log import Logged
-from trainer.control.reporting import Link, NoLink
+from trainer.control.reporting import ControllerLink, NoLink
 from trainer.distributed.mesh import join, open_store, settle
 from trainer.loop.loop import boundary, step
 from trainer.stage.training import Training
@@ -42,7 +42,7 @@ class Losses(NoLink):
             self.found.append(body.values["train/loss"])
 
 
-def opened(root: Path, link: Link) -> Training:
+def opened(root: Path, link: ControllerLink) -> Training:
     """A training at its beginning."""
     recipe = load_recipe(root / "recipe.toml")
     settle(recipe.cluster)
@@ -81,7 +81,7 @@ def timed_steered(training: Training, steps: int) -> tuple[float, float]:
 def flops(training: Training, causal: bool) -> float:
     """A token's operations, as the trainer counts them, or with the half of attention that a causal mask leaves."""
     model, context = training.recipe.model, training.stage.stage.context
-    whole = training.network.flops_per_token(context)
+    whole = training.model.flops_per_token(context)
     return whole - 6.0 * model.layers * model.heads * model.head * context if causal else whole
 
 
@@ -100,7 +100,7 @@ def alone(root: Path, steps: int) -> dict[str, Any]:
         "tokens_a_step": stage.global_batch * stage.context,
         "flops_a_token": flops(training, causal=False),
         "causal_flops_a_token": flops(training, causal=True),
-        "parameters": sum(parameter.numel() for parameter in training.network.parameters().values()),
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters().values()),
         "losses": link.found,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }

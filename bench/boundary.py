@@ -109,7 +109,7 @@ def rank(root: Path) -> None:
     settle(recipe.cluster)
     world = join(open_store(), "bench", recipe.cluster, recipe.parallel)
     hello = p.RankHello(version=p.VERSION, run="bench", generation=1, term=1, pid=os.getpid(), world=world.size)
-    link = Measured(Logged(RankLink(root / "control" / "address", hello)) if world.leads else NoLink())
+    link = Measured(Logged(RankLink(root / "control" / "address", hello)) if world.is_rank_zero else NoLink())
     start = p.Start(generation=1, term=1, lineage=p.Lineage(id=1))
     training = Training(recipe, root, root / "data", world, link, start)
     training.open(start)
@@ -153,7 +153,7 @@ def rank(root: Path) -> None:
             block()
             reduce([0], world.control)
             found[name].append(time.monotonic() - began)
-    if world.leads:
+    if world.is_rank_zero:
         found["waits"] = link.waits
     (root / f"figures-{world.rank}.json").write_text(json.dumps(found))
     training.close()

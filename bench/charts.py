@@ -34,13 +34,13 @@ TARGETS = (4.0, 10.0, 120.0)  # per cent of a core, kB/s, MB
 
 def controller() -> None:
     """Answers, for each line `WIDTH` on stdin, twelve length-prefixed columns; each answer is a step later."""
-    from launcher.metrics.chunks import Frame, Row
-    from launcher.metrics.store import Metrics
-    from midwatch.metrics.m4_columns import Segment
+    from launcher.metrics.chunks import MetricFrame, MetricRow
+    from launcher.metrics.store import MetricStore
+    from midwatch.metrics.m4_columns import LineageSegment
     from midwatch.metrics.m4_nodes import ROW
 
     folder = Path(sys.argv[2])
-    store = Metrics.open(folder / "metrics", folder / "index.sqlite", term=1)
+    store = MetricStore.open(folder / "metrics", folder / "index.sqlite", term=1)
     random = np.random.default_rng(0)
     names = [f"train/metric_{number}" for number in range(CHARTS)]
     for name in names:
@@ -49,10 +49,10 @@ def controller() -> None:
         rows["value"] = 2 + 8 / np.sqrt(1 + rows["step"] / 100) + random.normal(0, 0.05, POINTS)
         rows["value"][random.integers(0, POINTS, 6)] *= 2
         store.load_rows(name, 0, rows)
-    path, step = [Segment(0, -1, None)], POINTS
+    path, step = [LineageSegment(0, -1, None)], POINTS
     for line in sys.stdin:
-        row = Row(0, step, step, float(step), {name: 2 + float(random.normal(0, 0.05)) for name in names})
-        store.add(Frame("rank0", step, [row]))
+        row = MetricRow(0, step, step, float(step), {name: 2 + float(random.normal(0, 0.05)) for name in names})
+        store.add(MetricFrame("rank0", step, [row]))
         step += 1
         for name in names:
             data = store.columns(name, path, 0, step, int(line)).encode()

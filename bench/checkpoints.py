@@ -109,7 +109,7 @@ def rank(root: Path, task: str) -> None:
     settle(recipe.cluster)
     world = join(open_store(), "bench", recipe.cluster, recipe.parallel)
     committer = Committer(root / "checkpoints")
-    link = committer if world.leads else NoLink()
+    link = committer if world.is_rank_zero else NoLink()
     kept = "8-1" if task == "restart" else None
     start = Start(generation=1, term=1, lineage=Lineage(id=1), checkpoint=kept)
     training = Training(recipe, root, root / "data", world, link, start)
@@ -167,14 +167,14 @@ def rank(root: Path, task: str) -> None:
         steps(1)
         results["sync"].append(timed(synchronous))
         results["bytes"] = committer.ready.bytes if committer.ready else 0
-        for directory in (root / "checkpoints").glob("*-1") if world.leads else ():
+        for directory in (root / "checkpoints").glob("*-1") if world.is_rank_zero else ():
             if directory.name != "8-1":
                 shutil.rmtree(directory)
         steps(1)
     for number in range(ROUNDS):
         results["load"].append(timed(lambda lineage=number + 2: training.resume_from("8-1", lineage, 0, 1.0)))  # type: ignore[misc]  # mypy cannot type a lambda's default
         results["first step"].append(timed(lambda: steps(1)))
-    if world.leads:
+    if world.is_rank_zero:
         (root / "results.json").write_text(json.dumps(results))
     training.close()
 

@@ -35,7 +35,7 @@ from bench._peers import HERE, environment
 from shards.filters.heuristics.families import C4, FineWeb, GopherQuality, GopherRepetition
 from shards.format.corpus import Corpus
 from shards.spec import Build, Clean, Data, Source
-from shards.spec import Tokenizer as TokenizerSpec
+from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.huggingface import from_sentencepiece
 from shards.tokenization.tokenizer import Tokenizer, train
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from midwatch.recipe.model import Model, Rope
-from shards.build.sources import Reading
+from shards.build.sources import ReadPosition
 from shards.readers.splits import split
 from shards.spec import Source
 from shards.tokenization.records import Document
@@ -94,7 +94,7 @@ WAYS = (
 def texts() -> tuple[Tensor, Tensor]:
     """Bytes of the standard library's source: of files to train on, and of those held out, each laid end to end."""
     parts: tuple[list[bytes], list[bytes]] = [], []
-    for _, record, held_out in split(Source(name="code", kind="text", origin="stdlib-code"), 0.1, 0, Reading()):
+    for _, record, held_out in split(Source(name="code", kind="text", origin="stdlib-code"), 0.1, 0, ReadPosition()):
         if isinstance(record, Document) and held_out is not None:
             parts[held_out].append("".join(record.parts).encode())
     train, held = (torch.from_numpy(np.frombuffer(b"\n".join(part), np.uint8).astype(np.int64)) for part in parts)

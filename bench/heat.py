@@ -68,9 +68,9 @@ def main() -> None:
 
 
 def _draw(made: object) -> heatmap.Canvas:
-    from tui.views.nodes.map import Made
+    from tui.views.nodes.map import NodeMap
 
-    assert isinstance(made, Made)
+    assert isinstance(made, NodeMap)
     return heatmap.paint(made.heat, made.shape, WIDTH, HEIGHT, 0, (0, 0))
 
 

@@ -14,14 +14,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from launcher.metrics.chunks import Frame, Row
-from launcher.metrics.store import Metrics
-from midwatch.metrics.m4_columns import Segment
+from launcher.metrics.chunks import MetricFrame, MetricRow
+from launcher.metrics.store import MetricStore
+from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.metrics.m4_nodes import ROW, Table
 
 DOT_COLUMNS = 380  # a chart across a terminal of 200 columns
 LENGTHS = (10_000, 100_000, 1_000_000, 10_000_000)
-PATH = [Segment(0, -1, None)]
+PATH = [LineageSegment(0, -1, None)]
 
 
 def loss(start: int, stop: int) -> Table:
@@ -38,15 +38,15 @@ def loss(start: int, stop: int) -> Table:
     return rows
 
 
-def build(folder: Path, length: int) -> Metrics:
+def build(folder: Path, length: int) -> MetricStore:
     """An index of one series of `length` steps."""
-    store = Metrics.open(folder / "metrics", folder / "index.sqlite")
+    store = MetricStore.open(folder / "metrics", folder / "index.sqlite")
     for start in range(0, length, 1_000_000):
         store.load_rows("train/loss", 0, loss(start, min(length, start + 1_000_000)))
     return store
 
 
-def query_seconds(stores: list[Metrics], rounds: int) -> list[float]:
+def query_seconds(stores: list[MetricStore], rounds: int) -> list[float]:
     """Median seconds of a chart's query for each store, taken in turn so that other load hits all alike."""
     spent: list[list[float]] = [[] for _ in stores]
     for _ in range(rounds):
@@ -59,10 +59,10 @@ def query_seconds(stores: list[Metrics], rounds: int) -> list[float]:
 
 def ingest_rate(folder: Path, series: int, steps: int) -> float:
     """Values a second through chunk, fsync and index, in frames of 100 rows."""
-    store = Metrics.open(folder / "metrics", folder / "index.sqlite", term=1)
+    store = MetricStore.open(folder / "metrics", folder / "index.sqlite", term=1)
     names = [f"gpu/{number}/utilisation" for number in range(series)]
     frames = [
-        Frame("rank0", number, [Row(0, step, step, float(step), dict.fromkeys(names, step * 0.5)) for step in block])
+        MetricFrame("rank0", number, [MetricRow(0, step, step, float(step), dict.fromkeys(names, step * 0.5)) for step in block])
         for number, block in enumerate(np.arange(steps).reshape(-1, 100).tolist())
     ]
     begin = time.perf_counter()

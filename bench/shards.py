@@ -27,8 +27,8 @@ from rich.table import Table
 from bench._peers import Peers
 from shards.format.seekable_zstd import Cache, ColumnReader, ColumnWriter
 from shards.readers import stdlib
-from shards.sampling.batches import Feed
-from shards.sampling.order import Order
+from shards.sampling.batches import BatchFeed
+from shards.sampling.order import SampleOrder
 from shards.tokenization.tokenizer import Tokenizer, train
 
 TOKENS = 24_000_000
@@ -106,7 +106,7 @@ def resume(samples: int) -> Callable[[], object]:
     """Open an order, go to a position in the middle of it, and take the next 512 samples."""
 
     def work() -> object:
-        order = Order(int(time.perf_counter_ns()) % 2**40, {"a": samples, "b": samples // 10}, {"a": 10, "b": 1})
+        order = SampleOrder(int(time.perf_counter_ns()) % 2**40, {"a": samples, "b": samples // 10}, {"a": 10, "b": 1})
         return order.span(samples // 2 + 17, samples // 2 + 17 + 512)
 
     return work
@@ -127,7 +127,7 @@ def feed_memory(root: Path) -> float:
 
 def batches(root: Path, context: int) -> Callable[[], object]:
     """Shuffled training batches, [8, context], of 2 million tokens, with segments, positions and masks."""
-    feed = Feed(root, "train", "text", context, {"code": 1}, 0, cache_bytes=1 << 18)
+    feed = BatchFeed(root, "train", "text", context, {"code": 1}, 0, cache_bytes=1 << 18)
     return lambda: [feed.read(start, start + 8) for start in range(0, 2_048_000 // context, 8)]
 
 
@@ -135,7 +135,7 @@ def main() -> None:
     """Measure, and print one table."""
     from shards.build.build import build
     from shards.spec import Build, Data, Source
-    from shards.spec import Tokenizer as TokenizerSpec
+    from shards.spec import TokenizerSpec as TokenizerSpec
 
     with tempfile.TemporaryDirectory() as name:
         place, tokens = Path(name), library_tokens()

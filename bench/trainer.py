@@ -34,7 +34,7 @@ from rich.table import Table
 from bench import _contest, _gpu
 from midwatch.recipe import Recipe, dump_recipe, parse_recipe
 from shards.build.build import build
-from shards.sampling.batches import Feed
+from shards.sampling.batches import BatchFeed
 from shards.spec import Build
 
 WARM = 6
@@ -93,7 +93,7 @@ def prepare(root: Path, size: dict[str, int]) -> Recipe:
     (root / "recipe.toml").write_text(dump_recipe(recipe))
     build(Build(data=recipe.data, tokenizer=recipe.tokenizer, out=str(root / "data"), seed=0))
     stage = recipe.stage[0]
-    feed = Feed(root / "data", "train", "text", stage.context, stage.mixture, 0, masked_documents=False)
+    feed = BatchFeed(root / "data", "train", "text", stage.context, stage.mixture, 0, masked_documents=False)
     rows = feed.read(0, feed.samples_per_epoch("docs")).tokens
     rows.astype(np.uint16).tofile(root / "tokens.bin")
     return recipe

@@ -27,7 +27,7 @@ class RunRecord(msgspec.Struct, frozen=True):
     """Where the directory was when the record was written; for messages."""
 
 
-class Identity(NamedTuple):
+class RunIdentity(NamedTuple):
     """Who a run is."""
 
     run: str
@@ -51,7 +51,7 @@ def run_id(paths: RunPaths) -> str:
         return ""
 
 
-def claim(paths: RunPaths, entries: Iterable[tuple[int, j.Entry]]) -> Identity:
+def claim(paths: RunPaths, entries: Iterable[tuple[int, j.Entry]]) -> RunIdentity:
     """The identity of a run, made where it has none, and made anew in a copy. Called by its controller. Raises OSError.
 
     The journal's `entries` say which id the run had. Where that is another one than the directory's, the journal was copied.
@@ -67,5 +67,5 @@ def claim(paths: RunPaths, entries: Iterable[tuple[int, j.Entry]]) -> Identity:
     if record != new:
         write_atomically(paths.record, msgspec.json.encode(new), mode=PUBLIC_FILE)
     if copied or (known and known != mine):
-        return Identity(mine, record.path if record is not None and copied else "")
-    return Identity(mine)
+        return RunIdentity(mine, record.path if record is not None and copied else "")
+    return RunIdentity(mine)

@@ -14,7 +14,7 @@ Phase = Literal["read", "clean", "tokenizer", "encode", "verify", "count", "comp
 INTERVAL = 0.25  # seconds between reports of one phase
 
 
-class Progress(msgspec.Struct, frozen=True):
+class ProgressReport(msgspec.Struct, frozen=True):
     """One report."""
 
     phase: Phase
@@ -26,10 +26,10 @@ class Progress(msgspec.Struct, frozen=True):
     message: str
 
 
-Report = Callable[[Progress], None]
+Report = Callable[[ProgressReport], None]
 
 
-class Meter:
+class ProgressMeter:
     """Turns "so much is done" into reports, not too many of them."""
 
     def __init__(self, report: Report, clock: Callable[[], float] = time.monotonic) -> None:
@@ -54,10 +54,10 @@ class Meter:
         passed = moment - self._start
         rate = (done - self._from) / passed if passed > 0 else 0.0
         left = max(0, total - done) / rate if total is not None and rate > 0 else None
-        self._report(Progress(self._phase, done, total, self._unit, round(rate, 1), left and round(left, 1), self._message))
+        self._report(ProgressReport(self._phase, done, total, self._unit, round(rate, 1), left and round(left, 1), self._message))
 
 
-def print_progress(progress: Progress) -> None:
+def print_progress(progress: ProgressReport) -> None:
     """One JSON object a line on standard output. Raises OutputError."""
     write_json(progress, flush=True)
 
@@ -87,7 +87,7 @@ class Screen:
     def is_terminal(self) -> bool:
         return self._console.is_terminal
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: ProgressReport) -> None:
         said = safe(f"{progress.phase}: {progress.message}")
         if said != self._shown and not self.is_terminal:
             self._console.print(said, soft_wrap=True)
@@ -104,7 +104,7 @@ class Screen:
         self._bars.stop()
 
 
-def _speed(progress: Progress) -> str:
+def _speed(progress: ProgressReport) -> str:
     """Units a second, in at most 14 characters."""
     rate, unit = progress.rate, {"bytes": "B", "tokens": "tok", "documents": "docs"}.get(progress.unit, progress.unit)
     for letter in ("", "k", "M", "G"):

@@ -37,7 +37,7 @@ class ExcessError(jinja2.TemplateRuntimeError):
     """The template asks for more than it may have."""
 
 
-class Budget:
+class RenderBudget:
     """What is left to one render of a conversation of so many characters."""
 
     def __init__(self, characters: int) -> None:
@@ -95,7 +95,7 @@ def _texts(values: Iterable[object]) -> Iterable[int]:
 
 
 class _Spending(threading.local):
-    budget = Budget(0)
+    budget = RenderBudget(0)
 
 
 _spending = _Spending()
@@ -103,7 +103,7 @@ _spending = _Spending()
 
 def bounded(render: Callable[[], str], characters: int) -> str:
     """What `render` of a template of this environment gives, for a conversation of so many characters."""
-    before, _spending.budget = _spending.budget, Budget(characters)
+    before, _spending.budget = _spending.budget, RenderBudget(characters)
     try:
         return render()
     finally:

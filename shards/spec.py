@@ -88,7 +88,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     broken_files: float = 0.05  # share of the files that may be broken, 0 to 1; the build stops at more
 
 
-class Tokenizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A SentencePiece tokenizer: trained on a sample of the sources' training documents, or brought along."""
 
     vocab: int = 32_000  # ids, the reserved ones and the 256 bytes included
@@ -188,7 +188,7 @@ class Build(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """All that `python -m shards build` needs."""
 
     data: Data
-    tokenizer: Tokenizer = Tokenizer()
+    tokenizer: TokenizerSpec = TokenizerSpec()
     out: str  # directory to build in
     seed: int = 0  # chooses the held-out documents
 

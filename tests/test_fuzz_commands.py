@@ -17,7 +17,7 @@ import pytest
 from launcher.cli.__main__ import main
 from shards.build.build import build
 from shards.format import manifest
-from shards.spec import Build, Data, Source, Tokenizer
+from shards.spec import Build, Data, Source, TokenizerSpec
 from tests.fuzzing import COUNT, Subject, holds, scratch
 from tests.hugging_face import RECIPES
 
@@ -60,7 +60,7 @@ def fuzz_recipe(place: Path, command: str) -> Subject:
 def small(place: Path) -> Path:
     source = Source(name="chat", kind="sft", origin="stdlib-sft", max_documents=40)
     data = Data(source=(source,), frame_tokens=256, shard_tokens=4096, held_out=0.1, level=3)
-    return build(Build(data=data, tokenizer=Tokenizer(vocab=400, sample_bytes=50_000), out=str(place / "out")), workers=0)
+    return build(Build(data=data, tokenizer=TokenizerSpec(vocab=400, sample_bytes=50_000), out=str(place / "out")), workers=0)
 
 
 def fuzz_shards(place: Path) -> Subject:
@@ -71,7 +71,7 @@ def fuzz_shards(place: Path) -> Subject:
 
     def seal(raw: bytes) -> bytes:
         try:
-            said = msgspec.json.decode(raw, type=manifest.Manifest)
+            said = msgspec.json.decode(raw, type=manifest.SplitManifest)
         except (ValueError, RecursionError):
             return raw
         return raw.replace(f'"digest":"{said.digest}"'.encode(), f'"digest":"{said.computed_digest()}"'.encode())

@@ -20,7 +20,7 @@ LENGTHS = 16
 """Of which rows that are cut behind their ends have a multiple."""
 
 
-class Rows(NamedTuple):
+class DeviceRows(NamedTuple):
     """Rows of a batch on the device, all but `documents` [rows, time]."""
 
     tokens: Tensor
@@ -33,10 +33,10 @@ class Rows(NamedTuple):
     """Where those of the segments begin, where the host knows it."""
 
 
-def of_one(tokens: Tensor, targets: Tensor, mask: Tensor, segments: Tensor) -> Rows:
+def of_one(tokens: Tensor, targets: Tensor, mask: Tensor, segments: Tensor) -> DeviceRows:
     """Rows that hold one document each, and padding."""
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return Rows(tokens, targets, mask, segments, positions, documents.undivided(len(tokens), tokens.shape[1], tokens.device))
+    return DeviceRows(tokens, targets, mask, segments, positions, documents.undivided(len(tokens), tokens.shape[1], tokens.device))
 
 
 def share(position: int, global_batch: int, replica: int, replicas: int) -> tuple[int, int]:
@@ -61,7 +61,9 @@ def filled(samples: int, size: int, pipeline: int) -> tuple[int, int]:
     return rounds * pipeline * size, size
 
 
-def micro_batches(batch: Batch, halves: int, samples: int, size: int, device: torch.device, trims: bool = False) -> Iterator[Rows]:
+def micro_batches(
+    batch: Batch, halves: int, samples: int, size: int, device: torch.device, trims: bool = False
+) -> Iterator[DeviceRows]:
     """The batch filled up to `samples` samples, in parts of `size`, the last one of what is left.
 
     halves: rows of a sample; 2 for pairs, of which each part holds the chosen rows of its samples, then their rejected ones.
@@ -83,7 +85,7 @@ def micro_batches(batch: Batch, halves: int, samples: int, size: int, device: to
         begun = starts.reshape(halves, -1, starts.shape[-1])
         begun = begun if trims else begun[:, start : start + size]
         tokens, targets, mask, segments, positions, documented = (_sent(part, device) for part in (*parts, begun))
-        yield Rows(tokens, targets, mask, segments, positions, Documents(documented, longest))
+        yield DeviceRows(tokens, targets, mask, segments, positions, Documents(documented, longest))
 
 
 def trimmed(segments: NDArray[np.int32]) -> int:

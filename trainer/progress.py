@@ -56,7 +56,7 @@ class Rollout(msgspec.Struct, kw_only=True):
     squares: float = 0.0
 
 
-class Progress(msgspec.Struct, kw_only=True):
+class TrainProgress(msgspec.Struct, kw_only=True):
     """Counted at a boundary: updates done, samples read."""
 
     lineage: int = 1
@@ -80,7 +80,7 @@ class Progress(msgspec.Struct, kw_only=True):
     reference: str | None = None
     """Checkpoint whose weights the newest stage with a reference holds against; None: none, or the initial weights."""
     has_reference: bool = False
-    judge: str | None = None
+    reward_model: str | None = None
     """Checkpoint of the reward model that scores this stage's responses."""
     drawn: Rollout = msgspec.field(default_factory=Rollout)
     files: list[Files] = []
@@ -92,16 +92,16 @@ class Progress(msgspec.Struct, kw_only=True):
     origin: Origin = msgspec.field(default_factory=Origin)
 
 
-def plain(progress: Progress) -> dict[str, Any]:
+def plain(progress: TrainProgress) -> dict[str, Any]:
     """As builtins, for a manifest."""
     state: dict[str, Any] = msgspec.to_builtins(progress)
     return state
 
 
-def from_manifest(state: dict[str, Any], where: str, recipe: Recipe) -> Progress:
+def from_manifest(state: dict[str, Any], where: str, recipe: Recipe) -> TrainProgress:
     """Raises CheckpointError if it is not the state of a run of this recipe."""
     try:
-        progress = msgspec.convert(state, Progress)
+        progress = msgspec.convert(state, TrainProgress)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{where}: its state is not that of a run: {error}") from None
     names = [stage.name for stage in recipe.stage]
@@ -115,7 +115,7 @@ def opening_settings(recipe: Recipe, stage: Stage, before: dict[str, float]) -> 
     return stage_settings(recipe, stage) | {key: before[key] for key in KEPT_ACROSS_STAGES if key in before}
 
 
-def checkpoint_id(progress: Progress, revision: int = 0) -> str:
+def checkpoint_id(progress: TrainProgress, revision: int = 0) -> str:
     """STEP-LINEAGE, with -STAGE where it ends a stage, and .REVISION where a setting was changed since the one before."""
     name = f"{progress.step}-{progress.lineage}"
     if revision:

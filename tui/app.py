@@ -30,17 +30,17 @@ from midwatch import protocol
 from tui.chart.styles import Ink
 from tui.core import chrome, keys
 from tui.core.formatting import UNICODE
-from tui.core.scene import Link, Scene
+from tui.core.scene import ConnectionState, Scene
 from tui.core.text_panel import Line, Panel, broken, joined, spread
 from tui.steering import Steering
 
 if TYPE_CHECKING:
     from midwatch.transport.client import Client
     from midwatch.transport.ssh_url import RemoteRun
-    from tui.core.command_bar import Prompt
+    from tui.core.command_bar import CommandPrompt
     from tui.core.command_line import Typed
-    from tui.core.controller_queries import Feed
-    from tui.entry import Entry
+    from tui.core.controller_queries import ControllerQueries
+    from tui.entry import PromptInput
     from tui.views.base import View
 
 DRAW_SECONDS = 0.5
@@ -118,14 +118,14 @@ class MidwatchApp(App[int]):
         """Why there is nothing to show, where there is not."""
         self._views: dict[str, View] = {}
         self._before: list[str] = []
-        self._feed: Feed | None = None
+        self._feed: ControllerQueries | None = None
         self.client: Client | None = None
         self.steering = Steering(self)
         self._keys: deque[KeyEvent | Paste] = deque()
         self._keys_announced = False
         self._said: tuple[Line, float] = ((), 0.0)
         self._hidden: frozenset[str] = frozenset()
-        self._prompt: Prompt | None = None
+        self._prompt: CommandPrompt | None = None
         self._newest: protocol.Snapshot | None = None
         self._prefer = prefer
         self._first = "watch" if prefer is None else "prefer"
@@ -164,11 +164,11 @@ class MidwatchApp(App[int]):
         return self._prefer
 
     @property
-    def feed(self) -> Feed:
-        from tui.core.controller_queries import Feed
+    def feed(self) -> ControllerQueries:
+        from tui.core.controller_queries import ControllerQueries
 
         if self._feed is None:
-            self._feed = Feed()
+            self._feed = ControllerQueries()
         self._feed.client = self.client if self.scene.link.up else None
         return self._feed
 
@@ -226,7 +226,7 @@ class MidwatchApp(App[int]):
 
     def on_midwatch_app_link_changed(self, message: LinkChanged) -> None:
         since = None if message.up else self.clock()
-        self._set(link=Link(message.up, since))
+        self._set(link=ConnectionState(message.up, since))
 
     def _set(self, **changes: Any) -> None:
         import dataclasses
@@ -378,7 +378,7 @@ class MidwatchApp(App[int]):
             self._keys.popleft()
         return "".join(found)
 
-    def _entry(self) -> Entry | None:
+    def _entry(self) -> PromptInput | None:
         """Where text that is typed now goes to; None: keys are commands."""
         from tui.dialogs.base import Dialog
 
@@ -412,7 +412,7 @@ class MidwatchApp(App[int]):
             await done
         return True
 
-    def _pasted(self, event: Paste, entry: Entry | None) -> None:
+    def _pasted(self, event: Paste, entry: PromptInput | None) -> None:
         """A paste is text for a line to type on, never a row of keys."""
         if entry is not None:
             left_out = entry.take_paste(event)
@@ -459,10 +459,10 @@ class MidwatchApp(App[int]):
         await self.open_prompt("/")
 
     async def open_prompt(self, sign: str) -> None:
-        from tui.core.command_bar import Prompt
+        from tui.core.command_bar import CommandPrompt
 
         if self._prompt is None:
-            self._prompt = Prompt()
+            self._prompt = CommandPrompt()
             await self.screen_stack[0].mount(self._prompt, before="#status")
         self._prompt.open(sign)
 

@@ -13,7 +13,7 @@ MOST = 4096
 """Characters of a line; what is typed or pasted beyond them is dropped."""
 
 
-class Entry(Input):
+class PromptInput(Input):
     """An Input whose keys come from the app."""
 
     async def take_key(self, event: Key) -> bool:

@@ -21,7 +21,7 @@ from midwatch.signals import EndingSignals
 from midwatch.terminal import OutputError, discard_out, flush_out, indented, make_console, reader_is_gone, write_error, write_json
 from midwatch.transport.client import Client, ClientError
 from midwatch.transport.ssh_url import RemoteRun
-from tui.script import Entry
+from tui.script import ScriptStep
 
 FINISHED, FAILED, RULE_STOPPED, STOPPED = 0, 1, 3, 4
 HOLD_SECONDS = 1.0
@@ -30,24 +30,24 @@ LINK_SECONDS = 3.0
 
 
 def report(
-    directory: Path | RemoteRun, *, as_json: bool, script: tuple[Entry, ...] | None, signals: EndingSignals | None = None
+    directory: Path | RemoteRun, *, as_json: bool, script: tuple[ScriptStep, ...] | None, signals: EndingSignals | None = None
 ) -> int:
     """Follows a run to its end; the value is the exit status. signals: given where the reporter owns the run.
 
     Raises OutputError where the run is another's and nobody reads the lines any more.
     """
     try:
-        return asyncio.run(Reporter(directory, as_json, script or (), signals).follow())
+        return asyncio.run(HeadlessReporter(directory, as_json, script or (), signals).follow())
     except ClientError as error:
         write_error(f"midwatch: {error}")
         return FAILED
 
 
-class Reporter:
+class HeadlessReporter:
     """One headless run."""
 
     def __init__(
-        self, directory: Path | RemoteRun, as_json: bool, script: tuple[Entry, ...], signals: EndingSignals | None
+        self, directory: Path | RemoteRun, as_json: bool, script: tuple[ScriptStep, ...], signals: EndingSignals | None
     ) -> None:
         self._directory, self._json, self._script, self._signals = directory, as_json, script, signals
         file = directory / "recipe.toml" if isinstance(directory, Path) else None
@@ -212,7 +212,7 @@ class Reporter:
         while self._snapshot is None or not any(c.id == view.id and c.state == view.state for c in self._snapshot.commands):
             await self._next_step()
 
-    def _due(self, entry: Entry) -> bool:
+    def _due(self, entry: ScriptStep) -> bool:
         snapshot = self._snapshot
         if snapshot is None or snapshot.state not in ("training", "paused", "released"):
             return False

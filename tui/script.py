@@ -19,7 +19,7 @@ class ScriptError(Exception):
 
 
 @dataclass(frozen=True)
-class Entry:
+class ScriptStep:
     """Commands for one step."""
 
     step: int
@@ -32,9 +32,9 @@ class _Parser(argparse.ArgumentParser):
         raise ScriptError(message)
 
 
-def parse_script(text: str) -> tuple[Entry, ...]:
+def parse_script(text: str) -> tuple[ScriptStep, ...]:
     """Raises ScriptError."""
-    entries: list[Entry] = []
+    entries: list[ScriptStep] = []
     for part in filter(None, (p.strip() for p in text.split(";"))):
         step, colon, words = part.partition(":")
         if not colon or not step.strip().isdigit():
@@ -42,7 +42,7 @@ def parse_script(text: str) -> tuple[Entry, ...]:
         commands = tuple(parse_command(c.strip()) for c in words.split(",") if c.strip())
         if not commands:
             raise ScriptError(f"{part!r}: has no command")
-        entries.append(Entry(int(step), commands, part))
+        entries.append(ScriptStep(int(step), commands, part))
     if not entries:
         raise ScriptError("it is empty")
     return tuple(entries)

@@ -21,8 +21,8 @@ from midwatch.recipe import RecipeError, load_recipe
 from midwatch.run_directory import PRIVATE_FILE, RunPaths, runtime_directory
 from midwatch.signals import ignore_stray
 from midwatch.transport.addresses import NetworkError
-from midwatch.transport.node_join import Joining, await_controller, read_key_file
-from midwatch.transport.tls_identity import Identity, KeysError, store_identity
+from midwatch.transport.node_join import NodeJoin, await_controller, read_key_file
+from midwatch.transport.tls_identity import KeysError, TlsIdentity, store_identity
 from shards.terminal import Parser, log_to_stderr, write_error, write_out
 
 log = logging.getLogger("launcher.agent")
@@ -41,14 +41,14 @@ def main() -> int:
     paths, node = RunPaths(arguments.run), arguments.node
     log_file = paths.logs / node / "agent.log"
     try:
-        keys: Identity | None = None
-        joining: Joining | None = None
+        keys: TlsIdentity | None = None
+        joining: NodeJoin | None = None
         if arguments.join:
             key = read_key_file(arguments.key_file)
             keys = key.identity
-            joining = Joining(arguments.join, key.run_key)
+            joining = NodeJoin(arguments.join, key.run_key)
         elif arguments.detach or arguments.step:
-            keys = Identity.decode(sys.stdin.buffer.readline())
+            keys = TlsIdentity.decode(sys.stdin.buffer.readline())
         recipe = load_recipe(paths.recipe)
         place = Place(paths, node)
         if not place.take():
@@ -76,7 +76,7 @@ def main() -> int:
     return agent.run()
 
 
-def _keep(identity: Identity, place: Place) -> Path:
+def _keep(identity: TlsIdentity, place: Place) -> Path:
     """Puts the keys into a file that only this user reads. Raises KeysError."""
     file = runtime_directory() / f"{place.name}.identity"
     store_identity(identity, file)

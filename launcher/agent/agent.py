@@ -31,7 +31,7 @@ from midwatch.recipe import Recipe
 from midwatch.run_directory import RunPaths, read_address, runtime_directory
 from midwatch.run_identity import run_id
 from midwatch.transport.addresses import address_of, address_that_reaches, interface_of, interface_problem
-from midwatch.transport.node_join import Joining, ways_to
+from midwatch.transport.node_join import NodeJoin, ways_to
 from midwatch.transport.rank_client import Connection
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Agent:
         node: str,
         recipe: Recipe,
         identity: Path | None,
-        joining: Joining | None = None,
+        joining: NodeJoin | None = None,
         leaves: Callable[[], object] = lambda: None,
     ) -> None:
         """`leaves` is called when it begins to leave. Raises NetworkError where this node has no address for the others."""

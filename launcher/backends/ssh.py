@@ -46,7 +46,7 @@ class SshBackend:
         return None
 
 
-class _Said(msgspec.Struct):
+class _SshOutput(msgspec.Struct):
     pid: Count
     birth: str
 
@@ -55,7 +55,7 @@ def started(node: str, status: int, stdout: str, stderr: str) -> Started:
     """What `launcher.agent --detach` has said. Raises StartError where that is no agent."""
     for line in reversed(stdout.splitlines()):  # login scripts may have said something before
         try:
-            said = json_as(line, _Said)
+            said = json_as(line, _SshOutput)
         except DecodeError:
             continue
         return Started(said.pid, said.birth)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launcher.plan import Budget, Plan, StagePlan
+from launcher.plan import Plan, StagePlan, TrainingBudget
 from launcher.plan.accelerators import Accelerator
 from launcher.plan.memory import Memory
 from launcher.plan.units import count, factor, flops, money, size, span
@@ -51,7 +51,7 @@ def render_plan(plan: Plan, name: str, console: Console) -> None:
         _say(console, Text(f"note: {note}", style="yellow"))
 
 
-def render_budget(budget: Budget, gpu_assumed: bool, console: Console) -> None:
+def render_budget(budget: TrainingBudget, gpu_assumed: bool, console: Console) -> None:
     assumed = " (assumed; --gpu)" if gpu_assumed else ""
     rate = f"{budget.gpu.flops_per_second(budget.precision) / 1e12:,.4g} TFLOP/s {budget.precision}"
     _say(console, Text("plan of a budget", style="bold"))

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from launcher.backends.slurm.jobs import (
+    JobState,
     SlurmError,
     SlurmRun,
-    Standing,
     cancel,
     elsewhere,
     own_allocation,
@@ -149,7 +149,7 @@ def _resubmit(root: Path) -> int | None:
     return 0
 
 
-def _standing(run: SlurmRun) -> Standing:
+def _standing(run: SlurmRun) -> JobState:
     try:
         return standing(run.job)
     except SlurmError as error:
@@ -164,7 +164,7 @@ def _cancel(run: SlurmRun) -> None:
     write_error(f"midwatch: job {run.job} is taken back; midwatch resume {run.root} submits it again")
 
 
-def _tell(run: SlurmRun, now: Standing, as_json: bool) -> None:
+def _tell(run: SlurmRun, now: JobState, as_json: bool) -> None:
     if as_json:
         write_json({"queue": {"job": run.job, "state": now.state, "reason": now.reason, "start": now.start}}, flush=True)
     else:

@@ -22,7 +22,7 @@ from launcher.controller import recovery
 from launcher.controller.annotation.desk import Preferring
 from launcher.controller.checkpoints import Commits
 from launcher.controller.command_queue import Dispatch
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from launcher.controller.copies import settle_copy
 from launcher.controller.data_build import Building
 from launcher.controller.probe.sessions import Probing
@@ -30,15 +30,15 @@ from launcher.controller.queries import Queries
 from launcher.controller.rank_reports import Reports
 from launcher.controller.recipechange import note_change, run_began
 from launcher.controller.serving.listener import Listener, ListenError
-from launcher.controller.serving.server import Doorkeeper
-from launcher.controller.slurm_signals import Batch
-from launcher.controller.snapshot import View
+from launcher.controller.serving.server import ConnectionServer
+from launcher.controller.slurm_signals import BatchJob
+from launcher.controller.snapshot import SnapshotBuilder
 from launcher.controller.supervision.generations import Generations
 from launcher.controller.supervision.node_pool import Pool
 from launcher.controller.supervision.stragglers import Stragglers
 from launcher.controller.versions import installed_versions
-from launcher.controller.watch_rules import Firing, Watching, action
-from launcher.metrics.store import Metrics, usable_index
+from launcher.controller.watch_rules import Firing, WatchRules, action
+from launcher.metrics.store import MetricStore, usable_index
 from midwatch.directory_identity import DirectoryId
 from midwatch.journal import journal as j
 from midwatch.protocol import Command
@@ -73,7 +73,7 @@ LINGER_SECONDS = 3.0
 
 
 async def serve(paths: RunPaths) -> int:
-    """One term in office; the value is the exit status."""
+    """One term of office: from taking the term to a later controller or the end; the value is the exit status."""
     recipe, text = load_recipe(paths.recipe), paths.recipe.read_text(encoding="utf-8-sig")
     paths.create()
     room = _socket_directory(recipe, paths)
@@ -84,16 +84,16 @@ async def serve(paths: RunPaths) -> int:
     journal = j.Journal(paths.journal, time.time(), host_name(), os.getpid(), installed_versions(), recovery.floors(paths))
     claimed = claim(paths, journal.entries)
     index = usable_index([place / f"{claimed.run}.metrics.sqlite" for place in cache_directories()])
-    metrics = Metrics.open(paths.metrics, index, journal.term)
-    office = Office(paths, recipe, journal, metrics, run=claimed.run)
-    recovery.report_losses(office)
-    if not office.ledger.started:
-        office.record(run_began(recipe.run.name, recipe, text, office.clock(), office.run))
+    metrics = MetricStore.open(paths.metrics, index, journal.term)
+    context = ControllerContext(paths, recipe, journal, metrics, run=claimed.run)
+    recovery.report_losses(context)
+    if not context.ledger.started:
+        context.record(run_began(recipe.run.name, recipe, text, context.clock(), context.run))
     elif claimed.original is not None:
-        settle_copy(office, claimed.original)
-    note_change(office)
-    term = Term(office)
-    server = await term.door.listen(room / f"{office.run}.{journal.term}.sock")
+        settle_copy(context, claimed.original)
+    note_change(context)
+    term = Term(context)
+    server = await term.door.listen(room / f"{context.run}.{journal.term}.sock")
     socket = server.sockets[0].getsockname()
     listener: Listener | None = None
     remotes: tuple[str, ...] = ()
@@ -109,15 +109,15 @@ async def serve(paths: RunPaths) -> int:
             url=f"unix:{socket}",
             host=host_name(),
             pid=os.getpid(),
-            generation=office.ledger.generation,
+            generation=context.ledger.generation,
             remote=remotes[0] if remotes else "",
             also=remotes[1:],
-            run=office.run,
+            run=context.run,
             directory=DirectoryId.of(paths.root),
             path=str(paths.root.resolve()),
         )
         write_address(paths.address, address)
-        term.generations.on_begun = lambda: _note_generation(paths, address, office.ledger.generation)
+        term.generations.on_begun = lambda: _note_generation(paths, address, context.ledger.generation)
         beats = asyncio.create_task(_beat(paths, address), name="beat")
         await term.run()
     except j.Ousted as error:
@@ -132,11 +132,11 @@ async def serve(paths: RunPaths) -> int:
         await server.wait_closed()
         Path(socket).unlink(missing_ok=True)
         with contextlib.suppress(OSError, j.JournalError):
-            office.retry_backlog()
+            context.retry_backlog()
         with contextlib.suppress(OSError):
             metrics.close()
-        office.samples.close()
-        office.directory.close()
+        context.samples.close()
+        context.directory.close()
         journal.close()
         lock.release()
     return 0
@@ -175,31 +175,33 @@ def _take(lock: RunLock) -> bool:
 class Term:
     """The parts of one controller, put together."""
 
-    def __init__(self, office: Office) -> None:
-        self._office = office
-        commits = Commits(office)
-        pool = Pool(office, backend_of(office.recipe, office.paths))
-        self.generations = Generations(office, commits, Building(office), pool)
-        self.dispatch = Dispatch(office, commits, self.generations)
-        self.watching = Watching(office.recipe.watch, self._rule_fires)
+    def __init__(self, context: ControllerContext) -> None:
+        self._context = context
+        commits = Commits(context)
+        pool = Pool(context, backend_of(context.recipe, context.paths))
+        self.generations = Generations(context, commits, Building(context), pool)
+        self.dispatch = Dispatch(context, commits, self.generations)
+        self.watching = WatchRules(context.recipe.watch, self._rule_fires)
         self.dispatch.on_rollback = self.watching.forget
-        view = View(office)
-        reports = Reports(office, commits, self.dispatch, self.generations, self.watching)
-        self.probing = Probing(office, commits)
-        self.preferring = Preferring(office, self.probing)
-        queries = Queries(office, commits, view)
-        self.door = Doorkeeper(office, self.dispatch, self.generations, reports, view, queries, self.probing, self.preferring)
+        view = SnapshotBuilder(context)
+        reports = Reports(context, commits, self.dispatch, self.generations, self.watching)
+        self.probing = Probing(context, commits)
+        self.preferring = Preferring(context, self.probing)
+        queries = Queries(context, commits, view)
+        self.door = ConnectionServer(
+            context, self.dispatch, self.generations, reports, view, queries, self.probing, self.preferring
+        )
         self._commits = commits
-        self.stragglers = Stragglers(office)
-        self._batch = Batch.of(office, self.dispatch, self.generations)
+        self.stragglers = Stragglers(context)
+        self._batch = BatchJob.of(context, self.dispatch, self.generations)
         self._quit = asyncio.Event()
-        office.restore()
+        context.restore()
 
     async def run(self) -> None:
         """Works until the run is over and nobody watches, or a later term begins."""
-        await recovery.look_for(self._office)
-        recovery.keep_goldens(self._office)
-        adopting = asyncio.create_task(recovery.adopt(self._office), name="adopting")  # it may have much to read
+        await recovery.look_for(self._context)
+        recovery.keep_goldens(self._context)
+        adopting = asyncio.create_task(recovery.adopt(self._context), name="adopting")  # it may have much to read
         if self._batch is not None:
             self._batch.begin()
         self.generations.take_over()
@@ -239,53 +241,55 @@ class Term:
             beat += 1
             self.generations.look()
             self.stragglers.look()
-            self._office.retry_backlog()
+            self._context.retry_backlog()
             self.dispatch.look()
-            if lost := self._office.directory.lost():
+            if lost := self._context.directory.lost():
                 self.generations.abandon(lost)
                 await asyncio.sleep(FAREWELL_SECONDS)
                 raise j.Ousted(lost)
             with contextlib.suppress(OSError):  # storage that errs does not say that
-                if (self._office.paths.journal / f"{self._office.term + 1:06d}.log").exists():
+                if (self._context.paths.journal / f"{self._context.term + 1:06d}.log").exists():
                     raise j.Ousted("a later term has begun")
             if beat % 4 == 0:
                 await self._flush_metrics()
             if beat % 10 == 0:
-                await recovery.look_for(self._office)
-            self._office.touch()
+                await recovery.look_for(self._context)
+            self._context.touch()
 
     async def _flush_metrics(self) -> None:
         try:
-            await asyncio.to_thread(self._office.metrics.flush)
+            await asyncio.to_thread(self._context.metrics.flush)
         except OSError as error:  # a full disk: the rows wait, and the run goes on
             log.warning("metrics cannot be written: %s", error)
 
     async def _leave(self) -> None:
         """Ends the term some time after the run is over and the last client has gone."""
-        office = self._office
+        context = self._context
         idle = 0.0
         while idle < LINGER_SECONDS:
-            resting = office.state in ("finished", "failed") or (office.state == "released" and not office.ledger.generation_live)
+            resting = context.state in ("finished", "failed") or (
+                context.state == "released" and not context.ledger.generation_live
+            )
             waited_for = (
                 *(self.door.clients, self.generations.parting, self.generations.gathering),
-                *(office.ledger.open_commands(), office.unwritten),
+                *(context.ledger.open_commands(), context.unwritten),
             )
-            idle = idle + 0.25 if (resting or office.over.is_set()) and not any(waited_for) else 0.0
+            idle = idle + 0.25 if (resting or context.over.is_set()) and not any(waited_for) else 0.0
             await asyncio.sleep(0.25)
         self.generations.dismiss()
         await asyncio.sleep(FAREWELL_SECONDS)
 
     def _rule_fires(self, rule: Watch, step: int, seen: Firing) -> None:
-        office = self._office
+        context = self._context
         text = f"{rule.name}: {seen.words(rule.metric)}"
         value = seen.value if math.isfinite(seen.value) else None
-        office.raise_alarm(text, step, rule=rule.name, value=value, threshold=seen.threshold)
+        context.raise_alarm(text, step, rule=rule.name, value=value, threshold=seen.threshold)
         command = action(rule)
         if command is None:
             return
         verb, arguments = command
-        asked = Command(id=f"watch/{rule.name}/{office.ledger.lineage}/{step}", verb=verb, arguments=arguments)
-        office.when_durable(lambda: self._give(asked, f"watch rule {rule.name}"))
+        asked = Command(id=f"watch/{rule.name}/{context.ledger.lineage}/{step}", verb=verb, arguments=arguments)
+        context.when_durable(lambda: self._give(asked, f"watch rule {rule.name}"))
 
     def _give(self, command: Command, author: str) -> None:
         try:

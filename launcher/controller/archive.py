@@ -22,11 +22,11 @@ from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.checkpoints import Commits
 from launcher.controller.clients import refused_command
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from launcher.controller.queries import Queries
 from launcher.controller.serving.peers import Roles, quiet
-from launcher.controller.snapshot import View
-from launcher.metrics.store import Metrics
+from launcher.controller.snapshot import SnapshotBuilder
+from launcher.metrics.store import MetricStore
 from midwatch import protocol as p
 from midwatch.checkpoint_format import verify as files
 from midwatch.journal import journal as j
@@ -53,7 +53,7 @@ class _PastJournal(j.Journal):
         raise j.JournalError("this run is only being looked at")
 
 
-class _ArchiveOffice(Office):
+class _ArchiveContext(ControllerContext):
     """What the parts that answer questions need, and nothing that is written to."""
 
     def _lay_ballast(self) -> None:
@@ -70,31 +70,31 @@ class Archive:
         recipe = load_recipe(paths.recipe)
         index = f"{run_id(paths) or paths.key}.metrics.sqlite"
         found = [place / index for place in cache_directories() if (place / index).is_file()]
-        metrics = Metrics.read(paths.metrics, found[0] if found else Path(index))
-        self.office = _ArchiveOffice(paths, recipe, journal, metrics, clock=lambda: self._newest, run=run_id(paths))
-        self.office.restore()
+        metrics = MetricStore.read(paths.metrics, found[0] if found else Path(index))
+        self.context = _ArchiveContext(paths, recipe, journal, metrics, clock=lambda: self._newest, run=run_id(paths))
+        self.context.restore()
         there = files.listed(paths.checkpoints) or frozenset()
-        self.office.ledger.missing = frozenset(id for id in self.office.ledger.checkpoints if id not in there)
-        self.office.live.step = max(self.office.live.step, _last_step(journal.entries))
-        self._view = View(self.office)
-        self._queries = Queries(self.office, Commits(self.office), self._view)
+        self.context.ledger.missing = frozenset(id for id in self.context.ledger.checkpoints if id not in there)
+        self.context.live.step = max(self.context.live.step, _last_step(journal.entries))
+        self._view = SnapshotBuilder(self.context)
+        self._queries = Queries(self.context, Commits(self.context), self._view)
 
     def close(self) -> None:
-        self.office.metrics.close()
-        self.office.samples.close()
+        self.context.metrics.close()
+        self.context.samples.close()
 
     def snapshot(self, why: str = NO_CONTROLLER) -> p.Snapshot:
         """The run as its files have it; `why` that is all there is to show is added to its reason."""
         told = self._view.snapshot()
         if why == NO_CONTROLLER and told.state not in OVER:
-            place = f"midwatch attach {self.office.paths.root} starts one"
+            place = f"midwatch attach {self.context.paths.root} starts one"
             why = f"when its controller ended; {NO_CONTROLLER} now, {place}" if told.term else f"no controller has run yet, {place}"
         reason = f"{told.reason}; {why}" if told.reason else why
         return msgspec.structs.replace(told, reason=reason, time=time.time(), archived=True)
 
     async def serve(self, connection: ServerConnection) -> None:
         """Talks with one client until it leaves."""
-        office = self.office
+        context = self.context
         peer = await Roles(os.getuid()).local(connection.transport.get_extra_info("socket"))
         try:
             hello = p.decode(await connection.recv())
@@ -102,7 +102,7 @@ class Archive:
                 await connection.send(p.encode(p.Refused(reason="the process that shows this run is not for you")))
                 return
             welcome = p.ClientWelcome(
-                term=office.term, run=office.recipe.run.name, directory=str(office.paths.root), author=peer.name, archived=True
+                term=context.term, run=context.recipe.run.name, directory=str(context.paths.root), author=peer.name, archived=True
             )
             await connection.send(p.encode(welcome))
             if hello.subscribe:
@@ -140,8 +140,8 @@ async def serving(paths: RunPaths) -> AsyncIterator[Address]:
     path = f"\0midwatch-archive-{os.getpid()}-{secrets.token_hex(8)}"
     server = await unix_serve(archive.serve, path, max_size=p.MAX_FRAME, compression=None, close_timeout=1, logger=quiet)
     try:
-        leaving = asyncio.create_task(_leave(paths, archive.office.term, server.close), name="archive")
-        yield Address(term=archive.office.term, url=f"unix:{path}", host=host_name(), pid=os.getpid())
+        leaving = asyncio.create_task(_leave(paths, archive.context.term, server.close), name="archive")
+        yield Address(term=archive.context.term, url=f"unix:{path}", host=host_name(), pid=os.getpid())
     finally:
         leaving.cancel()
         server.close()

@@ -15,10 +15,10 @@ from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.annotation.desk import Preferring, Question
 from launcher.controller.command_queue import Dispatch
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from launcher.controller.probe.sessions import Probing
 from launcher.controller.queries import Queries
-from launcher.controller.snapshot import View
+from launcher.controller.snapshot import SnapshotBuilder
 from midwatch import protocol as p
 from midwatch.journal import journal as j
 
@@ -37,21 +37,27 @@ class Clients:
     """Serves every client there is."""
 
     def __init__(
-        self, office: Office, dispatch: Dispatch, view: View, queries: Queries, probing: Probing, preferring: Preferring
+        self,
+        context: ControllerContext,
+        dispatch: Dispatch,
+        view: SnapshotBuilder,
+        queries: Queries,
+        probing: Probing,
+        preferring: Preferring,
     ) -> None:
-        self._office, self._dispatch, self._view, self._queries = office, dispatch, view, queries
+        self._context, self._dispatch, self._view, self._queries = context, dispatch, view, queries
         self._probing, self._preferring = probing, preferring
         self._screens: dict[ServerConnection, asyncio.Event] = {}
         self._frame = b""
         self.count = 0
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
-        office.ended_listeners.append(self._command_ended)
+        context.ended_listeners.append(self._command_ended)
 
     async def publish(self) -> None:
         """Draws up a snapshot whenever something has changed, and hands it to the screens."""
         while True:
-            await self._office.changed.wait()
-            self._office.changed.clear()
+            await self._context.changed.wait()
+            self._context.changed.clear()
             if self._screens:
                 try:
                     self._frame = p.encode(self._view.snapshot())
@@ -67,8 +73,8 @@ class Clients:
             reason = f"this controller speaks version {p.VERSION} of the protocol, you {hello.version}; use the same Midwatch"
             await connection.send(p.encode(p.Refused(reason=reason)))
             return
-        office = self._office
-        welcome = p.ClientWelcome(term=office.term, run=office.recipe.run.name, directory=str(office.paths.root), author=author)
+        context = self._context
+        welcome = p.ClientWelcome(term=context.term, run=context.recipe.run.name, directory=str(context.paths.root), author=author)
         await connection.send(p.encode(welcome))
         pusher = asyncio.create_task(self._push(connection)) if hello.subscribe else None
         answers: asyncio.Queue[p.ProbeAnswer] = asyncio.Queue()
@@ -80,7 +86,7 @@ class Clients:
                 message = p.decode(frame)
                 if isinstance(message, p.Command):
                     if hello.read_only:
-                        refused = refused_command(message, author, office.clock(), "this client is read-only")
+                        refused = refused_command(message, author, context.clock(), "this client is read-only")
                         await connection.send(p.encode(p.CommandReply(command=refused)))
                         continue
                     task = asyncio.create_task(self._command(connection, message, author))
@@ -119,21 +125,21 @@ class Clients:
             await connection.send(p.encode(reply))
 
     async def _command(self, connection: ServerConnection, command: p.Command, author: str) -> None:
-        office = self._office
+        context = self._context
         try:
-            if missing := office.directory.missing():
+            if missing := context.directory.missing():
                 raise j.JournalError(missing)
-            view = office.as_durable(self._dispatch.accept(command, author))
+            view = context.as_durable(self._dispatch.accept(command, author))
         except j.Ousted:
-            office.over.set()
+            context.over.set()
             return
         except j.JournalError as error:
-            view = refused_command(command, author, office.clock(), str(error))
+            view = refused_command(command, author, context.clock(), str(error))
         if command.wait and view.state in ("queued", "sent"):
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.setdefault(view.number, []).append(future)
             await future
-            view = office.ledger.commands[view.number]
+            view = context.ledger.commands[view.number]
         with contextlib.suppress(ConnectionClosed):
             await connection.send(p.encode(p.CommandReply(command=view)))
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import msgspec
 
 from launcher.controller.checkpoints import Commits
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from launcher.controller.supervision.generations import Generations
 from midwatch.commands import OPS, TABLE, Doing, check_arguments
 from midwatch.journal import journal as j
@@ -44,8 +44,8 @@ _STOPPING = ("stop", "stop-now", "release")
 class Dispatch:
     """The queue of commands and the order in flight."""
 
-    def __init__(self, office: Office, commits: Commits, generations: Generations) -> None:
-        self._office, self._commits, self._generations = office, commits, generations
+    def __init__(self, context: ControllerContext, commits: Commits, generations: Generations) -> None:
+        self._context, self._commits, self._generations = context, commits, generations
         self._rank: Callable[[Message], None] | None = None
         """What sends to rank 0, while it is connected."""
         self._wake = asyncio.Event()
@@ -59,25 +59,25 @@ class Dispatch:
         generations.on_stopped = self._stopped
         generations.on_failed = self._start_failed
         generations.on_grow = self._grow
-        office.state_listeners.append(self._wake.set)  # a command that waits may be refused now, or be due
+        context.state_listeners.append(self._wake.set)  # a command that waits may be refused now, or be due
 
     # From clients and rules
 
     def accept(self, command: Command, author: str) -> CommandView:
         """Takes a command in, or finds it again by its id; journaled before anything is done. Raises JournalError."""
-        office = self._office
-        known = office.ledger.by_id.get(command.id)
+        context = self._context
+        known = context.ledger.by_id.get(command.id)
         if known is not None:
-            return office.ledger.commands[known]
-        number = office.ledger.newest_command + 1
-        office.promise(
+            return context.ledger.commands[known]
+        number = context.ledger.newest_command + 1
+        context.promise(
             j.CommandAccepted(
-                time=office.clock(), author=author, number=number, id=command.id, verb=command.verb, arguments=command.arguments
+                time=context.clock(), author=author, number=number, id=command.id, verb=command.verb, arguments=command.arguments
             )
         )
-        view = office.ledger.commands[number]
+        view = context.ledger.commands[number]
         problem = check_arguments(command.verb, command.arguments)
-        doing, why = TABLE[command.verb][office.state]
+        doing, why = TABLE[command.verb][context.state]
         if problem:
             self._end(view, "refused", reason=problem)
         elif doing is Doing.REFUSE and not self._later_allows(view):
@@ -94,14 +94,14 @@ class Dispatch:
         elif command.verb == "stop-now":
             self._stop_now(view)
         self._wake.set()
-        return office.ledger.commands[number]
+        return context.ledger.commands[number]
 
     def _grow(self, nodes: str) -> None:
         """There are nodes that the generation could have and has not."""
-        ledger = self._office.ledger
+        ledger = self._context.ledger
         if not any(c.verb in _REGROUPING for c in ledger.open_commands()):
             id = f"regroup/{ledger.term}/{ledger.generation}/{ledger.newest_command}"
-            self._office.note("info", f"gathering the ranks anew, with {nodes}", self._office.live.step)
+            self._context.note("info", f"gathering the ranks anew, with {nodes}", self._context.live.step)
             try:
                 self.accept(Command(id=id, verb="regroup"), "")
             except j.Ousted:
@@ -111,13 +111,13 @@ class Dispatch:
 
     def _later_allows(self, view: CommandView) -> bool:
         """Whether commands still in line may bring about a state in which this one makes sense."""
-        return any(c.number < view.number for c in self._office.ledger.open_commands())
+        return any(c.number < view.number for c in self._context.ledger.open_commands())
 
     def _cancel(self, view: CommandView) -> None:
-        office = self._office
+        context = self._context
         wanted = str(view.arguments["id"])
         target = next(
-            (c for c in office.ledger.open_commands() if wanted in (c.id, str(c.number)) and c.number != view.number), None
+            (c for c in context.ledger.open_commands() if wanted in (c.id, str(c.number)) and c.number != view.number), None
         )
         if target is None:
             self._end(view, "refused", reason=f"no command {wanted!r} is waiting")
@@ -130,7 +130,7 @@ class Dispatch:
     def _acknowledge(self, view: CommandView) -> None:
         """Marks an alarm, or all that stand, as seen by an operator."""
         wanted = str(view.arguments["alarm"])
-        standing = [alarm.key for alarm in self._office.ledger.standing_alarms()]
+        standing = [alarm.key for alarm in self._context.ledger.standing_alarms()]
         keys = standing if wanted == "all" else [key for key in standing if key == wanted]
         if keys:
             self._end(view, "done", detail={"alarms": keys})
@@ -139,7 +139,7 @@ class Dispatch:
             self._end(view, "refused", reason=f"no alarm {wanted!r} stands (unacknowledged: {names})")
 
     def _stop_now(self, view: CommandView) -> None:
-        if self._rank is not None and self._office.state in ("training", "paused"):
+        if self._rank is not None and self._context.state in ("training", "paused"):
             try:
                 self._send(view)
             except j.Ousted:
@@ -151,7 +151,7 @@ class Dispatch:
             self._generations.stop()
 
     def _force_stop(self, number: int) -> None:
-        if self._office.ledger.commands[number].state == "sent":
+        if self._context.ledger.commands[number].state == "sent":
             self._generations.stop(force=True)
 
     # To and from the ranks
@@ -160,11 +160,11 @@ class Dispatch:
         """Rank 0 is connected: it gets again what it may not have got."""
         self._rank = send
         self._settle_by_restart()
-        waiting = {entry.id for entry in self._office.unwritten if isinstance(entry, j.CheckpointCommitted)}
-        for id in self._office.ledger.generation_commits:
+        waiting = {entry.id for entry in self._context.unwritten if isinstance(entry, j.CheckpointCommitted)}
+        for id in self._context.ledger.generation_commits:
             if id not in waiting:
                 send(Committed(id=id))
-        for command in self._office.ledger.open_commands():
+        for command in self._context.ledger.open_commands():
             if command.state == "sent":
                 send(self._order(command))
         self._wake.set()
@@ -173,14 +173,14 @@ class Dispatch:
 
     def look(self) -> None:
         """Holds the ranks while nothing can be journaled, once that has lasted: what they do could neither be kept nor told."""
-        office = self._office
-        waiting = sum(isinstance(entry, j.CheckpointCommitted) for entry in office.unwritten)
-        late = office.seconds_unwritten > HOLD_SECONDS or waiting >= max(office.recipe.checkpoint.keep, LEAST_COMMITS)
-        holding = bool(office.unwritten) and (self.holding or late)
+        context = self._context
+        waiting = sum(isinstance(entry, j.CheckpointCommitted) for entry in context.unwritten)
+        late = context.seconds_unwritten > HOLD_SECONDS or waiting >= max(context.recipe.checkpoint.keep, LEAST_COMMITS)
+        holding = bool(context.unwritten) and (self.holding or late)
         if holding != self.holding:
             self.holding = holding
             if holding:
-                log.critical("the run is held: %s", office.journal_fault)
+                log.critical("the run is held: %s", context.journal_fault)
             if self._rank is not None:
                 self._rank(Hold(on=holding))
 
@@ -194,23 +194,23 @@ class Dispatch:
 
     def outcome(self, outcome: Outcome, report: int) -> None:
         """What the ranks made of an order."""
-        office = self._office
-        view = office.ledger.commands.get(outcome.number)
+        context = self._context
+        view = context.ledger.commands.get(outcome.number)
         if view is None or view.state not in ("queued", "sent"):
             return
         if outcome.ok and view.verb in _STOPPING:
             self._stopped_at = (outcome.step, outcome.detail)
             return  # the ranks are about to leave; it is done when they have
-        lineage = office.ledger.rollbacks.get(outcome.number)
+        lineage = context.ledger.rollbacks.get(outcome.number)
         before: tuple[j.Entry, ...] = ()
         detail = outcome.detail
         if view.verb == "rollback":
             if outcome.ok:
                 detail = with_shown(view, detail)
-                office.live.step = outcome.step
+                context.live.step = outcome.step
                 self.on_rollback()
-            elif lineage is not None and lineage == office.ledger.lineage:
-                before = (j.LineageAbandoned(time=office.clock(), lineage=lineage),)
+            elif lineage is not None and lineage == context.ledger.lineage:
+                before = (j.LineageAbandoned(time=context.clock(), lineage=lineage),)
         self._end(
             view,
             "done" if outcome.ok else "failed",
@@ -221,9 +221,9 @@ class Dispatch:
             before=before,
         )
         if outcome.ok and view.verb == "pause":
-            office.change_state("paused", f"by {view.author}" if view.author else "")
+            context.change_state("paused", f"by {view.author}" if view.author else "")
         elif outcome.ok and view.verb == "resume":
-            office.change_state("training")
+            context.change_state("training")
         self._wake.set()
 
     def _settle_by_restart(self) -> None:
@@ -232,8 +232,8 @@ class Dispatch:
         A rollback: its lineage was journaled, and the restart has followed it. An advance: its stage's end was committed.
         A resume: there are ranks again, and they do not hold.
         """
-        office = self._office
-        ledger = office.ledger
+        context = self._context
+        ledger = context.ledger
         start = ledger.checkpoints.get(ledger.start_checkpoint or "")
         for command in ledger.open_commands():
             if command.state != "sent" or ledger.sent_in.get(command.number, 0) >= ledger.generation:
@@ -259,19 +259,19 @@ class Dispatch:
 
         A stop is not sent to other ranks either, which would be gathered for it alone.
         """
-        office, ledger = self._office, self._office.ledger
+        context, ledger = self._context, self._context.ledger
         if ledger.generation_live:
             return
         for command in [c for c in ledger.open_commands() if c.state == "sent"]:
             coming = self._generations.gathering and self._waits_for_start(command)
             if command.verb in ("stop", "stop-now"):
                 self._generations.stop()
-            elif office.state in ("failed", "finished", "released") and not coming:
+            elif context.state in ("failed", "finished", "released") and not coming:
                 self._end_unanswered(command)
 
     def _end_unanswered(self, command: CommandView) -> None:
         """By what has come of it all the same."""
-        office, ledger = self._office, self._office.ledger
+        context, ledger = self._context, self._context.ledger
         lineage = self._lineage_of(command) if command.verb == "rollback" else None
         ends = [c for c in ledger.checkpoints.values() if c.ended and c.on_line and c.time >= command.time]
         if lineage is not None and lineage.id == ledger.lineage:
@@ -282,36 +282,36 @@ class Dispatch:
         elif command.verb == "node-drain":
             self._end(command, "done")
         else:
-            self._end(command, "failed", reason=f"the ranks ended without an answer; the run is {office.state}")
+            self._end(command, "failed", reason=f"the ranks ended without an answer; the run is {context.state}")
 
     def _ranks_train(self) -> None:
         self._wake.set()
 
     def _stopping(self) -> None:
         """The ranks have ended for a stop: what else was in line is not done. What comes from now on waits for the agents' end."""
-        for command in self._office.ledger.open_commands():
+        for command in self._context.ledger.open_commands():
             if command.verb not in _STOPPING:
                 self._end(command, "cancelled", reason="the run was stopped")
 
     def _stopped(self) -> None:
         """Agents and ranks have ended: what asked for it is done."""
-        step, detail = self._stopped_at or (self._office.live.step, {})
+        step, detail = self._stopped_at or (self._context.live.step, {})
         self._stopped_at = None
-        for command in self._office.ledger.open_commands():
+        for command in self._context.ledger.open_commands():
             if command.verb in _STOPPING:
                 self._end(command, "done", step=step, detail=detail)
         self._wake.set()
 
     def _start_failed(self, reason: str) -> None:
         """No ranks will come: a resume that waits for them has failed."""
-        for command in self._office.ledger.open_commands():
+        for command in self._context.ledger.open_commands():
             if self._waits_for_start(command):
                 self._end(command, "failed", reason=reason)
         self._wake.set()
 
     def _waits_for_start(self, command: CommandView) -> bool:
         """Whether it is a resume that is done when the next ranks are there."""
-        ledger = self._office.ledger
+        ledger = self._context.ledger
         old = not ledger.generation_live or ledger.sent_in.get(command.number, 0) < ledger.generation
         return command.verb == "resume" and command.state == "sent" and old
 
@@ -325,7 +325,7 @@ class Dispatch:
             "released": ("release",),
             "regrouped": _REGROUPING,
         }.get(cause, ())
-        for command in self._office.ledger.open_commands():
+        for command in self._context.ledger.open_commands():
             if command.verb in verbs:
                 self._end(command, "done", step=step, detail={"checkpoint": checkpoint} if checkpoint else {})
             elif cause == "finished":
@@ -353,7 +353,7 @@ class Dispatch:
 
     def _next(self) -> CommandView | None:
         """The first command in line, unless one before it is still in flight."""
-        for command in self._office.ledger.open_commands():
+        for command in self._context.ledger.open_commands():
             if command.state == "queued":
                 return command
             if self._waits_for_start(command):
@@ -364,19 +364,19 @@ class Dispatch:
 
     def _next_beside_a_start(self) -> CommandView | None:
         """The first command that need not wait for the ranks that are being started, as a stop, or a node that is added."""
-        for command in self._office.ledger.open_commands():
-            if command.state == "queued" and TABLE[cast(Verb, command.verb)][self._office.state][0] in (Doing.NOW, Doing.SHAPE):
+        for command in self._context.ledger.open_commands():
+            if command.state == "queued" and TABLE[cast(Verb, command.verb)][self._context.state][0] in (Doing.NOW, Doing.SHAPE):
                 return command
         return None
 
     async def _carry_out(self, command: CommandView) -> bool:
         """Does what the table says; False where it has to wait."""
-        office = self._office
+        context = self._context
         verb = cast(Verb, command.verb)
-        doing, why = TABLE[verb][office.state]
+        doing, why = TABLE[verb][context.state]
         if doing is not Doing.QUEUE and verb in _NODE_MARKS and self._mark_node(command):
             return True
-        if doing is Doing.QUEUE and verb == "stop" and not office.ledger.generation_live:
+        if doing is Doing.QUEUE and verb == "stop" and not context.ledger.generation_live:
             self._generations.stop()  # nodes may never come: there is nothing to wait for
             return False
         if doing is Doing.QUEUE:
@@ -385,11 +385,11 @@ class Dispatch:
             self._end(command, "refused", reason=why)
             return True
         if doing is Doing.SHAPE:
-            if verb == "set" and office.ledger.generation_live:
+            if verb == "set" and context.ledger.generation_live:
                 return False  # what these ranks start from is decided already; they get the order when they train
             return await self._shape(command)
-        reachable = self._rank is not None and office.state in ("training", "paused")
-        if (verb == "stop" and office.state not in ("training", "paused")) or (verb == "stop-now" and not reachable):
+        reachable = self._rank is not None and context.state in ("training", "paused")
+        if (verb == "stop" and context.state not in ("training", "paused")) or (verb == "stop-now" and not reachable):
             self._generations.stop()
             return False  # it ends with the ranks
         if self._rank is None:
@@ -413,7 +413,7 @@ class Dispatch:
             # What a bad node has a share in is not saved: back to the newest checkpoint, without it.
             self._end(command, "done", detail={"ranks": "restarted without it"})
             self._generations.restart()
-        elif verb == "node-drain" and self._generations.uses(node) and self._office.state in ("training", "paused"):
+        elif verb == "node-drain" and self._generations.uses(node) and self._context.state in ("training", "paused"):
             return False
         else:
             self._end(command, "done")
@@ -421,15 +421,15 @@ class Dispatch:
 
     def _check(self, command: CommandView) -> str:
         """What only the run's present can tell about the arguments."""
-        office = self._office
+        context = self._context
         stage = self._stage()
         if command.verb == "set":
             try:
-                check_setting(office.recipe, stage, str(command.arguments["key"]), float(command.arguments["value"]))
+                check_setting(context.recipe, stage, str(command.arguments["key"]), float(command.arguments["value"]))
             except ValueError as error:
                 return str(error)
         if command.verb == "advance" and command.arguments.get("to"):
-            names = [s.name for s in office.recipe.stage]
+            names = [s.name for s in context.recipe.stage]
             later = names[names.index(stage.name) + 1 :]
             if command.arguments["to"] not in later:
                 return f"advance: there is no later stage {command.arguments['to']!r} (later ones: {', '.join(later) or 'none'})"
@@ -437,14 +437,14 @@ class Dispatch:
 
     def _stage(self) -> Stage:
         """The stage that runs, or that the next start will run."""
-        office = self._office
-        phase = office.live.phase
-        restart = office.ledger.restart_point()
-        name = phase.stage if phase is not None else restart.stage if restart is not None else office.recipe.stage[0].name
-        index = office.recipe.stage_index(name)
+        context = self._context
+        phase = context.live.phase
+        restart = context.ledger.restart_point()
+        name = phase.stage if phase is not None else restart.stage if restart is not None else context.recipe.stage[0].name
+        index = context.recipe.stage_index(name)
         if phase is None and restart is not None and restart.ended:
-            index = min(index + 1, len(office.recipe.stage) - 1)
-        return office.recipe.stage[index]
+            index = min(index + 1, len(context.recipe.stage) - 1)
+        return context.recipe.stage[index]
 
     async def _target(self, command: CommandView) -> CheckpointView | None:
         """The checkpoint of a rollback, verified; None, and the command refused, where it cannot be used."""
@@ -454,19 +454,19 @@ class Dispatch:
             return None
         problem = await self._commits.verify(found)
         if problem:
-            self._office.note("alarm", f"rollback to {found.id} is refused: {problem}", self._office.live.step)
+            self._context.note("alarm", f"rollback to {found.id} is refused: {problem}", self._context.live.step)
             self._end(command, "refused", reason=problem)
             return None
-        if found.id not in self._office.ledger.checkpoints:
+        if found.id not in self._context.ledger.checkpoints:
             self._end(command, "refused", reason=f"{found.id} was deleted meanwhile")
             return None
         return found
 
     def _open_lineage(self, command: CommandView, target: CheckpointView, *before: j.Entry) -> Lineage:
         """Journals the lineage that a rollback begins, and `before` in the same breath. Raises JournalError."""
-        office = self._office
+        context = self._context
         lineage = Lineage(
-            id=office.ledger.newest_lineage + 1,
+            id=context.ledger.newest_lineage + 1,
             parent=target.lineage,
             fork=target.id,
             fork_step=target.step,
@@ -474,12 +474,12 @@ class Dispatch:
             skip=int(command.arguments.get("skip") or 0),
             lr_scale=float(command.arguments.get("lr_scale") or 1.0),
             author=command.author,
-            time=office.clock(),
+            time=context.clock(),
         )
-        undone = max(0, office.live.step - target.step)
-        office.promise(
+        undone = max(0, context.live.step - target.step)
+        context.promise(
             *before,
-            j.LineageOpened(time=office.clock(), author=command.author, lineage=lineage, number=command.number, undone=undone),
+            j.LineageOpened(time=context.clock(), author=command.author, lineage=lineage, number=command.number, undone=undone),
         )
         return lineage
 
@@ -487,26 +487,26 @@ class Dispatch:
         target = await self._target(command)
         if target is None or not self._waits(command):
             return True
-        doing, _ = TABLE["rollback"][self._office.state]
+        doing, _ = TABLE["rollback"][self._context.state]
         if doing is not Doing.NOW or self._rank is None:
             self._wake.set()  # the state has changed while every byte was read: the line is looked at again
             return False
-        sent = j.CommandSent(time=self._office.clock(), number=command.number, generation=self._office.ledger.generation)
+        sent = j.CommandSent(time=self._context.clock(), number=command.number, generation=self._context.ledger.generation)
         self._open_lineage(command, target, sent)
         self._rank(self._order(command))
         return True
 
     def _waits(self, command: CommandView) -> bool:
         """Whether it is still in line: it may have been taken back, or ended with the run, while something was awaited."""
-        return self._office.ledger.commands[command.number].state == "queued"
+        return self._context.ledger.commands[command.number].state == "queued"
 
     async def _shape(self, command: CommandView) -> bool:
         """Carries a command out without ranks: it decides what the next generation starts from. False: not in this state."""
-        office = self._office
-        restart = office.ledger.restart_point()
+        context = self._context
+        restart = context.ledger.restart_point()
         step = restart.step if restart is not None else 0
         if command.verb == "resume":  # it is done when the ranks are there
-            office.promise(j.CommandSent(time=office.clock(), number=command.number, generation=office.ledger.generation))
+            context.promise(j.CommandSent(time=context.clock(), number=command.number, generation=context.ledger.generation))
             self._generations.restart()
         elif command.verb == "set":
             problem = self._check(command)
@@ -514,28 +514,28 @@ class Dispatch:
             if problem:
                 self._end(command, "refused", reason=problem)
             else:
-                detail = {"key": key, "old": office.ledger.settings.get(key), "new": value, "at": "the next start"}
+                detail = {"key": key, "old": context.ledger.settings.get(key), "new": value, "at": "the next start"}
                 self._end(command, "done", step=step, detail=detail)
         elif command.verb == "rollback":
             target = await self._target(command)
             if target is None or not self._waits(command):
                 return True
-            if TABLE["rollback"][office.state][0] is not Doing.SHAPE:
+            if TABLE["rollback"][context.state][0] is not Doing.SHAPE:
                 self._wake.set()
                 return False
-            undone = max(0, office.live.step - target.step)
+            undone = max(0, context.live.step - target.step)
             lineage = self._open_lineage(command, target)
-            office.live.step = target.step
+            context.live.step = target.step
             detail = {"lineage": lineage.id, "step": target.step, "undone": undone, "at": "the next start"}
             self._end(command, "done", step=target.step, detail=with_shown(command, detail))
             self.on_rollback()
-            if office.state in ("failed", "recovering"):
+            if context.state in ("failed", "recovering"):
                 self._generations.restart()
         return True
 
     def _send(self, command: CommandView) -> None:
-        office = self._office
-        office.promise(j.CommandSent(time=office.clock(), number=command.number, generation=office.ledger.generation))
+        context = self._context
+        context.promise(j.CommandSent(time=context.clock(), number=command.number, generation=context.ledger.generation))
         assert self._rank is not None
         self._rank(self._order(command))
 
@@ -553,7 +553,7 @@ class Dispatch:
         return Order(number=command.number, op=int(OPS.get(cast(Verb, command.verb), Op.NONE)), arguments=arguments)
 
     def _lineage_of(self, command: CommandView) -> Lineage | None:
-        ledger = self._office.ledger
+        ledger = self._context.ledger
         number = ledger.rollbacks.get(command.number)
         return ledger.lineages.get(number) if number is not None else None
 
@@ -568,11 +568,11 @@ class Dispatch:
         report: int = 0,
         before: tuple[j.Entry, ...] = (),
     ) -> None:
-        office = self._office
-        office.record(
+        context = self._context
+        context.record(
             *before,
             j.CommandEnded(
-                time=office.clock(),
+                time=context.clock(),
                 author=view.author,
                 number=view.number,
                 state=cast(Any, state),

@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from launcher.controller.rollout_samples import Samples
-from launcher.metrics.store import Metrics
+from launcher.metrics.store import MetricStore
 from midwatch.directory_identity import DirectoryWatch
 from midwatch.journal import journal as j
 from midwatch.journal.run_state import Ledger
@@ -45,7 +45,7 @@ class Node:
 
 
 @dataclass
-class Live:
+class LiveState:
     """What is known of the moment and rebuilt from reports after a takeover."""
 
     phase: Phase | None = None
@@ -74,7 +74,7 @@ class Live:
     """Ranks that are slower than the others, and have been for some time."""
 
 
-class Office:
+class ControllerContext:
     """Shared by all parts of one controller; lives in one event loop, so nothing in it is locked."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Office:
         paths: RunPaths,
         recipe: Recipe,
         journal: j.Journal,
-        metrics: Metrics,
+        metrics: MetricStore,
         clock: Callable[[], float] = time.time,
         run: str | None = None,
     ) -> None:
@@ -93,7 +93,7 @@ class Office:
         self.ledger = Ledger()
         for term, entry in journal.entries:
             self.ledger.apply(term, entry)
-        self.live = Live()
+        self.live = LiveState()
         self.samples = Samples(paths.samples, journal.term)
         self.changes = 0
         """Counts everything that a screen would show."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from midwatch.journal import journal as j
 from midwatch.recipe import Recipe
 from midwatch.recipe.data_sufficiency import shortages
@@ -42,36 +42,36 @@ def build_of(recipe: Recipe) -> Build:
 class Building:
     """At most one build, ended with the controller."""
 
-    def __init__(self, office: Office) -> None:
-        self._office = office
+    def __init__(self, context: ControllerContext) -> None:
+        self._context = context
         self._process: asyncio.subprocess.Process | None = None
 
     async def ensure(self) -> None:
         """Returns when the data is there, at once if it was built before, and lasts. Raises BuildError and ShortageError."""
         await self._there()
-        if self._office.ledger.generation == 0:  # later on it is the operator's, who may have changed the mixture
+        if self._context.ledger.generation == 0:  # later on it is the operator's, who may have changed the mixture
             await self._lasts()
 
     async def _there(self) -> None:
-        office = self._office
-        build = build_of(office.recipe)
+        context = self._context
+        build = build_of(context.recipe)
         if await asyncio.to_thread(builder.is_built, build):
-            if office.ledger.data_seconds is None:
-                office.record(j.DataBuilt(time=office.clock(), directory=build.out, seconds=0.0))
+            if context.ledger.data_seconds is None:
+                context.record(j.DataBuilt(time=context.clock(), directory=build.out, seconds=0.0))
             return
-        office.live.building_since = office.clock()
+        context.live.building_since = context.clock()
         while not await self._built(build):
-            office.live.building = (0.0, "another run is building the same data; waiting for it")
-            office.touch()
+            context.live.building = (0.0, "another run is building the same data; waiting for it")
+            context.touch()
             await asyncio.sleep(1.0)
-        seconds = office.clock() - office.live.building_since
-        office.record(j.DataBuilt(time=office.clock(), directory=build.out, seconds=seconds))
+        seconds = context.clock() - context.live.building_since
+        context.record(j.DataBuilt(time=context.clock(), directory=build.out, seconds=seconds))
         with contextlib.suppress(ShardError):  # what cannot be read is said where it is used
             for said in await asyncio.to_thread(lambda: list(left_out(Path(build.out)))):
-                office.note("warning", f"data: {said}")
+                context.note("warning", f"data: {said}")
 
     async def _lasts(self) -> None:
-        recipe = self._office.recipe
+        recipe = self._context.recipe
         try:
             found = await asyncio.to_thread(shortages, recipe, Path(build_of(recipe).out))
         except ShardError as error:
@@ -117,17 +117,17 @@ class Building:
 
     def _progress(self, line: bytes) -> None:
         try:
-            said = json_as(line, _Said)
+            said = json_as(line, _ProgressLine)
         except DecodeError:
             return
         text = f"{said.phase}: {said.message or ''}".strip(" :")
         part = _overall(said.phase, said.message or "", said.done / said.total if said.done and said.total else 0.0)
-        before = self._office.live.building[0] if self._office.live.building else 0.0
-        self._office.live.building = (max(part, before), text)  # a build that cleans goes through some phases sooner
-        self._office.touch()
+        before = self._context.live.building[0] if self._context.live.building else 0.0
+        self._context.live.building = (max(part, before), text)  # a build that cleans goes through some phases sooner
+        self._context.touch()
 
 
-class _Said(msgspec.Struct):
+class _ProgressLine(msgspec.Struct):
     """A line of the build's progress."""
 
     phase: str

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.controller.checkpoints import Commits
-from launcher.controller.context import Office
-from launcher.controller.snapshot import View
+from launcher.controller.context import ControllerContext
+from launcher.controller.snapshot import SnapshotBuilder
 from midwatch import protocol as p
-from midwatch.metrics.m4_columns import Segment
+from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.recipe import Recipe
 from midwatch.recipe.live_settings import KEPT_ACROSS_STAGES, stage_settings
 
@@ -23,8 +23,8 @@ MOST_LOG_BYTES = 4 * 1024 * 1024
 class Queries:
     """Read-only; a question that cannot be answered is refused with the reason."""
 
-    def __init__(self, office: Office, commits: Commits, view: View) -> None:
-        self._office, self._commits, self._view = office, commits, view
+    def __init__(self, context: ControllerContext, commits: Commits, view: SnapshotBuilder) -> None:
+        self._context, self._commits, self._view = context, commits, view
 
     async def answer(self, question: p.Message) -> p.Message:
         """Raises ProtocolError for what is no question."""
@@ -52,13 +52,13 @@ class Queries:
     def _chart(self, query: p.ChartQuery) -> p.ChartReply:
         if not 0 < query.width <= 10_000 or query.start < 0 or query.stop <= query.start:
             raise ValueError(f"a chart of steps {query.start} to {query.stop} in {query.width} columns cannot be drawn")
-        path = self._office.ledger.path() if query.lineage is None else [Segment(query.lineage, -1, None)]
-        columns = self._office.metrics.columns(query.metric, path, query.start, query.stop, query.width)
+        path = self._context.ledger.path() if query.lineage is None else [LineageSegment(query.lineage, -1, None)]
+        columns = self._context.metrics.columns(query.metric, path, query.start, query.stop, query.width)
         return p.ChartReply(id=query.id, columns=columns.encode())
 
     def _metrics(self, query: p.MetricsQuery) -> p.MetricsReply:
-        metrics = self._office.metrics
-        path = self._office.ledger.path()
+        metrics = self._context.metrics
+        path = self._context.ledger.path()
         rows = {
             name: tuple(
                 p.MetricRow(lineage=r.lineage, step=r.step, tokens=r.tokens, time=r.time, value=r.value)
@@ -75,7 +75,7 @@ class Queries:
         return p.JournalReply(id=query.id, lines=tuple(found))
 
     def _log(self, query: p.LogQuery) -> p.LogReply:
-        root = self._office.paths.logs
+        root = self._context.paths.logs
         found = (*root.rglob("*.log"), *root.rglob("hang-*.txt"))
         files = tuple(sorted(str(f.relative_to(root)) for f in found if f.is_file()))
         if not query.file:
@@ -88,33 +88,33 @@ class Queries:
     def _samples(self, query: p.SampleQuery) -> p.SampleReply:
         if query.offset < 0 or query.limit < 1:
             raise ValueError(f"{query.limit} samples from the {query.offset}th on are none")
-        ledger = self._office.ledger
-        return self._office.samples.find(query, ledger.path(), tuple(ledger.samples))
+        ledger = self._context.ledger
+        return self._context.samples.find(query, ledger.path(), tuple(ledger.samples))
 
     def _undo(self, query: p.UndoQuery) -> p.UndoReply:
-        office = self._office
+        context = self._context
         found = self._commits.find(query.checkpoint)
         if isinstance(found, str):
             raise ValueError(found)
-        at = office.metrics.row_near("train/loss", office.ledger.path(), found.step)
-        now = office.ledger.settings
-        then = settings_after(office.recipe, found, query.lr_scale)
+        at = context.metrics.row_near("train/loss", context.ledger.path(), found.step)
+        now = context.ledger.settings
+        then = settings_after(context.recipe, found, query.lr_scale)
         changed = [f"{k} {now[k]:g} -> {v:g}" for k, v in then.items() if k in now and now[k] != v]
         return p.UndoReply(
             id=query.id,
             checkpoint=found.id,
             step=found.step,
             stage=found.stage,
-            steps=max(0, office.live.step - found.step),
-            tokens=max(0, office.live.tokens - (at.tokens if at is not None and found.step else 0)),
-            seconds=max(0.0, office.live.step_time - (at.time if at is not None else office.live.step_time)),
+            steps=max(0, context.live.step - found.step),
+            tokens=max(0, context.live.tokens - (at.tokens if at is not None and found.step else 0)),
+            seconds=max(0.0, context.live.step_time - (at.time if at is not None else context.live.step_time)),
             settings=tuple(changed),
         )
 
     def _text(self, query: p.TextQuery) -> p.TextReply:
         if query.what == "samples":
-            return p.TextReply(id=query.id, samples=tuple(self._office.ledger.samples[-200:]))
-        return p.TextReply(id=query.id, text=self._office.paths.recipe.read_text(encoding="utf-8"))
+            return p.TextReply(id=query.id, samples=tuple(self._context.ledger.samples[-200:]))
+        return p.TextReply(id=query.id, text=self._context.paths.recipe.read_text(encoding="utf-8"))
 
 
 def settings_after(recipe: Recipe, checkpoint: p.CheckpointView, lr_scale: float) -> dict[str, float]:

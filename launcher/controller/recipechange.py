@@ -9,7 +9,7 @@ import tomllib
 from typing import Any
 
 from launcher.agent.environment import MASK, SECRET, mask_url
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from midwatch.journal import journal as j
 from midwatch.journal.run_state import differences
 from midwatch.recipe import Recipe
@@ -36,20 +36,20 @@ def run_began(name: str, recipe: Recipe, text: str, now: float, id: str) -> j.Ru
     return j.RunBegan(time=now, name=name, recipe=recipe.digest(), id=id, file=fingerprint(text), stated=stated(text))
 
 
-def note_change(office: Office) -> None:
+def note_change(context: ControllerContext) -> None:
     """Journals and tells that recipe.toml was edited since the journal last had it, if it was."""
-    before = office.ledger.recipe
+    before = context.ledger.recipe
     try:
-        text = office.paths.recipe.read_text(encoding="utf-8-sig")
+        text = context.paths.recipe.read_text(encoding="utf-8-sig")
         file, now = fingerprint(text), stated(text)
     except (OSError, ValueError):
         return  # whoever reads it next says what is wrong
     if before is None or file == before.file:
         return
-    if isinstance(before, j.RunBegan) and not before.file and before.recipe == office.recipe.digest():
+    if isinstance(before, j.RunBegan) and not before.file and before.recipe == context.recipe.digest():
         return  # the journal of an earlier version, and nothing has changed
     changes = differences(before.stated, now)
-    office.record(j.RecipeChanged(time=office.clock(), file=file, stated=now, changes=changes))
+    context.record(j.RecipeChanged(time=context.clock(), file=file, stated=now, changes=changes))
     if changes:
         more = f" and {len(changes) - MOST_TOLD} more" if len(changes) > MOST_TOLD else ""
         told = f"{'; '.join(changes[:MOST_TOLD])}{more}"
@@ -57,7 +57,7 @@ def note_change(office: Office) -> None:
         told = "values that are secret"
     else:
         told = "the journal, which is an earlier version's, does not hold what it said before"
-    office.note("warning", f"recipe.toml was edited since the run last read it: {told}")
+    context.note("warning", f"recipe.toml was edited since the run last read it: {told}")
 
 
 def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from midwatch.checkpoint_format import verify as files
 from midwatch.journal import journal as j
-from midwatch.metrics.m4_columns import Segment
+from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.run_directory import RunPaths, mount_of, read_address
 from shards.decoding import DecodeError, json_as
 
@@ -51,10 +51,10 @@ def floors(paths: RunPaths) -> j.Floors:
     return j.Floors(term=term, generation=generation, lineage=lineage)
 
 
-def report_losses(office: Office) -> None:
+def report_losses(context: ControllerContext) -> None:
     """Alarms about what the journal has lost, each once in the run's life."""
-    for text in (*(f"a journal entry is damaged: {place}" for place in office.journal.damaged), *office.journal.lost):
-        office.note_once(text)
+    for text in (*(f"a journal entry is damaged: {place}" for place in context.journal.damaged), *context.journal.lost):
+        context.note_once(text)
 
 
 class Listing(NamedTuple):
@@ -70,12 +70,12 @@ def listing(root: Path) -> Listing:
     return Listing(files.listed(root), (root / MARK).exists())
 
 
-def look(office: Office, found: Listing) -> str:
+def look(context: ControllerContext, found: Listing) -> str:
     """Compares the checkpoints that the journal knows with the directories that there are.
 
     Returns why all of them are out of sight, with the storage that they are on; empty where they are not.
     """
-    ledger, live, root = office.ledger, office.live, office.paths.checkpoints
+    ledger, live, root = context.ledger, context.live, context.paths.checkpoints
     missing = frozenset(id for id in ledger.checkpoints if found.names is None or id not in found.names)
     away = bool(missing) and len(missing) == len(ledger.checkpoints) and not found.marked
     if ledger.checkpoints and len(missing) < len(ledger.checkpoints) and not found.marked:
@@ -86,38 +86,38 @@ def look(office: Office, found: Listing) -> str:
             f"none of the {len(missing)} checkpoints is in {root} ({mount_of(root)}): is the storage mounted? "
             "They are used again as soon as they are back"
         )
-        office.note("alarm", live.storage_fault, office.live.step)
+        context.note("alarm", live.storage_fault, context.live.step)
     elif not away and live.storage_fault:
         live.storage_fault = ""
-        office.note("info", f"the checkpoints in {root} are back", office.live.step)
+        context.note("info", f"the checkpoints in {root} are back", context.live.step)
     if not away and (gone := missing - ledger.missing):
-        office.note("alarm", f"not in {root} any more: {', '.join(sorted(gone))}; used again when back", office.live.step)
+        context.note("alarm", f"not in {root} any more: {', '.join(sorted(gone))}; used again when back", context.live.step)
     if missing != ledger.missing:
         ledger.missing = missing
-        office.touch()
+        context.touch()
     return live.storage_fault
 
 
-def look_now(office: Office) -> str:
+def look_now(context: ControllerContext) -> str:
     """The same, with the directories that there are at this moment."""
-    return look(office, listing(office.paths.checkpoints))
+    return look(context, listing(context.paths.checkpoints))
 
 
-async def look_for(office: Office) -> str:
+async def look_for(context: ControllerContext) -> str:
     """The same, from a thread: storage that is away may take long to say so."""
-    return look(office, await asyncio.to_thread(listing, office.paths.checkpoints))
+    return look(context, await asyncio.to_thread(listing, context.paths.checkpoints))
 
 
-def keep_goldens(office: Office) -> None:
+def keep_goldens(context: ControllerContext) -> None:
     """A directory with a golden mark is golden, whatever the journal says; one without gets the mark that the journal knows."""
-    ledger, root = office.ledger, office.paths.checkpoints
+    ledger, root = context.ledger, context.paths.checkpoints
     for view in list(ledger.checkpoints.values()):
         if view.id in ledger.missing:
             continue
         marked = files.is_golden(root, view.id)
         if marked and not view.golden:
-            office.note("warning", f"{view.id} is golden by the mark in its directory, not by the journal; it is kept as golden")
-            office.record(j.GoldenMarked(time=office.clock(), id=view.id, golden=True))
+            context.note("warning", f"{view.id} is golden by the mark in its directory, not by the journal; it is kept as golden")
+            context.record(j.GoldenMarked(time=context.clock(), id=view.id, golden=True))
         elif view.golden and not marked:
             try:
                 files.mark_golden(root, view.id, True)
@@ -125,22 +125,22 @@ def keep_goldens(office: Office) -> None:
                 log.warning("%s: the golden mark cannot be written: %s", view.id, error)
 
 
-async def adopt(office: Office) -> None:
+async def adopt(context: ControllerContext) -> None:
     """Takes checkpoints into the journal that lie there whole; deletes what was never finished, where no ranks can be writing."""
-    async with office.adopting:
-        root = office.paths.checkpoints
+    async with context.adopting:
+        root = context.paths.checkpoints
         for name in sorted(await asyncio.to_thread(files.listed, root) or ()):
-            if name not in office.ledger.checkpoints:
-                await _adopt_one(office, name)
-        if not office.ledger.generation_live:
+            if name not in context.ledger.checkpoints:
+                await _adopt_one(context, name)
+        if not context.ledger.generation_live:
             await asyncio.to_thread(files.sweep, root)
-        await look_for(office)
-        keep_goldens(office)
+        await look_for(context)
+        keep_goldens(context)
 
 
-async def _adopt_one(office: Office, name: str) -> None:
+async def _adopt_one(context: ControllerContext, name: str) -> None:
     """A directory that the journal does not know; what its manifest says is looked at before every byte is read."""
-    ledger, root, hidden = office.ledger, office.paths.checkpoints, name.startswith(".")
+    ledger, root, hidden = context.ledger, context.paths.checkpoints, name.startswith(".")
     if hidden and (ledger.generation_live or files.unfinished(root, name)):
         return
     try:
@@ -149,31 +149,31 @@ async def _adopt_one(office: Office, name: str) -> None:
             raise files.CheckpointError(f"it is of generation {manifest.generation}")
         if not hidden and manifest.id != name:
             raise files.CheckpointError(f"its manifest says {manifest.id}")
-        if (name, digest := files.digest_of(root / name)) in office.rejected:
+        if (name, digest := files.digest_of(root / name)) in context.rejected:
             return
         try:
             await asyncio.to_thread(files.verify, root / name)
         except files.CheckpointError:
-            office.rejected.add((name, digest))
+            context.rejected.add((name, digest))
             raise
         if manifest.id not in ledger.checkpoints:
             files.commit(root, name, manifest.id)
-            _record(office, manifest)
+            _record(context, manifest)
     except files.CheckpointError as error:
         if not hidden:  # a checkpoint's directory stays where it is
-            office.note_once(f"{root / name} is not in the journal and cannot be taken into it: {error}")
+            context.note_once(f"{root / name} is not in the journal and cannot be taken into it: {error}")
             return
         log.info("%s is deleted: %s", root / name, error)
         await asyncio.to_thread(files.discard, root, name)
 
 
-def _record(office: Office, manifest: files.Manifest) -> None:
-    root, state = office.paths.checkpoints, manifest.state
+def _record(context: ControllerContext, manifest: files.Manifest) -> None:
+    root, state = context.paths.checkpoints, manifest.state
     digest, size = files.digest_of(root / manifest.id), sum(record.bytes for record in manifest.files.values())
-    known = _own_record(office, manifest.id, digest)
-    loss, finite = _metrics(office, state.lineage, state.step)
+    known = _own_record(context, manifest.id, digest)
+    loss, finite = _metrics(context, state.lineage, state.step)
     entry = known or j.CheckpointCommitted(
-        time=office.clock(),
+        time=context.clock(),
         id=manifest.id,
         digest=digest,
         step=state.step,
@@ -190,26 +190,28 @@ def _record(office: Office, manifest: files.Manifest) -> None:
         doubt="" if finite else UNKNOWN,
         settings=state.settings,
     )
-    now = office.clock()
-    office.record(msgspec.structs.replace(entry, time=now, report=0, adopted=True))
+    now = context.clock()
+    context.record(msgspec.structs.replace(entry, time=now, report=0, adopted=True))
     words = f" ({entry.doubt})" if entry.doubt else ""
-    office.note("warning", f"checkpoint {manifest.id} was not in the journal; it is whole, and is taken into it{words}", state.step)
+    context.note(
+        "warning", f"checkpoint {manifest.id} was not in the journal; it is whole, and is taken into it{words}", state.step
+    )
 
 
-def _own_record(office: Office, id: str, digest: str) -> j.CheckpointCommitted | None:
+def _own_record(context: ControllerContext, id: str, digest: str) -> j.CheckpointCommitted | None:
     """What the journal has said of it, by the copy in its directory."""
     try:
-        entry = json_as((office.paths.checkpoints / id / files.RECORD).read_bytes(), j.CheckpointCommitted)
+        entry = json_as((context.paths.checkpoints / id / files.RECORD).read_bytes(), j.CheckpointCommitted)
     except (OSError, DecodeError):
         return None
     return entry if entry.id == id and entry.digest == digest else None
 
 
-def _metrics(office: Office, lineage: int, step: int) -> tuple[float | None, bool]:
+def _metrics(context: ControllerContext, lineage: int, step: int) -> tuple[float | None, bool]:
     """The loss of a step, and whether it and the gradient are known and finite."""
-    segments = [Segment(lineage, -1, step)]
-    loss = office.metrics.latest("train/loss", segments)
-    norm = office.metrics.latest("train/grad_norm", segments)
+    segments = [LineageSegment(lineage, -1, step)]
+    loss = context.metrics.latest("train/loss", segments)
+    norm = context.metrics.latest("train/grad_norm", segments)
     there = loss is not None and norm is not None and loss.step == norm.step == step
     finite = there and math.isfinite(loss.value) and math.isfinite(norm.value)  # type: ignore[union-attr]  # `there` says so
     return (loss.value if finite and loss is not None else None), finite

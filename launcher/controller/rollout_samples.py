@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from midwatch.metrics.m4_columns import Segment
+from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.protocol import Sampled, SampleQuery, SampleReply, SampleView
 from midwatch.run_directory import PRIVATE_FILE, write_atomically
 from shards.decoding import UNDECODABLE, Int64
@@ -233,7 +233,7 @@ class Samples:
 
     # Queries
 
-    def find(self, query: SampleQuery, path: Sequence[Segment], others: Sequence[Sampled] = ()) -> SampleReply:
+    def find(self, query: SampleQuery, path: Sequence[LineageSegment], others: Sequence[Sampled] = ()) -> SampleReply:
         """What matches, in the order asked for; `others` are samples that lie elsewhere, oldest first.
 
         `path` is the line in force. Raises re.error for a pattern that is none.
@@ -306,7 +306,7 @@ def _name(kept: Kept) -> str:
     return f"{kept.source}/{kept.number}"
 
 
-def _view(kept: Kept, prompt: str, text: str, cut: int, path: Sequence[Segment]) -> SampleView:
+def _view(kept: Kept, prompt: str, text: str, cut: int, path: Sequence[LineageSegment]) -> SampleView:
     return SampleView(
         name=_name(kept),
         stage=kept.stage,

@@ -14,7 +14,7 @@ import os
 
 from launcher.backends.slurm.jobs import BATCH_VARIABLE, RESUME_VARIABLE
 from launcher.controller.command_queue import Dispatch
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from launcher.controller.supervision.generations import Generations
 from midwatch.journal import journal as j
 from midwatch.protocol import Command, CommandView, Verb
@@ -31,50 +31,50 @@ WATCHED_SECONDS = 300.0
 """That a run which is over keeps its job for those who watch: its nodes cost."""
 
 
-class Batch:
+class BatchJob:
     """What one controller in a batch job does for Slurm."""
 
-    def __init__(self, office: Office, dispatch: Dispatch, generations: Generations, name: str) -> None:
+    def __init__(self, context: ControllerContext, dispatch: Dispatch, generations: Generations, name: str) -> None:
         """`name` tells one start of one job from all others: `JOB.RESTARTS`."""
-        self._office, self._dispatch, self._generations = office, dispatch, generations
+        self._context, self._dispatch, self._generations = context, dispatch, generations
         self._prefix = f"slurm/{name}/"
         self._over = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
 
     @classmethod
-    def of(cls, office: Office, dispatch: Dispatch, generations: Generations) -> Batch | None:
+    def of(cls, context: ControllerContext, dispatch: Dispatch, generations: Generations) -> BatchJob | None:
         """None where this controller is in no batch job of its own."""
         name = os.environ.get(BATCH_VARIABLE)
-        return cls(office, dispatch, generations, name) if name else None
+        return cls(context, dispatch, generations, name) if name else None
 
     def begin(self) -> None:
         """Ends what Slurm has asked for in an earlier job, and goes on where that was the last word."""
-        office = self._office
-        for command in office.ledger.open_commands():
+        context = self._context
+        for command in context.ledger.open_commands():
             if command.author == AUTHOR and not command.id.startswith(self._prefix):
-                ended = j.CommandEnded(time=office.clock(), author=AUTHOR, number=command.number, state="failed", reason=LATE)
-                office.record(ended)
+                ended = j.CommandEnded(time=context.clock(), author=AUTHOR, number=command.number, state="failed", reason=LATE)
+                context.record(ended)
         last = self._last()
         asker = os.environ.get(RESUME_VARIABLE, "")
         interrupted = last is not None and last.author == AUTHOR and last.verb != "resume"
-        if office.state == "released" and last is not None and interrupted and not last.id.startswith(self._prefix):
-            office.note("info", f"Slurm has started the job again ({self._prefix.split('/')[1]}); the run goes on")
+        if context.state == "released" and last is not None and interrupted and not last.id.startswith(self._prefix):
+            context.note("info", f"Slurm has started the job again ({self._prefix.split('/')[1]}); the run goes on")
             self._give("resume", AUTHOR)
             if last.id.endswith(HELD):
                 self._give("pause", AUTHOR)
-        elif asker and office.state in ("released", "failed"):
+        elif asker and context.state in ("released", "failed"):
             self._give("resume", asker)
 
     def _last(self) -> CommandView | None:
         """The last command that has ended or resumed the run."""
         verbs = ("stop", "stop-now", "release", "resume")
-        done = [c for c in self._office.ledger.commands.values() if c.verb in verbs and c.state == "done"]
+        done = [c for c in self._context.ledger.commands.values() if c.verb in verbs and c.state == "done"]
         return max(done, key=lambda c: c.number, default=None)
 
     # Signals
 
     def limit_is_near(self) -> None:
-        seconds = self._office.recipe.cluster.sbatch.signal_seconds * MARGIN
+        seconds = self._context.recipe.cluster.sbatch.signal_seconds * MARGIN
         self._end_once("release", seconds, "the job's time limit is near: a checkpoint, and it is queued again")
 
     def job_ends(self) -> None:
@@ -85,18 +85,18 @@ class Batch:
             self._ending = asyncio.create_task(self._end(verb, seconds, told), name="slurm-signal")
 
     async def _end(self, verb: Verb, seconds: float, told: str) -> None:
-        office = self._office
+        context = self._context
         try:
-            office.note("warning", told, office.live.step)
-            if office.state in ("training", "paused"):
-                self._give(verb, AUTHOR, HELD if office.state == "paused" else "")
-            elif office.state in ("starting", "recovering"):
+            context.note("warning", told, context.live.step)
+            if context.state in ("training", "paused"):
+                self._give(verb, AUTHOR, HELD if context.state == "paused" else "")
+            elif context.state in ("starting", "recovering"):
                 self._give("stop-now", AUTHOR)  # there is nothing new to keep
             async with asyncio.timeout(None if seconds == float("inf") else seconds):
-                while office.state in ("training", "paused", "starting", "recovering") or office.ledger.generation_live:
+                while context.state in ("training", "paused", "starting", "recovering") or context.ledger.generation_live:
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            office.note("alarm", "there was no time for a checkpoint; the newest one stands")
+            context.note("alarm", "there was no time for a checkpoint; the newest one stands")
         except j.JournalError as error:
             log.error("%s", error)
         finally:
@@ -111,7 +111,7 @@ class Batch:
         """Returns when Slurm wants the job to end, or when the run has been over for so long that its nodes are given back."""
         rested = 0.0
         while rested < WATCHED_SECONDS and not self._over.is_set():
-            resting = self._office.state in ("finished", "failed", "released") and not self._office.ledger.generation_live
+            resting = self._context.state in ("finished", "failed", "released") and not self._context.ledger.generation_live
             rested = rested + 0.5 if resting else 0.0
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), 0.5)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.controller.context import Node, Office
+from launcher.controller.context import ControllerContext, Node
 from midwatch.commands import describe
 from midwatch.journal import journal as j
-from midwatch.metrics.m4_columns import Segment
+from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.protocol import CheckpointView, JournalLine, NodeView, Snapshot, StageView
 from midwatch.recipe import Stage, stage_inputs
 from midwatch.words import plural
@@ -23,11 +23,11 @@ ALARMS = 50
 """Standing alarms that screens are sent, the newest."""
 
 
-class View:
+class SnapshotBuilder:
     """Keeps what is costly to work out between two snapshots."""
 
-    def __init__(self, office: Office) -> None:
-        self._office = office
+    def __init__(self, context: ControllerContext) -> None:
+        self._context = context
         self._lines: list[JournalLine] = []
         self._read = 0
         self._ends: dict[int, int] = {}
@@ -36,34 +36,34 @@ class View:
 
     def journal(self) -> list[JournalLine]:
         """All entries that an operator should see, oldest first."""
-        entries = self._office.journal.entries
+        entries = self._context.journal.entries
         while self._read < len(entries):
             term, entry = entries[self._read]
-            line = line_of(self._office, self._read, term, entry)
+            line = line_of(self._context, self._read, term, entry)
             if line is not None:
                 self._lines.append(line)
             self._read += 1
         return self._lines
 
     def snapshot(self) -> Snapshot:
-        office = self._office
-        ledger, live = office.ledger, office.live
+        context = self._context
+        ledger, live = context.ledger, context.live
         stages = self._stages()
         left = [s.seconds_left for s in stages if s.state in ("running", "waiting")]
-        commands = [office.as_durable(c) for c in ledger.commands.values()]
+        commands = [context.as_durable(c) for c in ledger.commands.values()]
         ended = [c for c in commands if c.state not in ("queued", "sent")][-ENDED_COMMANDS:]
         checkpoints = [
             msgspec.structs.replace(c, missing=c.id in ledger.missing, doubt=ledger.doubt(c)) for c in ledger.checkpoints.values()
         ]
         return Snapshot(
-            run=office.recipe.run.name,
-            directory=str(office.paths.root),
+            run=context.recipe.run.name,
+            directory=str(context.paths.root),
             state=ledger.state,
             reason=ledger.reason,
             phase=live.phase.phase if live.phase is not None else "",
-            time=office.clock(),
+            time=context.clock(),
             started=ledger.started,
-            term=office.term,
+            term=context.term,
             generation=ledger.generation,
             lineage=ledger.lineage,
             world=ledger.world if ledger.generation_live else 0,
@@ -85,9 +85,9 @@ class View:
             dropped=live.dropped,
             refused_peers=live.refused_peers,
             stragglers=live.stragglers,
-            samples=office.samples.taken + len(ledger.samples),
+            samples=context.samples.taken + len(ledger.samples),
             phase_since=live.phase_since,
-            faults=tuple(fault for fault in (office.journal_fault, live.storage_fault) if fault),
+            faults=tuple(fault for fault in (context.journal_fault, live.storage_fault) if fault),
             undone=undone.id if isinstance(undone := ledger.find("undone"), CheckpointView) else "",
             left_at=self._left_at(),
             heard=live.heard,
@@ -97,26 +97,26 @@ class View:
 
     def _left_at(self) -> dict[int, int]:
         """Kept for each lineage that has been left: it takes no further step."""
-        ledger, metrics = self._office.ledger, self._office.metrics
+        ledger, metrics = self._context.ledger, self._context.metrics
         found: dict[int, int] = {}
         for line in ledger.lineages:
             if line == ledger.lineage:
                 self._ends.pop(line, None)
                 continue
             if line not in self._ends:
-                newest = metrics.latest("train/loss", [Segment(line, -1, None)])
+                newest = metrics.latest("train/loss", [LineageSegment(line, -1, None)])
                 self._ends[line] = newest.step if newest is not None else ledger.lineages[line].fork_step
             found[line] = self._ends[line]
         return found
 
     def _nodes(self) -> tuple[NodeView, ...]:
-        ledger = self._office.ledger
+        ledger = self._context.ledger
         order = {name: i for i, name in enumerate(ledger.generation_nodes)} if ledger.generation_live else {}
-        return tuple(self._node(node, order.get(node.name)) for node in self._office.live.nodes.values())
+        return tuple(self._node(node, order.get(node.name)) for node in self._context.live.nodes.values())
 
     def _node(self, node: Node, place: int | None) -> NodeView:
         """`place`: among the nodes of the living generation."""
-        ledger, cluster = self._office.ledger, self._office.recipe.cluster
+        ledger, cluster = self._context.ledger, self._context.recipe.cluster
         record, used = ledger.node(node.name), place is not None
         state: str = "up" if node.reachable and (used or cluster.backend == "local") else "spare" if node.reachable else "gone"
         if record.mark != "in use":
@@ -137,12 +137,12 @@ class View:
         return sum(s.step if s.state in ("done", "cut short") else s.steps for s in stages if s.objective != "data")
 
     def _stages(self) -> list[StageView]:
-        office = self._office
-        current = office.live.phase.stage if office.live.phase is not None else ""
+        context = self._context
+        current = context.live.phase.stage if context.live.phase is not None else ""
         views = [self._data_stage()]
-        source, stages = office.recipe.model.source, office.recipe.stage
+        source, stages = context.recipe.model.source, context.recipe.stage
         products: dict[str, str] = {}
-        pace = statistics.median(office.live.step_seconds) if office.live.step_seconds else None
+        pace = statistics.median(context.live.step_seconds) if context.live.step_seconds else None
         for index, stage in enumerate(stages):
             base = stage_inputs.base(stages, index, products)
             view = self._stage(stage, current, source if base is None else products.get(stages[base].name, source), pace)
@@ -152,15 +152,15 @@ class View:
         return views
 
     def _data_stage(self) -> StageView:
-        office = self._office
-        seconds = office.ledger.data_seconds
+        context = self._context
+        seconds = context.ledger.data_seconds
         if seconds is not None:
             note = "built" if seconds else "was there already"
             return StageView(name="data", objective="data", state="done", step=100, steps=100, seconds=seconds, note=note)
-        part, note = office.live.building
-        began = office.live.building_since
-        spent = office.clock() - began if began else 0.0
-        state = "failed" if office.state == "failed" else "running"
+        part, note = context.live.building
+        began = context.live.building_since
+        spent = context.clock() - began if began else 0.0
+        state = "failed" if context.state == "failed" else "running"
         left = spent / part - spent if part > 0.02 else None
         return StageView(
             name="data",
@@ -174,29 +174,29 @@ class View:
         )
 
     def _stage(self, stage: Stage, current: str, origin: str | None, pace: float | None) -> StageView:
-        office = self._office
-        record = office.ledger.stage_record(stage.name)
+        context = self._context
+        record = context.ledger.stage_record(stage.name)
         running = stage.name == current
         step, seconds, left = 0, 0.0, None
         state = "waiting"
-        phase = office.live.phase
+        phase = context.live.phase
         if (
             running
             and phase is not None
             and not (record is not None and record.ended is not None and record.stage_steps >= stage.steps)
         ):
             state = "running"
-            first = record.first_step if record is not None else office.live.step - phase.stage_step
-            step = max(0, min(stage.steps, office.live.step - first))
-            seconds = office.clock() - record.began if record is not None else 0.0
+            first = record.first_step if record is not None else context.live.step - phase.stage_step
+            step = max(0, min(stage.steps, context.live.step - first))
+            seconds = context.clock() - record.began if record is not None else 0.0
             left = pace * (stage.steps - step) if pace is not None else None
         elif record is not None and record.ended is not None:
             state = "done" if record.stage_steps >= stage.steps else "cut short"
             step, seconds = record.stage_steps, record.ended - record.began
         elif record is not None and record.began:
             state = "running"
-            step = max(0, min(stage.steps, office.live.step - record.first_step))
-            seconds = office.clock() - record.began
+            step = max(0, min(stage.steps, context.live.step - record.first_step))
+            seconds = context.clock() - record.began
         return StageView(
             name=stage.name,
             objective=stage.objective,
@@ -219,33 +219,33 @@ class View:
 
     def _mixture(self, stage: Stage) -> dict[str, float]:
         """Its weights, or, where they are by tokens, the shares that come of them, once the data is there."""
-        office = self._office
-        if stage.mixture_by == "weight" or office.ledger.data_seconds is None or office.recipe.data.dir is None:
+        context = self._context
+        if stage.mixture_by == "weight" or context.ledger.data_seconds is None or context.recipe.data.dir is None:
             return stage.mixture
         if stage.name not in self._mixtures:
             try:
-                self._mixtures[stage.name] = shares(Path(office.recipe.data.dir), stage.mixture, stage.mixing)
+                self._mixtures[stage.name] = shares(Path(context.recipe.data.dir), stage.mixture, stage.mixing)
             except ShardError:  # of what a stage is still to make nothing is known
                 return stage.mixture
         return self._mixtures[stage.name]
 
     def _stage_losses(self, stage: Stage, state: str) -> dict[str, tuple[float, float]]:
         """First and newest held-out loss of each source within the stage, on the line in force."""
-        office = self._office
-        record = office.ledger.stage_record(stage.name)
+        context = self._context
+        record = context.ledger.stage_record(stage.name)
         if record is None:
             return {}
-        key = (stage.name, office.ledger.lineage)
+        key = (stage.name, context.ledger.lineage)
         if key in self._losses and state in ("done", "cut short"):
             return self._losses[key]
         losses = {}
-        path = office.ledger.path()
-        stop = (record.last_step if record.last_step is not None and state != "running" else office.live.step) + 1
-        for source in [part for name in stage.sources for part in parts(Path(office.recipe.data.dir or "."), name)]:
+        path = context.ledger.path()
+        stop = (record.last_step if record.last_step is not None and state != "running" else context.live.step) + 1
+        for source in [part for name in stage.sources for part in parts(Path(context.recipe.data.dir or "."), name)]:
             # The row at a later stage's border is the end of the stage before it; what this one found there has its own name.
             first = record.first_step
-            rows = office.metrics.rows(f"eval/{source}/loss", path, first + (first > 0), stop, 10_000)
-            before = office.metrics.rows(f"eval/{source}/loss_before", path, first, first + 1, 1)
+            rows = context.metrics.rows(f"eval/{source}/loss", path, first + (first > 0), stop, 10_000)
+            before = context.metrics.rows(f"eval/{source}/loss_before", path, first, first + 1, 1)
             found = [float(row["value"]) for row in (*before, *rows)]
             if found:
                 losses[source] = (found[0], found[-1])
@@ -254,16 +254,16 @@ class View:
         return losses
 
 
-def line_of(office: Office, index: int, term: int, entry: j.Entry) -> JournalLine | None:
+def line_of(context: ControllerContext, index: int, term: int, entry: j.Entry) -> JournalLine | None:
     """The entry in an operator's words; None for what only the machine needs."""
-    told = _tell(office, entry)
+    told = _tell(context, entry)
     if told is None:
         return None
     kind, text, level = told
     return JournalLine(index=index, time=entry.time, term=term, kind=kind, author=entry.author, text=text, level=level)  # type: ignore[arg-type]  # a level
 
 
-def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
+def _tell(context: ControllerContext, entry: j.Entry) -> tuple[str, str, str] | None:
     match entry:
         case j.TermBegan():
             return "controller", f"term {entry.term} began on {entry.host}", "info"
@@ -290,7 +290,7 @@ def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
         case j.CommandAccepted():
             return "command", f"#{entry.number} {describe(entry.verb, entry.arguments)}", "info"
         case j.CommandEnded():
-            return _tell_outcome(office, entry)
+            return _tell_outcome(context, entry)
         case j.LineageOpened():
             line = entry.lineage
             since = f"from {line.fork}" if line.fork else "from the beginning"
@@ -333,8 +333,8 @@ def _tell(office: Office, entry: j.Entry) -> tuple[str, str, str] | None:
             return None
 
 
-def _tell_outcome(office: Office, entry: j.CommandEnded) -> tuple[str, str, str]:
-    command = office.ledger.commands.get(entry.number)
+def _tell_outcome(context: ControllerContext, entry: j.CommandEnded) -> tuple[str, str, str]:
+    command = context.ledger.commands.get(entry.number)
     words = describe(command.verb, command.arguments) if command is not None else ""
     at = f" at step {entry.step}" if entry.step is not None else ""
     reason = f": {entry.reason}" if entry.reason else ""

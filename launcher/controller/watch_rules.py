@@ -31,7 +31,7 @@ Fire = Callable[[Watch, int, Firing], None]
 """The rule, the step, and what it has seen there."""
 
 
-class Held:
+class ConditionState:
     """One condition's memory of its metric."""
 
     def __init__(self, condition: Condition) -> None:
@@ -108,13 +108,13 @@ class Held:
         return ratio < (rule.ratio_below or 0.0)
 
 
-class Watcher:
+class RuleState:
     """One rule's memory."""
 
     def __init__(self, rule: Watch) -> None:
         self.rule = rule
-        self._own = Held(rule)
-        self._others = [(other.metric, Held(other)) for other in rule.others]
+        self._own = ConditionState(rule)
+        self._others = [(other.metric, ConditionState(other)) for other in rule.others]
         self._run = 0
         self._quiet_until = -1
 
@@ -148,11 +148,11 @@ class Watcher:
         self._quiet_until = -1
 
 
-class Watching:
+class WatchRules:
     """All rules of a recipe."""
 
     def __init__(self, rules: tuple[Watch, ...], fire: Fire) -> None:
-        self._watchers = [Watcher(rule) for rule in rules]
+        self._watchers = [RuleState(rule) for rule in rules]
         self._fire = fire
 
     def see(self, row: Metrics) -> None:

@@ -30,7 +30,7 @@ HEADER = struct.Struct("<II")
 MAX_BODY = 64 << 20  # a larger length is damage, not data
 
 
-class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
+class MetricRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The metrics of one step. `time` is Unix seconds; `tokens` counts from the run's first step."""
 
     lineage: Int64
@@ -40,28 +40,28 @@ class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
     values: dict[str, float]
 
 
-class Frame(msgspec.Struct, array_like=True, frozen=True, gc=False):
+class MetricFrame(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Rows as one source sent them; (source, number) names the frame for ever."""
 
     source: str
     number: Count
-    rows: list[Row]
+    rows: list[MetricRow]
 
 
-def encode(frame: Frame) -> bytes:
+def encode(frame: MetricFrame) -> bytes:
     """The frame's bytes in a chunk, header included."""
     body = _encoder.encode(frame)
     return HEADER.pack(len(body), xxhash.xxh32_intdigest(body)) + body
 
 
-class Mark(NamedTuple):
+class FrameEnd(NamedTuple):
     """The end of a frame in a chunk, with the frame's header to tell whether it is still the same frame."""
 
     end: int
     header: bytes
 
 
-def read_frames(path: Path, offset: int = 0) -> Iterator[tuple[Frame, Mark]]:
+def read_frames(path: Path, offset: int = 0) -> Iterator[tuple[MetricFrame, FrameEnd]]:
     """Frames from `offset` on, each with its mark; ends quietly at a torn tail."""
     with path.open("rb") as file:
         file.seek(offset)
@@ -78,11 +78,11 @@ def read_frames(path: Path, offset: int = 0) -> Iterator[tuple[Frame, Mark]]:
             except UNDECODABLE as error:
                 # Whole, and yet no frame of ours: another version's, or somebody else's. What follows it may be read.
                 log.warning("%s: the frame before byte %d is passed over: %s", path, offset, brief(error))
-                frame = Frame("", 0, [])
-            yield frame, Mark(offset, header)
+                frame = MetricFrame("", 0, [])
+            yield frame, FrameEnd(offset, header)
 
 
-def holds(path: Path, mark: Mark) -> bool:
+def holds(path: Path, mark: FrameEnd) -> bool:
     """Whether the marked frame is still where it was."""
     length, check = HEADER.unpack(mark.header)
     start = mark.end - length - HEADER.size
@@ -95,7 +95,7 @@ def holds(path: Path, mark: Mark) -> bool:
     return header == mark.header and len(body) == length and xxhash.xxh32_intdigest(body) == check
 
 
-class ChunkWriter:
+class MetricChunkWriter:
     """Appends frames to one term's chunk. A frame may be acknowledged once `sync` has returned after it."""
 
     def __init__(self, folder: Path, term: int) -> None:
@@ -111,14 +111,14 @@ class ChunkWriter:
         finally:
             os.close(folder_descriptor)
 
-    def append(self, frame: Frame) -> Mark:
+    def append(self, frame: MetricFrame) -> FrameEnd:
         """Writes without syncing. Raises ValueError for a frame over the limit."""
         data = encode(frame)
         if len(data) - HEADER.size > MAX_BODY:
             raise ValueError(f"{self.path.name}: frame {frame.source}/{frame.number} is over {MAX_BODY >> 20} MiB")
         self._file.write(data)
         self.offset += len(data)
-        return Mark(self.offset, data[: HEADER.size])
+        return FrameEnd(self.offset, data[: HEADER.size])
 
     def sync(self) -> None:
         """Returns once everything appended is on the disk."""
@@ -133,4 +133,4 @@ class ChunkWriter:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Frame)
+_decoder = msgspec.msgpack.Decoder(MetricFrame)

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 import zstandard
 
-from launcher.metrics.chunks import Mark
-from launcher.metrics.dedup import Seen
+from launcher.metrics.chunks import FrameEnd
+from launcher.metrics.dedup import NumberRanges
 from midwatch.metrics.m4_columns import FANOUT, pack, unpack
 from midwatch.metrics.m4_nodes import NODE, ROW, Table
 
@@ -101,12 +101,12 @@ class Database:
         fields = "id, series, lineage, first, last, rows, top"
         return [Line(*row) for row in self._select(f"SELECT {fields} FROM line")]
 
-    def chunks(self) -> dict[str, Mark]:
-        return {name: Mark(*mark) for name, *mark in self._select("SELECT name, offset, header FROM chunk")}
+    def chunks(self) -> dict[str, FrameEnd]:
+        return {name: FrameEnd(*mark) for name, *mark in self._select("SELECT name, offset, header FROM chunk")}
 
-    def sources(self) -> dict[str, Seen]:
+    def sources(self) -> dict[str, NumberRanges]:
         found = self._select("SELECT name, ranges FROM source")
-        return {name: Seen(msgspec.msgpack.decode(ranges, type=list[tuple[int, int]])) for name, ranges in found}
+        return {name: NumberRanges(msgspec.msgpack.decode(ranges, type=list[tuple[int, int]])) for name, ranges in found}
 
     def begin(self) -> None:
         self._execute("BEGIN IMMEDIATE")
@@ -122,10 +122,10 @@ class Database:
         values = (line.id, line.series, line.lineage, line.first, line.last, line.rows, line.top)
         self._execute("REPLACE INTO line VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
-    def put_chunk(self, name: str, mark: Mark) -> None:
+    def put_chunk(self, name: str, mark: FrameEnd) -> None:
         self._execute("REPLACE INTO chunk VALUES (?, ?, ?)", (name, *mark))
 
-    def put_source(self, name: str, seen: Seen) -> None:
+    def put_source(self, name: str, seen: NumberRanges) -> None:
         self._execute("REPLACE INTO source VALUES (?, ?)", (name, msgspec.msgpack.encode(seen.ranges)))
 
     def put_block(self, line: int, level: int, block: int, records: Table) -> None:

@@ -5,7 +5,7 @@ from bisect import bisect_right
 MAX_RANGES = 4096  # gaps come from dropped telemetry; past this many the oldest are taken for closed
 
 
-class Seen:
+class NumberRanges:
     """A set of numbers of one source, kept as sorted, disjoint, inclusive ranges."""
 
     def __init__(self, ranges: list[tuple[int, int]] | None = None) -> None:

@@ -20,11 +20,11 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import numpy as np
 
-from launcher.metrics.chunks import ChunkWriter, Frame, Mark, holds, read_frames
+from launcher.metrics.chunks import FrameEnd, MetricChunkWriter, MetricFrame, holds, read_frames
 from launcher.metrics.database import Damaged, Database, Line
-from launcher.metrics.dedup import Seen
+from launcher.metrics.dedup import NumberRanges
 from launcher.metrics.pyramid import Pyramid
-from midwatch.metrics.m4_columns import Columns, Segment, grid, place
+from midwatch.metrics.m4_columns import Columns, LineageSegment, grid, place
 from midwatch.metrics.m4_nodes import NODE, ROW, Table
 
 MEMORY = Path(":memory:")
@@ -55,11 +55,11 @@ class Point(NamedTuple):
     time: float
 
 
-def _repairing(method: Callable[Concatenate["Metrics", P], R]) -> Callable[Concatenate["Metrics", P], R]:
+def _repairing(method: Callable[Concatenate["MetricStore", P], R]) -> Callable[Concatenate["MetricStore", P], R]:
     """Holds the lock; if the index turns out to be damaged, rebuilds it from the chunks and tries once more."""
 
     @functools.wraps(method)
-    def guarded(self: "Metrics", *args: P.args, **kwargs: P.kwargs) -> R:
+    def guarded(self: "MetricStore", *args: P.args, **kwargs: P.kwargs) -> R:
         with self._lock:
             try:
                 return method(self, *args, **kwargs)
@@ -67,20 +67,20 @@ def _repairing(method: Callable[Concatenate["Metrics", P], R]) -> Callable[Conca
                 self._rebuild(damage)
                 return method(self, *args, **kwargs)
 
-    return cast(Callable[Concatenate["Metrics", P], R], guarded)
+    return cast(Callable[Concatenate["MetricStore", P], R], guarded)
 
 
-class Metrics:
+class MetricStore:
     """Use `open`. `path` in the queries is the surviving line: segments in order of their steps."""
 
-    def __init__(self, folder: Path, index: Path, writer: ChunkWriter | None) -> None:
+    def __init__(self, folder: Path, index: Path, writer: MetricChunkWriter | None) -> None:
         self._folder, self._index, self._writer = folder, index, writer
         self._lock = threading.RLock()
         self._rebuilding = False
         self._series: dict[str, dict[int, Pyramid]]
         self._waiting: dict[tuple[str, int], Pyramid]  # with rows in memory
-        self._marks: dict[str, Mark]  # how far each chunk has been taken in
-        self._sources: dict[str, Seen]
+        self._marks: dict[str, FrameEnd]  # how far each chunk has been taken in
+        self._sources: dict[str, NumberRanges]
         try:
             self._database = Database(index)
             self._load()
@@ -91,17 +91,17 @@ class Metrics:
             self._load()
 
     @classmethod
-    def open(cls, folder: Path, index: Path, term: int | None = None) -> "Metrics":
+    def open(cls, folder: Path, index: Path, term: int | None = None) -> "MetricStore":
         """Opens the index at `index` for the chunks in `folder`, and with a `term` a new chunk to write to.
 
         Raises FileExistsError when that term has a chunk already. Without a term it only reads.
         """
-        store = cls(folder, index, None if term is None else ChunkWriter(folder, term))
+        store = cls(folder, index, None if term is None else MetricChunkWriter(folder, term))
         store.catch_up()
         return store
 
     @classmethod
-    def read(cls, folder: Path, index: Path) -> "Metrics":
+    def read(cls, folder: Path, index: Path) -> "MetricStore":
         """Only reads, and writes nowhere: its index is in memory, begun from the one at `index` where that can be read."""
         store = cls(folder, MEMORY, None)
         try:
@@ -115,7 +115,7 @@ class Metrics:
     # Taking in
 
     @_repairing
-    def add(self, frame: Frame) -> bool:
+    def add(self, frame: MetricFrame) -> bool:
         """Takes a frame in; False, and no change, when it was taken before. Raises ValueError for a negative step."""
         if self._writer is None:
             raise ValueError(f"{self._folder}: opened for reading")
@@ -193,7 +193,7 @@ class Metrics:
         return found
 
     @_repairing
-    def columns(self, series: str, path: Sequence[Segment], start: int, stop: int, width: int) -> Columns:
+    def columns(self, series: str, path: Sequence[LineageSegment], start: int, stop: int, width: int) -> Columns:
         """The series over the steps [start, stop) in at most `width` columns, each an exact M4 of its rows on `path`.
 
         See `grid` for where the columns lie. Reads at most some 64 nodes a column, however long the run.
@@ -204,18 +204,18 @@ class Metrics:
         return place(series, lattice, parts[0] if len(parts) == 1 else np.concatenate(parts))
 
     @_repairing
-    def latest(self, series: str, path: Sequence[Segment] | None = None) -> Point | None:
+    def latest(self, series: str, path: Sequence[LineageSegment] | None = None) -> Point | None:
         """The last row on the path; without one, of the newest lineage that has the series."""
         found = self._last(series, 1, path)
         return found[-1] if found else None
 
     @_repairing
-    def last(self, series: str, n: int, path: Sequence[Segment] | None = None) -> list[Point]:
+    def last(self, series: str, n: int, path: Sequence[LineageSegment] | None = None) -> list[Point]:
         """The last `n` rows on the path, in order of steps; without a path, of the newest lineage with the series."""
         return self._last(series, n, path)
 
     @_repairing
-    def row_near(self, series: str, path: Sequence[Segment], step: int) -> Point | None:
+    def row_near(self, series: str, path: Sequence[LineageSegment], step: int) -> Point | None:
         """The row nearest to the step; of two as near, the earlier."""
         before = next(self._backward(series, path, 0, step + 1), None)
         after = next(self._forward(series, path, step + 1, None), None)
@@ -224,7 +224,7 @@ class Metrics:
         return before if step - before.step <= after.step - step else after
 
     @_repairing
-    def rows(self, series: str, path: Sequence[Segment], start: int, stop: int, limit: int) -> Table:
+    def rows(self, series: str, path: Sequence[LineageSegment], start: int, stop: int, limit: int) -> Table:
         """The rows of the steps [start, stop) on the path, at most the first `limit`: [n] of ROW."""
         parts, room = [np.empty(0, ROW)], limit
         for pyramid, low, high in self._along(series, path, start, stop):
@@ -267,10 +267,10 @@ class Metrics:
         finally:
             self._rebuilding = False
 
-    def _take(self, frame: Frame, chunk: str, mark: Mark) -> None:
+    def _take(self, frame: MetricFrame, chunk: str, mark: FrameEnd) -> None:
         self._marks[chunk] = mark
         self._dirty_chunks.add(chunk)
-        if not self._sources.setdefault(frame.source, Seen()).add(frame.number):
+        if not self._sources.setdefault(frame.source, NumberRanges()).add(frame.number):
             return
         self._dirty_sources.add(frame.source)
         waiting = self._waiting
@@ -314,7 +314,9 @@ class Metrics:
             lineages[lineage] = Pyramid(self._database, Line(self._lines, series, lineage))
         return lineages[lineage]
 
-    def _along(self, series: str, path: Sequence[Segment], start: int, stop: int | None) -> Iterator[tuple[Pyramid, int, int]]:
+    def _along(
+        self, series: str, path: Sequence[LineageSegment], start: int, stop: int | None
+    ) -> Iterator[tuple[Pyramid, int, int]]:
         """The pyramids that the path crosses in the steps [start, stop), each with its stretch of them, in order."""
         if any(pyramid.late for pyramid in self._series.get(series, {}).values()):
             self._flush()
@@ -330,22 +332,22 @@ class Metrics:
             if low < high:
                 yield pyramid, low, high
 
-    def _forward(self, series: str, path: Sequence[Segment], start: int, stop: int | None) -> Iterator[Point]:
+    def _forward(self, series: str, path: Sequence[LineageSegment], start: int, stop: int | None) -> Iterator[Point]:
         for pyramid, low, high in self._along(series, path, start, stop):
             for block in pyramid.rows(low, high):
                 for row in block:
                     yield _point(pyramid.line.lineage, row)
 
-    def _backward(self, series: str, path: Sequence[Segment], start: int, stop: int | None) -> Iterator[Point]:
+    def _backward(self, series: str, path: Sequence[LineageSegment], start: int, stop: int | None) -> Iterator[Point]:
         for pyramid, low, high in reversed(list(self._along(series, path, start, stop))):
             for block in pyramid.rows(low, high, descending=True):
                 for row in block[::-1]:
                     yield _point(pyramid.line.lineage, row)
 
-    def _last(self, series: str, n: int, path: Sequence[Segment] | None) -> list[Point]:
+    def _last(self, series: str, n: int, path: Sequence[LineageSegment] | None) -> list[Point]:
         if path is None:
             newest = max(self._series.get(series, {}), default=None)
-            path = [] if newest is None else [Segment(newest, -1, None)]
+            path = [] if newest is None else [LineageSegment(newest, -1, None)]
         newest_first = self._backward(series, path, 0, None)
         return [point for _, point in zip(range(n), newest_first, strict=False)][::-1]
 
@@ -379,4 +381,4 @@ def _remove(index: Path) -> None:
         Path(f"{index}{suffix}").unlink(missing_ok=True)
 
 
-_NONE = Seen()
+_NONE = NumberRanges()

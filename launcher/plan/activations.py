@@ -24,7 +24,7 @@ RING_TILE = 512
 """Queries, and keys, whose scores are there at a time where keys go round in a ring."""
 
 
-class Piece(msgspec.Struct, frozen=True):
+class MicrobatchShape(msgspec.Struct, frozen=True):
     """A micro-batch's tokens on one rank."""
 
     rows: int
@@ -44,7 +44,7 @@ class Piece(msgspec.Struct, frozen=True):
         return self.between * self.tensor
 
 
-class Block(msgspec.Struct, frozen=True):
+class BlockActivations(msgspec.Struct, frozen=True):
     """Bytes of one block's activations."""
 
     kept_bytes: int
@@ -59,8 +59,8 @@ class Block(msgspec.Struct, frozen=True):
         return self.kept_bytes - self.host_bytes
 
 
-def piece_of(mesh: Mesh, stage: Stage, micro_batch: int) -> Piece:
-    return Piece(rows_of_a_sample(stage) * micro_batch, stage.context, mesh.tensor, mesh.context)
+def piece_of(mesh: Mesh, stage: Stage, micro_batch: int) -> MicrobatchShape:
+    return MicrobatchShape(rows_of_a_sample(stage) * micro_batch, stage.context, mesh.tensor, mesh.context)
 
 
 def attention_kernel(model: Model, stage: Stage, on_cpu: bool) -> Kernel:
@@ -93,7 +93,7 @@ def norm(model: Model) -> int:
     return 2 * compute_bytes(model) * model.width + (8 if model.norm == "layernorm" else 4)
 
 
-def attention(model: Model, piece: Piece, kernel: Kernel) -> int:
+def attention(model: Model, piece: MicrobatchShape, kernel: Kernel) -> int:
     """Queries, keys and values, the mix of values, and the kernel's own.
 
     Rotation makes new queries and keys; the values are a view of what the fused projection gave, which they keep alive. Where
@@ -120,7 +120,9 @@ def mlp(model: Model, tensor: int = 1) -> int:
     return {"swiglu": 4, "gelu": 2, "relu": 1}[model.mlp] * compute_bytes(model) * model.hidden_width // tensor
 
 
-def block(model: Model, piece: Piece, kernel: Kernel, checkpointing: Checkpointing = "none", mlp_tile: int | None = None) -> Block:
+def block(
+    model: Model, piece: MicrobatchShape, kernel: Kernel, checkpointing: Checkpointing = "none", mlp_tile: int | None = None
+) -> BlockActivations:
     """What one block keeps, and what it computes again."""
     each, tiled = compute_bytes(model), mlp_tile is not None
     inputs = each * model.width * (piece.inside - piece.between)  # gathered for the two linear layers behind the norms
@@ -128,17 +130,17 @@ def block(model: Model, piece: Piece, kernel: Kernel, checkpointing: Checkpointi
     inner = mlp(model, piece.tensor) * min(mlp_tile or piece.inside, piece.inside)
     begins = each * model.width * piece.between
     if checkpointing == "none":
-        return Block(outer if tiled else outer + inner, 0, inner if tiled else 0)
+        return BlockActivations(outer if tiled else outer + inner, 0, inner if tiled else 0)
     if checkpointing == "selective":
         products, of_them = _products(model, piece, tiled)
-        return Block(begins + products, 0, max(0, outer + inner - of_them))
+        return BlockActivations(begins + products, 0, max(0, outer + inner - of_them))
     again = outer + inner - (begins if _is_saved(model, piece) else 0)
     if checkpointing == "block":
-        return Block(begins, 0, again)
-    return Block(begins, begins, again + begins)
+        return BlockActivations(begins, 0, again)
+    return BlockActivations(begins, begins, again + begins)
 
 
-def _products(model: Model, piece: Piece, tiled: bool) -> tuple[int, int]:
+def _products(model: Model, piece: MicrobatchShape, tiled: bool) -> tuple[int, int]:
     """Outputs of matrix products and of attention with its log-sum-exp; and those of them that a backward asks for anyway.
 
     Not the MLP's, which a backward asks for only where a norm is behind it. Of what is summed over ranks the sum.
@@ -156,12 +158,12 @@ def _products(model: Model, piece: Piece, tiled: bool) -> tuple[int, int]:
     return every, piece.inside * wanted
 
 
-def _is_saved(model: Model, piece: Piece) -> bool:
+def _is_saved(model: Model, piece: MicrobatchShape) -> bool:
     """Whether a block's input, as it comes, is among the tensors that it saves: what its first norm or its first matrix takes."""
     return model.norm_place == "before" or piece.tensor == 1
 
 
-def ends(model: Model, piece: Piece, *, first: bool, last: bool) -> int:
+def ends(model: Model, piece: MicrobatchShape, *, first: bool, last: bool) -> int:
     """Beside the blocks of a part: what is before and after them, token ids, the positions' angles, what is sent on or was got."""
     each, hidden = compute_bytes(model), compute_bytes(model) * model.width
     angles = 2 * each * model.head if model.position == "rope" else 0
@@ -175,7 +177,7 @@ def ends(model: Model, piece: Piece, *, first: bool, last: bool) -> int:
     return found
 
 
-def got(model: Model, piece: Piece, checkpointing: Checkpointing) -> int:
+def got(model: Model, piece: MicrobatchShape, checkpointing: Checkpointing) -> int:
     """What a part got from the rank before it, where its first block does not keep it anyway."""
     kept = checkpointing != "none" or _is_saved(model, piece)
     return 0 if kept else piece.between * compute_bytes(model) * model.width
@@ -183,11 +185,11 @@ def got(model: Model, piece: Piece, checkpointing: Checkpointing) -> int:
 
 def saved(model: Model, time: int, kernel: Kernel) -> int:
     """All blocks and the ends, a token of rows that long, on one rank that computes nothing again; ALiBi's costs left out."""
-    piece = Piece(1, time)
+    piece = MicrobatchShape(1, time)
     return (model.layers * block(model, piece, kernel).kept_bytes + ends(model, piece, first=True, last=True)) // time
 
 
-def alibi_costs(model: Model, stage: Stage, piece: Piece, kernel: Kernel) -> int:
+def alibi_costs(model: Model, stage: Stage, piece: MicrobatchShape, kernel: Kernel) -> int:
     """One matrix a head for all blocks, and for all rows where documents are not masked; in a ring, of a part of the keys."""
     if model.position != "alibi" or kernel != "masked":
         return 0
@@ -204,7 +206,7 @@ def logits(vocabulary: int) -> int:
     return 4 * vocabulary
 
 
-def working(model: Model, piece: Piece, kernel: Kernel, mlp_tile: int | None = None) -> int:
+def working(model: Model, piece: MicrobatchShape, kernel: Kernel, mlp_tile: int | None = None) -> int:
     """What a block's backward makes beyond what it has freed by then: in the MLP, or in attention where torch has no kernel."""
     each, wide = compute_bytes(model), {"swiglu": 2, "gelu": 1, "relu": 1}[model.mlp] * model.hidden_width // piece.tensor
     in_mlp = each * (wide * min(mlp_tile or piece.inside, piece.inside) + 2 * model.width * piece.inside)
@@ -215,7 +217,7 @@ def working(model: Model, piece: Piece, kernel: Kernel, mlp_tile: int | None = N
     return max(in_mlp, scores if kernel == "scores" else 0)
 
 
-def ring(model: Model, piece: Piece) -> int:
+def ring(model: Model, piece: MicrobatchShape) -> int:
     """Ring attention's backward: two tiles of scores, and in float32 keys, values and their gradients, as they go and as they come,
     the queries' gradient and the one that came."""
     half = -(-piece.inside // (2 * piece.rows))
@@ -224,9 +226,9 @@ def ring(model: Model, piece: Piece) -> int:
     return 4 * (2 * scores + wide * piece.inside)
 
 
-def _queries(model: Model, piece: Piece) -> int:
+def _queries(model: Model, piece: MicrobatchShape) -> int:
     return model.heads * model.head // piece.tensor
 
 
-def _keys(model: Model, piece: Piece) -> int:
+def _keys(model: Model, piece: MicrobatchShape) -> int:
     return model.key_value_heads * model.head // piece.tensor

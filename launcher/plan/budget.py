@@ -18,7 +18,7 @@ FLOPS_A_PARAMETER_AND_TOKEN = 6.0
 SECONDS_A_DAY = 86_400.0
 
 
-class State(msgspec.Struct, frozen=True):
+class TrainingState(msgspec.Struct, frozen=True):
     """Float32 training state of a model, over all ranks together: AdamW keeps two moments."""
 
     weights_bytes: float
@@ -30,7 +30,7 @@ class State(msgspec.Struct, frozen=True):
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
 
 
-class Budget(msgspec.Struct, frozen=True):
+class TrainingBudget(msgspec.Struct, frozen=True):
     """A size, its tokens, and what training takes."""
 
     parameters: float
@@ -48,17 +48,17 @@ class Budget(msgspec.Struct, frozen=True):
     best_parameters: float
     """Chinchilla's for these operations."""
     best_tokens: float
-    state: State
+    state: TrainingState
     state_bytes_per_gpu: float
     """Sharded over all GPUs; activations come on top."""
 
 
-def state(parameters: float) -> State:
+def state(parameters: float) -> TrainingState:
     """Weights and gradients of 4 bytes a parameter, optimizer of 8: 70B have 280 GB of weights and 560 GB of optimizer.
 
     Rajbhandari et al. 2020 (ZeRO), section 3.1, without the half-precision copies, which live only as long as a block computes.
     """
-    return State(4.0 * parameters, 4.0 * parameters, 8.0 * parameters)
+    return TrainingState(4.0 * parameters, 4.0 * parameters, 8.0 * parameters)
 
 
 def best_size(flops: float) -> tuple[float, float]:
@@ -88,7 +88,7 @@ def plan_budget(
     days: float | None = None,
     parameters: float | None = None,
     tokens: float | None = None,
-) -> Budget:
+) -> TrainingBudget:
     """From the days, the size, the tokens, or two of them; what is left out follows. Raises PlanError.
 
     Days alone give Chinchilla's best size and tokens; a size alone its 20 tokens a parameter, tokens alone the size that they
@@ -115,7 +115,7 @@ def plan_budget(
     hours = flops / per_day * 24 * gpus
     best = best_size(flops)
     held = state(parameters)
-    return Budget(
+    return TrainingBudget(
         parameters=parameters,
         tokens=tokens,
         tokens_per_parameter=tokens / parameters,

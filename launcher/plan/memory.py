@@ -13,11 +13,11 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from launcher.plan import activations
-from launcher.plan.activations import Block, Kernel, Piece
+from launcher.plan.activations import BlockActivations, Kernel, MicrobatchShape
 from launcher.plan.auxiliary_memory import beside
 from launcher.plan.flops import block_matrices, block_parameters, compute_bytes
-from launcher.plan.mesh import Batches, Mesh, Share, batches_of, mesh_of, part_of_forward, share_of, waiting_forwards
-from launcher.plan.peak import FLOAT32, Shape, moments
+from launcher.plan.mesh import Batches, Mesh, PipelineShare, batches_of, mesh_of, part_of_forward, share_of, waiting_forwards
+from launcher.plan.peak import FLOAT32, OptimizerShape, moments
 from midwatch.recipe import Model, Parallel, Stage
 from midwatch.recipe.generate import Generate
 
@@ -93,18 +93,18 @@ class Setting(NamedTuple):
         return activations.attention_kernel(self.model, self.stage, self.on_cpu)
 
     @property
-    def piece(self) -> Piece:
+    def piece(self) -> MicrobatchShape:
         return activations.piece_of(self.mesh, self.stage, self.batches.micro_batch)
 
     @property
-    def block(self) -> Block:
+    def block(self) -> BlockActivations:
         """Activations of one micro-batch in one block."""
         kind = self.stage.activation_checkpointing
         there = "block" if kind == "offloaded" and self.on_cpu else kind
         return activations.block(self.model, self.piece, self.kernel, there, self.stage.mlp_tile)
 
 
-class Parameters(NamedTuple):
+class RankParameters(NamedTuple):
     """Of one rank's part of the model, before they are sharded over the data-parallel ranks."""
 
     block: int
@@ -171,7 +171,7 @@ def rank_memory(setting: Setting, rank: int) -> Memory:
     )
 
 
-def kept_blocks(setting: Setting, held: Parameters, layers: int) -> int:
+def kept_blocks(setting: Setting, held: RankParameters, layers: int) -> int:
     """Bytes of blocks that are not dropped after their forward, besides the two that are gathered at any time.
 
     The reference keeps its own as the model does.
@@ -183,7 +183,7 @@ def kept_blocks(setting: Setting, held: Parameters, layers: int) -> int:
     return models * compute_bytes(setting.model) * held.block * blocks // setting.neighbours
 
 
-def rank_parameters(setting: Setting, share: Share) -> Parameters:
+def rank_parameters(setting: Setting, share: PipelineShare) -> RankParameters:
     """Biases behind a block's two outward matrices are the same on each tensor-parallel rank, as its norms are."""
     model = setting.model
     queries, keys = model.heads * model.head, model.key_value_heads * model.head
@@ -198,10 +198,10 @@ def rank_parameters(setting: Setting, share: Share) -> Parameters:
         root += (norm if model.norm_place == "before" else 0) + (0 if share.first and model.tied else table)
     both = 3 if model.tied else 2
     tables = both if share.first and share.last else 1 if share.first or share.last else 0
-    return Parameters(block, root, table if share.last else 0, tables * table)
+    return RankParameters(block, root, table if share.last else 0, tables * table)
 
 
-def part_bytes(setting: Setting, share: Share, part: int) -> int:
+def part_bytes(setting: Setting, share: PipelineShare, part: int) -> int:
     """Activations that one micro-batch keeps in one of a pipeline rank's parts, what is in the host's memory included."""
     model, stage, piece = setting.model, setting.stage, setting.piece
     first, last = share.first and part == 0, share.last and part == setting.mesh.parts - 1
@@ -210,13 +210,13 @@ def part_bytes(setting: Setting, share: Share, part: int) -> int:
     return found + activations.alibi_costs(model, stage, piece, setting.kernel)
 
 
-def _shape(setting: Setting, share: Share, held: Parameters, part: int, waiting: Sequence[int]) -> Shape:
+def _shape(setting: Setting, share: PipelineShare, held: RankParameters, part: int, waiting: Sequence[int]) -> OptimizerShape:
     """While the rank computes the part; waiting: the parts of all forwards that wait, this one's among them."""
     model, stage, piece, block = setting.model, setting.stage, setting.piece, setting.block
     kept = [part_bytes(setting, share, n) - block.host_bytes * share.layers[n] for n in range(setting.mesh.parts)]
     last = share.last and part == setting.mesh.parts - 1
     each, tile = compute_bytes(model), min(piece.between, stage.loss_tile)
-    return Shape(
+    return OptimizerShape(
         shards=0 if setting.to_host == "parameters" else setting.mesh.shard,
         alone=setting.alone,
         layers=share.layers[part],

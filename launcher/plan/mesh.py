@@ -35,7 +35,7 @@ class Mesh(msgspec.Struct, frozen=True):
         return self.data // self.context
 
 
-class Share(msgspec.Struct, frozen=True):
+class PipelineShare(msgspec.Struct, frozen=True):
     """What one pipeline rank has of the model."""
 
     layers: tuple[int, ...]
@@ -68,12 +68,12 @@ def mesh_of(parallel: Parallel, context: int, ranks: int) -> Mesh:
     return Mesh(parallel.pipeline, data, parallel.tensor, context, parallel.shard or data, parallel.parts)
 
 
-def share_of(mesh: Mesh, model: Model, rank: int) -> Share:
+def share_of(mesh: Mesh, model: Model, rank: int) -> PipelineShare:
     """Of a pipeline rank: part k of the layers is on rank k % pipeline; where they are uneven the first parts have one more."""
     parts = mesh.pipeline * mesh.parts
     fewest, more = divmod(model.layers, parts)
     layers = tuple(fewest + (part < more) for part in range(rank, parts, mesh.pipeline))
-    return Share(layers, rank == 0, rank == mesh.pipeline - 1)
+    return PipelineShare(layers, rank == 0, rank == mesh.pipeline - 1)
 
 
 def batches_of(mesh: Mesh, stage: Stage, count: int | None = None) -> Batches:

@@ -15,7 +15,7 @@ import msgspec
 FLOAT32 = 4
 
 
-class Shape(msgspec.Struct, frozen=True):
+class OptimizerShape(msgspec.Struct, frozen=True):
     """What the moments are made of, on one rank. Numbers of parameters, and bytes where the name says so."""
 
     shards: int
@@ -66,7 +66,7 @@ class Shape(msgspec.Struct, frozen=True):
         return FLOAT32 * ((self.layers + self.other_layers) * self.block + self.root) if self.accumulates else 0
 
 
-def moments(shape: Shape) -> dict[str, int]:
+def moments(shape: OptimizerShape) -> dict[str, int]:
     """Bytes beyond weights, optimizer and reference, by the moment's name."""
     rest = 0 if shape.alone else shape.models * shape.each * shape.root
     if shape.pipelined:
@@ -80,7 +80,7 @@ def moments(shape: Shape) -> dict[str, int]:
     }
 
 
-def _pipelined(shape: Shape, rest: int) -> dict[str, int]:
+def _pipelined(shape: OptimizerShape, rest: int) -> dict[str, int]:
     """While most micro-batches wait, and where the last backwards follow each other and find all blocks gathered."""
     one, layers = shape.each * shape.block, shape.layers + shape.other_layers
     sums = rest + shape.whole_bytes
@@ -97,7 +97,7 @@ def _pipelined(shape: Shape, rest: int) -> dict[str, int]:
     }
 
 
-def _at_logits(shape: Shape) -> int:
+def _at_logits(shape: OptimizerShape) -> int:
     """The output layer's backward: its tiles, or what comes of them, beside the buffer that the last block was gathered in."""
     sums = FLOAT32 * shape.table if shape.tiled else 0
     begins = 2 * shape.logits_bytes + (shape.hidden_bytes + sums if shape.tiled else 0)
@@ -107,13 +107,13 @@ def _at_logits(shape: Shape) -> int:
     return shape.saved_bytes + buffer + max(begins, shape.hidden_bytes + gradients + last)
 
 
-def _in_forward(shape: Shape) -> int:
+def _in_forward(shape: OptimizerShape) -> int:
     """The last block, just gathered, from a buffer that the one before it had too."""
     buffers = 0 if shape.alone else 3 if shape.layers > 1 else 2
     return buffers * shape.each * shape.block + shape.saved_bytes - shape.saved_bytes_per_block - shape.saved_bytes_after
 
 
-def _in_block(shape: Shape, done: int) -> int:
+def _in_block(shape: OptimizerShape, done: int) -> int:
     """At the worst point of the backward of a block, `done` blocks after the first to be taken."""
     last, first = done == shape.layers - 1, done == 0
     one = shape.each * shape.block
@@ -131,7 +131,7 @@ def _in_block(shape: Shape, done: int) -> int:
     return always + max(begins, ends, 0 if shape.alone else reducing)
 
 
-def _among_others(shape: Shape, done: int, gathered: int) -> int:
+def _among_others(shape: OptimizerShape, done: int, gathered: int) -> int:
     """The same for a micro-batch whose gradients are only summed; gathered: blocks that are."""
     one = shape.each * shape.block
     left = shape.saved_bytes - shape.saved_bytes_after - done * shape.saved_bytes_per_block
@@ -141,12 +141,12 @@ def _among_others(shape: Shape, done: int, gathered: int) -> int:
     return always + max(left + shape.again_bytes + shape.working_bytes, ends)
 
 
-def _at_end(shape: Shape) -> int:
+def _at_end(shape: OptimizerShape) -> int:
     blocks = _spread(shape, FLOAT32 * (shape.layers + shape.other_layers) * shape.block)
     sums = FLOAT32 * shape.root if shape.accumulates else 0
     return blocks + sums + shape.each * shape.table_gradients + (0 if shape.alone else FLOAT32 * shape.block)
 
 
-def _spread(shape: Shape, reduced: int) -> int:
+def _spread(shape: OptimizerShape, reduced: int) -> int:
     """Gradients that are reduced, as they lie on the rank's device."""
     return reduced // shape.shards if shape.shards else 0

@@ -30,7 +30,7 @@ class Assumptions(msgspec.Struct, frozen=True):
     """None: the recipe's, or 1 with a `pipeline`."""
 
 
-class Parameters(msgspec.Struct, frozen=True):
+class ParameterCounts(msgspec.Struct, frozen=True):
     total: int
     blocks: int
     embedding: int
@@ -107,7 +107,7 @@ class Plan(msgspec.Struct, frozen=True):
     precision: Precision
     peak_flops_per_second_per_gpu: float
     mfu: float
-    parameters: Parameters
+    parameters: ParameterCounts
     kv_cache_bytes_per_token: int
     stages: tuple[StagePlan, ...]
     factors: tuple[Factors, ...]

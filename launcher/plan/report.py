@@ -12,13 +12,21 @@ import msgspec
 
 from launcher.plan import flops
 from launcher.plan.accelerators import DEFAULT, Accelerator, find_accelerator
-from launcher.plan.activations import Piece, alibi_costs, attention_kernel, block, ends, exchanges_heads, needs_flash_attention
+from launcher.plan.activations import (
+    MicrobatchShape,
+    alibi_costs,
+    attention_kernel,
+    block,
+    ends,
+    exchanges_heads,
+    needs_flash_attention,
+)
 from launcher.plan.budget import FLOPS_A_PARAMETER_AND_TOKEN, TOKENS_A_PARAMETER, best_size, verdict
 from launcher.plan.fit_suggestions import Case, ways_out
 from launcher.plan.memory import Setting, worst_rank
 from launcher.plan.mesh import batches_of, mesh_of
 from launcher.plan.pipeline import bubble
-from launcher.plan.plan import Assumptions, Factors, Parameters, Plan, StagePlan, Tokens
+from launcher.plan.plan import Assumptions, Factors, ParameterCounts, Plan, StagePlan, Tokens
 from launcher.plan.units import PlanError
 from midwatch.recipe import Cluster, Model, Parallel, Recipe, Stage
 from midwatch.recipe.generate import Generate
@@ -115,9 +123,9 @@ def _vocabulary(recipe: Recipe) -> tuple[int, list[str]]:
     return max(ids, recipe.model.vocabulary or 0), notes
 
 
-def _parameters(model: Model, vocabulary: int) -> Parameters:
+def _parameters(model: Model, vocabulary: int) -> ParameterCounts:
     total, blocks = model.parameters(vocabulary), model.layers * flops.block_parameters(model)
-    return Parameters(total, blocks, total - blocks, flops.matrix_parameters(model, vocabulary))
+    return ParameterCounts(total, blocks, total - blocks, flops.matrix_parameters(model, vocabulary))
 
 
 def _stage(
@@ -186,7 +194,7 @@ def _factors(model: Model, vocabulary: int, on_cpu: bool, before: Stage, after: 
 
 def _kept(model: Model, stage: Stage, on_cpu: bool) -> int:
     """Activations of one row, in bytes, over all the ranks that have a part of it."""
-    piece, kernel = Piece(1, stage.context), attention_kernel(model, stage, on_cpu)
+    piece, kernel = MicrobatchShape(1, stage.context), attention_kernel(model, stage, on_cpu)
     blocks = model.layers * block(model, piece, kernel, stage.activation_checkpointing, stage.mlp_tile).kept_bytes
     return blocks + ends(model, piece, first=True, last=True) + alibi_costs(model, stage, piece, kernel)
 

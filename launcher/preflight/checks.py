@@ -32,7 +32,7 @@ Level = Literal["warning", "problem"]
 What = Literal["reach", "python", "midwatch", "torch", "gpus", "storage", "clock", "way back", "node"]
 
 
-class Note(msgspec.Struct, frozen=True):
+class PreflightWarning(msgspec.Struct, frozen=True):
     """Something that is not as it should be."""
 
     level: Level
@@ -50,7 +50,7 @@ class NodeReport(msgspec.Struct, frozen=True):
     skew: float | None = None
     """Seconds by which its clock is ahead of this machine's."""
     out_of_reach: bool = False
-    notes: tuple[Note, ...] = ()
+    notes: tuple[PreflightWarning, ...] = ()
 
     @property
     def level(self) -> Level | None:
@@ -63,7 +63,7 @@ class Visit(msgspec.Struct, frozen=True):
     """What came back from a node, and what this machine was doing meanwhile."""
 
     host: str
-    outcome: Findings | Note
+    outcome: Findings | PreflightWarning
     out_of_reach: bool = False
     left: float = 0.0
     """This machine's clock when the visit began."""
@@ -106,21 +106,25 @@ async def _visit(ssh: Ssh, host: str, cluster: Cluster, words: list[str]) -> Vis
             else ""
         )
         what: What = "python" if error.why == "command" else "reach"
-        return Visit(host, Note("problem", what, str(error), way), error.out_of_reach)
+        return Visit(host, PreflightWarning("problem", what, str(error), way), error.out_of_reach)
     return Visit(host, understand(result), left=left, back=time.time())
 
 
-def understand(result: Result) -> Findings | Note:
+def understand(result: Result) -> Findings | PreflightWarning:
     """What a node's preflight has said, between whatever its login scripts said; a note where that is nothing."""
     for line in reversed(result.stdout.splitlines()):
         with contextlib.suppress(DecodeError):
             return json_as(line, Findings)
     said = result.last_words
     if "No module named" in said:
-        return Note("problem", "midwatch", f"Midwatch is not installed for its Python, or is another version ({said})", _INSTALL)
+        return PreflightWarning(
+            "problem", "midwatch", f"Midwatch is not installed for its Python, or is another version ({said})", _INSTALL
+        )
     if "nknown option" in said and "-P" in result.stderr:
-        return Note("problem", "python", "its Python is older than 3.11", _INSTALL)
-    return Note("problem", "node", f"the check failed there with status {result.status} ({said})", "see [cluster] setup and python")
+        return PreflightWarning("problem", "python", "its Python is older than 3.11", _INSTALL)
+    return PreflightWarning(
+        "problem", "node", f"the check failed there with status {result.status} ({said})", "see [cluster] setup and python"
+    )
 
 
 _INSTALL = "install the same Midwatch there, for the same Python; [cluster] python names which"
@@ -128,7 +132,7 @@ _INSTALL = "install the same Midwatch there, for the same Python; [cluster] pyth
 
 def judge(visit: Visit, cluster: Cluster, here: Findings, secret: str, seen: Path) -> NodeReport:
     """Judges one node by itself, against this machine and the recipe; `seen` is where nodes left their word."""
-    if isinstance(visit.outcome, Note):
+    if isinstance(visit.outcome, PreflightWarning):
         return NodeReport(visit.host, out_of_reach=visit.out_of_reach, notes=(visit.outcome,))
     found = visit.outcome
     low, high = skew_bounds(found, visit)
@@ -137,13 +141,15 @@ def judge(visit: Visit, cluster: Cluster, here: Findings, secret: str, seen: Pat
     if abs(nearest) > WARN_SKEW:
         level: Level = "problem" if abs(nearest) > MOST_SKEW else "warning"
         text = f"its clock is {abs(nearest):.1f} s {'ahead of' if nearest > 0 else 'behind'} this machine's"
-        notes.append(Note(level, "clock", text, "have chrony or ntpd run on all nodes"))
+        notes.append(PreflightWarning(level, "clock", text, "have chrony or ntpd run on all nodes"))
     if found.runtime:
-        notes.append(Note("problem", "node", f"its directory for sockets: {found.runtime}", RUNTIME_WAY))
+        notes.append(PreflightWarning("problem", "node", f"its directory for sockets: {found.runtime}", RUNTIME_WAY))
     if cluster.interface is not None and cluster.interface not in found.interfaces:
         known = ", ".join(found.interfaces) or "none"
         notes.append(
-            Note("problem", "node", f"there is no interface {cluster.interface} (there are: {known})", "see [cluster] interface")
+            PreflightWarning(
+                "problem", "node", f"there is no interface {cluster.interface} (there are: {known})", "see [cluster] interface"
+            )
         )
     return NodeReport(visit.host, found, (low + high) / 2, notes=tuple(notes))
 
@@ -155,51 +161,57 @@ def skew_bounds(found: Findings, visit: Visit) -> tuple[float, float]:
     return found.clock - visit.back, found.clock - visit.left
 
 
-def _software(found: Findings, here: Findings) -> Iterator[Note]:
+def _software(found: Findings, here: Findings) -> Iterator[PreflightWarning]:
     if found.python.split(".")[:2] != here.python.split(".")[:2]:
-        yield Note(
+        yield PreflightWarning(
             "problem", "python", f"Python {found.python} there, {here.python} here", "use the same; [cluster] python names it"
         )
     elif found.python != here.python:
-        yield Note("warning", "python", f"Python {found.python} there, {here.python} here")
+        yield PreflightWarning("warning", "python", f"Python {found.python} there, {here.python} here")
     if found.lacking:
-        yield Note("problem", "midwatch", f"packages are missing: {', '.join(found.lacking)}", _INSTALL)
+        yield PreflightWarning("problem", "midwatch", f"packages are missing: {', '.join(found.lacking)}", _INSTALL)
     if found.midwatch != here.midwatch:
         text = f"Midwatch {found.midwatch or 'not installed'} there, {here.midwatch or 'not installed'} here"
-        yield Note("problem", "midwatch", text, _INSTALL)
+        yield PreflightWarning("problem", "midwatch", text, _INSTALL)
     elif found.code != here.code:
-        yield Note("problem", "midwatch", "the same version of Midwatch, but other code", _INSTALL)
+        yield PreflightWarning("problem", "midwatch", "the same version of Midwatch, but other code", _INSTALL)
     if not found.torch:
-        yield Note("problem", "torch", "there is no torch", "install Midwatch there with what ranks need: midwatch[train]")
+        yield PreflightWarning(
+            "problem", "torch", "there is no torch", "install Midwatch there with what ranks need: midwatch[train]"
+        )
     if found.uid != here.uid:
         text = f"you are {found.user} (uid {found.uid}) there and {here.user} (uid {here.uid}) here"
-        yield Note("warning", "node", text, "files of the run may be closed to the nodes; log in as the same user")
+        yield PreflightWarning("warning", "node", text, "files of the run may be closed to the nodes; log in as the same user")
 
 
-def _storage(found: Findings, secret: str, seen: Path) -> Iterator[Note]:
+def _storage(found: Findings, secret: str, seen: Path) -> Iterator[PreflightWarning]:
     storage, shared = found.storage, "the run directory must be on storage that all nodes share, at the same path; see --dir"
     if storage.problem:
-        yield Note("problem", "storage", storage.problem, shared)
+        yield PreflightWarning("problem", "storage", storage.problem, shared)
     elif storage.read != secret:
-        yield Note("problem", "storage", f"{seen.parent} is not the checking machine's: a file there reads otherwise", shared)
+        yield PreflightWarning(
+            "problem", "storage", f"{seen.parent} is not the checking machine's: a file there reads otherwise", shared
+        )
     else:
         try:
             came_back = (seen / Path(storage.wrote).name).read_text() == secret
         except OSError:
             came_back = False
         if not came_back:
-            yield Note("problem", "storage", f"what it writes to {seen.parent} is not seen on this machine", shared)
+            yield PreflightWarning("problem", "storage", f"what it writes to {seen.parent} is not seen on this machine", shared)
     if storage.free is not None and storage.free < WARN_FREE:
         level: Level = "problem" if storage.free < LEAST_FREE else "warning"
-        yield Note(level, "storage", f"only {storage.free / (1 << 30):.1f} GiB are free for the run", "free some, or see --dir")
+        yield PreflightWarning(
+            level, "storage", f"only {storage.free / (1 << 30):.1f} GiB are free for the run", "free some, or see --dir"
+        )
 
 
-def _way_back(found: Findings, secret: str) -> Iterator[Note]:
+def _way_back(found: Findings, secret: str) -> Iterator[PreflightWarning]:
     out = "let nodes reach this machine; [cluster] interface and port say where the controller listens"
     if found.call.problem:
-        yield Note("problem", "way back", f"it cannot reach this machine: {found.call.problem}", out)
+        yield PreflightWarning("problem", "way back", f"it cannot reach this machine: {found.call.problem}", out)
     elif found.call.answer != secret:
-        yield Note("problem", "way back", f"another machine answers for this one at {found.call.address}", out)
+        yield PreflightWarning("problem", "way back", f"another machine answers for this one at {found.call.address}", out)
 
 
 def compare(reports: list[NodeReport], cluster: Cluster, here: Findings) -> list[NodeReport]:
@@ -217,26 +229,30 @@ def compare(reports: list[NodeReport], cluster: Cluster, here: Findings) -> list
         if found is not None:
             if found.torch and found.torch != torch:
                 notes.append(
-                    Note("problem", "torch", f"torch {found.torch} there, {torch} elsewhere", "install the same on all nodes")
+                    PreflightWarning(
+                        "problem", "torch", f"torch {found.torch} there, {torch} elsewhere", "install the same on all nodes"
+                    )
                 )
             notes += _gpu_notes(found, cluster, wanted, most)
             twin = first.setdefault(found.machine, report.host)
             if twin != report.host:
                 text = f"it is the same machine as {twin} ({found.host})"
-                notes.append(Note("problem", "node", text, "name each machine once in [cluster] hosts"))
+                notes.append(PreflightWarning("problem", "node", text, "name each machine once in [cluster] hosts"))
         result.append(msgspec.structs.replace(report, notes=tuple(notes)))
     return result
 
 
-def _gpu_notes(found: Findings, cluster: Cluster, wanted: int, most: int) -> Iterator[Note]:
+def _gpu_notes(found: Findings, cluster: Cluster, wanted: int, most: int) -> Iterator[PreflightWarning]:
     if cluster.device == "cpu":
         return
     why = f" ({found.gpu_note})" if found.gpu_note else ""
     if len(found.gpus) < wanted:
         text = f"{plural(len(found.gpus), 'GPU')}{why}, and {plural(wanted, 'rank')} want one each"
-        yield Note("problem", "gpus", text, "see nvidia-smi there; [cluster] ranks_per_node says how many are wanted")
+        yield PreflightWarning("problem", "gpus", text, "see nvidia-smi there; [cluster] ranks_per_node says how many are wanted")
     elif len(found.gpus) != most:
-        yield Note("warning", "gpus", f"{len(found.gpus)} GPUs{why}, and most nodes have {most}", "see nvidia-smi there")
+        yield PreflightWarning(
+            "warning", "gpus", f"{len(found.gpus)} GPUs{why}, and most nodes have {most}", "see nvidia-smi there"
+        )
 
 
 @contextlib.contextmanager
@@ -253,7 +269,7 @@ def _nonce(run_parent: Path, secret: str) -> Iterator[Path]:
 
 
 @contextlib.asynccontextmanager
-async def _listening(cluster: Cluster, secret: str) -> AsyncIterator[tuple[list[str], Note | None]]:
+async def _listening(cluster: Cluster, secret: str) -> AsyncIterator[tuple[list[str], PreflightWarning | None]]:
     """Answers who connects with the secret and the time; yields where, and a note where the recipe's port could not be had."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -268,7 +284,7 @@ async def _listening(cluster: Cluster, secret: str) -> AsyncIterator[tuple[list[
         server = await asyncio.start_server(answer, port=cluster.port)
     except OSError:
         text = f"port {cluster.port} of this machine is in use, so the nodes were asked to try another"
-        note = Note("warning", "way back", text, "end what listens there, or name another as [cluster] port")
+        note = PreflightWarning("warning", "way back", text, "end what listens there, or name another as [cluster] port")
         server = await asyncio.start_server(answer, port=0)
     async with server:
         family = {s.family: s.getsockname()[1] for s in server.sockets}

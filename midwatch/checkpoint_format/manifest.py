@@ -46,7 +46,7 @@ class MismatchError(CheckpointError):
     """The checkpoint is whole, and of another model."""
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class TensorChunk(msgspec.Struct, frozen=True):
     """A box of a tensor, contiguous in one file."""
 
     offsets: tuple[int, ...]
@@ -57,12 +57,12 @@ class Chunk(msgspec.Struct, frozen=True):
     xxh3: str
 
 
-class Entry(msgspec.Struct, frozen=True):
+class TensorEntry(msgspec.Struct, frozen=True):
     """A tensor, in chunks that together cover it."""
 
     shape: tuple[int, ...]
     dtype: str
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[TensorChunk, ...]
 
 
 class File(msgspec.Struct, frozen=True):
@@ -73,7 +73,7 @@ class File(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True):
     format: int
     files: dict[str, File]
-    tensors: dict[str, Entry]
+    tensors: dict[str, TensorEntry]
     state: dict[str, Any]
     generation: int
     id: str
@@ -103,7 +103,7 @@ def read(directory: Path) -> tuple[Manifest, str]:
     return manifest, xxhash.xxh3_128_hexdigest(raw)
 
 
-def _problem(entry: Entry, files: dict[str, File]) -> str | None:
+def _problem(entry: TensorEntry, files: dict[str, File]) -> str | None:
     item = ITEM_BYTES.get(entry.dtype)
     if item is None:
         return f"its type is {entry.dtype!r}"
@@ -138,7 +138,7 @@ def hash_file(file: Path, stop: Callable[[], bool] = lambda: False) -> tuple[int
     return size, digest.hexdigest()
 
 
-def read_chunk(directory: Path, chunk: Chunk, into: memoryview) -> None:
+def read_chunk(directory: Path, chunk: TensorChunk, into: memoryview) -> None:
     """Fills `into`, bytes as many as the chunk's, with what was written. Raises CheckpointError where that is no longer there."""
     file = directory / chunk.file
     digest = xxhash.xxh3_128()

@@ -365,7 +365,7 @@ class Journal:
 
     def append(self, *entries: Entry) -> None:
         """Writes entries durably. Raises Ousted after a takeover, and JournalError, nothing half-written, if the disk refuses."""
-        self._check_in_office()
+        self._check_term()
         content = b"".join(_line(entry) for entry in entries)
         try:
             if self._torn:
@@ -379,7 +379,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, self._length)
             raise JournalError(f"{self._file}: {_what_to_do(error)}") from None
-        self._check_in_office()  # a later controller that has claimed its term since may have read too early to count these
+        self._check_term()  # a later controller that has claimed its term since may have read too early to count these
         self._torn = False
         self._length += len(content)
         self.entries.extend((self.term, entry) for entry in entries)
@@ -394,7 +394,7 @@ class Journal:
             raise OSError(errno.EIO, f"{self._length - size} bytes that were written are no longer there")
         os.ftruncate(handle, self._length)
 
-    def _check_in_office(self) -> None:
+    def _check_term(self) -> None:
         try:
             os.stat(self._next)
         except FileNotFoundError:
@@ -407,7 +407,7 @@ class Journal:
         os.close(self._handle)
 
 
-class Reading(msgspec.Struct):
+class JournalContents(msgspec.Struct):
     """What a journal directory holds."""
 
     entries: list[tuple[int, Entry]]
@@ -421,7 +421,7 @@ class Reading(msgspec.Struct):
     lost_bytes: int = 0
 
 
-def read_journal(directory: Path, newest_term: int = 0) -> Reading:
+def read_journal(directory: Path, newest_term: int = 0) -> JournalContents:
     """Reads all terms, each up to the length that the term after it accepts. Raises JournalError if it cannot be read.
 
     newest_term: the newest that other files speak of; it counts as lost where its file is not there.
@@ -443,7 +443,7 @@ def read_journal(directory: Path, newest_term: int = 0) -> Reading:
             newest = {older: max(0, length) for older, length in first[1].accepts.items() if _NAME.fullmatch(older)}
             for older, length in newest.items():
                 limits[older] = max(limits.get(older, 0), length)
-    reading = Reading(entries=[], lengths={}, damaged=[], lost=[])
+    reading = JournalContents(entries=[], lengths={}, damaged=[], lost=[])
     ends: dict[str, float] = {}
     for name in names:
         end = 0
@@ -498,7 +498,7 @@ def _clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def _numbers(reading: Reading, floors: Floors) -> dict[str, int]:
+def _numbers(reading: JournalContents, floors: Floors) -> dict[str, int]:
     """Floors of the numbers that a term may give; none where nothing is lost and nothing else speaks of higher ones."""
     known = {"generation": 0, "lineage": 0, "command": 0}
     for _, entry in reading.entries:

@@ -12,7 +12,7 @@ import msgspec
 
 from midwatch.journal import alarms
 from midwatch.journal import journal as j
-from midwatch.metrics.m4_columns import Segment
+from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.protocol import Alarm, CheckpointView, CommandView, Lineage, Replay, Sampled, State
 
 
@@ -355,12 +355,12 @@ class Ledger:
         steps = ", ".join(c.id for c in on_line[-8:]) or "none yet"
         return f"there is no checkpoint {name!r}; the newest on this line: {steps}"
 
-    def path(self, lineage: int | None = None) -> list[Segment]:
+    def path(self, lineage: int | None = None) -> list[LineageSegment]:
         """The segments of the line that ends in a lineage (the one in force), oldest first."""
-        segments: list[Segment] = []
+        segments: list[LineageSegment] = []
         current, last = self.lineages.get(self.lineage if lineage is None else lineage), None
         while current is not None:
-            segments.append(Segment(current.id, current.fork_step if current.parent is not None else -1, last))
+            segments.append(LineageSegment(current.id, current.fork_step if current.parent is not None else -1, last))
             last = current.fork_step if last is None else min(last, current.fork_step)
             # A parent is older than its child; a journal that says otherwise must not lead round in a circle.
             parent = current.parent
@@ -449,7 +449,7 @@ def _ended(record: StageRecord, time: float, step: int) -> StageRecord:
     return replace(record, ended=time, last_step=step, stage_steps=step - record.first_step)
 
 
-def _on_path(path: list[Segment], lineage: int, step: int) -> bool:
+def _on_path(path: list[LineageSegment], lineage: int, step: int) -> bool:
     return any(line == lineage and (last is None or step <= last) for line, _, last in path)
 
 

@@ -18,7 +18,7 @@ FANOUT = 4  # nodes of one level that make one of the next
 NODES_A_COLUMN = 16  # at least so many, so that rounding a column to whole nodes costs at most 1/16 of the chart
 
 
-class Segment(NamedTuple):
+class LineageSegment(NamedTuple):
     """A stretch of a surviving line: the steps of `lineage` after `after` (exclusive) up to `last` (None: open)."""
 
     lineage: int

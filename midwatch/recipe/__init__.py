@@ -8,7 +8,7 @@ from midwatch.recipe.probe import Probe
 from midwatch.recipe.run import Checkpoint, Report, Run
 from midwatch.recipe.stage import Stage
 from midwatch.recipe.watch import Watch
-from shards.spec import Data, Source, Tokenizer
+from shards.spec import Data, Source, TokenizerSpec
 
 __all__ = [
     "Checkpoint",
@@ -24,7 +24,7 @@ __all__ = [
     "Run",
     "Source",
     "Stage",
-    "Tokenizer",
+    "TokenizerSpec",
     "Watch",
     "check",
     "dump_recipe",

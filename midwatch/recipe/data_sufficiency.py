@@ -15,7 +15,7 @@ def shortages(recipe: Recipe, data: Path) -> list[str]:
     Reads manifests, and makes plans for packing that are not there; raises ShardError.
     """
     from shards.format.corpus import sources
-    from shards.sampling.batches import Feed
+    from shards.sampling.batches import BatchFeed
 
     made = [source.name for source in recipe.data.source if source.origin == "stage"]
     built = sources(data)
@@ -32,7 +32,7 @@ def shortages(recipe: Recipe, data: Path) -> list[str]:
         if not stage.max_epochs:
             continue
         seed, schedule = recipe.run.seed + index, stage.schedule
-        feed = Feed(data, "train", stage.feed_kind, stage.context, stage.mixture, seed, mixing=stage.mixing, schedule=schedule)
+        feed = BatchFeed(data, "train", stage.feed_kind, stage.context, stage.mixture, seed, mixing=stage.mixing, schedule=schedule)
         end, wanted = feed.order.end, stage.position_after(stage.steps)
         if end is not None and end < wanted:
             lasts = max(step for step in range(stage.steps) if stage.position_after(step) <= end)

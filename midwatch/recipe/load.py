@@ -33,7 +33,7 @@ from midwatch.recipe.watch import Watch
 from shards.decoding import brief, shown
 from shards.errors import SpecError
 from shards.sampling.mixing import covers
-from shards.spec import TEMPLATES, Build, Data, Source, Tokenizer
+from shards.spec import TEMPLATES, Build, Data, Source, TokenizerSpec
 from shards.spec import check as check_build
 
 
@@ -51,7 +51,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: Model
     data: Data
     stage: tuple[Stage, ...]
-    tokenizer: Tokenizer = Tokenizer()
+    tokenizer: TokenizerSpec = TokenizerSpec()
     cluster: Cluster = Cluster()
     parallel: Parallel = Parallel()
     generate: Generate = Generate()

@@ -21,7 +21,7 @@ def base(stages: Sequence[Stage], index: int, taken: Collection[str] | None = No
     return None
 
 
-def judge(stages: Sequence[Stage], index: int, taken: Collection[str] | None = None) -> int | None:
+def reward_model_stage(stages: Sequence[Stage], index: int, taken: Collection[str] | None = None) -> int | None:
     """The reward stage whose product scores this one's responses; None where nothing does, or a function."""
     stage = stages[index]
     if not judged(stage):
@@ -44,7 +44,7 @@ def passed_over(stages: Sequence[Stage], index: int, taken: Collection[str]) -> 
     for needed in (stage.base, stage.rollout.reward if judged(stage) else None):
         if needed is not None and needed not in taken:
             return f'"{stage.name}" rests on "{needed}", which was passed over (advance to "{needed}" first)'
-    if judged(stage) and judge(stages, index, taken) is None:
+    if judged(stage) and reward_model_stage(stages, index, taken) is None:
         return f'"{stage.name}" needs a reward model, and every stage that trains one was passed over'
     return None
 
@@ -56,7 +56,7 @@ def problems(stages: Sequence[Stage], index: int) -> list[tuple[str, str]]:
     rewards = [each.name for each in stages[:index] if each.scalar]
     if stage.base is not None and stage.base not in models:
         found.append(("from", f'"{stage.base}" is not an earlier stage with a language model (there are: {_listed(models)})'))
-    if judged(stage) and judge(stages, index) is None:
+    if judged(stage) and reward_model_stage(stages, index) is None:
         wanted = "" if stage.rollout.reward is None else f'"{stage.rollout.reward}" is none: '
         way = f"there are: {_listed(rewards)}" if rewards else "put one before it, or set policy.function"
         found.append(("policy", f"{wanted}it needs an earlier stage with objective reward ({way})"))

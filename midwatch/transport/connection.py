@@ -23,7 +23,7 @@ from websockets.sync.client import ClientConnection, connect, unix_connect
 
 from midwatch import protocol
 from midwatch.run_directory import Address, host_name, read_address
-from midwatch.transport.node_join import Joining, ways_to
+from midwatch.transport.node_join import NodeJoin, ways_to
 from midwatch.transport.tls_identity import CONTROLLER_NAME, KeysError, client_context, load_identity
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Connection:
         received: Callable[[protocol.Message], None],
         refused: Callable[[str], None],
         identity: Path | None = None,
-        joining: Joining | None = None,
+        joining: NodeJoin | None = None,
         run: str = "",
     ) -> None:
         """`run` is the id of the run whose controller is meant; one that has announced itself for another is not spoken to."""

@@ -20,7 +20,15 @@ import msgspec
 from midwatch.journal.journal import JournalError, read_journal
 from midwatch.run_directory import Address, RunPaths, read_address
 from midwatch.run_identity import claim, read_record, run_id
-from midwatch.transport.tls_identity import ANY_NODE, CONTROLLER_NAME, Identity, KeysError, RunKeys, client_context, load_identity
+from midwatch.transport.tls_identity import (
+    ANY_NODE,
+    CONTROLLER_NAME,
+    KeysError,
+    RunKeys,
+    TlsIdentity,
+    client_context,
+    load_identity,
+)
 from shards.decoding import DecodeError, json_as
 from shards.terminal import write_error
 
@@ -28,7 +36,7 @@ RETRY_SECONDS = 2.0
 CONNECT_SECONDS = 5.0
 
 
-class Joining(NamedTuple):
+class NodeJoin(NamedTuple):
     """How a node that joins finds the run."""
 
     url: str
@@ -40,7 +48,7 @@ class Joining(NamedTuple):
 class KeyFile(msgspec.Struct, frozen=True):
     """The content of a key file. Secret as a whole."""
 
-    identity: Identity
+    identity: TlsIdentity
     run: str
     """The run's directory, as the machine that wrote the key sees it."""
     run_key: str
@@ -90,13 +98,13 @@ def check_url(url: str) -> str:
     return "" if good else f"--join {url}: must be wss://HOST:PORT, where the controller listens ([cluster] port in the recipe)"
 
 
-def ways_to(address: Address | None, joining: Joining | None) -> tuple[str, ...]:
+def ways_to(address: Address | None, joining: NodeJoin | None) -> tuple[str, ...]:
     """Ways to the controller from another machine: those that it has announced, and what the node was told."""
     announced = address.remotes if address is not None else ()
     return tuple(dict.fromkeys((*announced, *((joining.url,) if joining is not None else ()))))
 
 
-def await_controller(joining: Joining, paths: RunPaths, identity: Path) -> None:
+def await_controller(joining: NodeJoin, paths: RunPaths, identity: Path) -> None:
     """Returns when a controller of this run answers; says once why it does not yet. Raises KeysError where another run's does."""
     tls = client_context(load_identity(identity))
     told = ""

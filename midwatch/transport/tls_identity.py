@@ -1,7 +1,7 @@
 """The keys of a run: an authority of its own, and what it signs, so that nodes and controller know each other and nobody else.
 
 The authority's key lies in RUN/control/keys, for the run's owner alone; whoever can read it can take part in the run. A node gets
-an `Identity`: its certificate, its key and the authority to check others by. Both sides of a connection show one. A controller's
+an `TlsIdentity`: its certificate, its key and the authority to check others by. Both sides of a connection show one. A controller's
 is good for listening and an agent's for connecting, so an agent's key cannot pose as the controller.
 """
 
@@ -42,7 +42,7 @@ class KeysError(Exception):
     """The keys of a run cannot be made, read or used; the message says where and what to do."""
 
 
-class Identity(msgspec.Struct, frozen=True):
+class TlsIdentity(msgspec.Struct, frozen=True):
     """What one process shows and checks others by, each part in PEM. Secret as a whole: it holds a private key."""
 
     certificate: str
@@ -60,7 +60,7 @@ class Identity(msgspec.Struct, frozen=True):
         return msgspec.json.encode(self)
 
     @classmethod
-    def decode(cls, line: bytes) -> Identity:
+    def decode(cls, line: bytes) -> TlsIdentity:
         """Raises KeysError; what was read is not repeated in the message."""
         try:
             return json_as(line, cls)
@@ -100,7 +100,7 @@ class RunKeys:
             raise KeysError(f"{file}: damaged; move {file.parent} away and start the run's controller and agents anew") from None
         return cls(key, certificate)
 
-    def issue(self, role: Role, name: str) -> Identity:
+    def issue(self, role: Role, name: str) -> TlsIdentity:
         """Signs a new identity; `name` is the host or node that it is for."""
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes
@@ -171,18 +171,18 @@ def _draft(name: str | bytes, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
     )
 
 
-def _identity(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, authority: x509.Certificate) -> Identity:
+def _identity(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, authority: x509.Certificate) -> TlsIdentity:
     from cryptography.hazmat.primitives import serialization
 
     pem = serialization.Encoding.PEM
     private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return Identity(certificate.public_bytes(pem).decode(), private.decode(), authority.public_bytes(pem).decode())
+    return TlsIdentity(certificate.public_bytes(pem).decode(), private.decode(), authority.public_bytes(pem).decode())
 
 
 # Keeping
 
 
-def store_identity(identity: Identity, file: Path) -> None:
+def store_identity(identity: TlsIdentity, file: Path) -> None:
     """Writes a file that its owner alone can read, whole or not at all."""
     try:
         write_atomically(file, identity.encode(), mode=0o600)
@@ -190,7 +190,7 @@ def store_identity(identity: Identity, file: Path) -> None:
         raise KeysError(f"{file}: the identity cannot be kept there: {error.strerror}") from None
 
 
-def load_identity(file: Path) -> Identity:
+def load_identity(file: Path) -> TlsIdentity:
     """Raises KeysError; also where others than its owner could have read or written the file."""
     try:
         with file.open("rb") as source:
@@ -205,7 +205,7 @@ def load_identity(file: Path) -> Identity:
             f"{file}: others can read this key (chmod 600 {file}; if they may have, move it away and start the run anew)"
         )
     try:
-        return Identity.decode(content)
+        return TlsIdentity.decode(content)
     except KeysError:
         raise KeysError(f"{file}: holds no identity") from None
 
@@ -213,14 +213,14 @@ def load_identity(file: Path) -> Identity:
 # Using
 
 
-def server_context(identity: Identity) -> ssl.SSLContext:
+def server_context(identity: TlsIdentity) -> ssl.SSLContext:
     """For listening: TLS 1.3, and only peers that show a certificate of the run's authority."""
     context = _context(ssl.PROTOCOL_TLS_SERVER, identity)
     context.num_tickets = 0  # nobody resumes; each connection shows its certificate
     return context
 
 
-def client_context(identity: Identity) -> ssl.SSLContext:
+def client_context(identity: TlsIdentity) -> ssl.SSLContext:
     """For connecting with `server_hostname="controller"`: only a controller of the same run is spoken to."""
     return _context(ssl.PROTOCOL_TLS_CLIENT, identity)
 
@@ -239,7 +239,7 @@ def peer_of(tls: ssl.SSLObject | ssl.SSLSocket) -> tuple[Role, str]:
     raise KeysError("the certificate names no role in a run")
 
 
-def _context(protocol: int, identity: Identity) -> ssl.SSLContext:
+def _context(protocol: int, identity: TlsIdentity) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED

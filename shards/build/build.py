@@ -29,23 +29,23 @@ from shards.format import manifest as manifests
 from shards.format.seekable_zstd import TEMPORARY, write_atomically
 from shards.tokenization.encode import Encoded, Workers, notes, refusal
 from shards.errors import BusyError, ShardError, SpecError
-from shards.format.manifest import SPLITS, Manifest
+from shards.format.manifest import SPLITS, SplitManifest
 from shards.build import encode, report as reporting
 from shards.build.models import beside
 from shards.build.runner import AFTER_TOKENIZER, BEFORE_TOKENIZER
 from shards.build.runner import run as run_steps
 from shards.build.steps import STEPS
 from shards.build.workspace import Work
-from shards.progress import Meter, Report
+from shards.progress import ProgressMeter, Report
 from shards.tokenization.records import Document
-from shards.build.sources import KEPT_ASIDE, Reading, Rejected, changed, describe, fingerprint, unreadable
+from shards.build.sources import KEPT_ASIDE, ReadPosition, Rejected, changed, describe, fingerprint, unreadable
 from shards.spec import STDLIB_KINDS, TEMPLATES, Build, Source, check
 from shards.readers.splits import divide, split
 from shards.tokenization.templates import DEFAULT, kept, read
 from shards.tokenization.templates import FILE_NAME as TEMPLATE_FILE
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer, check_template, read_model
-from shards.format.writer import PROGRESS, Progress, SplitWriter, kept_aside
+from shards.format.writer import PROGRESS, SourceProgress, SplitWriter, kept_aside
 
 BATCH_CHARACTERS = 1 << 19  # of documents sent to a worker at once; decides where a limited source stops reading
 BATCH_DOCUMENTS = 2048
@@ -112,7 +112,7 @@ def build(spec: Build, report: Report = lambda progress: None, workers: int | No
     """
     check(spec)
     out = Path(spec.out)
-    meter = Meter(report)
+    meter = ProgressMeter(report)
     if is_built(spec):
         if Work(spec, "").root.exists():  # a build that was killed at its very end
             with suppress(OSError, BusyError), _alone(out):
@@ -220,24 +220,24 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {name: found for key, inner in items for name, found in _flat(inner, f"{prefix}.{key}".strip(".")).items()}
 
 
-def _build_plainly(spec: Build, out: Path, pool: Workers, meter: Meter) -> list[str]:
+def _build_plainly(spec: Build, out: Path, pool: Workers, meter: ProgressMeter) -> list[str]:
     """Documents as they are read; the names of the directories."""
 
     def texts(source: Source) -> Iterator[tuple[int, Document | Rejected, bool | None]]:
-        return split(source, spec.data.held_out, spec.seed, Reading())
+        return split(source, spec.data.held_out, spec.seed, ReadPosition())
 
     tokenizer = _make_tokenizer(spec, out, pool, meter, texts)
     for source in spec.data.source:
-        reading = Reading()
+        reading = ReadPosition()
 
-        def encoded(writers: Writers, source: Source = source, reading: Reading = reading) -> Iterator[Part]:
+        def encoded(writers: Writers, source: Source = source, reading: ReadPosition = reading) -> Iterator[Part]:
             return pool.encode(source.kind, _batches(spec, source, reading, writers, tokenizer))
 
         _build_source(spec, source, source.name, out, tokenizer, meter, reading, encoded)
     return [source.name for source in spec.data.source]
 
 
-def _build_cleanly(spec: Build, out: Path, pool: Workers, meter: Meter) -> list[str]:
+def _build_cleanly(spec: Build, out: Path, pool: Workers, meter: ProgressMeter) -> list[str]:
     """Documents as the steps of `clean` leave them; the names of the directories."""
     work = Work(spec, build_key(spec))
     assert spec.data.clean is not None
@@ -264,13 +264,13 @@ def _build_cleanly(spec: Build, out: Path, pool: Workers, meter: Meter) -> list[
             ) -> Iterator[Part]:
                 return _ready(spec, source, writers, ready(), noted)
 
-            _build_source(spec, source, name, out, tokenizer, meter, Reading(), encoded)
+            _build_source(spec, source, name, out, tokenizer, meter, ReadPosition(), encoded)
             names.append(name)
     reporting.save(work, out, names)
     return names
 
 
-def _make_tokenizer(spec: Build, out: Path, pool: Workers, meter: Meter, texts: Texts) -> Tokenizer:
+def _make_tokenizer(spec: Build, out: Path, pool: Workers, meter: ProgressMeter, texts: Texts) -> Tokenizer:
     path = out / TOKENIZER_FILE
     made = not path.exists()
     if made:
@@ -297,7 +297,7 @@ def _make_tokenizer(spec: Build, out: Path, pool: Workers, meter: Meter, texts: 
     return tokenizer
 
 
-def _sample(spec: Build, meter: Meter, texts: Texts) -> list[str]:
+def _sample(spec: Build, meter: ProgressMeter, texts: Texts) -> list[str]:
     """Training text for the tokenizer: an equal part from each source, of its training documents only."""
     sample: list[str] = []
     part = -(-spec.tokenizer.sample_bytes // len(spec.data.source))
@@ -327,8 +327,8 @@ def _build_source(
     called: str,
     out: Path,
     tokenizer: Tokenizer,
-    meter: Meter,
-    reading: Reading,
+    meter: ProgressMeter,
+    reading: ReadPosition,
     parts: Callable[[Writers], Iterator[Part]],
 ) -> None:
     """One source's shards and manifests; the second manifest is the last thing written."""
@@ -338,7 +338,7 @@ def _build_source(
         return
     for name in SPLITS:
         (directory / name).mkdir(parents=True, exist_ok=True)
-    progress = Progress.load(directory, fingerprint(source))
+    progress = SourceProgress.load(directory, fingerprint(source))
     meter.begin("encode", called, "bytes")
     rejected: dict[str, int] = {}
     noted: Counter[str] = Counter()
@@ -363,7 +363,7 @@ def _build_source(
     if spec.data.clean is None and fingerprint(source) != progress.inputs:  # else its text was taken before
         raise changed(source)
     for writer in (train, held):
-        Manifest(
+        SplitManifest(
             source=called,
             split=writer.name,
             kind=source.kind,
@@ -383,7 +383,7 @@ def _build_source(
 
 
 def _batches(
-    spec: Build, source: Source, reading: Reading, writers: Writers, tokenizer: Tokenizer
+    spec: Build, source: Source, reading: ReadPosition, writers: Writers, tokenizer: Tokenizer
 ) -> Iterator[tuple[list[Document], tuple[list[Place], list[Rejected], Counter[str]]]]:
     """Documents in batches, with their places, the broken records met on the way, and notes.
 
@@ -450,7 +450,7 @@ def _write(encoded: Encoded, places: list[Place], train: SplitWriter, held: Spli
         start = stop
 
 
-def _tell(meter: Meter, source: Source, reading: Reading, train: SplitWriter, held: SplitWriter) -> None:
+def _tell(meter: ProgressMeter, source: Source, reading: ReadPosition, train: SplitWriter, held: SplitWriter) -> None:
     if source.max_tokens is not None:
         meter.update(train.tokens + held.tokens, source.max_tokens, unit="tokens")
     elif source.max_documents is not None or not reading.total:
@@ -459,7 +459,7 @@ def _tell(meter: Meter, source: Source, reading: Reading, train: SplitWriter, he
         meter.update(reading.done, reading.total, unit="bytes")
 
 
-def _verify(sources: list[str], out: Path, meter: Meter) -> dict[str, str]:
+def _verify(sources: list[str], out: Path, meter: ProgressMeter) -> dict[str, str]:
     """Read all of it back; the manifests' digests by SOURCE/SPLIT."""
     names = [f"{source}/{name}" for source in sources for name in SPLITS]
     meter.begin("verify", str(out), "manifests", len(names))

@@ -20,14 +20,14 @@ import zstandard
 
 from shards.format.seekable_zstd import TEMPORARY
 from shards.build.checksummed_files import damaged
-from shards.tokenization.records import Document, Sampled
+from shards.tokenization.records import Document, SampledAnswer
 
 FRAME_BYTES = 1 << 20  # of text in a frame
 LEVEL = 1
 TAIL = struct.Struct("<Q16s")  # the length of the index before it, and its XXH3-128
 
 
-class Stored(msgspec.Struct, array_like=True, frozen=True):
+class StoredDocument(msgspec.Struct, array_like=True, frozen=True):
     """A document, as a chunk has it."""
 
     key: str | None  # None: its only part
@@ -40,36 +40,36 @@ class Stored(msgspec.Struct, array_like=True, frozen=True):
 
     def document(self) -> Document:
         key = self.parts[0] if self.key is None else self.key
-        sampled = tuple(Sampled(*each) for each in self.sampled)
+        sampled = tuple(SampledAnswer(*each) for each in self.sampled)
         return Document(key, self.parts, self.roles, self.where, masked=self.masked, sampled=sampled)
 
 
-class Frame(msgspec.Struct, array_like=True, frozen=True):
+class ChunkFrame(msgspec.Struct, array_like=True, frozen=True):
     offset: int
     size: int
     first: int  # number of its first document
 
 
-class Index(msgspec.Struct, array_like=True, frozen=True):
-    frames: list[Frame]
+class ChunkIndex(msgspec.Struct, array_like=True, frozen=True):
+    frames: list[ChunkFrame]
     documents: int
     text_bytes: int
 
 
-def stored(document: Document) -> Stored:
+def stored(document: Document) -> StoredDocument:
     """What of a document is kept."""
     alone = len(document.parts) == 1 and document.key == document.parts[0]
     key = None if alone else document.key
     sampled = tuple((each.ids, each.ended) for each in document.sampled)
-    return Stored(key, document.parts, document.roles, document.where, document.label, document.masked, sampled)
+    return StoredDocument(key, document.parts, document.roles, document.where, document.label, document.masked, sampled)
 
 
-def size_of(document: Document | Stored) -> int:
+def size_of(document: Document | StoredDocument) -> int:
     """Bytes of UTF-8 of its parts. Raises UnicodeEncodeError for half a surrogate pair."""
     return sum(len(part) if part.isascii() else len(part.encode()) for part in document.parts)
 
 
-class ChunkWriter:
+class DocumentChunkWriter:
     """Writes one chunk. A context: left early, it removes what it wrote."""
 
     def __init__(self, path: Path) -> None:
@@ -79,11 +79,11 @@ class ChunkWriter:
         self._file = self._temporary.open("wb")
         self._compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True, write_content_size=True)
         self._encoder = msgspec.msgpack.Encoder()
-        self._frames: list[Frame] = []
-        self._pending: list[Stored] = []
+        self._frames: list[ChunkFrame] = []
+        self._pending: list[StoredDocument] = []
         self._pending_bytes = self._offset = 0
 
-    def add(self, document: Stored, size: int) -> None:
+    def add(self, document: StoredDocument, size: int) -> None:
         """One more document, of `size` bytes of UTF-8."""
         self._pending.append(document)
         self._pending_bytes += size
@@ -96,7 +96,7 @@ class ChunkWriter:
         if not self._pending:
             return
         raw = self._compressor.compress(self._encoder.encode(self._pending))
-        self._frames.append(Frame(self._offset, len(raw), self.documents - len(self._pending)))
+        self._frames.append(ChunkFrame(self._offset, len(raw), self.documents - len(self._pending)))
         self._file.write(raw)
         self._offset += len(raw)
         self._pending, self._pending_bytes = [], 0
@@ -104,14 +104,14 @@ class ChunkWriter:
     def close(self) -> None:
         """Write the index, sync, and rename into place."""
         self._flush()
-        index = self._encoder.encode(Index(self._frames, self.documents, self.text_bytes))
+        index = self._encoder.encode(ChunkIndex(self._frames, self.documents, self.text_bytes))
         self._file.write(index + TAIL.pack(len(index), xxhash.xxh3_128_digest(index)))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.path)
 
-    def __enter__(self) -> ChunkWriter:
+    def __enter__(self) -> DocumentChunkWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -121,7 +121,7 @@ class ChunkWriter:
                 self._temporary.unlink(missing_ok=True)
 
 
-class Chunk:
+class DocumentChunk:
     """Reads a chunk: all of it, or single frames. Raises ShardError for one that is missing or damaged."""
 
     def __init__(self, path: Path) -> None:
@@ -136,13 +136,13 @@ class Chunk:
             raise damaged(path, error.strerror) from None
         if xxhash.xxh3_128_digest(raw) != seal:
             raise damaged(path, "not as it was written")
-        index = msgspec.msgpack.decode(raw, type=Index)
+        index = msgspec.msgpack.decode(raw, type=ChunkIndex)
         self.frames = index.frames
         self.documents = index.documents
         self.text_bytes = index.text_bytes
-        self._decoder = msgspec.msgpack.Decoder(list[Stored])
+        self._decoder = msgspec.msgpack.Decoder(list[StoredDocument])
 
-    def frame(self, number: int) -> list[Stored]:
+    def frame(self, number: int) -> list[StoredDocument]:
         """The documents of one frame."""
         frame = self.frames[number]
         try:
@@ -154,12 +154,12 @@ class Chunk:
         except (zstandard.ZstdError, msgspec.MsgspecError):
             raise damaged(self.path, "not as it was written") from None
 
-    def document(self, number: int) -> Stored:
+    def document(self, number: int) -> StoredDocument:
         """One document, by its place in the chunk."""
         at = bisect_right(self.frames, number, key=lambda frame: frame.first) - 1
         return self.frame(at)[number - self.frames[at].first]
 
-    def __iter__(self) -> Iterator[Stored]:
+    def __iter__(self) -> Iterator[StoredDocument]:
         for number in range(len(self.frames)):
             yield from self.frame(number)
 

@@ -10,9 +10,9 @@ import msgspec
 
 from shards.build.duplicates import MASK, Duplicates, exact, near
 from shards.build.filter_stats import Count, Funnel, Sample
-from shards.build.judge import Judges
+from shards.build.judge import SourceFilters
 from shards.build.checksummed_files import save_bytes
-from shards.build.chunks import Chunk, ChunkWriter, Stored, size_of
+from shards.build.chunks import DocumentChunk, DocumentChunkWriter, StoredDocument, size_of
 from shards.build.workspace import DOCUMENT_BITS, Work
 
 
@@ -36,10 +36,10 @@ class Cleaning:
         name = work.chunks[number]
         source = work.sources[name.source]
         gone = [duplicates(work, number) for duplicates in (exact, near)]
-        judges = Judges.of(work, source)
+        judges = SourceFilters.of(work, source)
         funnel = Funnel({step: Count() for step in ("read", "exact", "near", *judges.steps)})
         chunk = work.chunk(number)
-        with ChunkWriter(work.path(self.name, name, ".docs")) as writer:
+        with DocumentChunkWriter(work.path(self.name, name, ".docs")) as writer:
             for frame in range(len(chunk.frames)):
                 own = list(self._own(work, chunk, frame, gone, funnel))
                 for before, (after, reason) in zip(own, judges.apply(own, funnel), strict=True):
@@ -52,7 +52,7 @@ class Cleaning:
             writer.close()
         save_bytes(self.output(work, task), msgspec.json.encode(funnel))
 
-    def _own(self, work: Work, chunk: Chunk, frame: int, gone: Sequence[Duplicates], funnel: Funnel) -> Iterator[Stored]:
+    def _own(self, work: Work, chunk: DocumentChunk, frame: int, gone: Sequence[Duplicates], funnel: Funnel) -> Iterator[StoredDocument]:
         """The documents of a frame that no earlier document says."""
         for place, document in enumerate(chunk.frame(frame), chunk.frames[frame].first):
             size = size_of(document)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from shards.build import hashing
 from shards.build.checksummed_files import map_array, save_array
 from shards.build.minhash_signatures import BAND, EXACT
-from shards.build.chunks import Chunk
+from shards.build.chunks import DocumentChunk
 from shards.build.workspace import DOCUMENT_BITS, Ids, Work
 
 RANGE = 4_000_000  # hashes looked at in one task, on average
@@ -167,7 +167,7 @@ class _Texts:
         self._own = own
         self._sets: dict[int, hashing.Hashes] = {}
         self._others: dict[int, hashing.Hashes] = {}
-        self._chunks: dict[int, Chunk] = {}
+        self._chunks: dict[int, DocumentChunk] = {}
         self._frames: dict[bool, tuple[int, int, list[Any]]] = {}  # the latest one of the own chunk, and of others
 
     def ngrams(self, document: int) -> hashing.Hashes:

@@ -20,7 +20,7 @@ import xxhash
 from shards.format.seekable_zstd import Array
 from shards.tokenization.encode import Encoded, encode, notes, refusal
 from shards.build.checksummed_files import lines, load_arrays, load_bytes, save_bytes
-from shards.build.chunks import Chunk, Stored
+from shards.build.chunks import DocumentChunk, StoredDocument
 from shards.build.workspace import Name, Work
 from shards.tokenization.records import Document
 from shards.build.sources import KEPT_ASIDE, Rejected
@@ -95,7 +95,7 @@ class Encoding:
                     labels.extend(of_length(length, source.lengths) for length in encoded[-1].lengths)
             batch, size = [], 0
 
-        for found in Chunk(work.path("clean", name, ".docs")):
+        for found in DocumentChunk(work.path("clean", name, ".docs")):
             document = found.document()
             if reason := refusal(tokenizer, source.kind, document):
                 refused.append(Rejected(document.where or source.name, reason, "\n".join(document.parts)[:KEPT_ASIDE]))
@@ -204,7 +204,7 @@ def gathered(batch: list[Ready]) -> Encoded:
     )
 
 
-def clean(work: Work, source: int) -> Iterator[Stored]:
+def clean(work: Work, source: int) -> Iterator[StoredDocument]:
     """A source's clean documents, in order."""
     for name in work.of_source(source):
-        yield from Chunk(work.path("clean", name, ".docs"))
+        yield from DocumentChunk(work.path("clean", name, ".docs"))

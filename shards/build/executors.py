@@ -27,7 +27,7 @@ LOOK = 1.0  # seconds between looks at what is done
 
 
 @dataclass
-class Share:
+class TaskShare:
     """A rank's part of a step's tasks, as datatrove calls it: every `world_size`th."""
 
     build: bytes
@@ -56,7 +56,7 @@ def run_elsewhere(step: Any, work: Work, waiting: list[Any]) -> Iterator[Any]:
     while waiting:
         logs = work.root / "jobs" / f"{step.name}-{int(time.time() * 1000)}-{attempt}"
         tasks = min(work.build.data.executor_tasks, len(waiting))
-        share = Share(msgspec.json.encode(work.build), work.key, step.name, list(waiting), logs / "said")
+        share = TaskShare(msgspec.json.encode(work.build), work.key, step.name, list(waiting), logs / "said")
         jobs = _Slurm(share, tasks, logs, work) if work.build.data.executor == "slurm" else _InThread(share, tasks, logs, work)
         before = len(waiting)
         try:
@@ -111,7 +111,7 @@ def _check_partition(name: str) -> None:
 class _Slurm:
     """Job arrays, and whether any of them is still queued or running."""
 
-    def __init__(self, share: Share, tasks: int, logs: Path, work: Work) -> None:
+    def __init__(self, share: TaskShare, tasks: int, logs: Path, work: Work) -> None:
         _datatrove()
         from datatrove.executor.slurm import SlurmPipelineExecutor
 
@@ -158,7 +158,7 @@ class _Slurm:
 class _InThread:
     """Ray's tasks, waited for by a thread named shards-executor."""
 
-    def __init__(self, share: Share, tasks: int, logs: Path, work: Work) -> None:
+    def __init__(self, share: TaskShare, tasks: int, logs: Path, work: Work) -> None:
         _datatrove()
         try:
             import ray

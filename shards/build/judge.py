@@ -10,24 +10,24 @@ import msgspec
 
 from shards.build.filter_stats import Funnel
 from shards.build.models import CONTAMINATION, PERPLEXITY, QUALITY, trained
-from shards.build.chunks import Stored, size_of
+from shards.build.chunks import StoredDocument, size_of
 from shards.build.workspace import Work
 from shards.filters.heuristics.families import Rules
 from shards.spec import Kind, Source
 
-Verdict = tuple[Stored, str]
+Verdict = tuple[StoredDocument, str]
 """A document as it is kept, and why it is not, empty where it is."""
-Judge = Callable[[Sequence[Stored], Funnel], list[Verdict]]
+Judge = Callable[[Sequence[StoredDocument], Funnel], list[Verdict]]
 
 
-class Judges:
+class SourceFilters:
     """The checks of one source."""
 
     def __init__(self, judges: dict[str, Judge]) -> None:
         self._judges = judges
 
     @classmethod
-    def of(cls, work: Work, source: Source) -> Judges:
+    def of(cls, work: Work, source: Source) -> SourceFilters:
         """Made once a process: models take seconds to load."""
         return _made(work, source.kind, source.split_by)
 
@@ -35,9 +35,9 @@ class Judges:
     def steps(self) -> list[str]:
         return list(self._judges)
 
-    def apply(self, documents: Sequence[Stored], funnel: Funnel) -> list[tuple[Stored | None, str]]:
+    def apply(self, documents: Sequence[StoredDocument], funnel: Funnel) -> list[tuple[StoredDocument | None, str]]:
         """Each document as it is kept, or None and why; every step is noted in the funnel."""
-        verdicts: list[tuple[Stored | None, str]] = [(document, "") for document in documents]
+        verdicts: list[tuple[StoredDocument | None, str]] = [(document, "") for document in documents]
         for step, judge in self._judges.items():
             places = [place for place, (document, _) in enumerate(verdicts) if document is not None]
             standing = [document for document, _ in verdicts if document is not None]
@@ -53,18 +53,18 @@ class Judges:
         return verdicts
 
 
-def _text(document: Stored) -> str:
+def _text(document: StoredDocument) -> str:
     return document.parts[0] if len(document.parts) == 1 else "\n".join(document.parts)
 
 
-def _with_parts(document: Stored, parts: tuple[str, ...]) -> Stored:
+def _with_parts(document: StoredDocument, parts: tuple[str, ...]) -> StoredDocument:
     """The same document, saying something else; what it is held out by stays what it was."""
     key = document.parts[0] if document.key is None else document.key
     return msgspec.structs.replace(document, key=key, parts=parts)
 
 
 @lru_cache(maxsize=8)
-def _made(work: Work, kind: Kind, split_by: str | None) -> Judges:
+def _made(work: Work, kind: Kind, split_by: str | None) -> SourceFilters:
     clean = work.clean
     judges: dict[str, Judge] = {}
     if clean.language is not None:
@@ -81,14 +81,14 @@ def _made(work: Work, kind: Kind, split_by: str | None) -> Judges:
         judges["toxicity"] = _toxicity(clean.toxicity)
     if clean.contamination is not None:
         judges["contamination"] = _contamination(work)
-    return Judges(judges)
+    return SourceFilters(judges)
 
 
 def _rules(work: Work) -> dict[str, Judge]:
     """A step for each family of rules."""
 
     def family(rules: Rules) -> Judge:
-        def judge(documents: Sequence[Stored], funnel: Funnel) -> list[Verdict]:
+        def judge(documents: Sequence[StoredDocument], funnel: Funnel) -> list[Verdict]:
             found = []
             for document in documents:
                 text, reason = rules.apply(document.parts[0])
@@ -106,7 +106,7 @@ def _language(settings: Any, split: bool) -> Judge:
 
     detector = Detector()
 
-    def languages(documents: Sequence[Stored], funnel: Funnel) -> list[Verdict]:
+    def languages(documents: Sequence[StoredDocument], funnel: Funnel) -> list[Verdict]:
         found = []
         for document in documents:
             guess = detector.guess(_text(document))
@@ -124,7 +124,7 @@ def _perplexity(work: Work, settings: Any) -> Judge:
 
     scorer = Scorer(trained(work, PERPLEXITY))
 
-    def perplexities(documents: Sequence[Stored], funnel: Funnel) -> list[Verdict]:
+    def perplexities(documents: Sequence[StoredDocument], funnel: Funnel) -> list[Verdict]:
         found = []
         for document in documents:
             value = scorer.perplexity(document.parts[0])
@@ -145,7 +145,7 @@ def _quality(work: Work, settings: Any, split: bool) -> Judge:
 
     classifier = Classifier.load(trained(work, QUALITY))
 
-    def qualities(documents: Sequence[Stored], funnel: Funnel) -> list[Verdict]:
+    def qualities(documents: Sequence[StoredDocument], funnel: Funnel) -> list[Verdict]:
         scores = classifier.scores([document.parts[0] for document in documents]) if documents else []
         found = []
         for document, score in zip(documents, scores, strict=True):
@@ -162,7 +162,7 @@ def _pii(settings: Any) -> Judge:
 
     finder = Finder(settings)
 
-    def personal(documents: Sequence[Stored], funnel: Funnel) -> list[Verdict]:
+    def personal(documents: Sequence[StoredDocument], funnel: Funnel) -> list[Verdict]:
         found = []
         for document in documents:
             parts, reason = [], ""
@@ -179,11 +179,11 @@ def _pii(settings: Any) -> Judge:
 
 
 def _toxicity(settings: Any) -> Judge:
-    from shards.filters.toxicity import Meter
+    from shards.filters.toxicity import ToxicityScorer
 
-    meter = Meter(settings)
+    meter = ToxicityScorer(settings)
 
-    def toxic(documents: Sequence[Stored], funnel: Funnel) -> list[Verdict]:
+    def toxic(documents: Sequence[StoredDocument], funnel: Funnel) -> list[Verdict]:
         measured = meter.measure([_text(document) for document in documents]) if documents else []
         return [(document, meter.judge(each)) for document, each in zip(documents, measured, strict=True)]
 
@@ -191,11 +191,11 @@ def _toxicity(settings: Any) -> Judge:
 
 
 def _contamination(work: Work) -> Judge:
-    from shards.filters.contamination import Index
+    from shards.filters.contamination import NgramIndex
 
-    index = Index.load(trained(work, CONTAMINATION))
+    index = NgramIndex.load(trained(work, CONTAMINATION))
 
-    def contaminated(documents: Sequence[Stored], funnel: Funnel) -> list[Verdict]:
+    def contaminated(documents: Sequence[StoredDocument], funnel: Funnel) -> list[Verdict]:
         found = []
         for document in documents:
             seen = index.find(_text(document))

@@ -75,7 +75,7 @@ def trained(work: Work, name: str) -> Path:
     """A model that is what this build made. Raises ShardError for any other."""
     path = model(work, name)
     try:
-        if hash_of(path) == load_bytes(work.path(Model.name, name, SEALED)):
+        if hash_of(path) == load_bytes(work.path(FilterModel.name, name, SEALED)):
             return path
         why = "not as it was written"
     except OSError as error:
@@ -83,7 +83,7 @@ def trained(work: Work, name: str) -> Path:
     raise ShardError(f"{path}: {why} (delete {work.root}: the same command then begins anew; check this disk)")
 
 
-class Model:
+class FilterModel:
     """One task a model."""
 
     name = "model"
@@ -120,7 +120,7 @@ class Model:
 def described(work: Work) -> dict[str, str]:
     """What each model is, for people: how large, and how well it does."""
     found = {}
-    for (name,) in Model().tasks(work):
+    for (name,) in FilterModel().tasks(work):
         path = model(work, name)
         if name == QUALITY:
             from shards.filters.quality import Classifier
@@ -134,9 +134,9 @@ def described(work: Work) -> dict[str, str]:
                 counts = [line.split("=")[1].strip() for line in islice(file, 8) if line.startswith("ngram ")]
             found["perplexity"] = f"n-grams of 1 to {len(counts)} words: {', '.join(f'{int(count):,}' for count in counts)}"
         else:
-            from shards.filters.contamination import Index
+            from shards.filters.contamination import NgramIndex
 
-            index = Index.load(path)
+            index = NgramIndex.load(path)
             sets = []
             for each, size, short in zip(index.names, index.sizes, index.too_short, strict=True):
                 sets.append(f"{each} ({size:,} texts{f', {short:,} of them {TOO_SHORT}' if short else ''})")
@@ -156,7 +156,7 @@ def _train(clean: Clean, name: str, path: Path, aside: IO[bytes]) -> None:
         good, bad = (_texts(f"quality.{each}", where, aside) for each, where in given.items())
         Classifier.train(good, bad, clean.quality).save(path)
     elif clean.contamination is not None:
-        from shards.filters.contamination import Index
+        from shards.filters.contamination import NgramIndex
 
         sets = {each: _texts(f"contamination.sets.{each}", where, aside) for each, where in clean.contamination.sets.items()}
-        Index.build(sets, clean.contamination).save(path)
+        NgramIndex.build(sets, clean.contamination).save(path)

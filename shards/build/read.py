@@ -10,7 +10,7 @@ import msgspec
 
 from shards.errors import ShardError
 from shards.build.checksummed_files import Sealed, save_bytes
-from shards.build.chunks import ChunkWriter, size_of, stored
+from shards.build.chunks import DocumentChunkWriter, size_of, stored
 from shards.build.workspace import Name, ReadUnit, Work
 from shards.tokenization.records import Document
 from shards.build.sources import Rejected, broken, is_held_out, read_unit, unreadable
@@ -38,7 +38,7 @@ class Read:
 
     def do(self, work: Work, task: Task) -> None:
         number, place = task
-        read = _Reader(work, number, place)
+        read = _UnitReader(work, number, place)
         for unit in work.inputs[number][place]:
             for record in read_unit(work.sources[number], unit, held_out=partial(_held_out, work)):
                 read.take(record)
@@ -49,7 +49,7 @@ def _held_out(work: Work, key: str) -> bool:
     return is_held_out(key, work.build.data.held_out, work.build.seed)
 
 
-class _Reader:
+class _UnitReader:
     """The chunks of one group of units, and what was left out of them."""
 
     def __init__(self, work: Work, source: int, unit: int) -> None:
@@ -59,7 +59,7 @@ class _Reader:
         self._rejected: dict[str, int] = {}
         self._broken: dict[str, None] = {}
         self._notes: Counter[str] = Counter()
-        self._writer: ChunkWriter | None = None
+        self._writer: DocumentChunkWriter | None = None
         self._aside = Sealed(work.path("read", f"{source:03d}-{unit:06d}", ".rejected.jsonl"))
 
     def take(self, record: Document | Rejected) -> None:
@@ -77,7 +77,7 @@ class _Reader:
 
     def _add(self, document: Document, size: int) -> None:
         if self._writer is None:
-            self._writer = ChunkWriter(self._work.path("read", Name(*self._place, len(self._chunks)), ".docs"))
+            self._writer = DocumentChunkWriter(self._work.path("read", Name(*self._place, len(self._chunks)), ".docs"))
         self._writer.add(stored(document), size)
         if self._writer.text_bytes >= self._work.clean.chunk_bytes or self._writer.documents >= CHUNK_DOCUMENTS:
             self._end_chunk()

@@ -34,7 +34,7 @@ class SourceReport(msgspec.Struct, frozen=True):
     notes: dict[str, int] = {}  # of records that were kept: see shards.format.manifest
 
 
-class Report(msgspec.Struct, frozen=True):
+class BuildReport(msgspec.Struct, frozen=True):
     """A whole build's."""
 
     format: int
@@ -72,7 +72,7 @@ def save(work: Work, out: Path, names: list[str]) -> None:
         own = [name for name in names if name == source.name or (source.split_by and name.startswith(f"{source.name}."))]
         found.append(_of_source(out, source.name, own, work.funnel(number)))
     write_atomically(
-        out / FILE_NAME, msgspec.json.format(msgspec.json.encode(Report(FORMAT, found, described(work))), indent=1) + b"\n"
+        out / FILE_NAME, msgspec.json.format(msgspec.json.encode(BuildReport(FORMAT, found, described(work))), indent=1) + b"\n"
     )
 
 
@@ -124,17 +124,17 @@ def _is_done(out: Path) -> bool:
     return True
 
 
-def load(out: Path) -> Report:
+def load(out: Path) -> BuildReport:
     """A build's report; of one that does not clean, what its manifests say. Raises ShardError where there is neither."""
     path = out / FILE_NAME
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Report)
+        return msgspec.json.decode(path.read_bytes(), type=BuildReport)
     except FileNotFoundError:
         names = sorted(place.parent.parent.name for place in out.glob(f"*/{SPLITS[-1]}/{manifests.FILE_NAME}"))
         if not names or not _is_done(out):
             why = "no report: a build writes it when it is done" if out.is_dir() else "No such file or directory"
             raise ShardError(f"{path}: {why}") from None
-        return Report(FORMAT, [_of_source(out, name, [name], Funnel({})) for name in names])
+        return BuildReport(FORMAT, [_of_source(out, name, [name], Funnel({})) for name in names])
     except OSError as error:
         raise ShardError(f"{path}: {error.strerror}") from None
     except msgspec.MsgspecError as error:

@@ -11,15 +11,15 @@ from shards.tokenization.encode import Workers
 from shards.build.executors import run_elsewhere
 from shards.build.models import beside
 from shards.build.read import refuse_broken
-from shards.build.steps import STEPS, Step, do, forget, left
+from shards.build.steps import STEPS, BuildStep, do, forget, left
 from shards.build.workspace import Work
-from shards.progress import Meter
+from shards.progress import ProgressMeter
 
 BEFORE_TOKENIZER = ("read", "sign", "exact", "near", "verify", "model", "clean", "make")
 AFTER_TOKENIZER = ("encode",)
 
 
-def run(names: tuple[str, ...], work: Work, pool: Workers, meter: Meter) -> Work:
+def run(names: tuple[str, ...], work: Work, pool: Workers, meter: ProgressMeter) -> Work:
     """What is left of these steps, in order; returns `work` as it is after them."""
     for name in names:
         _run_step(STEPS[name], work, pool, meter)
@@ -32,7 +32,7 @@ def run(names: tuple[str, ...], work: Work, pool: Workers, meter: Meter) -> Work
     return work
 
 
-def _run_step(step: Step, work: Work, pool: Workers, meter: Meter) -> None:
+def _run_step(step: BuildStep, work: Work, pool: Workers, meter: ProgressMeter) -> None:
     forget()  # what another build in this process knew
     weights = {task: step.weight(work, task) for task in step.tasks(work)}
     waiting = left(step, work)
@@ -44,7 +44,7 @@ def _run_step(step: Step, work: Work, pool: Workers, meter: Meter) -> None:
         meter.update(done, total)
 
 
-def _tasks_done(step: Step, work: Work, waiting: list[Any], pool: Workers) -> Iterator[Any]:
+def _tasks_done(step: BuildStep, work: Work, waiting: list[Any], pool: Workers) -> Iterator[Any]:
     if work.build.data.executor != "local":
         yield from run_elsewhere(step, work, waiting)
         return

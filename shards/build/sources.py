@@ -15,14 +15,14 @@ import xxhash
 
 from shards.readers import stdlib
 from shards.errors import ShardError, SpecError
-from shards.readers.base import KEPT_ASIDE, LONGEST_RECORD, NULS, Reading, Record, Rejected, Unit, shown
+from shards.readers.base import KEPT_ASIDE, LONGEST_RECORD, NULS, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.compressed import COMPRESSED
-from shards.readers.files import Found, find
+from shards.readers.files import InputFile, find
 from shards.tokenization.records import Document
 from shards.spec import STDLIB_KINDS, Source
 
 __all__ = [
-    "KEPT_ASIDE", "LONGEST_RECORD", "Reading", "Rejected", "Unit",
+    "KEPT_ASIDE", "LONGEST_RECORD", "ReadPosition", "Rejected", "Unit",
     "broken", "changed", "describe", "documents", "files", "fingerprint", "is_held_out", "read_unit", "units", "unreadable",
 ]  # fmt: skip
 
@@ -41,7 +41,7 @@ def _reader(source: Source) -> ModuleType:
     return import_module(f"shards.readers.{source.origin}")
 
 
-def files(source: Source) -> list[Found]:
+def files(source: Source) -> list[InputFile]:
     """The files of a source, sorted; SpecError if there are none."""
     assert source.path is not None
     reader = _reader(source)
@@ -102,13 +102,13 @@ def describe(source: Source) -> str:
 def read_unit(
     source: Source,
     unit: Unit,
-    reading: Reading | None = None,
+    reading: ReadPosition | None = None,
     *,
     held_out: Callable[[str], bool] = lambda key: False,
     wanted: stdlib.Wanted = lambda key: True,
 ) -> Iterator[Record]:
     """A unit's records, in order, streamed. `reading.done` grows by the bytes read; the rest is for the standard library."""
-    reading = Reading() if reading is None else reading
+    reading = ReadPosition() if reading is None else reading
     if source.path is None:
         yield from _stdlib(source, reading, held_out, wanted)
         return
@@ -145,7 +145,7 @@ def unreadable(source: Source, rejected: Mapping[str, int]) -> None:
 
 
 def documents(
-    source: Source, reading: Reading, held_out: Callable[[str], bool], wanted: stdlib.Wanted
+    source: Source, reading: ReadPosition, held_out: Callable[[str], bool], wanted: stdlib.Wanted
 ) -> Iterator[Document | Rejected]:
     """All records of a source, in order. Raises ShardError where too many files are broken."""
     found = units(source)
@@ -164,7 +164,7 @@ def documents(
             reading.done = before
 
 
-def _stdlib(source: Source, reading: Reading, held_out: Callable[[str], bool], wanted: stdlib.Wanted) -> Iterator[Record]:
+def _stdlib(source: Source, reading: ReadPosition, held_out: Callable[[str], bool], wanted: stdlib.Wanted) -> Iterator[Record]:
     iterators = {
         "stdlib-code": lambda: stdlib.code(wanted),
         "stdlib-docs": lambda: stdlib.docs(wanted),

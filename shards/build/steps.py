@@ -12,14 +12,14 @@ from shards.build.clean import Cleaning
 from shards.build.duplicates import Exact, Near, Verify
 from shards.build.encode import Encoding
 from shards.build.synthetic import Make
-from shards.build.models import Model
+from shards.build.models import FilterModel
 from shards.build.read import Read
 from shards.build.minhash_signatures import Sign
 from shards.build.workspace import Work
 from shards.spec import Build
 
 
-class Step(Protocol):
+class BuildStep(Protocol):
     """Tasks that do not depend on each other, each with one file to show for it."""
 
     @property
@@ -43,12 +43,12 @@ class Step(Protocol):
         """Do it."""
 
 
-STEPS: dict[str, Step] = {
-    step.name: step for step in (Read(), Sign(), Exact(), Near(), Verify(), Model(), Cleaning(), Make(), Encoding())
+STEPS: dict[str, BuildStep] = {
+    step.name: step for step in (Read(), Sign(), Exact(), Near(), Verify(), FilterModel(), Cleaning(), Make(), Encoding())
 }
 
 
-def left(step: Step, work: Work) -> list[Any]:
+def left(step: BuildStep, work: Work) -> list[Any]:
     """The tasks of a step that are not done."""
     return [task for task in step.tasks(work) if not step.output(work, task).exists()]
 

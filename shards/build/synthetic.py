@@ -14,7 +14,7 @@ import xxhash
 from shards.build.encode import MADE
 from shards.build.filter_stats import Count, Funnel
 from shards.build.checksummed_files import save_bytes
-from shards.build.chunks import Chunk, ChunkWriter, Stored, size_of
+from shards.build.chunks import DocumentChunk, DocumentChunkWriter, StoredDocument, size_of
 from shards.build.workspace import Name, ReadUnit, Work
 from shards.spec import Source
 
@@ -43,11 +43,11 @@ class Make:
 
     def do(self, work: Work, task: Task) -> None:
         source, own, of = work.sources[task[0]], Name(task[0], task[1], 0), Name(*task[2:])
-        documents = list(Chunk(work.path("clean", of, ".docs")))
+        documents = list(DocumentChunk(work.path("clean", of, ".docs")))
         share = work.build.data.held_out * 2**64
         held = [each.document().hashed(work.build.seed) < share for each in documents]
         funnel = Funnel({"made": Count()})
-        with ChunkWriter(work.path("clean", own, ".docs")) as writer:
+        with DocumentChunkWriter(work.path("clean", own, ".docs")) as writer:
             for key in MADE:
                 parts = [each for each, apart in zip(documents, held, strict=True) if apart == (key == "held out")]
                 seed = xxhash.xxh3_64_intdigest(f"{source.name} {own} {key}".encode(), seed=work.build.seed)
@@ -63,7 +63,7 @@ class Make:
         save_bytes(self.output(work, task), msgspec.json.encode(ReadUnit(chunks, {})))
 
 
-def _make(source: Source, documents: list[Stored], key: str, seed: int) -> Iterator[Stored]:
+def _make(source: Source, documents: list[StoredDocument], key: str, seed: int) -> Iterator[StoredDocument]:
     from shards.filters import long_documents
 
     def where(parts: tuple[int, ...]) -> str:
@@ -80,7 +80,7 @@ def _make(source: Source, documents: list[Stored], key: str, seed: int) -> Itera
                 start += len(documents[part].parts)
                 if any(not ended for _, ended in documents[part].sampled):  # something follows it now: its end is not its own
                     masked.append(start - 1)
-            yield Stored(key, said, roles, where(joined.parts), joined.label, tuple(masked))
+            yield StoredDocument(key, said, roles, where(joined.parts), joined.label, tuple(masked))
         return
     texts = [each.parts[0] for each in documents]
     if source.made == "related":
@@ -88,4 +88,4 @@ def _make(source: Source, documents: list[Stored], key: str, seed: int) -> Itera
     else:
         found = long_documents.make_tasks(texts, source.characters, len(texts), seed)
     for made in found:
-        yield Stored(key, (made.text,), (), where(made.parts), made.label)
+        yield StoredDocument(key, (made.text,), (), where(made.parts), made.label)

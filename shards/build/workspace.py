@@ -21,7 +21,7 @@ from shards.format.seekable_zstd import write_atomically
 from shards.errors import ShardError
 from shards.build import checksummed_files
 from shards.build.filter_stats import Funnel, together
-from shards.build.chunks import Chunk
+from shards.build.chunks import DocumentChunk
 from shards.build.sources import Unit, changed, fingerprint, units
 from shards.spec import Build, Clean, Source
 
@@ -69,7 +69,7 @@ class ReadUnit(msgspec.Struct, frozen=True):
     notes: dict[str, int] = {}  # of the documents: see shards.format.manifest
 
 
-class Plan(msgspec.Struct, frozen=True):
+class BuildPlan(msgspec.Struct, frozen=True):
     """What a working directory was begun for."""
 
     key: str
@@ -113,7 +113,7 @@ class Work:
         plan = self._plan(beside)
         path = self.root / PLAN
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=Plan)
+            found = msgspec.json.decode(path.read_bytes(), type=BuildPlan)
         except (OSError, msgspec.MsgspecError):
             found = None
         if found != plan:
@@ -124,15 +124,15 @@ class Work:
         if found != plan:
             write_atomically(path, msgspec.json.encode(plan))
 
-    def _plan(self, beside: Iterable[Source]) -> Plan:
-        return Plan(self.key, [fingerprint(source) for source in (*self.sources, *beside)])
+    def _plan(self, beside: Iterable[Source]) -> BuildPlan:
+        return BuildPlan(self.key, [fingerprint(source) for source in (*self.sources, *beside)])
 
     def refuse_changed(self, beside: Iterable[Source] = ()) -> None:
         """Raises ShardError where files are not those that the build was begun for. Arguments as of `begin`."""
         found = [*self.sources, *beside]
         path = self.root / PLAN
         try:
-            before = msgspec.json.decode(path.read_bytes(), type=Plan).inputs
+            before = msgspec.json.decode(path.read_bytes(), type=BuildPlan).inputs
         except (OSError, msgspec.MsgspecError) as error:
             raise ShardError(f"{path}: {error} (give the same command again: the build begins anew)") from None
         for source, one, other in zip(found, before, self._plan(beside).inputs, strict=True):
@@ -188,8 +188,8 @@ class Work:
     def documents(self) -> int:
         return sum(documents for documents, _ in self.sizes)
 
-    def chunk(self, number: int, step: str = "read") -> Chunk:
-        return Chunk(self.path(step, self.chunks[number], ".docs"))
+    def chunk(self, number: int, step: str = "read") -> DocumentChunk:
+        return DocumentChunk(self.path(step, self.chunks[number], ".docs"))
 
     def names(self, source: int) -> Iterator[Name | Path]:
         """For each unit of a source the file with what was left out of it, then its chunks."""

@@ -25,7 +25,7 @@ class Stopped(BaseException):
 def main(args: argparse.Namespace) -> int:
     from shards.build.build import build
     from shards.build.report import left_out
-    from shards.progress import Progress, Report, Screen, print_progress
+    from shards.progress import ProgressReport, Report, Screen, print_progress
 
     if args.workers is not None and args.workers < 0:
         raise SpecError(f"--workers is {args.workers} (use 0 or more)")
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
         with _stoppable(watch_parent=args.json):
             if args.json:
 
-                def report(progress: Progress) -> None:
+                def report(progress: ProgressReport) -> None:
                     try:
                         print_progress(progress)
                     except OutputError:

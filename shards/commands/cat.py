@@ -26,7 +26,7 @@ MARKS = {0: ("", ""), 1: ("⟦", "⟧"), 2: ("⟨", "⟩")}
 
 
 @dataclass(frozen=True)
-class Part:
+class TokenRun:
     """Tokens in a row, of one document."""
 
     title: str
@@ -81,7 +81,7 @@ def _range(text: str, tokens: int) -> tuple[int, int]:
     return start, stop
 
 
-def _cut(corpus: Corpus, start: int, stop: int) -> list[Part]:
+def _cut(corpus: Corpus, start: int, stop: int) -> list[TokenRun]:
     """The documents of a range, or as much of them as lies in it."""
     if start == stop:
         return []
@@ -91,11 +91,11 @@ def _cut(corpus: Corpus, start: int, stop: int) -> list[Part]:
     parts = []
     for number, (low, high) in enumerate(itertools.pairwise([start, *ends]), first):
         mask = corpus.read(low, high, "mask") if masked else None
-        parts.append(Part(f"document {number}, tokens {low} to {high}", low, corpus.read(low, high), mask))
+        parts.append(TokenRun(f"document {number}, tokens {low} to {high}", low, corpus.read(low, high), mask))
     return parts
 
 
-def _sample(corpus: Corpus, sample: int, context: int | None) -> list[Part]:
+def _sample(corpus: Corpus, sample: int, context: int | None) -> list[TokenRun]:
     """What the trainer makes of it at this context: a window of text, a row of conversations, a pair."""
     from shards.sampling.packing import make
     from shards.sampling.rows import PairView, TextView
@@ -118,7 +118,7 @@ def _sample(corpus: Corpus, sample: int, context: int | None) -> list[Part]:
     start = corpus.span(sample)[0]
     titles = ("chosen", "rejected")
     return [
-        Part(f"document {sample}, {title}", start, ids, np.where(np.arange(len(ids)) < prompt, 0, number).astype(np.uint8))
+        TokenRun(f"document {sample}, {title}", start, ids, np.where(np.arange(len(ids)) < prompt, 0, number).astype(np.uint8))
         for number, (title, ids) in enumerate(zip(titles, responses, strict=True), 1)
     ]
 
@@ -128,7 +128,7 @@ def _check(name: str, sample: int, size: int, context: int) -> None:
         raise SpecError(f"{name} has samples 0 to {size - 1} at a context of {context}, not {sample}")
 
 
-def _runs(part: Part) -> Iterator[tuple[int, Array]]:
+def _runs(part: TokenRun) -> Iterator[tuple[int, Array]]:
     """Stretches of one mask."""
     mask = np.zeros(len(part.ids), np.uint8) if part.mask is None else part.mask
     cuts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
@@ -136,13 +136,13 @@ def _runs(part: Part) -> Iterator[tuple[int, Array]]:
         yield int(mask[start]), part.ids[start:stop]
 
 
-def _plain(part: Part, tokenizer: Tokenizer) -> dict[str, object]:
+def _plain(part: TokenRun, tokenizer: Tokenizer) -> dict[str, object]:
     mask = None if part.mask is None else part.mask.tolist()
     text = tokenizer.decode(part.ids, reserved=True)
     return {"title": part.title, "start": part.start, "ids": part.ids.tolist(), "mask": mask, "text": text}
 
 
-def _print(parts: list[Part], tokenizer: Tokenizer, *, always: bool) -> None:
+def _print(parts: list[TokenRun], tokenizer: Tokenizer, *, always: bool) -> None:
     """always: documents are told apart in a pipe too."""
     from rich.text import Text
 

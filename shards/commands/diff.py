@@ -14,7 +14,7 @@ from shards.commands.output import working
 from shards.errors import ShardError, SpecError
 from shards.format.corpus import Corpus, sources
 from shards.format.manifest import FILE_NAME as MANIFEST
-from shards.format.manifest import SPLITS, Manifest, load
+from shards.format.manifest import SPLITS, SplitManifest, load
 from shards.terminal import write_json, write_out
 from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
@@ -103,7 +103,7 @@ def _tokenizers(a: Path, b: Path) -> list[Difference]:
     return [Difference("tokenizer", f"{x.hash[:12]}, {x.vocab} ids", f"{y.hash[:12]}, {y.vocab} ids")]
 
 
-def _manifests(name: str, x: Manifest, y: Manifest) -> list[Difference]:
+def _manifests(name: str, x: SplitManifest, y: SplitManifest) -> list[Difference]:
     found = [Difference(f"{name}.{key}", getattr(x, key), getattr(y, key)) for key in COUNTS if getattr(x, key) != getattr(y, key)]
     if len(x.shards) != len(y.shards):
         found.append(Difference(f"{name}.shards", len(x.shards), len(y.shards)))

@@ -19,9 +19,9 @@ import msgspec
 from shards.commands.output import size, working
 from shards.errors import ShardError, SpecError
 from shards.format.corpus import sources
-from shards.format.manifest import SPLITS, Manifest, Shard, load, verify
+from shards.format.manifest import SPLITS, Shard, SplitManifest, load, verify
 from shards.format.seekable_zstd import ColumnFile
-from shards.progress import Meter
+from shards.progress import ProgressMeter
 from shards.spec import Build
 from shards.terminal import write_json, write_out
 from shards.tokenization.templates import FILE_NAME as TEMPLATE_FILE
@@ -30,7 +30,7 @@ from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 ALIKE = ("kind", "dtype", "frame_items", "vocab")
 REJECTED = "rejected.jsonl"
 
-Found = dict[str, list[tuple[Path, Manifest]]]  # by SOURCE/SPLIT, the manifests of each build with their directories
+Found = dict[str, list[tuple[Path, SplitManifest]]]  # by SOURCE/SPLIT, the manifests of each build with their directories
 
 
 def main(args: argparse.Namespace) -> int:
@@ -106,13 +106,13 @@ def _collect(builds: Sequence[Path]) -> Found:
     return found
 
 
-def _make(args: argparse.Namespace, out: Path, found: Found, builds: Sequence[Path]) -> dict[str, Manifest]:
+def _make(args: argparse.Namespace, out: Path, found: Found, builds: Sequence[Path]) -> dict[str, SplitManifest]:
     for name in (FILE_NAME, TEMPLATE_FILE):
         if (builds[0] / name).exists():
             shutil.copyfile(builds[0] / name, out / name)
     total = sum(column.bytes for each in found.values() for _, manifest in each for column in _columns(manifest))
     done = 0
-    made: dict[str, Manifest] = {}
+    made: dict[str, SplitManifest] = {}
     with working(args, "merge", f"{args.out}, {size(total)}", "bytes", 2 * total) as meter:
         for name, parts in found.items():
             (out / name).mkdir(parents=True)
@@ -129,7 +129,7 @@ def _make(args: argparse.Namespace, out: Path, found: Found, builds: Sequence[Pa
     return made
 
 
-def _mark(place: Path, out: Path, builds: Sequence[Path], found: Found, made: dict[str, Manifest]) -> list[str]:
+def _mark(place: Path, out: Path, builds: Sequence[Path], found: Found, made: dict[str, SplitManifest]) -> list[str]:
     """Says in build.json what the whole is, as one spec, so that runs take it; its sources, none where no spec would build it."""
     from shards.build.build import read_marker, write_marker
 
@@ -149,7 +149,7 @@ def _mark(place: Path, out: Path, builds: Sequence[Path], found: Found, made: di
     return list(by_name)
 
 
-def _columns(manifest: Manifest) -> Iterator[ColumnFile]:
+def _columns(manifest: SplitManifest) -> Iterator[ColumnFile]:
     for shard in manifest.shards:
         yield from shard.columns.values()
 
@@ -169,7 +169,7 @@ def _take(place: Path, shard: Shard, to: Path, number: int, copy: bool) -> Shard
     return msgspec.structs.replace(shard, columns=columns)
 
 
-def _merged(parts: Sequence[Manifest], shards: Sequence[Shard]) -> Manifest:
+def _merged(parts: Sequence[SplitManifest], shards: Sequence[Shard]) -> SplitManifest:
     rejected: Counter[str] = Counter()
     noted: Counter[str] = Counter()
     for part in parts:
@@ -187,7 +187,7 @@ def _merged(parts: Sequence[Manifest], shards: Sequence[Shard]) -> Manifest:
     )
 
 
-def _verify(out: Path, made: dict[str, Manifest], meter: Meter, done: int, total: int) -> None:
+def _verify(out: Path, made: dict[str, SplitManifest], meter: ProgressMeter, done: int, total: int) -> None:
     def tell(count: int) -> None:
         nonlocal done
         done += count

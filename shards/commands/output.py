@@ -12,7 +12,7 @@ from shards.errors import SpecError
 from shards.terminal import make_console, safe, write_error
 
 if TYPE_CHECKING:
-    from shards.progress import Meter, Phase
+    from shards.progress import Phase, ProgressMeter
 
 PIPE_WIDTH = 250  # in a pipe there is no width to fit: a row stays one line
 
@@ -35,12 +35,12 @@ def directories(path: Path) -> list[Path]:
 
 
 @contextmanager
-def working(args: Any, phase: Phase, message: str, unit: str, total: int) -> Iterator[Meter]:
+def working(args: Any, phase: Phase, message: str, unit: str, total: int) -> Iterator[ProgressMeter]:
     """A bar on a terminal's stderr while something long goes on; nothing for scripts and in pipes."""
-    from shards.progress import Meter, Screen
+    from shards.progress import ProgressMeter, Screen
 
     with Screen(transient=True) as screen:
-        meter = Meter((lambda progress: None) if args.json or not screen.is_terminal else screen)
+        meter = ProgressMeter((lambda progress: None) if args.json or not screen.is_terminal else screen)
         meter.begin(phase, message, unit, total)
         yield meter
 

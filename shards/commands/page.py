@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shards.build.filter_stats import Count, Funnel, Sample
-from shards.build.report import Report, SourceReport
+from shards.build.report import BuildReport, SourceReport
 from shards.commands.output import short, size
 from shards.terminal import make_console
 
@@ -20,7 +20,7 @@ BAR = 16  # cells; a line with a rule's long name still fits 80 columns
 SHOWN = 160  # characters of a sample
 
 
-def page(report: Report, samples: int) -> RenderableType:
+def page(report: BuildReport, samples: int) -> RenderableType:
     """All of it; `samples`: of each reason."""
     parts: list[RenderableType] = []
     if len(report.sources) > 1:
@@ -36,7 +36,7 @@ def page(report: Report, samples: int) -> RenderableType:
     return Group(*parts)
 
 
-def write_html(report: Report, path: Path, samples: int) -> None:
+def write_html(report: BuildReport, path: Path, samples: int) -> None:
     """The same page as a file for a browser."""
     console = make_console(record=True, width=120, file=io.StringIO(), force_terminal=True)
     console.print(page(report, samples))

@@ -14,7 +14,7 @@ from shards.build.report import counted
 from shards.commands.output import directories, print_table, short, size, working
 from shards.errors import SpecError
 from shards.format.corpus import Corpus
-from shards.progress import Meter
+from shards.progress import ProgressMeter
 from shards.terminal import write_json, write_out
 from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
@@ -25,7 +25,7 @@ WIDTH = 24  # of a histogram's longest bar
 Counts = npt.NDArray[np.int64]
 
 
-class Entry(msgspec.Struct, frozen=True):
+class SplitStatistics(msgspec.Struct, frozen=True):
     """One source and split."""
 
     source: str
@@ -62,12 +62,12 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _entry(corpus: Corpus, context: int) -> Entry:
+def _entry(corpus: Corpus, context: int) -> SplitStatistics:
     manifest, lengths = corpus.manifest, corpus.lengths()
     on_disk = sum(shard.columns["tokens"].bytes for shard in manifest.shards)
     quantiles = np.quantile(lengths, [0, 0.5, 0.9, 1]).astype(int).tolist() if len(lengths) else [0] * 4
     bins = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)) if len(lengths) else np.zeros(0, int)
-    return Entry(
+    return SplitStatistics(
         source=manifest.source,
         split=manifest.split,
         kind=manifest.kind,
@@ -108,7 +108,7 @@ def _counted(args: argparse.Namespace, corpora: list[Corpus]) -> Counts:
     return counts
 
 
-def _count(corpus: Corpus, counts: Counts, meter: Meter, done: int, total: int) -> int:
+def _count(corpus: Corpus, counts: Counts, meter: ProgressMeter, done: int, total: int) -> int:
     for start in range(0, corpus.tokens, CHUNK):
         ids = corpus.read(start, min(start + CHUNK, corpus.tokens))
         counts += np.bincount(ids, minlength=len(counts))
@@ -132,7 +132,7 @@ def _vocabulary(corpus: Corpus, counts: Counts) -> dict[str, Any]:
     }
 
 
-def _show(entries: list[Entry]) -> None:
+def _show(entries: list[SplitStatistics]) -> None:
     columns = ["source", "split", "tokens>", "documents>", "text>", "B/token>", "bits on disk>", "left out>"]
     rows = [
         [

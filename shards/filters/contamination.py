@@ -30,7 +30,7 @@ _VERSION = 2
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
-class Found(NamedTuple):
+class EvaluationOverlap(NamedTuple):
     """How much of a document is evaluation text."""
 
     items: dict[str, list[int]]  # name of each set found: numbers of its texts
@@ -85,7 +85,7 @@ def _grams(hashes: Hashes, n: int) -> Hashes:
     return grams
 
 
-class Index:
+class NgramIndex:
     """The n-grams of evaluation sets, and which text of which set each is from."""
 
     def __init__(self, settings: Contamination, names: list[str], sizes: list[int], tables: dict[int, tuple[Hashes, Any]]) -> None:
@@ -97,7 +97,7 @@ class Index:
         self._known: dict[str, int] = {}
 
     @classmethod
-    def build(cls, sets: Mapping[str, Iterable[str]], settings: Contamination) -> Index:
+    def build(cls, sets: Mapping[str, Iterable[str]], settings: Contamination) -> NgramIndex:
         """An index of the texts of each set; those of fewer than `least` words are counted but not looked for."""
         grams: dict[int, list[Hashes]] = {}
         owners: dict[int, list[npt.NDArray[np.int32]]] = {}
@@ -130,11 +130,11 @@ class Index:
         starts = self._starts.tolist()
         return [sum(number not in sought for number in range(*span)) for span in pairwise(starts)]
 
-    def find(self, text: str) -> Found:
+    def find(self, text: str) -> EvaluationOverlap:
         """The evaluation texts that a document has, and what share of its words they cover."""
         tokens = words(text)
         if len(tokens) < self.settings.least or not self._tables:
-            return Found({}, 0.0)
+            return EvaluationOverlap({}, 0.0)
         if len(self._known) > 1 << 20:  # words of a large build: begin anew rather than grow
             self._known.clear()
         hashes = _hashes(tokens, self._known)
@@ -155,9 +155,9 @@ class Index:
         for number in sorted(numbers):
             place = int(np.searchsorted(self._starts, number, side="right")) - 1
             items.setdefault(self.names[place], []).append(number - int(self._starts[place]))
-        return Found(items, int(np.count_nonzero(np.cumsum(covered)[:-1])) / len(tokens))
+        return EvaluationOverlap(items, int(np.count_nonzero(np.cumsum(covered)[:-1])) / len(tokens))
 
-    def judge(self, found: Found) -> str:
+    def judge(self, found: EvaluationOverlap) -> str:
         """Why a document with these findings is refused, or ""."""
         if self.settings.mode == "report" or not found.items or found.share < self.settings.min_share:
             return ""
@@ -178,7 +178,7 @@ class Index:
                 file.write(hashes.astype("<u8").tobytes() + owner.astype("<i4").tobytes())
 
     @classmethod
-    def load(cls, path: Path) -> Index:
+    def load(cls, path: Path) -> NgramIndex:
         """Read an index; ShardError where the file is not a whole one."""
         try:
             raw = path.read_bytes()

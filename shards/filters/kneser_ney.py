@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-class Order(NamedTuple):
+class NgramOrder(NamedTuple):
     """The n-grams of one order that are kept, one entry each."""
 
     words: Ints  # [n-grams, n] word ids
@@ -32,7 +32,7 @@ class Order(NamedTuple):
     backoff: Floats  # b of this n-gram as a context; 1 where nothing follows it
 
 
-class _Counted(NamedTuple):
+class _NgramCounts(NamedTuple):
     """All n-grams of one order, before pruning."""
 
     ends: Ints  # where one of its places ends in the text
@@ -53,14 +53,14 @@ def discounts(adjusted: Ints) -> Floats:
     return np.array([0.0, 0.5, 1.0, 1.5])
 
 
-def estimate(text: Ints, vocabulary: int, order: int, min_count: int) -> list[Order]:
+def estimate(text: Ints, vocabulary: int, order: int, min_count: int) -> list[NgramOrder]:
     """Probabilities of all orders from word ids: sentences one after the other, each between BOS and EOS.
 
     n-grams of three words and more that occur less than `min_count` times are left out. Orders above the longest sentence
     are empty.
     """
     counted = _count(text, vocabulary, order)
-    orders: list[Order] = []
+    orders: list[NgramOrder] = []
     lower = np.zeros(0)
     for n, grams in enumerate(counted, 1):
         above = counted[n] if n < len(counted) else None
@@ -86,22 +86,24 @@ def estimate(text: Ints, vocabulary: int, order: int, min_count: int) -> list[Or
             orders_prefix[:] = backoff
             lower = share + backoff[group] * lower[grams.suffix]
         words = text[grams.ends[:, None] + np.arange(1 - n, 1)] if n > 1 else np.arange(vocabulary)[:, None]
-        orders.append(Order(words, lower, np.ones(len(lower))))
+        orders.append(NgramOrder(words, lower, np.ones(len(lower))))
         counted[n - 1] = grams._replace(times=np.where(kept, grams.times, 0))
     return [
-        Order(grams.words[kept], grams.probability[kept], grams.backoff[kept])
+        NgramOrder(grams.words[kept], grams.probability[kept], grams.backoff[kept])
         for n, grams in enumerate(orders, 1)
         for kept in [np.ones(len(grams.words), np.bool_) if n == 1 else counted[n - 1].times > 0]
     ]
 
 
-def _count(text: Ints, vocabulary: int, order: int) -> list[_Counted]:
+def _count(text: Ints, vocabulary: int, order: int) -> list[_NgramCounts]:
     """All n-grams up to an order. An n-gram is told by the number of what comes before its last word, and that word."""
     start = np.maximum.accumulate(np.where(text == BOS, np.arange(len(text)), 0))  # of each place's sentence
     place = np.arange(len(text))
     number = text.copy()  # of the n-gram that ends at each place
     count = np.bincount(text, minlength=vocabulary)
-    counted = [_Counted(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), count, np.arange(vocabulary) == BOS)]
+    counted = [
+        _NgramCounts(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), count, np.arange(vocabulary) == BOS)
+    ]
     for n in range(2, order + 1):
         ends = np.flatnonzero(place - start >= n - 1)
         prefixes = number[ends - 1]
@@ -109,7 +111,7 @@ def _count(text: Ints, vocabulary: int, order: int) -> list[_Counted]:
         shown = ends[first]
         suffix = number[shown]
         counted.append(
-            _Counted(shown, prefixes[first], suffix, np.bincount(inverse, minlength=len(keys)), shown - start[shown] == n - 1)
+            _NgramCounts(shown, prefixes[first], suffix, np.bincount(inverse, minlength=len(keys)), shown - start[shown] == n - 1)
         )
         number = np.zeros(len(text), np.int64)
         number[ends] = inverse

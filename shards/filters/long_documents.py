@@ -27,7 +27,7 @@ FAMILIES: tuple[Family, ...] = ("ledger", "relay", "amendments")
 JOIN = "\n\n"
 
 
-class Made(NamedTuple):
+class LongDocument(NamedTuple):
     """A long document and what it was made of."""
 
     label: str  # "related", or "task-" and its family
@@ -84,12 +84,12 @@ def _chains(texts: Sequence[str], sizes: Sequence[int], target: int, similar: fl
                 yield [first + member for member in chain]
 
 
-def join_related(texts: Sequence[str], target: int, similar: float = 0.05, same: float = 0.8) -> Iterator[Made]:
+def join_related(texts: Sequence[str], target: int, similar: float = 0.05, same: float = 0.8) -> Iterator[LongDocument]:
     """Long documents of at least `target` characters: documents of which each is estimated at Jaccard `similar` or more with the
     one before, and below `same` with all others. A document is used once at most; those with too few like them are left.
     """
     for chain in _chains(texts, [len(text) for text in texts], target, similar, same):
-        yield Made("related", JOIN.join(texts[member] for member in chain), tuple(chain))
+        yield LongDocument("related", JOIN.join(texts[member] for member in chain), tuple(chain))
 
 
 def join_conversations(
@@ -104,7 +104,7 @@ def join_conversations(
 
 def make_tasks(
     texts: Sequence[str], target: int, count: int, seed: int, hops: int = 6, families: Sequence[Family] = FAMILIES
-) -> Iterator[Made]:
+) -> Iterator[LongDocument]:
     """Tasks over real documents: `hops` notes are put between paragraphs, from end to end of at least `target` characters of text,
     and the question at its end needs all of them. Fewer than `count` come where the texts do not suffice; each text is used once.
     """
@@ -126,7 +126,7 @@ def make_tasks(
         places = [draw.randint(len(paragraphs) * n // hops, len(paragraphs) * (n + 1) // hops - 1) for n in range(hops)]
         for place, note in reversed(list(zip(places, notes, strict=True))):
             paragraphs.insert(place, note)
-        yield Made(f"task-{family}", JOIN.join([*paragraphs, question, answer]), tuple(parts), question, answer)
+        yield LongDocument(f"task-{family}", JOIN.join([*paragraphs, question, answer]), tuple(parts), question, answer)
         count -= 1
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import ShardError, SpecError
-from shards.filters.kneser_ney import BOS, EOS, Order, estimate
+from shards.filters.kneser_ney import BOS, EOS, NgramOrder, estimate
 from shards.filters.settings import Perplexity
 from shards.optional import need
 
@@ -120,7 +120,7 @@ def train(texts: Iterable[str], settings: Perplexity, path: Path) -> Trained:
     return Trained(total, len(vocabulary), tuple(len(order.words) for order in orders), whole)
 
 
-def _write_arpa(orders: list[Order], vocabulary: list[str], path: Path) -> None:
+def _write_arpa(orders: list[NgramOrder], vocabulary: list[str], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write("\\data\\\n")
         file.writelines(f"ngram {n}={len(order.words)}\n" for n, order in enumerate(orders, 1))

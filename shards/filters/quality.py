@@ -24,7 +24,7 @@ FEWEST = 10  # examples of a kind that a model can be trained on
 _VERSION = 1
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class ClassifierReport(msgspec.Struct, frozen=True, kw_only=True):
     """What a model was trained on, and its scores on the examples kept apart."""
 
     good: int  # examples, those kept apart included
@@ -37,7 +37,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 class Classifier:
     """A trained model."""
 
-    def __init__(self, settings: Quality, report: Report, coefficients: npt.NDArray[np.float32], intercept: float) -> None:
+    def __init__(
+        self, settings: Quality, report: ClassifierReport, coefficients: npt.NDArray[np.float32], intercept: float
+    ) -> None:
         self.settings = settings
         self.report = report
         self._coefficients = coefficients
@@ -78,7 +80,7 @@ class Classifier:
         model.fit(matrix[~apart], labels[~apart])
         coefficients, intercept = model.coef_[0].astype(np.float32), float(np.float32(model.intercept_[0]))
         scores = _sigmoid(matrix[apart] @ coefficients + intercept)
-        report = Report(
+        report = ClassifierReport(
             good=sizes[0],
             bad=sizes[1],
             held_out=int(apart.sum()),
@@ -111,7 +113,7 @@ class Classifier:
             head = msgspec.json.decode(line)
             if head["version"] != _VERSION:
                 raise ShardError(f"{path}: a model of version {head['version']}, not {_VERSION} (train it again)")
-            settings, report = msgspec.convert(head["settings"], Quality), msgspec.convert(head["report"], Report)
+            settings, report = msgspec.convert(head["settings"], Quality), msgspec.convert(head["report"], ClassifierReport)
             coefficients = np.frombuffer(body, "<f4").astype(np.float32)
             intercept = float(head["intercept"])
         except (OSError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:

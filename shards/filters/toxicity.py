@@ -34,7 +34,7 @@ class Measured(NamedTuple):
     profane_lines: int  # of these the model's; 0 where the model was not asked
 
 
-class Meter:
+class ToxicityScorer:
     """Measures texts, many at a time; SpecError where the model is asked for and not installed."""
 
     def __init__(self, settings: Toxicity) -> None:

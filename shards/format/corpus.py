@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import ShardError
-from shards.format.manifest import FILE_NAME, Manifest, load
+from shards.format.manifest import FILE_NAME, SplitManifest, load
 from shards.format.seekable_zstd import Array, Cache, ColumnReader
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ class Corpus:
 
     def __init__(self, root: Path, source: str, split: str, *, cache: Cache | None = None) -> None:
         self.directory = root / source / split
-        self.manifest: Manifest = load(self.directory)
+        self.manifest: SplitManifest = load(self.directory)
         if (self.manifest.source, self.manifest.split) != (source, split):
             other = f"{self.manifest.source}/{self.manifest.split}"
             raise ShardError(f"{self.directory}: its manifest is that of {other} (put both back in their places)")

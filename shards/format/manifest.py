@@ -32,7 +32,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     columns: dict[str, ColumnFile]  # "tokens"; "ends": a document's end, in tokens of this shard; "mask": see Manifest
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class SplitManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All there is to know of one source's split without opening its shards."""
 
     format: int = FORMAT
@@ -60,7 +60,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             del plain["notes"]
         return xxhash.xxh3_128_hexdigest(msgspec.json.encode(plain, order="sorted"))
 
-    def save(self, directory: Path) -> Manifest:
+    def save(self, directory: Path) -> SplitManifest:
         """Write it, digest filled in, to `directory`; returned as written."""
         full = msgspec.structs.replace(self, digest=self.computed_digest())
         plain = msgspec.to_builtins(full)
@@ -71,7 +71,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return full
 
 
-def load(directory: Path) -> Manifest:
+def load(directory: Path) -> SplitManifest:
     """The manifest in `directory`, verified against its own digest; ShardError otherwise."""
     path = directory / FILE_NAME
     try:
@@ -82,7 +82,7 @@ def load(directory: Path) -> Manifest:
         version = json_as(raw, _Version).format
         if version != FORMAT:
             raise ShardError(f"{path}: format {version}, this release reads format {FORMAT} (build the shards again)")
-        manifest = json_as(raw, Manifest)
+        manifest = json_as(raw, SplitManifest)
     except DecodeError as error:
         raise ShardError(f"{path}: not a manifest: {error} (restore it, or build the shards again)") from None
     if manifest.computed_digest() != manifest.digest:
@@ -97,7 +97,7 @@ class _Version(msgspec.Struct):
     format: int
 
 
-def _contradiction(manifest: Manifest) -> str | None:
+def _contradiction(manifest: SplitManifest) -> str | None:
     """What of a manifest contradicts the rest of it, or cannot be; a digest that is right says only who wrote it."""
     if manifest.split not in SPLITS or not 1 <= manifest.frame_items <= MOST_FRAME_ITEMS:
         return f"split {shown(manifest.split)} in frames of {manifest.frame_items} items is none that was written"
@@ -111,7 +111,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     return None
 
 
-def _shard_problem(shard: Shard, manifest: Manifest) -> str | None:
+def _shard_problem(shard: Shard, manifest: SplitManifest) -> str | None:
     items = {"tokens": shard.tokens, "ends": shard.documents, "mask": shard.tokens}
     needed = {"tokens", "ends"} if manifest.kind == "text" else set(items)
     if not needed <= shard.columns.keys() <= items.keys():
@@ -168,7 +168,7 @@ def _verify_file(reader: ColumnReader, column: ColumnFile, tell: Callable[[int],
         yield f"{reader.path}: its hash is not the manifest's (restore the file, or build it again)"
 
 
-def _verify_shard(readers: dict[str, ColumnReader], shard: Shard, manifest: Manifest) -> Iterator[str]:
+def _verify_shard(readers: dict[str, ColumnReader], shard: Shard, manifest: SplitManifest) -> Iterator[str]:
     tokens, ends = readers["tokens"], readers["ends"]
     where = str(tokens.path)
     if tokens.items != shard.tokens or ends.items != shard.documents:

@@ -30,7 +30,7 @@ class Done(msgspec.Struct):
     text_bytes: int = 0
 
 
-class Progress(msgspec.Struct):
+class SourceProgress(msgspec.Struct):
     """A source's progress.json: where a killed build goes on. Gone when the source is whole."""
 
     inputs: str  # the fingerprint of the source's files
@@ -38,7 +38,7 @@ class Progress(msgspec.Struct):
     held_out: Done = msgspec.field(default_factory=Done)
 
     @classmethod
-    def load(cls, directory: Path, inputs: str) -> Progress:
+    def load(cls, directory: Path, inputs: str) -> SourceProgress:
         """What is there, if it was made from the same files; else a new beginning."""
         try:
             found = msgspec.json.decode((directory / PROGRESS).read_bytes(), type=cls)
@@ -67,7 +67,7 @@ class SplitWriter:
     """Shards of one split. A context: left early, it removes the shard it was writing."""
 
     def __init__(
-        self, directory: Path, source: Source, data: Data, tokenizer: Tokenizer, progress: Progress, *, held_out: bool
+        self, directory: Path, source: Source, data: Data, tokenizer: Tokenizer, progress: SourceProgress, *, held_out: bool
     ) -> None:
         self.directory = directory
         self.name = "held_out" if held_out else "train"

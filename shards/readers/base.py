@@ -36,7 +36,7 @@ class Unit:
 
 
 @dataclass
-class Reading:
+class ReadPosition:
     """How far a source was read; readers move `done`."""
 
     unit: str = "bytes"

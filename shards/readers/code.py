@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
 from shards.errors import SpecError
-from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, decoded, shown
+from shards.readers.base import DAMAGED, LONGEST_RECORD, ReadPosition, Record, Rejected, Unit, decoded, shown
 from shards.readers.compressed import DAMAGE, plain_name
-from shards.readers.files import Found, beneath, stream
+from shards.readers.files import InputFile, beneath, stream
 from shards.readers.languages import LANGUAGES, NAMES
 from shards.spec import Source
 from shards.tokenization.records import Document
@@ -62,13 +62,13 @@ def wanted(name: str) -> bool:
     return bool(language(name))
 
 
-def units(source: Source, found: list[Found]) -> list[Unit]:
+def units(source: Source, found: list[InputFile]) -> list[Unit]:
     """Files, those of vendored directories left out when they are read; or the repositories directly beneath the path."""
     if not source.repository:
         return [Unit(each.path, each.size, (each.path,)) for each in found]
     assert source.path is not None
     root = source.path.rstrip("/")
-    trees: dict[str, list[Found]] = {}
+    trees: dict[str, list[InputFile]] = {}
     for each in found:
         inner = beneath(each.path, root)
         if "/" in inner:
@@ -84,8 +84,8 @@ def units(source: Source, found: list[Found]) -> list[Unit]:
     return made
 
 
-def _order(top: str) -> Callable[[Found], tuple[int, int, str]]:
-    def key(found: Found) -> tuple[int, int, str]:
+def _order(top: str) -> Callable[[InputFile], tuple[int, int, str]]:
+    def key(found: InputFile) -> tuple[int, int, str]:
         inner = beneath(found.path, top)
         is_readme = PurePath(inner).stem.lower() == "readme"
         return (0 if is_readme and "/" not in inner else 1, min(inner.count("/"), 1), inner)
@@ -93,7 +93,7 @@ def _order(top: str) -> Callable[[Found], tuple[int, int, str]]:
     return key
 
 
-def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
+def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
     """A file's code, or a repository's with each file's path over it."""
     if source.repository:
         yield from _repository(unit, reading)
@@ -102,7 +102,7 @@ def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
     yield _code(path, beneath(path, source.path or "") or PurePath(path).name, reading)
 
 
-def _code(path: str, inner: str, reading: Reading) -> Record:
+def _code(path: str, inner: str, reading: ReadPosition) -> Record:
     """`inner` is what counts for vendored directories: where the user keeps the tree does not."""
     reason = of_path(inner)
     if reason:
@@ -156,7 +156,7 @@ def _may_be_data(text: str) -> bool:
     return text.count("0x") >= 256 or text.count(",") * 6 > len(text) or max(map(len, text.split()), default=0) >= 1024
 
 
-def _repository(unit: Unit, reading: Reading) -> Iterator[Record]:
+def _repository(unit: Unit, reading: ReadPosition) -> Iterator[Record]:
     parts: list[str] = []
     size = 0
     labels: dict[str, int] = {}

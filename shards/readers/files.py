@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from shards.errors import SpecError
 from shards.readers import remote
-from shards.readers.base import Reading
+from shards.readers.base import ReadPosition
 from shards.readers.compressed import opened
 from shards.readers.hidden import is_hidden, is_hidden_match
 
 
-class Found(NamedTuple):
+class InputFile(NamedTuple):
     """A file: path or URL, bytes as stored, and what changes when its content does."""
 
     path: str
@@ -26,13 +26,13 @@ class Found(NamedTuple):
     stamp: str | int
 
 
-def find(path: str, where: str, wanted: Callable[[str], bool], endings: str, *, dotted: bool = True) -> list[Found]:
+def find(path: str, where: str, wanted: Callable[[str], bool], endings: str, *, dotted: bool = True) -> list[InputFile]:
     """The files of a path, sorted: itself, the wanted ones beneath it, or a glob's matches. SpecError if there are none.
 
     dotted: whether files and directories whose names begin with a dot are hidden, like the others that `hidden` knows.
     """
     if remote.is_remote(path):
-        return [Found(*each) for each in remote.find(path, where, wanted, endings, dotted)]
+        return [InputFile(*each) for each in remote.find(path, where, wanted, endings, dotted)]
     root = Path(path)
     try:
         if root.is_dir():
@@ -62,9 +62,9 @@ def _beneath(root: Path, dotted: bool) -> Iterator[Path]:
                 yield file
 
 
-def stat(file: Path) -> Found:
+def stat(file: Path) -> InputFile:
     told = file.stat()
-    return Found(str(file), told.st_size, told.st_mtime_ns)
+    return InputFile(str(file), told.st_size, told.st_mtime_ns)
 
 
 def beneath(path: str, top: str) -> str:
@@ -73,10 +73,10 @@ def beneath(path: str, top: str) -> str:
     return path[len(top) + 1 :] if path.startswith(f"{top}/") else ""
 
 
-class _Counted(io.RawIOBase):
+class _CountingStream(io.RawIOBase):
     """A raw stream that moves `reading.done` by what is read from it: once a block, which costs records nothing."""
 
-    def __init__(self, raw: io.RawIOBase, reading: Reading) -> None:
+    def __init__(self, raw: io.RawIOBase, reading: ReadPosition) -> None:
         self._raw, self._reading = raw, reading
 
     def readable(self) -> bool:
@@ -93,9 +93,9 @@ class _Counted(io.RawIOBase):
 
 
 @contextmanager
-def stream(path: str, reading: Reading, *, inflate: bool = True) -> Iterator[io.BufferedReader]:
+def stream(path: str, reading: ReadPosition, *, inflate: bool = True) -> Iterator[io.BufferedReader]:
     """A file's bytes, decompressed by its ending. Raises OSError; reading it raises one of compressed.DAMAGE."""
-    with io.BufferedReader(_Counted(raw_file(path), reading), 1 << 20) as raw:
+    with io.BufferedReader(_CountingStream(raw_file(path), reading), 1 << 20) as raw:
         yield opened(path.partition("?")[0] if inflate else "", raw)
 
 

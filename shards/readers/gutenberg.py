@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, decoded, shown
+from shards.readers.base import DAMAGED, LONGEST_RECORD, ReadPosition, Record, Rejected, Unit, decoded, shown
 from shards.readers.compressed import DAMAGE
 from shards.readers.files import stream
 from shards.spec import Source
@@ -51,7 +51,7 @@ _LEGACY = {"iso-8859-1": "latin-1", "iso latin-1": "latin-1", "iso-latin-1": "la
            "iso-8859-15": "iso-8859-15", "ascii": "ascii", "us-ascii": "ascii"}  # fmt: skip
 
 
-def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
+def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
     """A book."""
     for path in unit.paths:
         try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, not_utf8, shown
+from shards.readers.base import DAMAGED, LONGEST_RECORD, ReadPosition, Record, Rejected, Unit, not_utf8, shown
 from shards.readers.compressed import DAMAGE
 from shards.readers.files import stream
 from shards.readers.layouts import Placed, documents
@@ -17,7 +17,7 @@ SUFFIXES = (".jsonl", ".ndjson")
 _BOM = b"\xef\xbb\xbf"
 
 
-def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
+def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
     """A file's records as documents."""
     for path in unit.paths:
         try:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
-from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, shown
+from shards.readers.base import DAMAGED, LONGEST_RECORD, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.compressed import COMPRESSED, DAMAGE, plain_name
-from shards.readers.files import Found, stream
+from shards.readers.files import InputFile, stream
 from shards.readers.hidden import is_hidden
 from shards.readers.texlexer import lexed, own_names
 from shards.readers.texmacros import MacroError, collect, expand
@@ -43,10 +43,10 @@ def wanted(name: str) -> bool:
     return name.endswith((".tex", ".ltx", ".tex.gz", ".tar", ".tgz", *(f".tar{end}" for end in COMPRESSED)))
 
 
-def units(source: Source, found: list[Found]) -> list[Unit]:
+def units(source: Source, found: list[InputFile]) -> list[Unit]:
     """Each archive; and each highest directory with .tex files in it, with all that are beneath it."""
     archives = [each for each in found if not _is_source(each.path)]
-    trees: dict[str, list[Found]] = {}
+    trees: dict[str, list[InputFile]] = {}
     for each in sorted((each for each in found if _is_source(each.path)), key=lambda each: (each.path.count("/"), each.path)):
         top = posixpath.dirname(each.path)
         while top and top not in trees and posixpath.dirname(top) != top:
@@ -63,7 +63,7 @@ def _is_source(path: str) -> bool:
     return path.lower().endswith((".tex", ".ltx"))
 
 
-def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
+def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
     """The documents of a unit: one for each main file, that is one with a document class which no other file includes."""
     files: dict[str, str] = {}
     top = unit.name if len(unit.paths) > 1 else posixpath.dirname(unit.name)

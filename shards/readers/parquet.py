@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shards.optional import need
-from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, shown
+from shards.readers.base import DAMAGED, LONGEST_RECORD, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.files import raw_file
 from shards.readers.layouts import Placed, documents
 from shards.spec import Source
@@ -17,7 +17,7 @@ BATCH_BYTES = 8 << 20  # of rows decoded at once, by the row group's mean
 BATCH_ROWS = 1024
 
 
-def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
+def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
     """A file's rows as documents."""
     for path in unit.paths:
         yield from documents(_rows(path, source, reading), source)
@@ -28,7 +28,7 @@ def columns(names: list[str], source: Source) -> list[str]:
     return [source.text_field] if source.kind == "text" and source.text_field in names else names
 
 
-def _rows(path: str, source: Source, reading: Reading) -> Iterator[Placed]:
+def _rows(path: str, source: Source, reading: ReadPosition) -> Iterator[Placed]:
     pa, parquet = need("pyarrow", f"{path}"), need("pyarrow.parquet", f"{path}")
     damage = (pa.lib.ArrowException, OSError, EOFError, UnicodeDecodeError)
     number = 0

@@ -22,7 +22,7 @@ STAMPS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
-class OversizeError(Exception):
+class RemoteFileTooLargeError(Exception):
     """Not an OSError, which fsspec takes for an empty directory."""
 
 
@@ -63,7 +63,7 @@ def _bounded_response(aiohttp: Any) -> type[Any]:
                     body += part
                     if len(body) > LARGEST:
                         self.close()
-                        raise OversizeError(f"an answer does not end within {LARGEST >> 20} MiB")
+                        raise RemoteFileTooLargeError(f"an answer does not end within {LARGEST >> 20} MiB")
                 self._body = bytes(body)
             return bytes(await super().read())
 

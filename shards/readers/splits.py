@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
-from shards.build.sources import Reading, Rejected, documents, is_held_out
+from shards.build.sources import ReadPosition, Rejected, documents, is_held_out
 from shards.readers.stdlib import Wanted
 from shards.spec import Source
 from shards.tokenization.records import Document
@@ -33,7 +33,7 @@ def quotas(limit: int | None, share: float) -> tuple[int | None, int | None]:
     return limit - held, held
 
 
-def split(source: Source, share: float, seed: int, reading: Reading) -> Iterator[tuple[int, Document | Rejected, bool | None]]:
+def split(source: Source, share: float, seed: int, reading: ReadPosition) -> Iterator[tuple[int, Document | Rejected, bool | None]]:
     """All of a source's records as they are read; see `divide`."""
     return divide(source, share, seed, lambda held_out, wanted: documents(source, reading, held_out, wanted))
 

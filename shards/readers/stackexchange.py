@@ -13,9 +13,9 @@ from itertools import groupby
 from typing import NamedTuple
 
 from shards.errors import SpecError
-from shards.readers.base import DAMAGED, Reading, Record, Rejected, Unit, shown
+from shards.readers.base import DAMAGED, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.compressed import DAMAGE
-from shards.readers.files import Found, stream
+from shards.readers.files import InputFile, stream
 from shards.readers.markup import text_of
 from shards.readers.xmlstream import Element, XMLDamage, elements
 from shards.spec import Source
@@ -42,7 +42,7 @@ class Post(NamedTuple):
         return "\n\n".join(part for part in (self.title.strip(), text_of(self.body)) if part)
 
 
-def units(source: Source, found: list[Found]) -> list[Unit]:
+def units(source: Source, found: list[InputFile]) -> list[Unit]:
     """The dumps."""
     for each in found:
         if each.path.endswith(".7z"):
@@ -50,7 +50,7 @@ def units(source: Source, found: list[Found]) -> list[Unit]:
     return [Unit(each.path, each.size, (each.path,)) for each in found]
 
 
-def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
+def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
     """A dump's questions."""
     for path in unit.paths:
         with closing(sqlite3.connect("")) as posts:  # "": in a temporary file, which goes with the connection

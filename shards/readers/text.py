@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 
-from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, decoded
+from shards.readers.base import DAMAGED, LONGEST_RECORD, ReadPosition, Record, Rejected, Unit, decoded
 from shards.readers.compressed import DAMAGE
 from shards.readers.files import stream
 from shards.spec import Source
@@ -15,7 +15,7 @@ SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
 PIECE = LONGEST_RECORD // 4  # bytes after which a document ends at the next line end
 
 
-def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
+def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
     """A file's text."""
     for path in unit.paths:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 import zstandard
 
 from shards.optional import need
-from shards.readers.base import DAMAGED, Reading, Record, Rejected, Unit, shown
+from shards.readers.base import DAMAGED, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.compressed import DAMAGE, LARGEST_WINDOW
 from shards.readers.files import stream
 from shards.spec import Source
@@ -31,7 +31,7 @@ def check(source: Source) -> None:
         need("trafilatura", f'source "{source.name}": origin warc')
 
 
-def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
+def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
     """The pages of a file. Records that answer nothing (requests, metadata, the file's own information) are no records of text."""
     for path in unit.paths:
         yield from records(path, reading, "response", _page)
@@ -45,7 +45,7 @@ class _Eager:
         self.close = file.close
 
 
-def records(path: str, reading: Reading, kind: str, take: Callable[[str, Any], Record]) -> Iterator[Record]:
+def records(path: str, reading: ReadPosition, kind: str, take: Callable[[str, Any], Record]) -> Iterator[Record]:
     """What `take` makes of (path, record) for each of warcio's records of a kind, and a Rejected where the file is damaged."""
     iterator = need("warcio.archiveiterator", path)
     damage = (*DAMAGE, need("warcio.exceptions", path).ArchiveLoadFailed, ValueError)

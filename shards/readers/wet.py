@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from shards.readers.base import LONGEST_RECORD, Reading, Record, Rejected, Unit, decoded, shown
+from shards.readers.base import LONGEST_RECORD, ReadPosition, Record, Rejected, Unit, decoded, shown
 from shards.readers.warc import address, check, content, records
 from shards.spec import Source
 from shards.tokenization.records import Document
@@ -14,7 +14,7 @@ __all__ = ["SUFFIXES", "check", "read"]
 SUFFIXES = (".wet", ".warc.wet")
 
 
-def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
+def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
     """The texts of a file."""
     for path in unit.paths:
         yield from records(path, reading, "conversion", _text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shards.readers.base import DAMAGED, LONGEST_RECORD, Reading, Record, Rejected, Unit, shown
+from shards.readers.base import DAMAGED, LONGEST_RECORD, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.compressed import DAMAGE
 from shards.readers.files import stream
 from shards.readers.wikitext import Namespaces, plain
@@ -16,7 +16,7 @@ SUFFIXES = (".xml",)
 FILE, CATEGORY, MEDIA = "6", "14", "-2"  # numbers of namespaces, the same in every language's wiki
 
 
-def read(source: Source, unit: Unit, reading: Reading) -> Iterator[Record]:
+def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
     """The pages of a dump; of one with their history the last revision."""
     for path in unit.paths:
         spaces = Namespaces()

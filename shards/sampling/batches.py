@@ -19,17 +19,17 @@ from shards.format.seekable_zstd import Array, Cache
 from shards.sampling import mixing, packing
 from shards.sampling.held_out import HeldOut, open_held_out
 from shards.sampling.mixing import Mixing
-from shards.sampling.order import Order
+from shards.sampling.order import SampleOrder
 from shards.sampling.packing import LongSamples
-from shards.sampling.rows import Batch, ObjectiveKind, View, fill, view
+from shards.sampling.rows import Batch, ObjectiveKind, SourceRows, fill, view
 from shards.sampling.segments import Change
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Feed", "HeldOut", "ObjectiveKind", "open_held_out"]
+__all__ = ["Batch", "BatchFeed", "HeldOut", "ObjectiveKind", "open_held_out"]
 
 
-class Feed:
+class BatchFeed:
     """Batches for one stage. Reading is thread-safe; `reweight` and `restore` are for one thread.
 
     objective_kind: "text", "sft" or "preference"; "scored", preferences whose last tokens are inputs too; or "prompt", the prompts
@@ -73,7 +73,7 @@ class Feed:
         self._cache = Cache(cache_bytes)
         self._roots = roots or {}
         self._corpora: dict[str, Corpus] = {}
-        self._views: dict[str, View] = {}
+        self._views: dict[str, SourceRows] = {}
         self._mixing = mixing or Mixing()
         self.named: dict[str, str] = {}
         """Each source that is open, with the name that a mixture gave it."""
@@ -81,7 +81,7 @@ class Feed:
             self._name(each)
         planned = [Change(start, self._weigh(coming), dict(coming), planned=True) for start, coming in schedule]
         sizes = {name: found.size for name, found in self._views.items()}
-        self.order = Order(seed, sizes, self._weigh(mixture), asked=mixture, limits=self._limits(), schedule=planned)
+        self.order = SampleOrder(seed, sizes, self._weigh(mixture), asked=mixture, limits=self._limits(), schedule=planned)
 
     def _built(self) -> list[str]:
         made = (name for name, root in self._roots.items() if name in sources(root, self.split))

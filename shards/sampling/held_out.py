@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shards.format.corpus import Corpus, open_source
 from shards.format.seekable_zstd import Array, Cache
-from shards.sampling.rows import Batch, ObjectiveKind, View, fill, view
+from shards.sampling.rows import Batch, ObjectiveKind, SourceRows, fill, view
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer
 
@@ -17,7 +17,7 @@ class HeldOut:
     The last text window is padded, so that every held-out token counts.
     """
 
-    def __init__(self, corpus: Corpus, samples: View, context: int, pad: int, limit: int | None) -> None:
+    def __init__(self, corpus: Corpus, samples: SourceRows, context: int, pad: int, limit: int | None) -> None:
         self.name = corpus.manifest.source
         self.digest = corpus.manifest.digest
         self._corpus = corpus

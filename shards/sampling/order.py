@@ -28,9 +28,9 @@ import numpy as np
 
 from shards.errors import ShardError
 from shards.sampling.permutation import permute
-from shards.sampling.segments import BLOCK, Change, Segment, block_of, lay_out, taken
+from shards.sampling.segments import BLOCK, Change, MixtureSegment, block_of, lay_out, taken
 
-__all__ = ["BLOCK", "VERSION", "Order", "Sample", "Segment"]
+__all__ = ["BLOCK", "VERSION", "MixtureSegment", "Sample", "SampleOrder"]
 
 VERSION = 2  # of the algorithm and its state: any change that could reorder a running job needs a new one
 
@@ -45,10 +45,10 @@ class OrderState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sizes: dict[str, int]  # samples of an epoch of each source
     limits: dict[str, int]  # samples that a source gives in all, where it is limited
     changes: list[Change]
-    segments: list[Segment]  # which follow from the rest: what they were when this was written
+    segments: list[MixtureSegment]  # which follow from the rest: what they were when this was written
 
 
-class Order:
+class SampleOrder:
     """Which sample each position reads. `sizes` is the samples of an epoch by source, `mixture` the weights by source.
 
     asked: as `reweight` has it. limits: the samples that a source gives in all; then its weight is 0. schedule: mixtures by
@@ -69,7 +69,7 @@ class Order:
         self.sizes = dict(sizes)
         self.limits = dict(limits or {})
         self._changes: tuple[Change, ...] = ()
-        self._segments: tuple[Segment, ...] = ()
+        self._segments: tuple[MixtureSegment, ...] = ()
         for change in schedule:
             self._check(change.weights)
         starts = [change.start for change in schedule]
@@ -79,7 +79,7 @@ class Order:
         self.reweight(0, mixture, asked)
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[MixtureSegment, ...]:
         return self._segments
 
     @property
@@ -165,14 +165,14 @@ class Order:
             start = end
         return samples
 
-    def _segment(self, position: int) -> Segment:
+    def _segment(self, position: int) -> MixtureSegment:
         return self._segments[bisect.bisect_right(self._segments, position, key=lambda segment: segment.start) - 1]
 
-    def _end(self, segment: Segment) -> int:
+    def _end(self, segment: MixtureSegment) -> int:
         following = [other.start for other in self._segments if other.start > segment.start]
         return following[0] if following else 1 << 62
 
-    def _within_block(self, segment: Segment, start: int, stop: int) -> list[Sample]:
+    def _within_block(self, segment: MixtureSegment, start: int, stop: int) -> list[Sample]:
         block, offset = divmod(start - segment.start, BLOCK)
         names = list(segment.counts)
         sources, ranks = block_of(self.seed, segment.start, block, tuple(segment.counts.values()))

@@ -32,7 +32,7 @@ LongSamples = Literal["truncate", "drop"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """Which documents share each row."""
 
     row_ends: npt.NDArray[np.int64]  # [rows]
@@ -56,7 +56,7 @@ def key(digest: str, context: int, long_samples: LongSamples) -> str:
     return xxhash.xxh3_64_hexdigest(f"{VERSION} {digest} {context} {long_samples}".encode())
 
 
-def plan(corpus: Corpus, context: int, long_samples: LongSamples = "truncate") -> Plan:
+def plan(corpus: Corpus, context: int, long_samples: LongSamples = "truncate") -> PackingPlan:
     """The plan for a corpus: read from beside its manifest, else made and put there.
 
     Ranks may make it at the same time: each writes the same bytes, and the last rename wins. Where the shards are on a
@@ -84,15 +84,15 @@ def plan(corpus: Corpus, context: int, long_samples: LongSamples = "truncate") -
     return made
 
 
-def _decode(reader: ColumnReader) -> Plan:
+def _decode(reader: ColumnReader) -> PackingPlan:
     values = reader.read(0, reader.items).astype(np.int64)
     rows, documents = (int(values[0]), int(values[1])) if len(values) >= 4 else (0, 0)
     if len(values) != 4 + rows + documents:
         raise ShardError(f"{reader.path}: not a packing plan (delete it: it is made again)")
-    return Plan(values[4 : 4 + rows], values[4 + rows :], int(values[2]), int(values[3]))
+    return PackingPlan(values[4 : 4 + rows], values[4 + rows :], int(values[2]), int(values[3]))
 
 
-def make(corpus: Corpus, context: int, long_samples: LongSamples) -> Plan:
+def make(corpus: Corpus, context: int, long_samples: LongSamples) -> PackingPlan:
     """Pack a corpus's documents into rows of `context` positions."""
     costs = corpus.lengths() - 1
     rows: list[list[int]] = []
@@ -110,7 +110,7 @@ def make(corpus: Corpus, context: int, long_samples: LongSamples) -> Plan:
         rows += best_fit(chosen, context)
     ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
     flat = np.fromiter((document for row in rows for document in row), np.int64)
-    return Plan(ends, flat, truncated, dropped)
+    return PackingPlan(ends, flat, truncated, dropped)
 
 
 def _teaches(corpus: Corpus, document: int, context: int) -> bool:

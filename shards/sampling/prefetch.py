@@ -5,8 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from shards.sampling.batches import Feed
-from shards.sampling.order import Segment
+from shards.sampling.batches import BatchFeed
+from shards.sampling.order import MixtureSegment
 from shards.sampling.rows import Batch
 
 
@@ -18,13 +18,13 @@ class Prefetcher:
     An error of the thread is raised by the read that asks for its batch.
     """
 
-    def __init__(self, feed: Feed, stride: int) -> None:
+    def __init__(self, feed: BatchFeed, stride: int) -> None:
         self._feed = feed
         self._stride = stride
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shards-prefetch")
-        self._ahead: tuple[int, int, Future[tuple[tuple[Segment, ...], Batch]]] | None = None
+        self._ahead: tuple[int, int, Future[tuple[tuple[MixtureSegment, ...], Batch]]] | None = None
 
-    def _read(self, start: int, stop: int) -> tuple[tuple[Segment, ...], Batch]:
+    def _read(self, start: int, stop: int) -> tuple[tuple[MixtureSegment, ...], Batch]:
         # Looked at first: a mixture changed while this reads makes the batch stale, not the other way round.
         segments = self._feed.order.segments
         return segments, self._feed.read(start, stop)

@@ -65,7 +65,7 @@ class Batch:
         self.positions[row, :count] = np.arange(count)
 
 
-class View(Protocol):
+class SourceRows(Protocol):
     """The samples of one source, as rows for one objective."""
 
     size: int  # samples of an epoch
@@ -221,7 +221,7 @@ def view(
     restart_positions: bool,
     long_samples: LongSamples,
     whole_only: bool = True,
-) -> View:
+) -> SourceRows:
     """The view of a source for an objective; ShardError if the source is not of the objective's kind.
 
     A packed conversation's last token is never an input, so whether documents are masked does not change such a row.
@@ -243,7 +243,7 @@ def view(
     return PromptView(corpus, context)
 
 
-def fill(samples: list[tuple[str, int, int]], views: Mapping[str, View], context: int, pad: int) -> Batch:
+def fill(samples: list[tuple[str, int, int]], views: Mapping[str, SourceRows], context: int, pad: int) -> Batch:
     """The rows of samples; of pairs the first halves of all, then the second ones."""
     apart = len(samples)
     rows = sum(views[name].rows_each for name, _, _ in samples)

@@ -29,7 +29,7 @@ class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     planned: bool = False  # known ahead: an operator's change holds until the next of these
 
 
-class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class MixtureSegment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Positions from `start` on, until the next segment, read with one mixture."""
 
     start: int
@@ -70,7 +70,7 @@ def block_of(seed: int, start: int, block: int, counts: tuple[int, ...]) -> tupl
     return sources, ranks
 
 
-def taken(seed: int, segment: Segment, position: int) -> dict[str, int]:
+def taken(seed: int, segment: MixtureSegment, position: int) -> dict[str, int]:
     """How many samples of each source are read before `position`, which lies in the segment or at its end."""
     found = dict(segment.bases)
     if not segment.counts:
@@ -83,12 +83,12 @@ def taken(seed: int, segment: Segment, position: int) -> dict[str, int]:
     return found
 
 
-def lay_out(seed: int, limits: Mapping[str, int], changes: Sequence[Change]) -> tuple[Segment, ...]:
+def lay_out(seed: int, limits: Mapping[str, int], changes: Sequence[Change]) -> tuple[MixtureSegment, ...]:
     """All segments. limits: the samples that a source gives in all, where it is limited.
 
     The last one has no counts where every source of a mixture is used up: what follows cannot be read.
     """
-    found: list[Segment] = []
+    found: list[MixtureSegment] = []
     for number, change in enumerate(changes):
         stop = changes[number + 1].start if number + 1 < len(changes) else None
         start: int | None = change.start
@@ -98,13 +98,13 @@ def lay_out(seed: int, limits: Mapping[str, int], changes: Sequence[Change]) -> 
             spent = {name for name, limit in limits.items() if bases.get(name, 0) >= limit}
             weights = {name: 0.0 if name in spent else weight for name, weight in change.weights.items()}
             if not any(weights.values()):
-                return (*found, Segment(start, {}, bases))
-            found.append(Segment(start, apportion(weights), bases))
+                return (*found, MixtureSegment(start, {}, bases))
+            found.append(MixtureSegment(start, apportion(weights), bases))
             start = _used_up(seed, found[-1], limits)
     return tuple(found)
 
 
-def _used_up(seed: int, segment: Segment, limits: Mapping[str, int]) -> int | None:
+def _used_up(seed: int, segment: MixtureSegment, limits: Mapping[str, int]) -> int | None:
     """The position after the one that takes the last sample of a source of the segment; of several, the first."""
     left = {name: limits[name] - segment.bases[name] for name, count in segment.counts.items() if count and name in limits}
     if not left:

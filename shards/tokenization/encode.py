@@ -25,7 +25,7 @@ from shards.errors import ShardError, SpecError
 from shards.format.seekable_zstd import Array
 from shards.spec import Kind
 from shards.tokenization.chat import Message
-from shards.tokenization.records import Document, Sampled
+from shards.tokenization.records import Document, SampledAnswer
 from shards.tokenization.templates import DEFAULT, Template
 from shards.tokenization.tokenizer import Tokenizer, token_dtype, train
 
@@ -118,14 +118,14 @@ def _conversation(tokenizer: Tokenizer, document: Document) -> tuple[list[int], 
 def _pair(tokenizer: Tokenizer, document: Document) -> list[tuple[list[int], list[int]]]:
     """Twice the prompt, with the chosen answer and with the rejected one; see `_conversation`."""
     found = []
-    drawn = document.sampled or (Sampled((), True),) * 2
+    drawn = document.sampled or (SampledAnswer((), True),) * 2
     for chat, text, sampled in zip(chats(document, "preference"), document.parts[-2:], drawn, strict=True):
         prompt, answer = _answered(*tokenizer.chat(chat, ended=sampled.ended))
         found.append((prompt, list(sampled.ids) if _is_as_drawn(tokenizer, text, sampled) else answer))
     return found
 
 
-def _is_as_drawn(tokenizer: Tokenizer, text: str, sampled: Sampled) -> bool:
+def _is_as_drawn(tokenizer: Tokenizer, text: str, sampled: SampledAnswer) -> bool:
     """Whether ids are a text by this tokenizer; else another one drew them, or the text was edited since."""
     ids = sampled.ids
     body = ids[:-1] if sampled.ended else ids

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from shards.tokenization.templates import ROLES
 
 
-class Turn(NamedTuple):
+class ChatMessage(NamedTuple):
     """One message. learned: false for an assistant's that is context only."""
 
     role: str
@@ -24,7 +24,7 @@ class Turn(NamedTuple):
     learned: bool = True
 
 
-Turns = list[Turn]
+Turns = list[ChatMessage]
 
 WEIGHTS = ("weight", "train", "training", "loss")
 """Of a turn: whether it is learned, as 0 or 1, or false or true."""
@@ -101,7 +101,7 @@ def around(record: Mapping[str, Any], known: Collection[str], allowed: Collectio
             if not isinstance(value, str):
                 return f'field "{name}" is not text'
             if value.strip():
-                before.insert(0, Turn("system", value))
+                before.insert(0, ChatMessage("system", value))
         elif name == "history":
             turns = _history(value)
             if isinstance(turns, str):
@@ -129,7 +129,7 @@ def _history(value: Any) -> Turns | str:
             return 'field "history" is not a list of questions with their answers'
         if not all(text.strip() for text in pair):
             return "empty"
-        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+        turns += [ChatMessage("user", pair[0]), ChatMessage("assistant", pair[1])]
     return turns
 
 
@@ -163,7 +163,7 @@ def messages(value: Sequence[Any], name: str, unread: dict[str, None]) -> Turns 
         learned = _learned(message, role)
         if isinstance(learned, str):
             return learned
-        turns.append(Turn(role, content, learned))
+        turns.append(ChatMessage(role, content, learned))
         for field in message.keys() - METADATA - {"role", "content", *WEIGHTS}:
             if not is_empty(message[field]) and not field.endswith("_id"):
                 unread[f"{field} of a turn"] = None

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import xxhash
 
 from shards.spec import Source
-from shards.tokenization.record_fields import CUT_OFF, FINISHED, REASONING, UNDESIRED, Turn, Turns, around, messages
+from shards.tokenization.record_fields import CUT_OFF, FINISHED, REASONING, UNDESIRED, ChatMessage, Turns, around, messages
 
 
-class Sampled(NamedTuple):
+class SampledAnswer(NamedTuple):
     """An answer as a model drew it."""
 
     ids: tuple[int, ...]  # () where only the text is known; the id that ended it among them
@@ -29,7 +29,7 @@ class Document:
     where: str = ""  # file and line
     label: str = ""  # what it is, where the source tells: the language of a code file, the language of a book
     masked: tuple[int, ...] = ()  # of a conversation: places of the assistant's parts that are context, and not learned
-    sampled: tuple[Sampled, ...] = ()  # how a model came by the last part, or by the two last ones of a preference
+    sampled: tuple[SampledAnswer, ...] = ()  # how a model came by the last part, or by the two last ones of a preference
     unread: tuple[str, ...] = ()  # fields of its record that were not read and may say something of it
 
     @property
@@ -121,14 +121,14 @@ def _preference(record: Mapping[str, Any], source: Source, where: str) -> Docume
         sampled = _sampled(record, name)
         if isinstance(sampled, str):
             return sampled
-        drawn.append(sampled or Sampled((), True))
+        drawn.append(sampled or SampledAnswer((), True))
     both = tuple(drawn) if any(each.ids or not each.ended for each in drawn) else ()
     parts = (*(turn.content for turn in prompt), chosen[-1].content, rejected[-1].content)
     roles = tuple(turn.role for turn in prompt)
     return Document(_key(prompt), parts, roles, where, sampled=both, unread=tuple(sorted(unread)))
 
 
-def _sampled(record: Mapping[str, Any], prefix: str) -> Sampled | str | None:
+def _sampled(record: Mapping[str, Any], prefix: str) -> SampledAnswer | str | None:
     """How an answer was drawn, where the record says so: `finish_reason` as in OpenAI's responses, and the ids."""
     reason, ids = record.get(f"{prefix}finish_reason") or None, record.get(f"{prefix or 'response_'}ids")
     if reason is None and ids is None:
@@ -137,7 +137,7 @@ def _sampled(record: Mapping[str, Any], prefix: str) -> Sampled | str | None:
         return f'"{prefix}finish_reason" is none of {", ".join((*FINISHED, *CUT_OFF))}'
     if ids is not None and not (isinstance(ids, list) and all(isinstance(id, int) and not isinstance(id, bool) for id in ids)):
         return f'"{prefix or "response_"}ids" is not a list of ids'
-    return Sampled(tuple(ids or ()), reason not in CUT_OFF)
+    return SampledAnswer(tuple(ids or ()), reason not in CUT_OFF)
 
 
 def _whole(
@@ -176,5 +176,5 @@ def _turns(record: Mapping[str, Any], name: str, role: str, unread: dict[str, No
     """A field: a list of messages, or one text of the role's; or why it is neither."""
     value = record.get(name)
     if isinstance(value, str):
-        return [Turn(role, value)] if value.strip() else "empty"
+        return [ChatMessage(role, value)] if value.strip() else "empty"
     return messages(value, name, unread) if isinstance(value, list) else _no(record, name)

@@ -26,7 +26,7 @@ _SAYINGS = ("What is <b>2 & 2</b>?", '"Four" {{ 4 }},\n\tI\'d Say: naïve 日本
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TemplateSpan:
     """A part of a conversation: the template's own text, or what a message says, trimmed on the sides that the template trims."""
 
     text: str
@@ -44,7 +44,7 @@ class Piece:
         return content.rstrip() if self.trims[1] else content
 
 
-Layout = tuple[Piece, ...]
+Layout = tuple[TemplateSpan, ...]
 
 
 class Layouts:
@@ -121,10 +121,10 @@ class Layouts:
             turn = next((number for number, (first, last) in spans.items() if first <= start < last), -1)
             slot = starts.get(start)
             if slot is None:
-                pieces.append(Piece(text[start:stop], -1, (False, False), turn, as_asked.get(turn, False)))
+                pieces.append(TemplateSpan(text[start:stop], -1, (False, False), turn, as_asked.get(turn, False)))
             else:
                 trims = slot["left"] is None, slot["right"] is None
-                pieces.append(Piece("", int(slot["message"]), trims, turn, as_asked.get(turn, False)))
+                pieces.append(TemplateSpan("", int(slot["message"]), trims, turn, as_asked.get(turn, False)))
         return tuple(pieces)
 
     def _as_asked(self, text: str, number: int, roles: tuple[str, ...]) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from shards.errors import ShardError, SpecError
-from shards.spec import TEMPLATES, Tokenizer
+from shards.spec import TEMPLATES, TokenizerSpec
 
 ROLES = ("system", "user", "assistant")
 FILE_NAME = "tokenizer.template"
@@ -89,7 +89,7 @@ def named(name: str) -> Template:
 DEFAULT = named("midwatch")
 
 
-def read(spec: Tokenizer) -> Template:
+def read(spec: TokenizerSpec) -> Template:
     """The template that `[tokenizer]` names. Raises SpecError."""
     if spec.template in NAMED:
         return named(spec.template)

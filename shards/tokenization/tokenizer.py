@@ -25,7 +25,7 @@ import xxhash
 
 from shards.decoding import json_value
 from shards.errors import ShardError, SpecError
-from shards.spec import Tokenizer as TokenizerSpec
+from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.chat import Chat, Markers, Message, trained
 from shards.tokenization.huggingface import JsonModel, bundle, ids_in
 from shards.tokenization.huggingface_directory import FAST, MODEL, has_settings

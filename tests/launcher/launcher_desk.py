@@ -19,8 +19,8 @@ import xxhash
 from launcher.backends import Started
 from launcher.controller import __main__ as controller
 from launcher.controller import recovery
-from launcher.controller.context import Office
-from launcher.metrics.store import Metrics
+from launcher.controller.context import ControllerContext
+from launcher.metrics.store import MetricStore
 from midwatch import protocol as p
 from midwatch.checkpoint_format.verify import MANIFEST
 from midwatch.directory_identity import DirectoryId
@@ -109,13 +109,13 @@ class InstantData:
 
     done: asyncio.Event
 
-    def __init__(self, office: Office) -> None:
-        self._office = office
+    def __init__(self, context: ControllerContext) -> None:
+        self._context = context
 
     async def ensure(self) -> None:
         await self.done.wait()
-        if self._office.ledger.data_seconds is None:
-            self._office.record(j.DataBuilt(time=1.0, directory="d", seconds=1.0))
+        if self._context.ledger.data_seconds is None:
+            self._context.record(j.DataBuilt(time=1.0, directory="d", seconds=1.0))
 
 
 class Desk:
@@ -130,11 +130,11 @@ class Desk:
             self.paths.record.write_bytes(msgspec.json.encode(record))
         self.now = 1000.0
         self.journal = j.Journal(self.paths.journal, self.now, "host", 1, None, recovery.floors(self.paths))
-        self.metrics = Metrics.open(self.paths.metrics, root / "index.sqlite", self.journal.term)
-        self.office = Office(self.paths, recipe, self.journal, self.metrics, clock=self._clock)
-        if not self.office.ledger.started:
-            self.office.record(j.RunBegan(time=self.now, name=recipe.run.name, recipe=recipe.digest()))
-        self.term = controller.Term(self.office)
+        self.metrics = MetricStore.open(self.paths.metrics, root / "index.sqlite", self.journal.term)
+        self.context = ControllerContext(self.paths, recipe, self.journal, self.metrics, clock=self._clock)
+        if not self.context.ledger.started:
+            self.context.record(j.RunBegan(time=self.now, name=recipe.run.name, recipe=recipe.digest()))
+        self.term = controller.Term(self.context)
         self.dispatch, self.generations = self.term.dispatch, self.term.generations
         self.reports = self.term.door._reports
         self.backend: NoProcesses = self.generations._pool._backend  # type: ignore[assignment]
@@ -157,7 +157,7 @@ class Desk:
 
     @property
     def ledger(self) -> Any:
-        return self.office.ledger
+        return self.context.ledger
 
     @property
     def starts(self) -> list[p.Start]:
@@ -168,9 +168,9 @@ class Desk:
         return [m for m in self.rank if isinstance(m, p.Order)]
 
     async def open(self) -> None:
-        recovery.report_losses(self.office)
-        if not await recovery.look_for(self.office):
-            await recovery.adopt(self.office)
+        recovery.report_losses(self.context)
+        if not await recovery.look_for(self.context):
+            await recovery.adopt(self.context)
         self.generations.take_over()
         self._work = asyncio.create_task(self.dispatch.run())
 
@@ -191,7 +191,7 @@ class Desk:
         held = self.ledger.generation if self.ledger.generation_live else 0
         hello = p.AgentHello(
             version=p.VERSION,
-            run=self.office.run,
+            run=self.context.run,
             node=node,
             pid=4242,
             generation=held if generation is None else generation,
@@ -207,7 +207,7 @@ class Desk:
     def _agent_leaves(self) -> None:
         if self.agents_leave:
             self.backend.living = False
-            for node in list(self.office.live.nodes):
+            for node in list(self.context.live.nodes):
                 self.generations.agent_went(node, self._agent_send)
 
     def ranks_die(self, reason: str = "killed") -> None:
@@ -248,7 +248,7 @@ class Desk:
             time=float(step),
             values={"train/loss": 1.0, "train/grad_norm": 1.0} | values,
         )
-        source = f"{self.ledger.generation}/telemetry/{self.office.term}"
+        source = f"{self.ledger.generation}/telemetry/{self.context.term}"
         self.reports.metrics(source, p.Numbered(number=number, body=body))
 
     def answers(self, order: p.Order, ok: bool = True, step: int = 0, reason: str = "", **detail: Any) -> None:
@@ -284,7 +284,7 @@ class Desk:
 
     def give(self, verb: str, command_id: str | None = None, author: str = "ann", **arguments: Any) -> p.CommandView:
         self._commands += 1
-        command = p.Command(id=command_id or f"{self.office.term}-{self._commands}", verb=verb, arguments=arguments)  # type: ignore[arg-type]
+        command = p.Command(id=command_id or f"{self.context.term}-{self._commands}", verb=verb, arguments=arguments)  # type: ignore[arg-type]
         return self.dispatch.accept(command, author)
 
     def view(self, command: p.CommandView) -> p.CommandView:
@@ -348,7 +348,7 @@ class Desk:
     async def trains(self) -> None:
         """The ranks last asked for come up and train."""
         self.rank_comes()
-        self.phase("training", self.office.live.step)
+        self.phase("training", self.context.live.step)
 
 
 def make_recipe(watch: tuple[Watch, ...] = (), **run: Any) -> Recipe:

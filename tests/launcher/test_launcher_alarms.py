@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from launcher_desk import desk_at, make_recipe
 
-from launcher.controller.snapshot import View
+from launcher.controller.snapshot import SnapshotBuilder
 from midwatch.journal import journal as j
 from midwatch.journal.run_state import Ledger
 from midwatch.protocol import Alarm, Lineage
@@ -48,19 +48,19 @@ async def test_repeats_of_a_rule_are_one_alarm_with_step_value_threshold_and_cou
         assert (alarm.key, alarm.rule, alarm.step, alarm.last_step, alarm.count) == ("spike", "spike", 30, 32, 3)
         assert (alarm.value, alarm.threshold, alarm.lineage) == (32.0, "above 5", desk.ledger.lineage)
         assert "x is 32, threshold: above 5" in alarm.text
-        lines = [line.text for line in View(desk.office).journal() if line.level == "alarm"]
+        lines = [line.text for line in SnapshotBuilder(desk.context).journal() if line.level == "alarm"]
         assert lines[0] == "spike: x is 30, threshold: above 5 (step 30)"
 
 
 async def test_an_acknowledged_alarm_stands_no_more_until_it_is_raised_again(at: At) -> None:
     async with at("training", recipe=make_recipe(watch=(SPIKE,))) as desk:
         desk.row(30, x=9.0)
-        desk.office.note("alarm", "disk full")
+        desk.context.note("alarm", "disk full")
         command = desk.give("acknowledge", alarm="spike")
         assert desk.view(command).state == "done" and desk.view(command).detail == {"alarms": ["spike"]}
         assert [alarm.text for alarm in desk.ledger.standing_alarms()] == ["disk full"]
         assert desk.ledger.alarms["spike"].acknowledged_by == desk.view(command).author != ""
-        assert [alarm.key for alarm in View(desk.office).snapshot().alarms] == [desk.ledger.standing_alarms()[0].key]
+        assert [alarm.key for alarm in SnapshotBuilder(desk.context).snapshot().alarms] == [desk.ledger.standing_alarms()[0].key]
         desk.row(40, x=9.0)
         again = desk.ledger.standing_alarms()[0]
         assert (again.key, again.step, again.count, again.acknowledged) == ("spike", 40, 1, False)

@@ -22,7 +22,7 @@ from midwatch.transport.client import Client, ClientError
 @contextlib.asynccontextmanager
 async def controlled(root: Path, monkeypatch: pytest.MonkeyPatch, state: p.State | None) -> AsyncIterator[Served]:
     async with desk_at(root, monkeypatch, state) as desk:
-        served = Served(desk, Path(os.environ["XDG_RUNTIME_DIR"]) / f"{desk.office.term}.sock")
+        served = Served(desk, Path(os.environ["XDG_RUNTIME_DIR"]) / f"{desk.context.term}.sock")
         await served.open()
         try:
             yield served

@@ -20,7 +20,7 @@ from launcher.preflight.logout import kills_at_logout
 from midwatch.journal import journal as j
 from midwatch.recipe import RecipeError
 from midwatch.run_directory import RunPaths, runtime_directory, write_atomically
-from tui.script import Entry, ScriptError, parse_script
+from tui.script import ScriptError, ScriptStep, parse_script
 
 ROOT = Path(__file__).parents[2]
 GOOD = """
@@ -241,14 +241,14 @@ async def test_a_run_on_a_full_disk_trains_on_and_journals_what_it_owes(tmp_path
                 while True:
                     file.write(b"x" * 4096)
             for number in range(20):
-                desk.office.note("info", f"{number}" + "y" * 4000)
+                desk.context.note("info", f"{number}" + "y" * 4000)
             assert (await given(desk)).state == "sent", "the ballast has made room"
             for number in range(20, 120):
-                desk.office.note("info", f"{number}" + "y" * 4000)
+                desk.context.note("info", f"{number}" + "y" * 4000)
             with pytest.raises(j.JournalError):
                 desk.give("checkpoint")
             filler.unlink()
-            desk.office.retry_backlog()
+            desk.context.retry_backlog()
             desk.give("checkpoint")
         notes = [e.text.rstrip("y") for _, e in j.read_journal(disk / "run" / "journal").entries if isinstance(e, j.Noted)]
         assert [n for n in notes if n.isdigit()] == [str(n) for n in range(120)]
@@ -396,7 +396,7 @@ def test_a_script_is_read_as_it_is_typed() -> None:
     )
     entries = parse_script(text)
     assert [e.step for e in entries] == [20, 30, 32, 40, 50, 60, 70]
-    assert entries[0] == Entry(20, (("checkpoint", {}), ("golden", {"checkpoint": "latest"})), "20: checkpoint, golden")
+    assert entries[0] == ScriptStep(20, (("checkpoint", {}), ("golden", {"checkpoint": "latest"})), "20: checkpoint, golden")
     assert entries[3].commands == (("rollback", {"checkpoint": "golden", "skip": 5, "lr_scale": 1.0}),)
     assert entries[4].commands == (("set", {"key": "lr", "value": 1e-4}),)
     assert [e.commands[0] for e in entries[5:]] == [("advance", {"to": "dpo"}), ("stop-now", {})]

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from launcher_desk import NODE, Desk, InstantData, desk_at, make_recipe, write_checkpoint
 
-from launcher.controller.snapshot import View
+from launcher.controller.snapshot import SnapshotBuilder
 from launcher.controller.supervision import node_pool as pool_module
 from midwatch import protocol as p
 from midwatch.checkpoint_format import verify as files
@@ -283,7 +283,7 @@ async def test_a_rollback_that_fails_on_the_ranks_leaves_the_line_as_it_was(at: 
         assert desk.orders[-1].arguments["lineage"]["id"] == 3
         desk.answers(desk.orders[-1], step=10)
         assert desk.view(again).state == "done"
-        assert desk.office.live.step == 10
+        assert desk.context.live.step == 10
 
 
 @pytest.mark.parametrize("name", ["a", "10"])
@@ -433,10 +433,10 @@ async def test_a_controller_that_a_stopped_run_is_resumed_on_stays_for_it(at: At
         desk.saves("s", 25)
         desk.says(p.Ended(cause="stopped", step=25, checkpoint="s"))
         assert desk.ledger.state == "released"
-        await desk.until(desk.office.over.is_set)
+        await desk.until(desk.context.over.is_set)
         desk.give("resume")
         await desk.until(lambda: len(desk.starts) == 2)
-        assert not desk.office.over.is_set()
+        assert not desk.context.over.is_set()
 
 
 @pytest.mark.parametrize("verb", ["stop", "stop-now"])
@@ -661,7 +661,7 @@ async def test_an_agent_that_tells_of_its_ranks_end_as_it_comes_back_gets_new_on
 async def test_a_crash_that_a_controller_did_not_live_to_answer_is_answered_by_the_next(at: At) -> None:
     """It died after the ranks' end was journaled and before they were gathered anew."""
     async with at("training") as desk:
-        desk.office.record(j.GenerationEnded(time=1.0, generation=1, cause="killed", step=25))
+        desk.context.record(j.GenerationEnded(time=1.0, generation=1, cause="killed", step=25))
     async with at() as desk:
         desk.agent_comes()
         await desk.until(lambda: desk.starts)
@@ -684,7 +684,7 @@ async def test_a_command_that_cannot_be_journaled_is_not_carried_out(at: At, mon
         desk.row(26)
         desk.phase("evaluating", 26)
         monkeypatch.undo()
-        desk.office.retry_backlog()
+        desk.context.retry_backlog()
         desk.give("pause")
         await desk.until(lambda: desk.orders)
 
@@ -752,7 +752,7 @@ async def test_a_rollback_promises_the_settings_of_the_checkpoint_and_tells_what
         digest = write_checkpoint(desk.paths.checkpoints, ".writing-mine", "mine", desk.ledger.generation)
         desk.says(desk.ready("mine", 30, digest, settings={"lr": 0.02, "clip": 1.0, "lr_scale": 0.5}))
         desk.row(40)
-        desk.office.record(j.SettingsInForce(time=1.0, lineage=1, step=40, settings={"lr": 0.01, "clip": 1.0, "lr_scale": 0.5}))
+        desk.context.record(j.SettingsInForce(time=1.0, lineage=1, step=40, settings={"lr": 0.01, "clip": 1.0, "lr_scale": 0.5}))
         reply = await desk.term.door._clients._queries.answer(p.UndoQuery(id=1, checkpoint="mine", lr_scale=0.5))
         assert isinstance(reply, p.UndoReply)
         assert reply.settings == ("lr 0.01 -> 0.02", "lr_scale 0.5 -> 0.25"), "not the recipe's"
@@ -761,6 +761,6 @@ async def test_a_rollback_promises_the_settings_of_the_checkpoint_and_tells_what
         await desk.until(lambda: desk.orders)
         desk.answers(desk.orders[-1], step=30, undone=13)
         assert desk.view(command).detail["undone"] == 13 and desk.view(command).detail["shown"] == 10
-        lines = [line.text for line in View(desk.office).journal()]
+        lines = [line.text for line in SnapshotBuilder(desk.context).journal()]
         assert not any("10 steps undone" in line for line in lines), "the journal names one number, the true one"
         assert any("undone 13" in line and "shown 10" in line for line in lines)

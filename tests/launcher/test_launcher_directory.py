@@ -201,7 +201,7 @@ async def test_a_copy_waits_until_it_is_resumed_and_leaves_the_originals_agents_
     copy = RunPaths(Path(shutil.copytree(tmp_path / "run", tmp_path / "copy")))
     monkeypatch.setattr("launcher.controller.supervision.generations.REUNION_SECONDS", 0.0)
     async with desk_at(copy.root, monkeypatch) as desk:
-        settle_copy(desk.office, "/original")
+        settle_copy(desk.context, "/original")
         assert (desk.ledger.state, desk.ledger.generation_live, desk.ledger.agents) == ("released", False, {})
         assert "a copy of /original" in desk.ledger.reason
         assert desk.view(command).state == "cancelled" and "copied" in desk.view(command).reason

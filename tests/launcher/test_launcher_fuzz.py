@@ -18,7 +18,7 @@ from launcher.backends.ssh import started
 from launcher.controller.annotation import prompts, records, store
 from launcher.controller.rollout_samples import Samples, Written
 from launcher.metrics import chunks
-from launcher.metrics.store import Metrics
+from launcher.metrics.store import MetricStore
 from launcher.plan import Assumptions, PlanError, plan_recipe
 from launcher.preflight import checks
 from launcher.preflight.node_report import look
@@ -26,7 +26,7 @@ from midwatch import protocol
 from midwatch.checkpoint_format import verify
 from midwatch.journal import journal
 from midwatch.journal.run_state import Ledger
-from midwatch.metrics.m4_columns import Segment
+from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.recipe import RecipeError, dump_recipe, load_recipe, parse_recipe, warnings
 from midwatch.recipe.huggingface.files import INDEX, SINGLE
 from midwatch.run_directory import read_address
@@ -161,8 +161,8 @@ def fuzz_checkpoint(tmp_path: Path) -> Subject:
 
 
 def fuzz_metrics(tmp_path: Path) -> Subject:
-    rows = [chunks.Row(0, step, step * 10, 1.5, {"train/loss": 1.0 / step, "train/lr": 0.1}) for step in range(1, 20)]
-    body = msgspec.msgpack.encode(chunks.Frame("rank", 1, rows))
+    rows = [chunks.MetricRow(0, step, step * 10, 1.5, {"train/loss": 1.0 / step, "train/lr": 0.1}) for step in range(1, 20)]
+    body = msgspec.msgpack.encode(chunks.MetricFrame("rank", 1, rows))
     folder, index = tmp_path / "metrics", tmp_path / "index"
     folder.mkdir()
 
@@ -173,10 +173,10 @@ def fuzz_metrics(tmp_path: Path) -> Subject:
         for file in (*folder.iterdir(), *tmp_path.glob("index*")):
             file.unlink()
         (folder / "000001.chunk").write_bytes(raw)
-        metrics = Metrics.open(folder, index)
+        metrics = MetricStore.open(folder, index)
         try:
             for each in metrics.names():
-                metrics.columns(each.name, [Segment(0, -1, None)], 0, 30, 10)
+                metrics.columns(each.name, [LineageSegment(0, -1, None)], 0, 30, 10)
         finally:
             metrics.close()
 
@@ -193,7 +193,7 @@ def fuzz_samples(tmp_path: Path) -> Subject:
         (folder / "000001-00000.jsonl").write_bytes(raw)
         samples = Samples(folder, 2)
         for order in ("step", "reward", "kl", "longest"):
-            found = samples.find(protocol.SampleQuery(id=1, order=order, pattern="x"), [Segment(0, -1, None)])
+            found = samples.find(protocol.SampleQuery(id=1, order=order, pattern="x"), [LineageSegment(0, -1, None)])
             protocol.decode(protocol.encode(found))
         samples.close()
 
@@ -212,7 +212,7 @@ def fuzz_preferences(tmp_path: Path) -> Subject:
         opened = store.Store(tmp_path, "ann", "test")
         opened.undo("new", "now")
         opened.close()
-        store.Drawn(tmp_path).close()
+        store.SampledPairs(tmp_path).close()
         for decisions in store.all_decisions(tmp_path).values():
             for decision in decisions:
                 assert decision.label in ("", "neither", "first", "second")
@@ -247,13 +247,13 @@ def fuzz_protocol(tmp_path: Path) -> Subject:
 
 def fuzz_replies(tmp_path: Path) -> Subject:
     """What a node says over ssh, and small files that others can write."""
-    identity = tls_identity.Identity(**example(tls_identity.Identity))
+    identity = tls_identity.TlsIdentity(**example(tls_identity.TlsIdentity))
     seeds = [msgspec.json.encode(look()), b'{"pid": 7, "created": 1.5}', identity.encode()]
 
     def load(raw: bytes) -> None:
         text = raw.decode(errors="replace")
         msgspec.json.encode(checks.understand(Result(0, text, "")))
-        for read in (lambda: started("node", 0, text, ""), lambda: tls_identity.Identity.decode(raw)):
+        for read in (lambda: started("node", 0, text, ""), lambda: tls_identity.TlsIdentity.decode(raw)):
             try:
                 msgspec.json.encode(read())
             except (StartError, tls_identity.KeysError):

@@ -127,7 +127,7 @@ def test_an_entry_whose_append_returned_is_the_next_terms_too_wherever_the_takeo
     first, real = opened(room), j.read_journal
     returned = []
 
-    def reading(directory: Path, newest_term: int = 0) -> j.Reading:
+    def reading(directory: Path, newest_term: int = 0) -> j.JournalContents:
         found = real(directory, newest_term)
         try:
             first.append(noted("at the worst moment"))

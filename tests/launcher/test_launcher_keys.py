@@ -16,9 +16,9 @@ from cryptography import x509
 
 from midwatch.run_directory import RunPaths
 from midwatch.transport.tls_identity import (
-    Identity,
     KeysError,
     RunKeys,
+    TlsIdentity,
     client_context,
     load_identity,
     peer_of,
@@ -32,7 +32,7 @@ def keys_at(root: Path) -> RunKeys:
     return RunKeys.ensure(RunPaths(root))
 
 
-def handshake(listens: Identity, connects: Identity | None) -> tuple[str, tuple[str, str] | None, tuple[str, str] | None]:
+def handshake(listens: TlsIdentity, connects: TlsIdentity | None) -> tuple[str, tuple[str, str] | None, tuple[str, str] | None]:
     """A real handshake over a real socket: (what went wrong, who the server sees, who the client sees)."""
     left, right = socket.socketpair()
     seen: dict[str, tuple[str, str]] = {}
@@ -110,7 +110,7 @@ def test_an_agents_key_cannot_pose_as_the_controller_nor_the_other_way_round(tmp
 def test_another_runs_key_and_no_key_at_all_are_refused_by_both_sides(tmp_path: Path) -> None:
     ours, theirs = keys_at(tmp_path / "a"), keys_at(tmp_path / "b")
     controller, stranger = ours.issue("controller", "head"), theirs.issue("agent", "n")
-    mixed = Identity(stranger.certificate, stranger.key, controller.authority)
+    mixed = TlsIdentity(stranger.certificate, stranger.key, controller.authority)
     assert "verify failed" in handshake(controller, stranger)[0]
     wrong, server, _ = handshake(controller, mixed)
     assert wrong and server is None
@@ -133,11 +133,11 @@ def test_an_identity_travels_as_one_line_and_never_shows_its_key(tmp_path: Path)
     keys = keys_at(tmp_path)
     identity = keys.issue("agent", "n")
     line = identity.encode()
-    assert b"\n" not in line and Identity.decode(line) == identity
+    assert b"\n" not in line and TlsIdentity.decode(line) == identity
     for shown in (repr(identity), str(identity), f"{[identity]}", rich.pretty.pretty_repr(identity), repr(keys)):
         assert "PRIVATE" not in shown and "BEGIN" not in shown
     with pytest.raises(KeysError) as caught:
-        Identity.decode(line[:-9])
+        TlsIdentity.decode(line[:-9])
     assert "BEGIN" not in str(caught.value) and caught.value.__suppress_context__
 
 
@@ -169,8 +169,8 @@ def test_damaged_keys_say_where_they_lie_and_what_to_do(tmp_path: Path) -> None:
     file = next(paths.keys.iterdir())
     store_identity(identity, file)
     certificate = identity.certificate.replace("A", "B", 40)
-    store_identity(Identity(certificate, identity.key, identity.authority), file)
+    store_identity(TlsIdentity(certificate, identity.key, identity.authority), file)
     with pytest.raises(KeysError, match=f"{file}: damaged; move"):
         RunKeys.ensure(paths)
     with pytest.raises(KeysError, match="cannot be used"):
-        server_context(Identity(certificate, identity.key, identity.authority))
+        server_context(TlsIdentity(certificate, identity.key, identity.authority))

@@ -9,7 +9,7 @@ import pytest
 
 from midwatch.journal import journal as j
 from midwatch.journal.run_state import Ledger
-from midwatch.metrics.m4_columns import Segment
+from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.protocol import Lineage, Replay
 
 _times = itertools.count(1)
@@ -120,16 +120,19 @@ def test_no_entry_that_damage_takes_away_keeps_the_rest_from_being_read(lost: in
 
 def test_the_path_leads_through_forks_and_keeps_only_what_was_not_undone() -> None:
     ledger = fold(opened(1), committed("a", 10), committed("b", 20), opened(2, 1, "b", 20, "rollback"), committed("c", 30, 2))
-    assert ledger.path() == [Segment(1, -1, 20), Segment(2, 20, None)]
+    assert ledger.path() == [LineageSegment(1, -1, 20), LineageSegment(2, 20, None)]
     ledger.apply(1, opened(3, 1, "a", 10, "rollback"))
-    assert ledger.path() == [Segment(1, -1, 10), Segment(3, 10, None)]
+    assert ledger.path() == [LineageSegment(1, -1, 10), LineageSegment(3, 10, None)]
     assert {i: c.on_line for i, c in ledger.checkpoints.items()} == {"a": True, "b": False, "c": False}
-    assert ledger.path(2) == [Segment(1, -1, 20), Segment(2, 20, None)]
+    assert ledger.path(2) == [LineageSegment(1, -1, 20), LineageSegment(2, 20, None)]
 
 
 def test_a_second_rollback_to_the_same_fork_leaves_nothing_of_the_lineage_between() -> None:
     ledger = fold(opened(1), committed("a", 10), opened(2, 1, "a", 10, "rollback"), opened(3, 2, "a", 10, "crash"))
-    assert [s for s in ledger.path() if s.last is None or s.last > s.after] == [Segment(1, -1, 10), Segment(3, 10, None)]
+    assert [s for s in ledger.path() if s.last is None or s.last > s.after] == [
+        LineageSegment(1, -1, 10),
+        LineageSegment(3, 10, None),
+    ]
 
 
 def test_the_restart_point_is_the_newest_good_one_of_the_line_in_force() -> None:

@@ -34,7 +34,7 @@ from midwatch.run_directory import Address, RunPaths, write_address
 from midwatch.transport import connection as connection_module
 from midwatch.transport.connection import Connection
 from midwatch.transport.rank_client import RankLink, Spool
-from midwatch.transport.tls_identity import ANY_NODE, Identity, RunKeys, client_context, store_identity
+from midwatch.transport.tls_identity import ANY_NODE, RunKeys, TlsIdentity, client_context, store_identity
 
 Open = Callable[..., Any]
 LOOPBACK = Cluster(backend="agents", interface="lo")
@@ -52,11 +52,11 @@ class Remote:
         place = urlsplit(self.url)
         self.place = (str(place.hostname), int(place.port or 0))
 
-    async def connect(self, identity: Identity | None = None, **more: Any) -> ClientConnection:
+    async def connect(self, identity: TlsIdentity | None = None, **more: Any) -> ClientConnection:
         context = client_context(identity or self.keys.issue("agent", "n1"))
         return await connect(self.url, ssl=context, server_hostname="controller", proxy=None, compression=None, **more)
 
-    async def hello(self, hello: p.Message, identity: Identity | None = None) -> tuple[ClientConnection, p.Message]:
+    async def hello(self, hello: p.Message, identity: TlsIdentity | None = None) -> tuple[ClientConnection, p.Message]:
         if identity is None and isinstance(hello, p.RankHello):
             identity = self.keys.issue("agent", NODE)
         connection = await self.connect(identity)
@@ -64,12 +64,12 @@ class Remote:
         return connection, p.decode(await asyncio.wait_for(connection.recv(), 5))
 
     def agent(self, node: str = "n1", **changes: Any) -> p.AgentHello:
-        fields = {"version": p.VERSION, "run": self.desk.office.run, "node": node, "pid": 1, "generation": 0}
+        fields = {"version": p.VERSION, "run": self.desk.controller_context.run, "node": node, "pid": 1, "generation": 0}
         return p.AgentHello(**(fields | changes))
 
     @property
     def turned_away(self) -> int:
-        return self.desk.office.live.refused_peers
+        return self.desk.controller_context.live.refused_peers
 
     async def counts(self, number: int, seconds: float = 5.0) -> None:
         """So many are turned away, and no more."""
@@ -128,9 +128,9 @@ async def test_an_agent_with_its_key_is_welcomed_and_speaks_for_its_node(at: Ope
         assert welcome == p.AgentWelcome(term=1)
         stats = p.NodeStats(node="n1", time=1.0, cpus=(0.5,), memory_used=1, memory_total=2)
         await connection.send(p.encode(stats))
-        await remote.desk.until(lambda: remote.desk.office.live.nodes["n1"].stats == stats)
+        await remote.desk.until(lambda: remote.desk.controller_context.live.nodes["n1"].stats == stats)
         await connection.close()
-        await remote.desk.until(lambda: not remote.desk.office.live.nodes["n1"].reachable)
+        await remote.desk.until(lambda: not remote.desk.controller_context.live.nodes["n1"].reachable)
         assert remote.turned_away == 0
 
 
@@ -150,7 +150,7 @@ async def test_an_agent_may_not_speak_for_another_node_and_nobody_commands_over_
     async with at() as remote:
         _, answer = await remote.hello(remote.agent("n2"))
         assert isinstance(answer, p.Refused) and "the node n1, not of n2" in answer.reason
-        assert "n2" not in remote.desk.office.live.nodes
+        assert "n2" not in remote.desk.controller_context.live.nodes
         _, answer = await remote.hello(p.ClientHello(version=p.VERSION))
         assert isinstance(answer, p.Refused) and "ssh://HOST/RUN" in answer.reason
         _, answer = await remote.hello(p.Ack(number=1))
@@ -225,7 +225,7 @@ async def test_without_a_key_or_with_another_runs_or_the_controllers_nobody_come
         others = RunKeys.ensure(RunPaths(tmp_path / "other"))
         stranger = others.issue("agent", "n1")
         ours = remote.keys.issue("agent", "n1")
-        mixed = Identity(stranger.certificate, stranger.key, ours.authority)
+        mixed = TlsIdentity(stranger.certificate, stranger.key, ours.authority)
         for number, identity in enumerate((stranger, mixed, remote.keys.issue("controller", "head")), 1):
             with pytest.raises((ssl.SSLError, ConnectionError, WebSocketException)):
                 await remote.connect(identity)
@@ -405,9 +405,9 @@ async def test_hundreds_of_agents_are_served_at_once_and_none_is_taken_for_a_str
 
 
 def test_refusals_are_all_counted_and_the_first_few_told(caplog: pytest.LogCaptureFixture) -> None:
-    from launcher.controller.context import Live
+    from launcher.controller.context import LiveState
 
-    now, live = [0.0], Live()
+    now, live = [0.0], LiveState()
     refusals = Refusals(live, clock=lambda: now[0])
     with caplog.at_level(logging.WARNING, logger=peers_module.log.name):
         for _ in range(1000):
@@ -428,9 +428,9 @@ async def test_the_recipes_interface_and_port_are_used_and_what_is_wrong_with_th
     identity = RunKeys.ensure(RunPaths(tmp_path)).issue("controller", "head")
 
     def listener() -> Listener:
-        from launcher.controller.context import Live
+        from launcher.controller.context import LiveState
 
-        return Listener(identity, lambda *_: asyncio.sleep(0), Refusals(Live()))
+        return Listener(identity, lambda *_: asyncio.sleep(0), Refusals(LiveState()))
 
     with pytest.raises(ListenError, match=r"\[cluster\] interface: .*nosuch0.*lo"):
         await listener().open(Cluster(backend="agents", interface="nosuch0"))
@@ -588,7 +588,7 @@ async def test_a_link_that_is_cut_without_a_word_is_noticed_on_both_sides(at: Op
             "a", address, remote.agent, lambda _: None, lambda _: None, lambda _: None, identity=identity_file(remote, "n1")
         )
         link.start()
-        await remote.desk.until(lambda: link.lost_since is None and "n1" in remote.desk.office.live.nodes)
+        await remote.desk.until(lambda: link.lost_since is None and "n1" in remote.desk.controller_context.live.nodes)
         network.cut = True
         began = time.monotonic()
         await remote.desk.until(lambda: link.lost_since is not None)

@@ -34,7 +34,7 @@ class Cluster:
         for node in nodes:
             send = self._sends[node] = self.told.setdefault(node, []).append
             hello = p.AgentHello(
-                version=p.VERSION, run=self.desk.office.run, node=node, pid=1, generation=generation, address=f"10.0.0.{node[-1]}"
+                version=p.VERSION, run=self.desk.context.run, node=node, pid=1, generation=generation, address=f"10.0.0.{node[-1]}"
             )
             self.desk.generations.agent_came(hello, send)
 
@@ -63,8 +63,8 @@ class Cluster:
         await desk.until(lambda: all(self.gathers(n)[-1].start.generation == desk.ledger.generation for n in nodes))
         desk.rank.clear()
         desk.rank_comes()
-        desk.phase("training", desk.office.live.step)
-        desk.row(desk.office.live.step + 1)
+        desk.phase("training", desk.context.live.step)
+        desk.row(desk.context.live.step + 1)
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ async def test_a_node_out_of_reach_is_only_shown_as_such_while_steps_are_taken(c
     await cluster.trains("n1", "n2", "n3")
     member = desk.generations._pool._member("n2")
     member.probed_since = time.monotonic() - 60
-    desk.row(desk.office.live.step + 1)
+    desk.row(desk.context.live.step + 1)
     desk.generations.look()
     assert desk.ledger.generation_live
     desk.generations._moves._last = time.monotonic() - 60  # now none is taken any more
@@ -279,10 +279,10 @@ async def test_a_controller_that_was_late_itself_does_not_take_its_nodes_for_sil
         member.heard -= 10.0
     pool._looked -= 10.0
     pool.look()
-    assert all(node.reachable for node in desk.office.live.nodes.values())
+    assert all(node.reachable for node in desk.context.live.nodes.values())
     pool._awake -= 2.0
     pool.look()
-    assert not any(node.reachable for node in desk.office.live.nodes.values())
+    assert not any(node.reachable for node in desk.context.live.nodes.values())
 
 
 def notes(cluster: Cluster) -> list[str]:
@@ -337,7 +337,7 @@ async def test_a_spare_does_not_take_the_place_of_a_node_out_of_reach_while_step
     cluster.come("n1", "n2", "n3")
     await cluster.trains("n1", "n2")
     desk.generations._pool._member("n2").probed_since = time.monotonic() - 60
-    desk.row(desk.office.live.step + 1)
+    desk.row(desk.context.live.step + 1)
     for _ in range(5):
         desk.generations.look()
         await asyncio.sleep(0.02)

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from launcher.plan import Assumptions, PlanError, plan_recipe
-from launcher.plan.activations import Piece, block, ends, exchanges_heads
+from launcher.plan.activations import MicrobatchShape, block, ends, exchanges_heads
 from launcher.plan.memory import Memory, Setting, memory, part_bytes, rank_memory, rank_parameters
 from launcher.plan.mesh import batches_of, mesh_of, share_of, waiting_forwards
 from midwatch.recipe import Model, Parallel, Recipe, Stage, parse_recipe
@@ -116,28 +116,28 @@ MLP = 4 * 2 * 28672
 
 
 def test_a_block_keeps_what_can_be_counted_by_hand() -> None:
-    whole = block(LLAMA, Piece(1, 8192), "fused")
+    whole = block(LLAMA, MicrobatchShape(1, 8192), "fused")
     assert whole.kept_bytes == 8192 * (2 * (NORM + 2 * 8192) + HEADS + MLP)
     assert whole.again_bytes == whole.host_bytes == 0
 
 
 def test_tensor_parallel_ranks_split_tokens_between_blocks_and_heads_within() -> None:
-    split = block(LLAMA, Piece(1, 8192, tensor=8), "fused")
+    split = block(LLAMA, MicrobatchShape(1, 8192, tensor=8), "fused")
     assert split.kept_bytes == 1024 * 2 * NORM + 8192 * (2 * 2 * 8192 + HEADS // 8 + MLP // 8)
 
 
 def test_context_parallel_ranks_have_their_part_of_the_tokens() -> None:
     """Ranks of 8 key heads swap tokens for heads among 8, and then keep the mix of values twice; among 16 keys go round."""
     assert exchanges_heads(LLAMA, 1, 8) and not exchanges_heads(LLAMA, 1, 16) and not exchanges_heads(LLAMA, 8, 2)
-    swapped = block(LLAMA, Piece(1, 8192, context_parallel=8), "fused")
+    swapped = block(LLAMA, MicrobatchShape(1, 8192, context_parallel=8), "fused")
     heads = 2 * ((8192 + 2 * 1024) + 2 * 8192) + 4 * 64
     assert swapped.kept_bytes == 1024 * (2 * (NORM + 2 * 8192) + heads + MLP)
-    ring = block(LLAMA, Piece(1, 8192, context_parallel=16), "fused")
+    ring = block(LLAMA, MicrobatchShape(1, 8192, context_parallel=16), "fused")
     assert ring.kept_bytes == 512 * (2 * (NORM + 2 * 8192) + HEADS + MLP)
 
 
 def test_checkpointed_blocks_keep_their_inputs_and_one_at_a_time_is_whole() -> None:
-    piece = Piece(1, 8192, tensor=2, context_parallel=4)
+    piece = MicrobatchShape(1, 8192, tensor=2, context_parallel=4)
     plain, checkpointed = (block(LLAMA, piece, "fused", kind) for kind in ("none", "block"))
     assert checkpointed.kept_bytes == 8192 // 8 * 8192 * 2
     assert checkpointed.again_bytes == plain.kept_bytes - checkpointed.kept_bytes, "its input is what the first norm keeps"
@@ -147,25 +147,25 @@ def test_checkpointed_blocks_keep_their_inputs_and_one_at_a_time_is_whole() -> N
 
 
 def test_selective_checkpointing_keeps_the_outputs_of_products_and_of_attention() -> None:
-    kept = block(LLAMA, Piece(1, 8192), "fused", "selective")
+    kept = block(LLAMA, MicrobatchShape(1, 8192), "fused", "selective")
     products = 2 * (10240 + 8192 + 8192 + 2 * 28672) + 4 * 64  # qkv, attention, out, gate and up; nothing looks at down's
     assert kept.kept_bytes == 8192 * (2 * 8192 + products)
     assert kept.again_bytes == 8192 * (2 * (NORM + 2 * 8192) + 2 * (8192 + 1024) + 2 * 2 * 28672)
-    assert kept.kept_bytes < block(LLAMA, Piece(1, 8192), "fused").kept_bytes
+    assert kept.kept_bytes < block(LLAMA, MicrobatchShape(1, 8192), "fused").kept_bytes
 
 
 def test_a_tiled_mlp_keeps_its_input_and_computes_a_tile_again() -> None:
-    plain, tiled = (block(LLAMA, Piece(1, 8192, tensor=8), "fused", "none", tile) for tile in (None, 1024))
+    plain, tiled = (block(LLAMA, MicrobatchShape(1, 8192, tensor=8), "fused", "none", tile) for tile in (None, 1024))
     assert plain.kept_bytes - tiled.kept_bytes == 8192 * MLP // 8
     assert tiled.again_bytes == 1024 * MLP // 8
-    again = block(LLAMA, Piece(1, 8192, tensor=8), "fused", "block", 1024).again_bytes
+    again = block(LLAMA, MicrobatchShape(1, 8192, tensor=8), "fused", "block", 1024).again_bytes
     assert again == plain.kept_bytes - (8192 - 1024) * MLP // 8 - 1024 * 2 * 8192, "but for its input"
 
 
 def test_selective_checkpointing_keeps_sums_over_ranks_instead_of_what_is_summed() -> None:
-    kept = block(LLAMA, Piece(1, 8192, tensor=8), "fused", "selective")
+    kept = block(LLAMA, MicrobatchShape(1, 8192, tensor=8), "fused", "selective")
     assert kept.kept_bytes == 1024 * 2 * (8192 + 8192) + 8192 * (2 * (10240 + 8192 + 2 * 28672) + 4 * 64) // 8
-    tiled = block(LLAMA, Piece(1, 8192, tensor=8), "fused", "selective", 1024)
+    tiled = block(LLAMA, MicrobatchShape(1, 8192, tensor=8), "fused", "selective", 1024)
     assert kept.kept_bytes - tiled.kept_bytes == 8192 * 2 * 2 * 28672 // 8
 
 
@@ -204,7 +204,7 @@ def test_the_first_ranks_of_a_pipeline_hold_the_most_micro_batches() -> None:
     ranks = [rank_memory(here, rank) for rank in range(4)]
     assert [rank.waiting_forwards for rank in ranks] == [4, 3, 2, 1]
     assert all(rank.activations_bytes == rank.waiting_forwards * rank.micro_batch_bytes for rank in ranks)
-    piece = Piece(1, 8192, tensor=8)
+    piece = MicrobatchShape(1, 8192, tensor=8)
     blocks, sent = 20 * block(LLAMA, piece, "fused").kept_bytes, 1024 * 8192 * 2
     assert ranks[0].micro_batch_bytes == blocks + sent + 8192 * (8 + ANGLES)
     assert ranks[1].micro_batch_bytes == blocks + sent + 8192 * (8 + ANGLES), "what it sent; its first norm keeps what it got"

@@ -22,8 +22,8 @@ from midwatch.protocol import Lineage
 from midwatch.recipe import dump_recipe
 from midwatch.run_directory import read_address
 from shards.build.build import build
-from shards.sampling.batches import Feed
-from shards.spec import Build, Data, Source, Tokenizer
+from shards.sampling.batches import BatchFeed
+from shards.spec import Build, Data, Source, TokenizerSpec
 
 READ = 0.5
 """Seconds that a pair is in sight before a key is pressed."""
@@ -134,10 +134,10 @@ def test_what_is_chosen_survives_every_kill_and_becomes_shards_that_reward_and_d
     assert out.read_bytes() == (over / "preferences" / "pairs.jsonl").read_bytes(), "kept current all along"
 
     source = Source(name="chosen", kind="preference", origin="jsonl", path=str(over / "preferences" / "pairs.jsonl"))
-    tokenizer = Tokenizer(path=str(over / "data" / "tokenizer.model"))
+    tokenizer = TokenizerSpec(path=str(over / "data" / "tokenizer.model"))
     shards = build(Build(data=Data(source=(source,), held_out=0.0), tokenizer=tokenizer, out=str(tmp_path / "shards")), workers=0)
     for objective in ("preference", "scored"):
-        feed = Feed(shards, "train", objective, 256, {"chosen": 1}, 0)  # type: ignore[arg-type]
+        feed = BatchFeed(shards, "train", objective, 256, {"chosen": 1}, 0)  # type: ignore[arg-type]
         assert feed.samples_per_epoch("chosen") == 4
         batch = feed.read(0, 4)
         assert batch.tokens.shape == (8, 256) and (batch.mask.sum(axis=1) > 0).all()

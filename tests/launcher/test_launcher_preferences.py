@@ -16,16 +16,16 @@ import pytest
 from launcher.controller.annotation import agreement
 from launcher.controller.annotation.pairs import export
 from launcher.controller.annotation.prompts import is_shared, of_file, of_run, order
-from launcher.controller.annotation.records import Answer, Decision, Pair, Prompt, Turn, key_of, utc
-from launcher.controller.annotation.store import Drawn, PreferenceError, Store, all_decisions, read
+from launcher.controller.annotation.records import CandidateResponse, Decision, Pair, Prompt, PromptMessage, key_of, utc
+from launcher.controller.annotation.store import PreferenceError, SampledPairs, Store, all_decisions, read
 from midwatch.protocol import Choice, Share
 from midwatch.recipe import parse_recipe
 
-PROMPT: Prompt = (Turn("system", "Be brief."), Turn("user", "What is a watch?"))
+PROMPT: Prompt = (PromptMessage("system", "Be brief."), PromptMessage("user", "What is a watch?"))
 
 
-def answer(text: str, score: float | None = None) -> Answer:
-    return Answer(text=text, checkpoint="step-10", seed=1, score=score)
+def answer(text: str, score: float | None = None) -> CandidateResponse:
+    return CandidateResponse(text=text, checkpoint="step-10", seed=1, score=score)
 
 
 FOUR, CLOCK = answer("four hours"), answer("a clock")
@@ -33,7 +33,7 @@ FOUR, CLOCK = answer("four hours"), answer("a clock")
 
 def decision(
     number: int | str, choice: Choice = "left", *, annotator: str = "anna", pair: str = "", swapped: bool = False,
-    left: Answer = FOUR, right: Answer = CLOCK, moment: float = 1000.0,
+    left: CandidateResponse = FOUR, right: CandidateResponse = CLOCK, moment: float = 1000.0,
 ) -> Decision:  # fmt: skip
     return Decision(
         id=f"{annotator}-{number}",
@@ -163,7 +163,7 @@ def test_names_that_are_no_files_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_drawn_pairs_are_found_by_prompt_and_fall_on_sides_by_annotator(tmp_path: Path) -> None:
-    drawn = Drawn(tmp_path)
+    drawn = SampledPairs(tmp_path)
     pairs = [
         Pair(id=f"p{n}", time=utc(0), prompt=PROMPT, first=answer("a"), second=answer("b"), temperature=1.0, limit=8)
         for n in range(200)
@@ -171,7 +171,7 @@ def test_drawn_pairs_are_found_by_prompt_and_fall_on_sides_by_annotator(tmp_path
     for pair in pairs:
         drawn.add(pair)
     drawn.close()
-    again = Drawn(tmp_path)
+    again = SampledPairs(tmp_path)
     assert again.of(PROMPT) == pairs and again.get("p7") == pairs[7] and again.of(()) == []
     again.close()
     sides = [pair.swapped("anna") for pair in pairs]
@@ -277,8 +277,8 @@ def test_prompts_of_a_file_are_lines_or_objects(tmp_path: Path) -> None:
         json.dumps({"prompt": messages[:2]}),
     ]
     file.write_text("\n".join(lines) + "\nWhat is a list?\n")
-    both = (Turn("system", "s"), Turn("user", "u"))
-    assert of_file(file) == [(Turn("user", "What is a list?"),), (Turn("user", "p"),), both]
+    both = (PromptMessage("system", "s"), PromptMessage("user", "u"))
+    assert of_file(file) == [(PromptMessage("user", "What is a list?"),), (PromptMessage("user", "p"),), both]
     for wrong, words in (
         ("{", "not JSON"),
         ('{"text": "x"}', "neither"),
@@ -363,7 +363,7 @@ def test_prompts_of_a_run_are_the_held_in_ones_of_its_newest_stage(tmp_path: Pat
 
 
 def test_the_shared_prompts_are_the_same_for_all_and_come_evenly() -> None:
-    prompts: list[Prompt] = [(Turn("user", f"q{n}"),) for n in range(500)]
+    prompts: list[Prompt] = [(PromptMessage("user", f"q{n}"),) for n in range(500)]
     anna, bob = order(prompts, "anna", 0.2), order(reversed(prompts), "bob", 0.2)
     assert [p for p, shared in anna if shared] == [p for p, shared in bob if shared]
     assert [p for p, shared in anna if not shared] != [p for p, shared in bob if not shared]

@@ -33,7 +33,7 @@ def annotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], A
         monkeypatch.setattr(Desk, "saves", lambda *_, **__: None)
         async with desk_at(tmp_path / "run", monkeypatch, "training", talking_recipe()) as desk:
             write_tokenizer(desk.paths.root)
-            digest = write_model(desk.office.recipe, desk.paths.root, ".writing-a", "a", 30, seed=30)
+            digest = write_model(desk.context.recipe, desk.paths.root, ".writing-a", "a", 30, seed=30)
             desk.says(desk.ready("a", 30, digest))
             path = Path(os.environ["XDG_RUNTIME_DIR"]) / "s"
             server = await desk.term.door.listen(path)

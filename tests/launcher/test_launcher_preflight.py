@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from launcher.cli.check import render
-from launcher.preflight.checks import NodeReport, Note, Visit, check_nodes, compare, judge, ready, understand
+from launcher.preflight.checks import NodeReport, PreflightWarning, Visit, check_nodes, compare, judge, ready, understand
 from launcher.preflight.node_report import Call, Findings, Storage, look
 from midwatch.recipe import Cluster, parse_recipe
 from midwatch.transport.ssh import Result
@@ -257,8 +257,10 @@ def shown(reports: list[NodeReport], width: int = 80) -> str:
 
 def test_the_table_fits_80_columns_and_marks_what_is_wrong_without_colour(node: Findings) -> None:
     node = replace(node, torch="2.13.0+cu128", gpus=("NVIDIA H200",) * 8)
-    missing = Note("problem", "gpus", "7 GPUs, and 8 ranks want one each", "see nvidia-smi there")
-    down = Note("problem", "reach", "it does not answer; is it up? (ssh: connect to host gpu-03 port 22: Connection timed out)")
+    missing = PreflightWarning("problem", "gpus", "7 GPUs, and 8 ranks want one each", "see nvidia-smi there")
+    down = PreflightWarning(
+        "problem", "reach", "it does not answer; is it up? (ssh: connect to host gpu-03 port 22: Connection timed out)"
+    )
     reports = [
         NodeReport("gpu-01", node, 0.0),
         NodeReport("gpu-02", replace(node, gpus=("NVIDIA H200",) * 7), 0.01, notes=(missing,)),
@@ -276,7 +278,7 @@ def test_the_table_fits_80_columns_and_marks_what_is_wrong_without_colour(node: 
 
 
 def test_many_nodes_that_are_fine_are_one_line(node: Findings) -> None:
-    note = Note("warning", "gpus", "7 GPUs, and most nodes have 8", "see nvidia-smi there")
+    note = PreflightWarning("warning", "gpus", "7 GPUs, and most nodes have 8", "see nvidia-smi there")
     reports = [NodeReport(f"gpu-{i:03d}", node, 0.0, notes=(note,) if i % 10 == 0 else ()) for i in range(100)]
     lines = shown(reports).splitlines()
     assert [line.split()[0] for line in lines[1:11]] == [f"gpu-{i:03d}" for i in range(0, 100, 10)]

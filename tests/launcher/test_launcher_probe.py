@@ -29,7 +29,7 @@ replace = msgspec.structs.replace
 
 
 def saves(desk: Desk, id: str, step: int) -> None:
-    digest = write_model(desk.office.recipe, desk.paths.root, f".writing-{id}", id, step, seed=step)
+    digest = write_model(desk.context.recipe, desk.paths.root, f".writing-{id}", id, step, seed=step)
     desk.says(desk.ready(id, step, digest))
 
 
@@ -90,7 +90,7 @@ async def test_answers_stream_to_the_client_that_asked_and_to_no_other(talking: 
             assert "no checkpoint on this line is golden" in problem
             assert "77" in end(await answers(one, replace(ASK, checkpoints=("77",)))).problem
             assert "one, or two" in end(await answers(one, replace(ASK, checkpoints=("a", "a", "a")))).problem
-        assert desk.ledger.commands == {} and not desk.office.live.probed
+        assert desk.ledger.commands == {} and not desk.context.live.probed
 
 
 async def test_a_process_that_is_killed_ends_its_answers_with_a_reason_and_the_next_ask_starts_another(
@@ -105,7 +105,7 @@ async def test_a_process_that_is_killed_ends_its_answers_with_a_reason_and_the_n
                 first = desk.term.probing.pid
                 os.kill(first, signal.SIGKILL)
         assert "SIGKILL" in end(told).problem and "probe.log" in end(told).problem and "is loaded" in end(told).problem
-        assert "ask again" in end(told).problem and not desk.office.live.probed
+        assert "ask again" in end(told).problem and not desk.context.live.probed
         assert desk.ledger.state == "training"
         assert end(await answers(client, ASK)).finish == "length"
         assert desk.term.probing.pid not in (None, first)
@@ -119,7 +119,7 @@ async def test_a_checkpoint_that_answers_is_not_pruned_and_may_be_afterwards(tal
             saves(desk, f"b{step}", step)
         assert set(desk.ledger.checkpoints) == {"a", "b33"}
         await asked.aclose()  # who stops listening has it stopped
-        await desk.until(lambda: not desk.office.live.probed)
+        await desk.until(lambda: not desk.context.live.probed)
         saves(desk, "b34", 34)
         assert set(desk.ledger.checkpoints) == {"b34"} and not (desk.paths.checkpoints / "a").exists()
         assert "there is no checkpoint 'a'" in end(await answers(client, replace(ASK, checkpoints=("a",)))).problem
@@ -131,7 +131,7 @@ async def test_it_ends_when_it_is_idle_and_when_its_asker_goes_it_stops(talking:
             asked = client.probe(replace(ASK, **LONG))
             await anext(asked)
             process = psutil.Process(desk.term.probing.pid)
-        await desk.until(lambda: not desk.office.live.probed)
+        await desk.until(lambda: not desk.context.live.probed)
         await desk.until(lambda: desk.term.probing.pid is None)
         await asyncio.to_thread(process.wait, 5)
         with contextlib.suppress(ClientError):

@@ -24,22 +24,22 @@ async def test_an_edit_is_journaled_once_and_without_secrets(tmp_path: Path, mon
     async with desk_at(tmp_path / "run", monkeypatch, "starting", recipe=recipe) as desk:
         file = desk.paths.recipe
         before = file.read_text()
-        desk.office.record(run_began("desk", desk.office.recipe, before, 1.0, desk.office.run))
-        note_change(desk.office)
+        desk.context.record(run_began("desk", desk.context.recipe, before, 1.0, desk.context.run))
+        note_change(desk.context)
         assert changes(desk) == [], "nothing was edited"
         file.write_text("# a comment\n" + before)
-        note_change(desk.office)
+        note_change(desk.context)
         assert changes(desk) == [], "nor does a comment count"
 
         file.write_text(before.replace("keep = 3", "keep = 4"))
-        note_change(desk.office)
-        note_change(desk.office)
+        note_change(desk.context)
+        note_change(desk.context)
         assert changes(desk) == [("checkpoint.keep: 3 -> 4",)]
         told = [e for _, e in desk.journal.entries if isinstance(e, j.Noted) and "recipe.toml was edited" in e.text]
         assert [(e.level, e.text.endswith(": checkpoint.keep: 3 -> 4")) for e in told] == [("warning", True)]
 
         file.write_text(before.replace("keep = 3", "keep = 4").replace("sesame-2", "sesame-9"))
-        note_change(desk.office)
+        note_change(desk.context)
         assert changes(desk)[1:] == [()], "that a secret has changed is seen, and not what it is"
         written = b"".join(f.read_bytes() for f in desk.paths.journal.glob("*.log"))
         assert b"sesame" not in written and b"A_TOKEN=***" in written and b"https://ann:***@host/" in written

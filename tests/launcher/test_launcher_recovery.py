@@ -13,7 +13,7 @@ import pytest
 from launcher_desk import Desk, desk_at, make_recipe, write_checkpoint
 
 from launcher.controller import recovery
-from launcher.controller.snapshot import View
+from launcher.controller.snapshot import SnapshotBuilder
 from midwatch import protocol as p
 from midwatch.checkpoint_format import verify as files
 from midwatch.journal import journal as j
@@ -82,7 +82,7 @@ async def test_while_nothing_can_be_journaled_nothing_is_pruned_acknowledged_or_
         assert {"a", "b", "c26", "c27", "c28", "c29", "c30"} <= there(desk), "older ones are all that a restart would know"
         assert desk.reports.acknowledged() == acknowledged
         assert not messages(desk, p.Committed)
-        shown = View(desk.office).snapshot()
+        shown = SnapshotBuilder(desk.context).snapshot()
         assert next(c for c in shown.commands if c.number == command.number).state == "sent"
         assert len(shown.faults) == 1 and way in shown.faults[0] and " at /" in shown.faults[0]
         with pytest.raises(j.JournalError, match=way):
@@ -90,12 +90,12 @@ async def test_while_nothing_can_be_journaled_nothing_is_pruned_acknowledged_or_
         assert messages(desk, p.Hold) == [p.Hold(on=True)], "it has waited for longer than checkpoints are kept"
 
         storage.works()
-        desk.office.retry_backlog()
+        desk.context.retry_backlog()
         desk.dispatch.look()
         assert desk.reports.acknowledged() > acknowledged
         assert [m.id for m in messages(desk, p.Committed)] == ["c26", "c27", "c28", "c29", "c30"]  # type: ignore[attr-defined]
         assert messages(desk, p.Hold)[-1] == p.Hold(on=False)
-        shown = View(desk.office).snapshot()
+        shown = SnapshotBuilder(desk.context).snapshot()
         assert shown.faults == ()
         assert next(c for c in shown.commands if c.number == command.number).state == "done"
         desk.saves("c31", 31)
@@ -110,10 +110,10 @@ async def test_a_run_is_held_when_nothing_was_journaled_for_a_minute(
         desk.says(p.Note(level="warning", text="x", step=25))
         desk.dispatch.look()
         assert not desk.dispatch.holding
-        desk.office._unwritten_since -= 61.0
+        desk.context._unwritten_since -= 61.0
         desk.dispatch.look()
         assert desk.dispatch.holding
-        assert "quota" in desk.office.journal_fault
+        assert "quota" in desk.context.journal_fault
 
 
 async def test_a_client_that_waits_hears_that_a_command_is_done_when_that_is_durable(
@@ -121,15 +121,15 @@ async def test_a_client_that_waits_hears_that_a_command_is_done_when_that_is_dur
 ) -> None:
     async with desk_at(tmp_path / "run", monkeypatch, "training") as desk:
         ended: list[int] = []
-        desk.office.ended_listeners.append(lambda entry: ended.append(entry.number))
+        desk.context.ended_listeners.append(lambda entry: ended.append(entry.number))
         command = desk.give("pause")
         await desk.until(lambda: desk.orders)
         storage.fails(errno.EIO)
         desk.answers(desk.orders[-1], step=25)
         assert ended == []
-        assert desk.office.as_durable(desk.view(command)).state == "sent"
+        assert desk.context.as_durable(desk.view(command)).state == "sent"
         storage.works()
-        desk.office.retry_backlog()
+        desk.context.retry_backlog()
         assert ended == [command.number]
 
 
@@ -143,7 +143,7 @@ async def test_ranks_are_not_started_before_their_generation_is_durable(
         await asyncio.sleep(0.05)
         assert len(desk.starts) == 1
         storage.works()
-        desk.office.retry_backlog()
+        desk.context.retry_backlog()
         await desk.until(lambda: len(desk.starts) == 2)
         assert (desk.starts[-1].generation, desk.starts[-1].checkpoint) == (2, "b")
 
@@ -236,19 +236,19 @@ async def test_a_term_that_is_gone_is_an_alarm_and_no_number_goes_back(
         desk.ranks_die()
         await desk.until(lambda: desk.starts)
         generation, command = desk.ledger.generation, desk.ledger.newest_command
-        assert (generation, desk.office.term) == (2, 2)
+        assert (generation, desk.context.term) == (2, 2)
         second = desk.paths.journal / "000002.log"
         write_address(desk.paths.address, Address(term=2, url="unix:x", host="h", pid=1, generation=2))
     if damage != "newest missing":
         async with desk_at(root, monkeypatch) as desk:
-            assert desk.office.term == 3
+            assert desk.context.term == 3
     lost = first if damage == "missing" else second
     if damage == "short":
         os.truncate(lost, lost.stat().st_size // 2)
     else:
         lost.unlink()
     async with desk_at(root, monkeypatch) as desk:
-        assert desk.office.term == (3 if damage == "newest missing" else 4)
+        assert desk.context.term == (3 if damage == "newest missing" else 4)
         alarms = [text for text in notes(desk) if "commands, golden marks, rollbacks and settings" in text]
         assert len(alarms) == 1 and str(lost) in alarms[0]
         assert desk.ledger.generation >= generation
@@ -292,7 +292,7 @@ async def test_storage_that_is_away_at_takeover_is_waited_for_and_nothing_is_for
         await asyncio.sleep(0.1)
         assert not desk.starts, "not from the beginning"
         assert set(desk.ledger.checkpoints) == {"a", "b"}
-        shown = View(desk.office).snapshot()
+        shown = SnapshotBuilder(desk.context).snapshot()
         assert all(c.missing for c in shown.checkpoints)
         assert "is the storage mounted?" in shown.faults[0] and "is the storage mounted?" in shown.reason
         shutil.rmtree(root / "checkpoints")
@@ -300,7 +300,7 @@ async def test_storage_that_is_away_at_takeover_is_waited_for_and_nothing_is_for
         await desk.until(lambda: desk.starts)
         assert desk.starts[-1].checkpoint == "b"
         assert desk.ledger.checkpoints["a"].golden
-        assert View(desk.office).snapshot().faults == ()
+        assert SnapshotBuilder(desk.context).snapshot().faults == ()
         assert not [e for _, e in desk.journal.entries if isinstance(e, j.CheckpointPruned)]
 
 
@@ -344,7 +344,7 @@ async def test_an_alarm_pins_the_last_good_checkpoint_before_it_and_marks_those_
             desk.saves(f"c{step}", step)
         assert "b" in there(desk), "the last one before the spike"
         assert "a" not in there(desk)
-        views = {c.id: c for c in View(desk.office).snapshot().checkpoints}
+        views = {c.id: c for c in SnapshotBuilder(desk.context).snapshot().checkpoints}
         assert views["b"].doubt == ""
         assert "after the alarm at step 28: spike: train/loss is 9" in views["c70"].doubt
         assert desk.ledger.restart_point().id == "c70", "a crash does not undo what an operator may well accept"
@@ -370,7 +370,7 @@ async def test_what_a_rollback_undoes_is_kept_for_its_hours_and_can_be_gone_back
         for step in (11, 12, 13, 14):
             desk.saves(f"d{step}", step)
         assert {"b", "c"} <= there(desk)
-        assert View(desk.office).snapshot().undone == "c"
+        assert SnapshotBuilder(desk.context).snapshot().undone == "c"
         back = desk.give("rollback", checkpoint="undone")
         await desk.until(lambda: len(desk.orders) == 2)
         assert desk.orders[-1].arguments["checkpoint"] == "c"
@@ -441,10 +441,10 @@ async def test_storage_that_errs_when_looked_at_is_no_end_of_the_term(tmp_path: 
         with monkeypatch.context() as patch:
             patch.setattr(j.os, "stat", stat)
             desk.says(p.Note(level="warning", text="kept", step=25))
-            assert "Stale file handle" in desk.office.journal_fault
-        desk.office.retry_backlog()
-        assert desk.office.journal_fault == ""
-        desk.office.note("info", "and this")
+            assert "Stale file handle" in desk.context.journal_fault
+        desk.context.retry_backlog()
+        assert desk.context.journal_fault == ""
+        desk.context.note("info", "and this")
         texts = [e.text for _, e in j.read_journal(desk.paths.journal).entries if isinstance(e, j.Noted)]
         assert texts[-1] == "and this" and texts.count("kept") == 1
 
@@ -459,7 +459,7 @@ async def test_a_rules_action_and_a_spare_node_wait_for_the_journal(
         desk.generations.on_grow("n9")
         assert not desk.orders
         storage.works()
-        desk.office.retry_backlog()
+        desk.context.retry_backlog()
         await desk.until(lambda: desk.orders)
         assert desk.orders[-1].op == p.Op.PAUSE
 
@@ -487,7 +487,7 @@ async def test_a_rollback_that_was_cancelled_while_every_byte_was_read_is_not_ca
 async def test_checkpoints_that_were_deleted_do_not_stop_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`rm -rf checkpoints/*` leaves the mark of the storage; storage that is not mounted has none."""
     async with desk_at(tmp_path / "run", monkeypatch, "training") as desk:
-        recovery.look_now(desk.office)
+        recovery.look_now(desk.context)
         for name in ("a", "b"):
             shutil.rmtree(desk.paths.checkpoints / name)
         assert isinstance(desk.saves("c", 30), p.Committed)

@@ -64,7 +64,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
     @contextlib.asynccontextmanager
     async def opened(state: p.State | None = "training") -> AsyncIterator[Served]:
         async with desk_at(tmp_path / "run", monkeypatch, state) as desk:
-            served = Served(desk, Path(os.environ["XDG_RUNTIME_DIR"]) / f"{desk.office.term}.sock")
+            served = Served(desk, Path(os.environ["XDG_RUNTIME_DIR"]) / f"{desk.context.term}.sock")
             await served.open()
             try:
                 yield served
@@ -168,7 +168,7 @@ async def test_a_broken_ssh_is_started_again_and_a_command_under_way_takes_effec
 async def test_a_large_answer_comes_whole(at: Open) -> None:
     async with at() as served:
         for number in range(300):
-            served.desk.office.note("info", f"{number} " + "x" * 20_000)
+            served.desk.context.note("info", f"{number} " + "x" * 20_000)
         async with Client(RemoteRun("head", None, str(served.desk.paths.root))) as client:
             lines = (await client.ask(p.JournalQuery(id=0, limit=5000), p.JournalReply)).lines
         assert sum(len(line.text) for line in lines) > 300 * 20_000

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launcher_desk import Desk, desk_at, write_checkpoint
 
-from launcher.controller.snapshot import View
+from launcher.controller.snapshot import SnapshotBuilder
 from midwatch import protocol as p
 
 
@@ -64,7 +64,7 @@ async def test_a_later_stages_losses_go_from_what_it_found_before_its_first_step
     desk.says(p.StageBorder(stage="second", event="begin", step=26, stage_step=0, lineage=1))
     desk.row(26, **{f"{key}_before": 5.0})
     desk.row(27)
-    assert View(desk.office).snapshot().stages[-1].losses == {"text": (5.0, 5.0)}
+    assert SnapshotBuilder(desk.context).snapshot().stages[-1].losses == {"text": (5.0, 5.0)}
     desk.row(30, **{key: 4.0})
     desk.row(36, **{key: 2.0})
-    assert View(desk.office).snapshot().stages[-1].losses == {"text": (5.0, 2.0)}
+    assert SnapshotBuilder(desk.context).snapshot().stages[-1].losses == {"text": (5.0, 2.0)}

@@ -84,7 +84,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
         recipe = msgspec.structs.replace(recipe, cluster=msgspec.structs.replace(recipe.cluster, operators=operators))
         async with desk_at(tmp_path / "run", monkeypatch, "training", recipe) as desk:
             room = Path(os.environ["XDG_RUNTIME_DIR"])
-            served = Served(desk, room / f"{desk.office.term}.sock")
+            served = Served(desk, room / f"{desk.context.term}.sock")
             await served.open()
             served.mode = served.path.stat().st_mode & 0o777  # type: ignore[attr-defined]
             room.chmod(0o755)
@@ -131,14 +131,14 @@ async def test_an_operator_of_the_group_watches_and_commands_under_their_own_nam
 @as_root
 async def test_an_operator_is_neither_agent_nor_rank_and_who_is_not_of_the_group_is_nothing(at: Open) -> None:
     async with at("nogroup") as served:
-        agent = p.AgentHello(version=p.VERSION, run=served.desk.office.run, node="n", pid=1, generation=0)
+        agent = p.AgentHello(version=p.VERSION, run=served.desk.context.run, node="n", pid=1, generation=0)
         assert (await speak("nobody", served.path, agent))[0].startswith("Refused you are nobody; agents and ranks")
         rank = p.RankHello(version=p.VERSION, run="desk", generation=1, term=1, pid=1, world=1)
         assert (await speak("nobody", served.path, rank))[0].startswith("Refused you are nobody; agents and ranks")
         said = await speak("daemon", served.path, CLIENT)
         assert said == ["Refused you are daemon; this run is for root, and members of the group nogroup"]
         assert served.turned_away == 3
-        assert "n" not in served.desk.office.live.nodes
+        assert "n" not in served.desk.context.live.nodes
 
 
 def test_members_are_those_of_the_systems_database() -> None:

@@ -15,11 +15,11 @@ from launcher.cli import samples as command
 from launcher.controller import rollout_samples as module
 from launcher.controller.queries import Queries
 from launcher.controller.rollout_samples import Samples
-from launcher.controller.snapshot import View
+from launcher.controller.snapshot import SnapshotBuilder
 from midwatch import protocol as p
-from midwatch.metrics.m4_columns import Segment
+from midwatch.metrics.m4_columns import LineageSegment
 
-PATH = [Segment(1, -1, 40), Segment(2, 40, None)]
+PATH = [LineageSegment(1, -1, 40), LineageSegment(2, 40, None)]
 
 
 def sample(step: int, reward: float | None = 0.0, kl: float = 0.0, tokens: int = 1, lineage: int = 1, text: str = "x") -> p.Sampled:
@@ -159,13 +159,13 @@ async def test_samples_of_rollouts_stay_out_of_the_journal(desk: Desk) -> None:
     for number in (100, 101, 101):
         desk.reports.metrics("1/telemetry", p.Numbered(number=number, body=sample(25, text=f"{number}")))
     assert len(desk.journal.entries) == entries
-    assert View(desk.office).snapshot().samples == 2
+    assert SnapshotBuilder(desk.context).snapshot().samples == 2
     desk.says(p.Sampled(stage="first", step=25, lineage=1, prompt="Once", text="upon a time"))
-    queries = Queries(desk.office, desk.term._commits, View(desk.office))
+    queries = Queries(desk.context, desk.term._commits, SnapshotBuilder(desk.context))
     reply = await queries.answer(p.SampleQuery(id=3))
     assert isinstance(reply, p.SampleReply) and reply.id == 3 and reply.stages == ("first", "ppo")
     assert [(found.text, found.on_line) for found in reply.samples] == [("101", True), ("100", True), ("upon a time", True)]
-    assert View(desk.office).snapshot().samples == 3
+    assert SnapshotBuilder(desk.context).snapshot().samples == 3
     for bad in (p.SampleQuery(id=4, pattern="("), p.SampleQuery(id=4, offset=-1)):
         assert isinstance(await queries.answer(bad), p.Refused)
 
@@ -174,7 +174,7 @@ async def test_where_there_is_no_room_for_samples_training_goes_on(desk: Desk, m
     def full(*_: object) -> bool:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(desk.office.samples, "add", full)
+    monkeypatch.setattr(desk.context.samples, "add", full)
     for number in (100, 101):
         assert not desk.reports.metrics("1/telemetry", p.Numbered(number=number, body=sample(25)))
     assert [e.text for _, e in desk.journal.entries if "is not kept" in getattr(e, "text", "")] == [

@@ -44,7 +44,7 @@ class Served:
         self._lock = RunLock(self.desk.paths)
         assert self._lock.take()
         url = f"unix:{self.path}"
-        write_address(self.desk.paths.address, Address(term=self.desk.office.term, url=url, host=host_name(), pid=os.getpid()))
+        write_address(self.desk.paths.address, Address(term=self.desk.context.term, url=url, host=host_name(), pid=os.getpid()))
 
     async def close(self) -> None:
         self.server.close()
@@ -63,7 +63,7 @@ class Served:
 
     @property
     def turned_away(self) -> int:
-        return self.desk.office.live.refused_peers
+        return self.desk.context.live.refused_peers
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
     @contextlib.asynccontextmanager
     async def opened(state: p.State | None = "training") -> AsyncIterator[Served]:
         async with desk_at(tmp_path / "run", monkeypatch, state) as desk:
-            served = Served(desk, Path(os.environ["XDG_RUNTIME_DIR"]) / f"{desk.office.term}.sock")
+            served = Served(desk, Path(os.environ["XDG_RUNTIME_DIR"]) / f"{desk.context.term}.sock")
             await served.open()
             try:
                 yield served
@@ -260,7 +260,7 @@ async def test_a_screen_that_never_reads_slows_nobody_and_costs_no_memory(at: Op
     async with at() as served:
         desk = served.desk
         for number in range(50):
-            desk.office.note("info", f"{number} " + "x" * 20_000)
+            desk.context.note("info", f"{number} " + "x" * 20_000)
         deaf = []
         for _ in range(5):
             connection = await served.connect(max_queue=1)
@@ -272,7 +272,7 @@ async def test_a_screen_that_never_reads_slows_nobody_and_costs_no_memory(at: Op
             before = _resident()
             end = time.monotonic() + 3
             while time.monotonic() < end:
-                desk.office.touch()
+                desk.context.touch()
                 await asyncio.sleep(0.01)
         assert len(arrivals) >= 10
         assert max(b - a for a, b in itertools.pairwise(arrivals)) < 1.0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backends.slurm.jobs import SlurmRun, Standing
+from launcher.backends.slurm.jobs import JobState, SlurmRun
 from launcher.cli import queue
 from midwatch.signals import ENDING, EndingSignals, handled
 
@@ -90,9 +90,9 @@ class Queue:
         monkeypatch.setattr(queue, "standing", self._standing)
         monkeypatch.setattr(queue, "cancel", self.cancelled.append)
 
-    def _standing(self, job: str) -> Standing:
+    def _standing(self, job: str) -> JobState:
         self._happens()
-        return Standing("PENDING", "Resources")
+        return JobState("PENDING", "Resources")
 
 
 def test_an_owner_that_a_signal_ends_takes_its_job_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,12 @@ import pytest
 
 from launcher.backends import StartError
 from launcher.backends.external import JoiningBackend
-from launcher.backends.slurm.jobs import Job, SlurmError, Standing, elsewhere, read_job, script, write_job
+from launcher.backends.slurm.jobs import Job, JobState, SlurmError, elsewhere, read_job, script, write_job
 from midwatch.directory_identity import DirectoryId
 from midwatch.recipe import Parallel, parse_recipe
 from midwatch.run_directory import Address, RunPaths
 from midwatch.run_identity import claim
-from midwatch.transport.node_join import Joining, check_url, make_key, read_key_file, ways_to
+from midwatch.transport.node_join import NodeJoin, check_url, make_key, read_key_file, ways_to
 from midwatch.transport.tls_identity import KeysError
 from tests.system.harness import recipe_text
 
@@ -64,13 +64,13 @@ def test_what_sbatch_cannot_be_told_is_refused() -> None:
 
 
 def test_a_standing_in_words() -> None:
-    waits = Standing("PENDING", "Resources", "2026-01-02T03:04:05")
+    waits = JobState("PENDING", "Resources", "2026-01-02T03:04:05")
     assert str(waits) == "pending (Resources), expected to start 2026-01-02 03:04:05"
     assert not waits.over and not waits.runs
-    held = str(Standing("PENDING", "JobHeldUser", "2026-01-02T03:04:05"))
+    held = str(JobState("PENDING", "JobHeldUser", "2026-01-02T03:04:05"))
     assert held == "pending (JobHeldUser), and does not start by itself: it is held; scontrol release JOB lets it start"
-    assert str(Standing("RUNNING", "None", "2026-01-02T03:04:05")) == "running"
-    assert Standing("TIMEOUT").over and Standing("RUNNING").runs and not Standing("COMPLETING").over
+    assert str(JobState("RUNNING", "None", "2026-01-02T03:04:05")) == "running"
+    assert JobState("TIMEOUT").over and JobState("RUNNING").runs and not JobState("COMPLETING").over
 
 
 def test_a_run_remembers_its_job(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_addresses_that_are_some() -> None:
 
 
 def test_a_node_that_joins_tries_what_was_announced_and_what_it_was_told() -> None:
-    told = Joining("wss://told:1", "key")
+    told = NodeJoin("wss://told:1", "key")
     address = Address(term=1, url="unix:x", host="h", pid=1, remote="wss://a:1", also=("wss://told:1",))
     assert ways_to(None, None) == () and ways_to(None, told) == ("wss://told:1",)
     assert ways_to(address, told) == ("wss://a:1", "wss://told:1") == ways_to(address, None)

@@ -18,7 +18,7 @@ class Watched:
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.now = desk, 0.0
-        self.stragglers = Stragglers(desk.office, lambda: self.now)
+        self.stragglers = Stragglers(desk.context, lambda: self.now)
 
     def ranks(self, *own: float, node: str = NODE, first: int = 0) -> None:
         beats = tuple(p.RankBeat(first + rank, 100 + rank, 5, 1.0, "training", each) for rank, each in enumerate(own))
@@ -36,7 +36,7 @@ class Watched:
         return [f"{e.level}: {e.text}" for _, e in self.desk.journal.entries if isinstance(e, j.Noted)]
 
     def slow(self) -> list[int]:
-        return [straggler.rank for straggler in self.desk.office.live.stragglers]
+        return [straggler.rank for straggler in self.desk.context.live.stragglers]
 
 
 async def test_a_rank_that_stays_slow_is_named_once_and_again_when_it_recovers(

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from launcher.controller.watch_rules import Watching
+from launcher.controller.watch_rules import WatchRules
 from midwatch.protocol import Metrics
 from midwatch.recipe import Recipe, Watch, dump_recipe, parse_recipe
 from midwatch.recipe.watch import Condition
@@ -49,7 +49,7 @@ def guide() -> Recipe:
 def fired(rules: tuple[Watch, ...], values: Callable[[int], Mapping[str, float]], steps: int = 1200) -> dict[str, int]:
     """Each rule that fires, with the step of the first time."""
     found: dict[str, int] = {}
-    watching = Watching(rules, lambda rule, step, seen: found.setdefault(rule.name, step) and None)
+    watching = WatchRules(rules, lambda rule, step, seen: found.setdefault(rule.name, step) and None)
     for step in range(1, steps + 1):
         watching.see(Metrics(lineage=1, step=step, tokens=step, time=0.0, values=dict(values(step))))
     return found
@@ -163,7 +163,7 @@ def test_a_metric_is_compared_with_its_own_past(condition: dict[str, Any], serie
 def test_what_fires_tells_every_value_and_a_rollback_forgets_them() -> None:
     rule = Watch(name="both", metric="x", above=1.0, others=(Condition(metric="y", below=0.0),), cooldown=1)
     told: list[str] = []
-    watching = Watching((rule,), lambda _, step, seen: told.append(f"{step}: {seen.words('x')}"))
+    watching = WatchRules((rule,), lambda _, step, seen: told.append(f"{step}: {seen.words('x')}"))
 
     def see(step: int, **values: float) -> None:
         watching.see(Metrics(lineage=1, step=step, tokens=1, time=0.0, values=values))

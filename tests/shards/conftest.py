@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from shards.build.build import build
-from shards.spec import Build, Data, Source, Tokenizer
+from shards.spec import Build, Data, Source, TokenizerSpec
 
 settings.register_profile("shards", deadline=None, max_examples=40)
 settings.load_profile("shards")
@@ -41,9 +41,9 @@ SOURCES = (
 def make_spec() -> Callable[..., Build]:
     """A small build: `make_spec(out, source=..., tokenizer=..., seed=..., and any field of Data)`."""
 
-    def make(out: Path, *, seed: int = 0, tokenizer: Tokenizer | None = None, **data: Any) -> Build:
+    def make(out: Path, *, seed: int = 0, tokenizer: TokenizerSpec | None = None, **data: Any) -> Build:
         data = {"source": SOURCES, "frame_tokens": 1024, "shard_tokens": 65_536, "held_out": 0.1, "level": 3, **data}
-        tokenizer = tokenizer or Tokenizer(vocab=600, sample_bytes=200_000)
+        tokenizer = tokenizer or TokenizerSpec(vocab=600, sample_bytes=200_000)
         return Build(data=Data(**data), tokenizer=tokenizer, out=str(out), seed=seed)
 
     return make

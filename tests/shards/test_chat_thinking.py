@@ -11,7 +11,7 @@ from shards.build.build import build
 from shards.errors import SpecError
 from shards.format import manifest
 from shards.spec import Build, Data, Source
-from shards.spec import Tokenizer as TokenizerSpec
+from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.chat import NOT_AS_ASKED
 from shards.tokenization.templates import Template
 from shards.tokenization.tokenizer import Tokenizer, train

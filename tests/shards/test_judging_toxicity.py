@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from shards.errors import SpecError
 from shards.filters.settings import Toxicity
-from shards.filters.toxicity import Meter
+from shards.filters.toxicity import ToxicityScorer
 from shards.filters.wordlists import NEEDED, NEEDED_SLURS, SLURS, WORDS, digest
 
 pytest.importorskip("profanity_check", reason="alt-profanity-check is not installed (make setup)")
-METER = Meter(Toxicity())
+METER = ToxicityScorer(Toxicity())
 
 
-def reason(text: str, meter: Meter = METER) -> str:
+def reason(text: str, meter: ToxicityScorer = METER) -> str:
     return meter.judge(meter.measure([text])[0])
 
 
@@ -83,7 +83,7 @@ def test_toxic_text_is_refused_by_its_kind(kind: str) -> None:
 
 
 def test_lines_that_the_model_takes_for_profane_refuse_a_text_that_no_list_knows() -> None:
-    meter = Meter(Toxicity(profanity=0, slurs=0, sexual=0))
+    meter = ToxicityScorer(Toxicity(profanity=0, slurs=0, sexual=0))
     text = clear("lbh fghcvq vqvbg fhpx zl qvpx\nfuhg hc lbh shpxvat zbeba\nlbh ner n cngurgvp ovgpu\n")
     assert reason(text, meter) == "toxicity: score"
     assert reason("It rained in the morning.\nThe ships stayed in.\nNobody minded.\n", meter) == ""
@@ -91,12 +91,12 @@ def test_lines_that_the_model_takes_for_profane_refuse_a_text_that_no_list_knows
 
 @pytest.mark.parametrize("text", MEDICAL + LEGAL + HISTORICAL)
 def test_medicine_law_and_history_are_kept(text: str) -> None:
-    strict = Meter(Toxicity(profanity=5, sexual=5, violence=5))
+    strict = ToxicityScorer(Toxicity(profanity=5, sexual=5, violence=5))
     assert reason(text, strict) == ""
 
 
 def test_without_its_guard_many_of_those_would_be_refused() -> None:
-    strict = Meter(Toxicity(profanity=5, sexual=5, violence=5, guard=False))
+    strict = ToxicityScorer(Toxicity(profanity=5, sexual=5, violence=5, guard=False))
     assert sum(reason(text, strict) != "" for text in MEDICAL + LEGAL + HISTORICAL) >= 12
 
 

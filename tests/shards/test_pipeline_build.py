@@ -25,7 +25,7 @@ from shards.build.build import build
 from shards.errors import ShardError
 from shards.format.corpus import Corpus
 from shards.readers import stdlib
-from shards.spec import Build, Clean, Source, Tokenizer
+from shards.spec import Build, Clean, Source, TokenizerSpec
 from shards.tokenization.tokenizer import FILE_NAME
 from shards.tokenization.tokenizer import Tokenizer as Loaded
 
@@ -251,7 +251,7 @@ def test_memory_does_not_grow_with_the_input(built: Path, make_spec: Callable[..
         path = tmp_path / f"{count}.jsonl"
         write_jsonl(path, [{"text": " ".join(rnd.choices(vocabulary, k=400))} for _ in range(count)])
         source = Source(name="a", kind="text", origin="jsonl", path=str(path))
-        tokenizer = Tokenizer(path=str(built / FILE_NAME))
+        tokenizer = TokenizerSpec(path=str(built / FILE_NAME))
         clean = Clean(chunk_bytes=1_000_000)
         spec = make_spec(tmp_path / f"{count}", source=(source,), clean=clean, tokenizer=tokenizer, shard_tokens=1 << 20)
         (tmp_path / "spec.json").write_bytes(msgspec.json.encode(spec))

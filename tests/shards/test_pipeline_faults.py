@@ -26,9 +26,9 @@ from shards.build.workspace import ReadUnit, Work, gathered
 from shards.errors import ShardError, SpecError
 from shards.filters.heuristics.settings import GopherQuality, UniqueWords
 from shards.filters.settings import Contamination, Language, Perplexity
-from shards.progress import Progress
+from shards.progress import ProgressReport
 from shards.readers import stdlib
-from shards.spec import Build, Clean, Source, Tokenizer
+from shards.spec import Build, Clean, Source, TokenizerSpec
 from shards.tokenization.tokenizer import FILE_NAME
 
 
@@ -57,7 +57,7 @@ def make(make_spec: Callable[..., Build], built: Path, tmp_path: Path) -> Make:
     def made(sources: dict[str, str], clean: Clean | None = None, out: str = "out", **source: Any) -> Build:
         fields: dict[str, Any] = {"kind": "text", "origin": "jsonl", **source}
         given = tuple(Source(name=name, path=path, **fields) for name, path in sources.items())
-        return make_spec(tmp_path / out, source=given, clean=clean, tokenizer=Tokenizer(path=str(built / FILE_NAME)))
+        return make_spec(tmp_path / out, source=given, clean=clean, tokenizer=TokenizerSpec(path=str(built / FILE_NAME)))
 
     return made
 
@@ -69,7 +69,7 @@ class Interrupted(Exception):
 def stop_at(spec: Build, message: str, phase: str = "clean") -> None:
     """Builds up to where a phase says this."""
 
-    def look(progress: Progress) -> None:
+    def look(progress: ProgressReport) -> None:
         if (progress.phase, progress.message) == (phase, message):
             raise Interrupted
 
@@ -169,7 +169,7 @@ def test_a_source_that_changes_while_it_is_read_is_said(
     path = tmp_path / "a.jsonl"
     spec = make({"web": jsonl(path, prose(20))}, clean)
 
-    def change(progress: Progress) -> None:
+    def change(progress: ProgressReport) -> None:
         if (progress.phase, progress.message) == (phase, message) and path.stat().st_size:
             jsonl(path, prose(30))
 
@@ -184,7 +184,7 @@ def test_what_was_built_of_other_text_is_not_gone_on_with(make_spec: Callable[..
     texts = prose(60)
     paths = [jsonl(tmp_path / "a.jsonl", texts[:30]), jsonl(tmp_path / "b.jsonl", texts[30:])]
     source = tuple(Source(name=name, kind="text", origin="jsonl", path=path) for name, path in zip("ab", paths, strict=True))
-    spec = make_spec(tmp_path / "out", source=source, clean=Clean(), tokenizer=Tokenizer(vocab=400, sample_bytes=100_000))
+    spec = make_spec(tmp_path / "out", source=source, clean=Clean(), tokenizer=TokenizerSpec(vocab=400, sample_bytes=100_000))
     stop_at(spec, "b", "encode")
     jsonl(tmp_path / "a.jsonl", texts[10:30])
     out = build(spec, workers=0)

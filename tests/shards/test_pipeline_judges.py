@@ -19,7 +19,7 @@ from shards.filters.settings import Contamination, Language, Perplexity, Pii, Qu
 from shards.format.corpus import Corpus, sources
 from shards.format.manifest import load, verify
 from shards.readers import stdlib
-from shards.sampling.batches import Feed
+from shards.sampling.batches import BatchFeed
 from shards.spec import Build, Clean, Source
 from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
@@ -83,7 +83,7 @@ def test_a_source_is_split_by_language_and_mixed_by_its_parts(make: Make) -> Non
     funnel = report.load(out).sources[0].funnel
     assert {code: count.documents for code, count in funnel.told["language"].items()} == {"en": 30, "de": 30, "fr": 30}
     assert funnel.reasons["language: not kept"].documents == 30
-    feed = Feed(out, "train", "text", 64, {"web": 1}, 0)
+    feed = BatchFeed(out, "train", "text", 64, {"web": 1}, 0)
     assert {name for name, _, _ in feed.read(0, 64).samples} == {"web.de", "web.en"}
 
 

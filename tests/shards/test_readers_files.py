@@ -17,10 +17,10 @@ import pytest
 import zstandard
 
 from shards.build.build import build, build_key
-from shards.build.sources import Reading, Rejected, broken, documents, fingerprint, read_unit, units
+from shards.build.sources import ReadPosition, Rejected, broken, documents, fingerprint, read_unit, units
 from shards.errors import ShardError, SpecError
 from shards.readers.base import DAMAGED, NULS
-from shards.spec import Build, Data, Source, Tokenizer, check
+from shards.spec import Build, Data, Source, TokenizerSpec, check
 from shards.tokenization.records import Document
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -80,7 +80,7 @@ def test_text_of_every_script_comes_back_as_it_is_from_lines_files_and_rows(tmp_
 def test_concatenated_members_are_one_file(tmp_path: Path, suffix: str) -> None:
     pack = COMPRESS[suffix]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(lines(300)) + pack(b"") + pack(lines(300, 300)))
-    reading = Reading()
+    reading = ReadPosition()
     given = source(tmp_path)
     found = [record for unit in units(given) for record in read_unit(given, unit, reading)]
     assert [record.parts[0] for record in found if isinstance(record, Document)] == [f"Line {n} of {n * n}." for n in range(600)]
@@ -239,10 +239,10 @@ def test_a_build_stops_at_more_broken_files_than_its_share_and_names_them(tmp_pa
         path = tmp_path / f"{number}.jsonl.gz"
         path.write_bytes(path.read_bytes()[:-9])
     given = source(tmp_path, broken_files=0.1)
-    spec = Build(data=Data(source=(given,)), tokenizer=Tokenizer(vocab=330), out=str(tmp_path / "o"))
+    spec = Build(data=Data(source=(given,)), tokenizer=TokenizerSpec(vocab=330), out=str(tmp_path / "o"))
     with pytest.raises(ShardError, match=r"2 of 10 files are broken.*3\.jsonl\.gz, .*7\.jsonl\.gz \(fetch them again"):
         build(spec, workers=0)
-    enough = [*documents(source(tmp_path, broken_files=0.2), Reading(), lambda key: False, lambda key: True)]
+    enough = [*documents(source(tmp_path, broken_files=0.2), ReadPosition(), lambda key: False, lambda key: True)]
     assert sum(isinstance(record, Rejected) and record.rest for record in enough) == 2
     broken(given, ["a"], 10)
     with pytest.raises(ShardError, match=r"6 of 50 .* and 1 more"):

@@ -21,7 +21,7 @@ from shards.build.build import build
 from shards.build.sources import Rejected, read_unit, units
 from shards.format.corpus import Corpus
 from shards.format.manifest import verify
-from shards.spec import Build, Data, Source, Tokenizer
+from shards.spec import Build, Data, Source, TokenizerSpec
 from shards.tokenization.records import Document
 
 TEXT = "The river rises in the mountains, 日本 and Zürich, and flows north. " * 5
@@ -130,7 +130,7 @@ def test_sources_of_many_kinds_are_built_and_come_back(tmp_path: Path) -> None:
     origins = sorted({origin for origin, _, _ in FILES.values()})
     sources = tuple(Source(name=each, kind="text", origin=each, path=str(tmp_path / each)) for each in origins)  # type: ignore[arg-type]
     spec = Build(
-        data=Data(source=sources, held_out=0), tokenizer=Tokenizer(vocab=360, sample_bytes=50_000), out=str(tmp_path / "o")
+        data=Data(source=sources, held_out=0), tokenizer=TokenizerSpec(vocab=360, sample_bytes=50_000), out=str(tmp_path / "o")
     )
     out = build(spec, workers=0)
     for each in origins:

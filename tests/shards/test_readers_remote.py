@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards.build.sources import Reading, Rejected, describe, fingerprint, read_unit, units
+from shards.build.sources import ReadPosition, Rejected, describe, fingerprint, read_unit, units
 from shards.errors import SpecError
 from shards.readers import remote
 from shards.readers.base import DAMAGED
@@ -31,7 +31,7 @@ def source(path: str, origin: str = "jsonl", **more: Any) -> Source:
     return Source(**{"name": "own", "kind": "text", "origin": origin, "path": path, **more})
 
 
-def read(given: Source, reading: Reading | None = None) -> tuple[list[str], list[Rejected]]:
+def read(given: Source, reading: ReadPosition | None = None) -> tuple[list[str], list[Rejected]]:
     records = [record for unit in units(given) for record in read_unit(given, unit, reading)]
     texts = [each.parts[0] for each in records if isinstance(each, Document)]
     return texts, [each for each in records if isinstance(each, Rejected)]
@@ -136,7 +136,7 @@ def memory() -> Iterator[Any]:
 
 def test_files_of_a_web_server_are_read_by_address_and_by_directory(server: Server) -> None:
     server.files = {"/d/b.jsonl": lines(50, 100), "/d/a.jsonl.gz": gzip.compress(lines(100)), "/d/no.csv": b"x"}
-    reading = Reading()
+    reading = ReadPosition()
     assert read(source(f"{server.url}/d/a.jsonl.gz"), reading) == (texts(100), [])
     assert reading.done == len(server.files["/d/a.jsonl.gz"])
     assert read(source(f"{server.url}/d/")) == (texts(150), [])

@@ -15,7 +15,7 @@ from shards.build.sources import Rejected
 from shards.format import manifest
 from shards.format.corpus import Corpus
 from shards.readers.layouts import documents
-from shards.spec import Build, Clean, Data, Source, Tokenizer
+from shards.spec import Build, Clean, Data, Source, TokenizerSpec
 from shards.tokenization.encode import encode, refusal
 from shards.tokenization.records import Document
 from shards.tokenization.templates import named
@@ -165,7 +165,7 @@ def test_fields_that_are_not_read_are_counted_and_shown(tmp_path: Path, clean: C
         Source(name="prose", kind="text", origin="text", path=__file__),
     )
     data = Data(source=source, held_out=0, clean=clean)
-    out = build(Build(data=data, tokenizer=Tokenizer(vocab=400), out=str(tmp_path / "o")), workers=workers)
+    out = build(Build(data=data, tokenizer=TokenizerSpec(vocab=400), out=str(tmp_path / "o")), workers=workers)
     found = manifest.load(out / "own/train")
     assert found.notes == {'field not read: "hint"': 20, 'field not read: "mood of a turn"': 20}
     assert found.rejected == {'a turn has "tool_calls": tool calls are not learned': 1}
@@ -188,13 +188,13 @@ def test_a_manifest_without_notes_is_byte_for_byte_what_it_was_before_there_were
 
 
 def test_long_conversations_made_of_others_leave_out_what_those_leave_out() -> None:
-    from shards.build.chunks import Stored
+    from shards.build.chunks import StoredDocument
     from shards.build.synthetic import _make
 
     text = "the harbour of the old town was closed in winter, and the ferry went from the stone bridge in spring " * 4
     roles = ("user", "assistant") * 2
     documents = [
-        Stored("k", (f"{n}? " + text.replace("winter", f"winter {n}"), "no", text, f"yes {n}"), roles, "", "", (1,))
+        StoredDocument("k", (f"{n}? " + text.replace("winter", f"winter {n}"), "no", text, f"yes {n}"), roles, "", "", (1,))
         for n in range(4)
     ]
     source = Source(name="long", kind="sft", origin="made", made="conversations", of=("own",), characters=1500)

@@ -20,18 +20,18 @@ import pytest
 import zstandard
 
 from shards.build.build import build, build_key, is_built
-from shards.build.sources import Reading, Rejected, is_held_out
+from shards.build.sources import ReadPosition, Rejected, is_held_out
 from shards.errors import ShardError, SpecError
 from shards.format import manifest
 from shards.format.corpus import Corpus
 from shards.readers import splits as splitting
-from shards.spec import Build, Source, Tokenizer, decode_build
+from shards.spec import Build, Source, TokenizerSpec, decode_build
 from shards.tokenization.encode import Workers
 from shards.tokenization.records import Document
 from shards.tokenization.tokenizer import Tokenizer as Loaded
 
 CODE = (Source(name="code", kind="text", origin="stdlib-code", max_documents=60),)
-SMALL = Tokenizer(vocab=400, sample_bytes=50_000)
+SMALL = TokenizerSpec(vocab=400, sample_bytes=50_000)
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -123,7 +123,7 @@ def test_broken_records_are_counted_by_reason_kept_aside_and_never_end_a_build(
     good = documents(50)
     path = write_lines(tmp_path / "d.jsonl", [*good[:20], *broken, b"", *good[20:]])
     source = Source(name="own", kind="text", origin="jsonl", path=str(path))
-    out = build(make_spec(tmp_path / "o", source=(source,), tokenizer=Tokenizer(vocab=330)), workers=0)
+    out = build(make_spec(tmp_path / "o", source=(source,), tokenizer=TokenizerSpec(vocab=330)), workers=0)
     assert sorted(texts(out, "own") + texts(out, "own", "held_out")) == sorted(record["text"] for record in good)
     rejected = manifest.load(out / "own/train").rejected
     assert sum(rejected.values()) == len(broken)
@@ -151,7 +151,7 @@ def test_sources_from_directories_globs_and_compressed_files(tmp_path: Path, mak
         Source(name="files", kind="text", origin="text", path=str(tmp_path / "in/**/*.*t*")),
         Source(name="one", kind="text", origin="text", path=str(tmp_path / "in/note.md")),
     )
-    out = build(make_spec(tmp_path / "o", source=sources, tokenizer=Tokenizer(vocab=330), held_out=0), workers=0)
+    out = build(make_spec(tmp_path / "o", source=sources, tokenizer=TokenizerSpec(vocab=330), held_out=0), workers=0)
     read = set(texts(out, "lines"))
     assert {record["text"] for record in documents(30)} <= read
     assert manifest.load(out / "lines/train").rejected == {"damaged file, read up to there": 1}
@@ -167,7 +167,7 @@ def test_own_conversations_and_preferences_use_the_named_fields(tmp_path: Path, 
         Source(name="chat", kind="sft", response_field="good", **fields),
         Source(name="pairs", kind="preference", chosen_field="good", rejected_field="bad", **fields),
     )
-    out = build(make_spec(tmp_path / "o", source=sources, tokenizer=Tokenizer(vocab=330)), workers=0)
+    out = build(make_spec(tmp_path / "o", source=sources, tokenizer=TokenizerSpec(vocab=330)), workers=0)
     tokenizer = Loaded.load(out / "tokenizer.model")
     corpus = Corpus(out, "pairs", "train")
     ids, parts = corpus.read(*corpus.span(2)), corpus.read(*corpus.span(2), "mask")
@@ -180,7 +180,7 @@ def test_own_conversations_and_preferences_use_the_named_fields(tmp_path: Path, 
 def test_copies_of_a_document_are_all_trained_on_or_all_held_out(tmp_path: Path, make_spec: Callable[..., Build]) -> None:
     path = write_lines(tmp_path / "d.jsonl", documents(60) * 3)
     source = Source(name="own", kind="text", origin="jsonl", path=str(path))
-    out = build(make_spec(tmp_path / "o", source=(source,), tokenizer=Tokenizer(vocab=330), held_out=0.2), workers=0)
+    out = build(make_spec(tmp_path / "o", source=(source,), tokenizer=TokenizerSpec(vocab=330), held_out=0.2), workers=0)
     train, held = texts(out, "own"), texts(out, "own", "held_out")
     assert len(train) + len(held) == 180 and held and not set(train) & set(held)
 
@@ -198,7 +198,7 @@ def test_a_full_disk_is_one_line_and_the_build_goes_on_when_there_is_room(tmp_pa
 def test_even_a_small_source_holds_something_out(tmp_path: Path, make_spec: Callable[..., Build]) -> None:
     path = write_lines(tmp_path / "d.jsonl", documents(5))
     source = Source(name="own", kind="text", origin="jsonl", path=str(path))
-    out = build(make_spec(tmp_path / "o", source=(source,), tokenizer=Tokenizer(vocab=330), held_out=0.0001), workers=0)
+    out = build(make_spec(tmp_path / "o", source=(source,), tokenizer=TokenizerSpec(vocab=330), held_out=0.0001), workers=0)
     assert len(texts(out, "own")) == 4 and len(texts(out, "own", "held_out")) == 1
 
 
@@ -207,7 +207,7 @@ def test_one_document_of_megabytes_in_one_line_comes_back(tmp_path: Path, make_s
     text = "".join(rng.choice("abcdefgh ") for _ in range(2_000_000))
     path = write_lines(tmp_path / "d.jsonl", [*documents(5), {"text": text}])
     source = Source(name="own", kind="text", origin="jsonl", path=str(path))
-    spec = make_spec(tmp_path / "o", source=(source,), tokenizer=Tokenizer(vocab=330, sample_bytes=10_000), held_out=0)
+    spec = make_spec(tmp_path / "o", source=(source,), tokenizer=TokenizerSpec(vocab=330, sample_bytes=10_000), held_out=0)
     out = build(spec, workers=1)
     assert texts(out, "own")[-1] == text
     assert list(manifest.verify(out / "own/train")) == []
@@ -310,7 +310,7 @@ def test_whole_shards_are_not_made_again(tmp_path: Path, make_spec: Callable[...
 def test_a_source_that_changed_since_the_kill_begins_anew(tmp_path: Path, make_spec: Callable[..., Build]) -> None:
     path = write_lines(tmp_path / "d.jsonl", documents(100))
     source = Source(name="own", kind="text", origin="jsonl", path=str(path))
-    spec = make_spec(tmp_path / "o", source=(source,), tokenizer=Tokenizer(vocab=330), held_out=0)
+    spec = make_spec(tmp_path / "o", source=(source,), tokenizer=TokenizerSpec(vocab=330), held_out=0)
     build(spec, workers=0)
     stale = {"inputs": "of other files", "train": {"shards": [], "next_document": 90, "text_bytes": 5}}
     (tmp_path / "o/own/progress.json").write_text(json.dumps(stale))
@@ -449,6 +449,6 @@ def test_a_users_only_document_is_trained_on_not_held_out(tmp_path: Path) -> Non
         corpus.mkdir()
         (corpus / "one.txt").write_text(f"the only document there is, number {number}\n" * 200)
         source = Source(name="mine", kind="text", origin="text", path=str(corpus / "*.txt"))
-        reading = Reading()
+        reading = ReadPosition()
         splits = [held for _, record, held in splitting.split(source, 0.5, 0, reading) if not isinstance(record, Rejected)]
         assert splits == [False]

@@ -14,8 +14,8 @@ from shards.build.build import build, build_key, conflict, is_built
 from shards.errors import ShardError, SpecError
 from shards.format import manifest
 from shards.format.corpus import Corpus
-from shards.sampling.batches import Feed
-from shards.spec import Build, Data, Source, Tokenizer
+from shards.sampling.batches import BatchFeed
+from shards.spec import Build, Data, Source, TokenizerSpec
 from shards.tokenization.encode import chats
 from shards.tokenization.records import Document, in_record
 from shards.tokenization.templates import Template, named
@@ -61,7 +61,7 @@ def test_a_template_that_cannot_be_used_is_an_error_in_one_line_before_anything_
     path, data = tmp_path / "t.jinja", write(tmp_path / "d.jsonl", [{"messages": [USER, ASSISTANT]}] * 5)
     path.write_text(jinja)
     source = Source(name="chat", kind="sft", origin="jsonl", path=str(data))
-    spec = Build(data=Data(source=(source,)), tokenizer=Tokenizer(vocab=400, template=str(path)), out=str(tmp_path / "o"))
+    spec = Build(data=Data(source=(source,)), tokenizer=TokenizerSpec(vocab=400, template=str(path)), out=str(tmp_path / "o"))
     with pytest.raises(SpecError, match=message) as raised:
         build(spec, workers=0)
     said = str(raised.value)
@@ -112,7 +112,7 @@ def spec_of(tmp_path: Path, kind: Any = "sft", records: list[Any] | None = None,
         Source(name="prose", kind="text", origin="text", path=__file__),
     )
     tokenizer = {"vocab": 400} | tokenizer
-    return Build(data=Data(source=source, held_out=0), tokenizer=Tokenizer(**tokenizer), out=str(tmp_path / "o"))
+    return Build(data=Data(source=source, held_out=0), tokenizer=TokenizerSpec(**tokenizer), out=str(tmp_path / "o"))
 
 
 def told(out: Path, number: int, source: str = "own") -> list[str]:
@@ -125,7 +125,7 @@ def told(out: Path, number: int, source: str = "own") -> list[str]:
 def test_what_names_a_build_changes_on_purpose_alone() -> None:
     """A new key with its default leaves shards valid; where the same files are read otherwise, `READING` goes up."""
     source = Source(name="own", kind="sft", origin="jsonl", path="d.jsonl")
-    spec = Build(data=Data(source=(source,)), tokenizer=Tokenizer(vocab=400), out="o", seed=3)
+    spec = Build(data=Data(source=(source,)), tokenizer=TokenizerSpec(vocab=400), out="o", seed=3)
     assert build_key(spec) == "9b4cec3c80760694798f1f44bc8ca973"
     model = train(TEXTS, vocab=400)
     assert Loaded(model).hash == Loaded(model, template=named("midwatch")).hash == xxhash.xxh3_128_hexdigest(model)
@@ -137,10 +137,10 @@ def test_shards_of_one_template_are_not_read_with_another(tmp_path: Path) -> Non
     assert manifest.load(out / "own/train").tokenizer == Loaded.load(out / "tokenizer.model").hash
     (out / "tokenizer.template").write_bytes(named("chatml").encoded())
     with pytest.raises(ShardError, match="made with tokenizer"):
-        Feed(out, "train", "sft", 64, {"own": 1}, 0)
+        BatchFeed(out, "train", "sft", 64, {"own": 1}, 0)
     (out / "tokenizer.template").write_text("{")
     with pytest.raises(ShardError, match=r"tokenizer\.template: not a template"):
-        Feed(out, "train", "sft", 64, {"own": 1}, 0)
+        BatchFeed(out, "train", "sft", 64, {"own": 1}, 0)
 
 
 def test_another_template_is_another_build(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_build_that_was_interrupted_counts_what_the_template_refuses_once(
     prose = Source(name="prose", kind="text", origin="text", path=__file__)
     small = {
         "source": (Source(name="own", kind="sft", origin="jsonl", path=str(path)), prose),
-        "tokenizer": Tokenizer(vocab=400, template="llama2"),
+        "tokenizer": TokenizerSpec(vocab=400, template="llama2"),
         "frame_tokens": 64,
         "shard_tokens": 1024,
         "held_out": 0,

@@ -153,7 +153,7 @@ def others(built: Path, tmp_path_factory: pytest.TempPathFactory, make_spec) -> 
     """With the tokenizer of `built`: less of its code, and another source; with one of its own, its code."""
     from shards.build.build import build
     from shards.spec import Source
-    from shards.spec import Tokenizer as Given
+    from shards.spec import TokenizerSpec as Given
 
     place, given = tmp_path_factory.mktemp("others"), Given(path=str(built / "tokenizer.model"))
     code = Source(name="code", kind="text", origin="stdlib-code", max_documents=50)
@@ -167,10 +167,10 @@ def others(built: Path, tmp_path_factory: pytest.TempPathFactory, make_spec) -> 
 
 
 def test_cat_shows_a_sample_as_the_trainer_learns_it(built: Path) -> None:
-    from shards.sampling.batches import Feed
+    from shards.sampling.batches import BatchFeed
 
     for source, kind in (("chat", "sft"), ("code", "text"), ("pairs", "preference")):
-        feed = Feed(built, "train", kind, 120, {source: 1}, 0)
+        feed = BatchFeed(built, "train", kind, 120, {source: 1}, 0)
         name, _, number = feed.order.at(7)
         batch = feed.samples(name, number, number + 1)
         told = json.loads(shards("cat", built, "--source", source, "--sample", number, "--context", 120, "--json").stdout)

@@ -14,7 +14,7 @@ from shards.errors import ShardError
 from shards.format import manifest
 from shards.format.corpus import Corpus
 from shards.format.seekable_zstd import Array
-from shards.sampling.batches import Feed
+from shards.sampling.batches import BatchFeed
 
 FLIPS = 2000
 CUTS = 200
@@ -121,7 +121,7 @@ def test_what_is_held_out_is_not_trained_on_though_the_whole_directories_changed
     (source / "held_out").rename(source / "train")
     (source / "x").rename(source / "held_out")
     with pytest.raises(ShardError, match=r"code/train: its manifest is that of code/held_out \("):
-        Feed(copied, "train", "text", 64, {"code": 1}, 0)
+        BatchFeed(copied, "train", "text", 64, {"code": 1}, 0)
 
 
 def test_a_disk_that_errs_raises_with_the_place_and_reads_on_when_it_is_well_again(

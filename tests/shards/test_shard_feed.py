@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shards.errors import ShardError
 from shards.format.corpus import Corpus
 from shards.format.seekable_zstd import ColumnReader
-from shards.sampling.batches import Feed, ObjectiveKind, open_held_out
+from shards.sampling.batches import BatchFeed, ObjectiveKind, open_held_out
 from shards.sampling.packing import best_fit, make, plan
 from shards.sampling.prefetch import Prefetcher
 
@@ -48,7 +48,7 @@ def test_code_lies_in_several_shards(built: Path) -> None:
 
 def test_an_epoch_of_text_is_the_stream_cut_in_windows_each_once(built: Path) -> None:
     context = 200
-    feed = Feed(built, "train", "text", context, {"code": 1}, 7)
+    feed = BatchFeed(built, "train", "text", context, {"code": 1}, 7)
     stream = plain_tokens(built, "code")
     size = feed.samples_per_epoch("code")
     assert size == (len(stream) - 1) // context
@@ -62,7 +62,7 @@ def test_an_epoch_of_text_is_the_stream_cut_in_windows_each_once(built: Path) ->
 
 
 def test_segments_and_positions_begin_anew_at_each_document(built: Path) -> None:
-    feed = Feed(built, "train", "text", 300, {"topics": 1}, 0)
+    feed = BatchFeed(built, "train", "text", 300, {"topics": 1}, 0)
     bos, eos = feed.tokenizer.bos, feed.tokenizer.eos
     batch = feed.read(0, feed.samples_per_epoch("topics"))
     assert batch.segments.max() > 1
@@ -77,7 +77,9 @@ def test_segments_and_positions_begin_anew_at_each_document(built: Path) -> None
 
 
 def test_without_document_masks_every_token_counts_and_documents_keep_their_numbers(built: Path) -> None:
-    naive, masked = (Feed(built, "train", "text", 300, {"topics": 1}, 0, masked_documents=m).read(0, 96) for m in (False, True))
+    naive, masked = (
+        BatchFeed(built, "train", "text", 300, {"topics": 1}, 0, masked_documents=m).read(0, 96) for m in (False, True)
+    )
     assert (naive.mask == 1).all() and naive.segments.max() > 0
     assert (naive.positions == np.arange(300)).all()
     assert np.array_equal(naive.segments, masked.segments)
@@ -92,9 +94,9 @@ def test_masks_and_restarting_positions_go_together_in_every_way(
 ) -> None:
     source, context = {"text": "topics", "sft": "chat"}[kind], 300
     settings = {"masked_documents": masked, "restart_positions": restart}
-    feed = Feed(built, "train", kind, context, {source: 1}, 0, **settings)
+    feed = BatchFeed(built, "train", kind, context, {source: 1}, 0, **settings)
     held = open_held_out(built, source, kind, context, **settings)
-    usual = Feed(built, "train", kind, context, {source: 1}, 0).read(0, 96)
+    usual = BatchFeed(built, "train", kind, context, {source: 1}, 0).read(0, 96)
     batch = feed.read(0, 96)
     assert np.array_equal(batch.tokens, usual.tokens) and np.array_equal(batch.targets, usual.targets)
     assert np.array_equal(batch.segments, usual.segments) and batch.segments.max() > 0
@@ -111,7 +113,7 @@ def test_masks_and_restarting_positions_go_together_in_every_way(
 
 
 def test_batches_have_the_promised_types(built: Path) -> None:
-    batch = Feed(built, "train", "text", 64, TEXT, 0).read(5, 9)
+    batch = BatchFeed(built, "train", "text", 64, TEXT, 0).read(5, 9)
     assert batch.tokens.shape == batch.targets.shape == batch.mask.shape == batch.segments.shape == (4, 64)
     types = [getattr(batch, name).dtype for name in ("tokens", "targets", "mask", "segments", "positions")]
     assert types == [np.int64, np.int64, np.float32, np.int32, np.int32]
@@ -120,8 +122,8 @@ def test_batches_have_the_promised_types(built: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6, 12])
 def test_ranks_together_read_what_one_would(built: Path, ranks: int) -> None:
-    whole = Feed(built, "train", "text", 128, TEXT, 0).read(24, 48)
-    feeds = [Feed(built, "train", "text", 128, TEXT, 0) for _ in range(ranks)]
+    whole = BatchFeed(built, "train", "text", 128, TEXT, 0).read(24, 48)
+    feeds = [BatchFeed(built, "train", "text", 128, TEXT, 0) for _ in range(ranks)]
     rows = []
     for start in (24, 36):
         each = 12 // ranks
@@ -131,7 +133,7 @@ def test_ranks_together_read_what_one_would(built: Path, ranks: int) -> None:
 
 def test_packed_rows_hold_every_conversation_once_and_learn_only_responses(built: Path) -> None:
     context = 150
-    feed = Feed(built, "train", "sft", context, {"chat": 1}, 0)
+    feed = BatchFeed(built, "train", "sft", context, {"chat": 1}, 0)
     corpus = Corpus(built, "chat", "train")
     made = plan(corpus, context)
     assert made.truncated > 0
@@ -154,7 +156,7 @@ def test_packed_rows_hold_every_conversation_once_and_learn_only_responses(built
 
 
 def test_packing_wastes_little(built: Path) -> None:
-    feed = Feed(built, "train", "sft", 256, {"chat": 1}, 0)
+    feed = BatchFeed(built, "train", "sft", 256, {"chat": 1}, 0)
     batch = feed.read(0, feed.samples_per_epoch("chat"))
     assert (batch.segments >= 0).mean() > 0.9
 
@@ -204,7 +206,7 @@ def test_a_damaged_plan_is_refused(copied: Path) -> None:
 
 
 def test_pairs_are_chosen_rows_then_rejected_rows_with_one_prompt(built: Path) -> None:
-    feed = Feed(built, "train", "preference", 200, {"pairs": 1}, 0)
+    feed = BatchFeed(built, "train", "preference", 200, {"pairs": 1}, 0)
     batch = feed.read(10, 16)
     assert batch.tokens.shape == (12, 200) and len(batch.samples) == 6
     text = feed.tokenizer.decode
@@ -220,34 +222,34 @@ def test_pairs_are_chosen_rows_then_rejected_rows_with_one_prompt(built: Path) -
 
 
 def test_a_pair_too_long_loses_its_prompts_beginning_not_its_responses(built: Path) -> None:
-    wide = Feed(built, "train", "preference", 2000, {"pairs": 1}, 0).read(0, 100)
+    wide = BatchFeed(built, "train", "preference", 2000, {"pairs": 1}, 0).read(0, 100)
     context = int((wide.mask > 0).sum(axis=1).max()) + 3
-    narrow = Feed(built, "train", "preference", context, {"pairs": 1}, 0).read(0, 100)
+    narrow = BatchFeed(built, "train", "preference", context, {"pairs": 1}, 0).read(0, 100)
     assert (narrow.segments[:, -1] >= 0).any()  # some did not fit
     for row in range(200):
         assert np.array_equal(wide.targets[row, wide.mask[row] > 0], narrow.targets[row, narrow.mask[row] > 0])
-    tiny = Feed(built, "train", "preference", 4, {"pairs": 1}, 0).read(0, 20)
+    tiny = BatchFeed(built, "train", "preference", 4, {"pairs": 1}, 0).read(0, 20)
     assert (tiny.mask.sum(axis=1) >= 1).all()
 
 
 def test_prompts_end_where_the_assistant_begins(built: Path) -> None:
-    feed = Feed(built, "train", "prompt", 100, {"pairs": 1, "chat": 1}, 0)
+    feed = BatchFeed(built, "train", "prompt", 100, {"pairs": 1, "chat": 1}, 0)
     for prompt, row in zip(feed.prompts(0, 20), feed.read(0, 20).tokens, strict=True):
         assert prompt[-1] == feed.tokenizer.reserved["<|assistant|>"]
         assert np.array_equal(row[: len(prompt)], prompt)
 
 
 def test_a_restored_feed_reads_on_as_if_never_stopped(built: Path) -> None:
-    feed = Feed(built, "train", "text", 128, TEXT, 0)
+    feed = BatchFeed(built, "train", "text", 128, TEXT, 0)
     feed.reweight(100, {"topics": 1})
     state = msgspec.msgpack.decode(msgspec.msgpack.encode(feed.state()))
-    other = Feed(built, "train", "text", 128, {"code": 1}, 0)
+    other = BatchFeed(built, "train", "text", 128, {"code": 1}, 0)
     other.restore(state)
     assert same(other.read(90, 120), feed.read(90, 120))
 
 
 def test_a_mixture_may_name_a_source_that_was_not_read_before(built: Path) -> None:
-    feed = Feed(built, "train", "text", 128, {"code": 1}, 0)
+    feed = BatchFeed(built, "train", "text", 128, {"code": 1}, 0)
     feed.reweight(10, {"topics": 1})
     assert {name for name, _, _ in feed.read(0, 20).samples[10:]} == {"topics"}
     assert set(feed.digests) == {"code", "topics"}
@@ -265,7 +267,7 @@ def test_a_mixture_may_name_a_source_that_was_not_read_before(built: Path) -> No
     ],
 )
 def test_a_state_of_other_data_is_refused(built: Path, key: str, value: object, message: str) -> None:
-    feed = Feed(built, "train", "text", 128, TEXT, 0)
+    feed = BatchFeed(built, "train", "text", 128, TEXT, 0)
     before = feed.read(0, 4)
     with pytest.raises(ShardError, match=message):
         feed.restore({**feed.state(), key: value})
@@ -277,7 +279,7 @@ def test_another_tokenizer_in_the_place_of_the_shards_own_is_refused(copied: Pat
 
     (copied / "tokenizer.model").write_bytes(train(["some other text entirely"] * 9, vocab=300))
     with pytest.raises(ShardError, match="made with tokenizer"):
-        Feed(copied, "train", "text", 128, TEXT, 0)
+        BatchFeed(copied, "train", "text", 128, TEXT, 0)
 
 
 def test_swapped_shards_are_refused(copied: Path) -> None:
@@ -285,7 +287,7 @@ def test_swapped_shards_are_refused(copied: Path) -> None:
     shutil.move(a, copied / "x")
     shutil.move(b, a)
     shutil.move(copied / "x", b)
-    feed = Feed(copied, "train", "text", 128, {"code": 1}, 0)
+    feed = BatchFeed(copied, "train", "text", 128, {"code": 1}, 0)
     with pytest.raises(ShardError, match=r"tokens-0000\d\.zst.*manifest"):
         feed.read(0, 50)
 
@@ -294,17 +296,17 @@ def test_a_manifest_changed_by_hand_is_refused(copied: Path) -> None:
     path = copied / "code/train/manifest.json"
     path.write_text(path.read_text().replace('"documents": 5', '"documents": 6', 1))
     with pytest.raises(ShardError, match="does not match its digest"):
-        Feed(copied, "train", "text", 128, {"code": 1}, 0)
+        BatchFeed(copied, "train", "text", 128, {"code": 1}, 0)
 
 
 def test_a_source_of_another_kind_is_refused(built: Path) -> None:
     with pytest.raises(ShardError, match='kind "sft", but the stage needs "text"'):
-        Feed(built, "train", "text", 128, {"chat": 1}, 0)
+        BatchFeed(built, "train", "text", 128, {"chat": 1}, 0)
 
 
 def test_an_unknown_source_is_refused_and_the_known_ones_named(built: Path) -> None:
     with pytest.raises(ShardError, match="chat, code, pairs, topics"):
-        Feed(built, "train", "text", 128, {"novels": 1}, 0)
+        BatchFeed(built, "train", "text", 128, {"novels": 1}, 0)
 
 
 def test_held_out_text_is_read_to_its_last_token(built: Path) -> None:
@@ -324,23 +326,23 @@ def test_held_out_samples_are_the_same_at_every_evaluation_and_end(built: Path) 
 
 def test_nothing_held_out_is_a_length_of_nothing(tmp_path: Path, make_spec) -> None:
     from shards.build.build import build
-    from shards.spec import Source, Tokenizer
+    from shards.spec import Source, TokenizerSpec
 
     sources = (
         Source(name="text", kind="text", origin="stdlib-topics", max_documents=9),
         Source(name="chat", kind="sft", origin="stdlib-sft", max_documents=9),
     )
-    root = build(make_spec(tmp_path / "o", source=sources, held_out=0, tokenizer=Tokenizer(vocab=350)), workers=0)
+    root = build(make_spec(tmp_path / "o", source=sources, held_out=0, tokenizer=TokenizerSpec(vocab=350)), workers=0)
     for name, kind in (("text", "text"), ("chat", "sft"), ("chat", "prompt")):
         held = open_held_out(root, name, kind, 64)
         assert len(held) == 0 and held.read(0, 8).tokens.shape == (0, 64)
 
 
 def test_decode_shows_a_past_sample_as_the_model_saw_it(built: Path) -> None:
-    feed = Feed(built, "train", "preference", 200, {"pairs": 1}, 0)
+    feed = BatchFeed(built, "train", "preference", 200, {"pairs": 1}, 0)
     chosen, rejected = feed.decode(3).split("[EOS]")[:2]
     assert chosen.startswith("<|user|>") and rejected.strip().startswith("<|user|>")
-    text = Feed(built, "train", "text", 50, {"code": 1}, 0)
+    text = BatchFeed(built, "train", "text", 50, {"code": 1}, 0)
     assert text.decode(9) == text.tokenizer.decode([*text.read(9, 10).tokens[0], text.read(9, 10).targets[0, -1]], reserved=True)
 
 
@@ -349,7 +351,7 @@ def prefetch_threads() -> list[str]:
 
 
 def test_a_prefetcher_gives_what_the_feed_would_through_a_change_of_mixture(built: Path) -> None:
-    feed, plain = (Feed(built, "train", "text", 128, TEXT, 0) for _ in range(2))
+    feed, plain = (BatchFeed(built, "train", "text", 128, TEXT, 0) for _ in range(2))
     with Prefetcher(feed, 8) as ahead:
         assert same(ahead.read(0, 8), plain.read(0, 8))
         assert same(ahead.read(8, 16), plain.read(8, 16))
@@ -362,7 +364,7 @@ def test_a_prefetcher_gives_what_the_feed_would_through_a_change_of_mixture(buil
 
 
 def test_a_prefetchers_thread_ends_with_it(built: Path) -> None:
-    ahead = Prefetcher(Feed(built, "train", "text", 128, TEXT, 0), 8)
+    ahead = Prefetcher(BatchFeed(built, "train", "text", 128, TEXT, 0), 8)
     ahead.read(0, 8)
     assert prefetch_threads()
     ahead.close()
@@ -370,7 +372,7 @@ def test_a_prefetchers_thread_ends_with_it(built: Path) -> None:
 
 
 def test_a_prefetchers_error_reaches_the_reader(copied: Path) -> None:
-    feed = Feed(copied, "train", "text", 128, {"topics": 1}, 0)
+    feed = BatchFeed(copied, "train", "text", 128, {"topics": 1}, 0)
     for path in copied.glob("topics/train/tokens-*"):
         path.write_bytes(b"")
     with Prefetcher(feed, 8) as ahead, pytest.raises(ShardError):

@@ -18,7 +18,7 @@ from shards.format import manifest
 from shards.format.corpus import Corpus
 from shards.format.seekable_zstd import HEADER, ColumnFile
 from shards.spec import Build, Data, Source, decode_build
-from shards.spec import Tokenizer as TokenizerSpec
+from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.chat import Message
 from shards.tokenization.huggingface import CONFIG, from_sentencepiece
 from shards.tokenization.jinja import ChatError, Renderer
@@ -59,7 +59,7 @@ def raise_what(directory: Path) -> None:
 def sealed(raw: bytes) -> bytes:
     """A manifest's own digest, over what it says."""
     try:
-        said = msgspec.json.decode(raw, type=manifest.Manifest)
+        said = msgspec.json.decode(raw, type=manifest.SplitManifest)
         return raw.replace(f'"digest":"{said.digest}"'.encode(), f'"digest":"{said.computed_digest()}"'.encode())
     except (ValueError, RecursionError):
         return raw

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.sampling.order import BLOCK, Order, Sample
+from shards.sampling.order import BLOCK, Sample, SampleOrder
 from shards.sampling.segments import Change
 
 SIZES = {"a": 300, "b": 41, "c": 7, "d": 120}
@@ -30,7 +30,7 @@ events = st.one_of(
 BATCH = 64
 
 
-def by_ranks(order: Order, start: int, ranks: int) -> list[Sample]:
+def by_ranks(order: SampleOrder, start: int, ranks: int) -> list[Sample]:
     """A global batch as so many ranks read it, each its own part."""
     each = BATCH // ranks
     bounds = [start + rank * each for rank in range(ranks)] + [start + BATCH]
@@ -42,7 +42,7 @@ class Lineage:
 
     def __init__(self, seed: int, mixture: dict[str, float], limits: dict[str, int], schedule: list[tuple[int, dict[str, float]]]):
         self.limits = limits
-        self.make = lambda: Order(
+        self.make = lambda: SampleOrder(
             seed,
             {name: SIZES[name] for name in "abc"},
             mixture,
@@ -130,8 +130,8 @@ def test_each_sample_of_an_epoch_comes_once_whatever_happens(seed, mixture, limi
         assert run.order.taken(run.position).get(name, 0) == total
 
 
-def limited(limits: dict[str, int], mixture: dict[str, float] | None = None, **more: Any) -> Order:
-    return Order(5, {"a": 5000, "b": 100, "c": 30}, mixture or {"a": 2, "b": 1, "c": 1}, limits=limits, **more)
+def limited(limits: dict[str, int], mixture: dict[str, float] | None = None, **more: Any) -> SampleOrder:
+    return SampleOrder(5, {"a": 5000, "b": 100, "c": 30}, mixture or {"a": 2, "b": 1, "c": 1}, limits=limits, **more)
 
 
 def test_a_used_up_source_has_weight_0_from_its_last_sample_on_and_the_others_share_its_place() -> None:

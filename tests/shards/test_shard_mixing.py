@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shards.build.build import build
 from shards.errors import ShardError
 from shards.format.corpus import Corpus
-from shards.sampling.batches import Feed
+from shards.sampling.batches import BatchFeed
 from shards.sampling.mixing import Mixing, limit, named, parts, shares, weigh
 from shards.sampling.segments import BLOCK
 from shards.spec import Source
@@ -68,7 +68,7 @@ def split(tmp_path_factory: pytest.TempPathFactory, make_spec) -> Path:
 
 
 def test_a_feed_reads_all_parts_of_a_source_by_their_tokens_and_says_for_which_name(split: Path) -> None:
-    feed = Feed(split, "train", "text", 32, {"web": 3, "books": 1}, 0)
+    feed = BatchFeed(split, "train", "text", 32, {"web": 3, "books": 1}, 0)
     assert feed.named == {"web.en": "web", "web.de": "web", "books": "books"}
     read = Counter(name for name, _, _ in feed.order.span(0, BLOCK))
     tokens = {name: Corpus(split, name, "train").tokens for name in read}
@@ -77,14 +77,14 @@ def test_a_feed_reads_all_parts_of_a_source_by_their_tokens_and_says_for_which_n
     feed.reweight(BLOCK, {"web.de": 1})
     assert {name for name, _, _ in feed.order.span(BLOCK, BLOCK + 50)} == {"web.de"}
     assert set(feed.digests) == set(read)
-    other = Feed(split, "train", "text", 32, {"web.en": 1}, 0)
+    other = BatchFeed(split, "train", "text", 32, {"web.en": 1}, 0)
     other.restore(feed.state())
     assert other.order.span(BLOCK - 50, BLOCK + 50) == feed.order.span(BLOCK - 50, BLOCK + 50)
 
 
 def test_a_feed_takes_mixtures_by_tokens_limits_and_a_schedule_together(split: Path) -> None:
     mixing = Mixing("tokens", 2.0, {"web": 1.5})
-    feed = Feed(split, "train", "text", 32, {"web": 1, "books": 1}, 0, mixing=mixing, schedule=[(400, {"books": 1})])
+    feed = BatchFeed(split, "train", "text", 32, {"web": 1, "books": 1}, 0, mixing=mixing, schedule=[(400, {"books": 1})])
     read = Counter(name for name, _, _ in feed.order.span(0, 50_000))
     assert {name for name, _, _ in feed.order.span(400, 800)} == {"books"}
     assert max(read["web.en"], read["web.de"]) < 400
@@ -96,9 +96,9 @@ def test_a_feed_takes_mixtures_by_tokens_limits_and_a_schedule_together(split: P
 
 
 def test_a_state_of_a_mixture_taken_otherwise_is_refused(split: Path) -> None:
-    feed = Feed(split, "train", "text", 32, {"web": 1}, 0, mixing=Mixing("tokens", 2.0))
+    feed = BatchFeed(split, "train", "text", 32, {"web": 1}, 0, mixing=Mixing("tokens", 2.0))
     with pytest.raises(ShardError, match=r"mixture temperature 2\.0, this stage 3\.0"):
-        Feed(split, "train", "text", 32, {"web": 1}, 0, mixing=Mixing("tokens", 3.0)).restore(feed.state())
+        BatchFeed(split, "train", "text", 32, {"web": 1}, 0, mixing=Mixing("tokens", 3.0)).restore(feed.state())
 
 
 def test_shares_and_parts_are_told_from_what_is_built(split: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ShardError
-from shards.sampling.order import BLOCK, VERSION, Order
+from shards.sampling.order import BLOCK, VERSION, SampleOrder
 from shards.sampling.permutation import permute
 from shards.sampling.segments import apportion
 
@@ -43,7 +43,7 @@ def test_keys_give_different_permutations_without_fixed_habits() -> None:
 )
 @settings(max_examples=25)
 def test_every_sample_of_an_epoch_comes_once_through_changes_of_mixture(sizes, changes, seed, data) -> None:
-    order = Order(seed, sizes, {name: data.draw(weights) for name in sizes})
+    order = SampleOrder(seed, sizes, {name: data.draw(weights) for name in sizes})
     position = 0
     for step, mixture in changes:
         position += step
@@ -64,7 +64,7 @@ def test_every_sample_of_an_epoch_comes_once_through_changes_of_mixture(sizes, c
 
 @given(seed=st.integers(0, 1000), ranks=st.integers(1, 64), steps=st.integers(1, 5), change=st.integers(1, 4000))
 def test_any_number_of_ranks_reads_the_same_samples_in_the_same_order(seed, ranks, steps, change) -> None:
-    order = Order(seed, {"a": 1000, "b": 33}, {"a": 3, "b": 1})
+    order = SampleOrder(seed, {"a": 1000, "b": 33}, {"a": 3, "b": 1})
     order.reweight(change, {"a": 1, "b": 1})
     each = 3
     batch = ranks * each
@@ -79,7 +79,7 @@ def test_any_number_of_ranks_reads_the_same_samples_in_the_same_order(seed, rank
 
 
 def test_a_change_of_mixture_changes_nothing_before_it() -> None:
-    order = Order(0, {"a": 100, "b": 100}, {"a": 1, "b": 1})
+    order = SampleOrder(0, {"a": 100, "b": 100}, {"a": 1, "b": 1})
     before = order.span(0, 500)
     order.reweight(500, {"b": 1})
     assert order.span(0, 500) == before
@@ -87,7 +87,7 @@ def test_a_change_of_mixture_changes_nothing_before_it() -> None:
 
 
 def test_a_source_left_out_goes_on_later_where_it_was() -> None:
-    order = Order(0, {"a": 100, "b": 100}, {"a": 1, "b": 1})
+    order = SampleOrder(0, {"a": 100, "b": 100}, {"a": 1, "b": 1})
     order.reweight(50, {"b": 1})
     order.reweight(150, {"a": 1})
     read = [sample for sample in order.span(0, 300) if sample[0] == "a" and sample[1] == 0]
@@ -95,7 +95,7 @@ def test_a_source_left_out_goes_on_later_where_it_was() -> None:
 
 
 def test_a_new_source_begins_at_its_beginning() -> None:
-    order = Order(0, {"a": 100}, {"a": 1})
+    order = SampleOrder(0, {"a": 100}, {"a": 1})
     order.add_source("b", 10)
     order.reweight(30, {"a": 1, "b": 1})
     read = [sample for sample in order.span(0, 100) if sample[0] == "b"]
@@ -107,7 +107,7 @@ def test_shares_are_exact_in_every_block_and_none_is_lost() -> None:
     assert sum(counts.values()) == BLOCK
     assert counts["crumb"] == 1 and counts["none"] == 0
     assert abs(counts["large"] - BLOCK * 2 / 3) <= 2
-    order = Order(1, dict.fromkeys(counts, 50), {"large": 1.0, "third": 0.5, "crumb": 1e-9, "none": 0.0})
+    order = SampleOrder(1, dict.fromkeys(counts, 50), {"large": 1.0, "third": 0.5, "crumb": 1e-9, "none": 0.0})
     read = Counter(name for name, _, _ in order.span(7 * BLOCK, 8 * BLOCK))
     assert read == {name: count for name, count in counts.items() if count}
 
@@ -122,20 +122,20 @@ def test_any_weights_fill_a_block(mixture: dict[str, float]) -> None:
 @pytest.mark.parametrize("mixture", [{}, {"a": 0.0}, {"a": -1.0}, {"a": float("nan")}, {"a": float("inf")}, {"z": 1.0}])
 def test_a_mixture_that_means_nothing_is_refused(mixture: dict[str, float]) -> None:
     with pytest.raises(ShardError, match="mixture"):
-        Order(0, {"a": 10, "b": 10}, mixture)
+        SampleOrder(0, {"a": 10, "b": 10}, mixture)
 
 
 def test_a_restored_order_goes_on_as_if_never_stopped() -> None:
-    order = Order(3, {"a": 1000, "b": 50}, {"a": 2, "b": 1})
+    order = SampleOrder(3, {"a": 1000, "b": 50}, {"a": 2, "b": 1})
     order.reweight(777, {"a": 1, "b": 3})
     state = msgspec.msgpack.decode(msgspec.msgpack.encode(order.state()))
-    other = Order(3, {"a": 1000, "b": 50}, {"a": 1, "b": 1})
+    other = SampleOrder(3, {"a": 1000, "b": 50}, {"a": 1, "b": 1})
     other.restore(state)
     assert other.span(500, 6000) == order.span(500, 6000)
 
 
 def test_a_rollback_forgets_the_changes_after_it() -> None:
-    order = Order(3, {"a": 1000, "b": 50}, {"a": 2, "b": 1})
+    order = SampleOrder(3, {"a": 1000, "b": 50}, {"a": 2, "b": 1})
     golden, then = order.state(), order.span(100, 1000)
     order.reweight(300, {"b": 1})
     with pytest.raises(ShardError, match="restore an earlier state"):
@@ -158,7 +158,7 @@ def test_a_rollback_forgets_the_changes_after_it() -> None:
     ],
 )
 def test_a_state_that_cannot_be_continued_exactly_is_refused_with_the_way_out(change, message) -> None:
-    order = Order(3, {"a": 1000, "b": 50}, {"a": 2, "b": 1})
+    order = SampleOrder(3, {"a": 1000, "b": 50}, {"a": 2, "b": 1})
     before = order.span(0, 100)
     with pytest.raises(ShardError, match=message) as caught:
         order.restore({**order.state(), **change})
@@ -168,7 +168,7 @@ def test_a_state_that_cannot_be_continued_exactly_is_refused_with_the_way_out(ch
 
 def test_the_algorithm_is_the_one_its_version_names() -> None:
     """Fails when a change would reorder running jobs: then VERSION must change, and these with it."""
-    order = Order(1234, {"a": 1000, "b": 77}, {"a": 2, "b": 1})
+    order = SampleOrder(1234, {"a": 1000, "b": 77}, {"a": 2, "b": 1})
     order.reweight(5000, {"a": 1, "b": 1})
     assert VERSION == 2
     assert order.span(0, 6) == PINNED[0] and order.span(4999, 5003) == PINNED[1] and order.at(10**12) == PINNED[2]
@@ -183,7 +183,7 @@ PINNED = (
 
 def test_ten_thousand_million_samples_open_at_once_and_anywhere() -> None:
     started = time.perf_counter()
-    order = Order(0, {"a": 10**10, "b": 10**9}, {"a": 10, "b": 1})
+    order = SampleOrder(0, {"a": 10**10, "b": 10**9}, {"a": 10, "b": 1})
     samples = order.span(10**11 + 5, 10**11 + 5 + 512)
     assert time.perf_counter() - started < 0.25
     assert len(set(samples)) == 512

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from midwatch.recipe import Checkpoint, Cluster, Data, Model, Probe, Report, Rope, Run, Source, Stage, Tokenizer, Watch
+from midwatch.recipe import Checkpoint, Cluster, Data, Model, Probe, Report, Rope, Run, Source, Stage, TokenizerSpec, Watch
 from midwatch.recipe.generate import Generate
 from midwatch.recipe.live_settings import stage_settings
 from midwatch.recipe.load import load_recipe
@@ -17,7 +17,7 @@ from midwatch.recipe.rollout import Policy
 ROOT = Path(__file__).parents[2]
 
 
-STRUCTS = [Run, Model, Tokenizer, Data, Source, Stage, Rope, Policy, Generate, Cluster, Checkpoint, Report, Probe, Watch]
+STRUCTS = [Run, Model, TokenizerSpec, Data, Source, Stage, Rope, Policy, Generate, Cluster, Checkpoint, Report, Probe, Watch]
 
 
 @pytest.mark.parametrize("struct", STRUCTS)

@@ -14,7 +14,7 @@ from shards.build.build import build
 from shards.errors import ShardError
 from shards.filters.settings import Quality
 from shards.readers import stdlib
-from shards.spec import Build, Clean, Data, Slurm, Source, Tokenizer
+from shards.spec import Build, Clean, Data, Slurm, Source, TokenizerSpec
 from tests.system.slurm import Slurm as RealSlurm
 from tests.system.slurm import require_slurm
 
@@ -28,7 +28,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Build:
         (directory / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in own))
     source = Source(name="a", kind="text", origin="jsonl", path=str(directory))
     data = Data(source=(source,), clean=Clean(chunk_bytes=200_000), frame_tokens=1024, held_out=0.1, executor_tasks=3)
-    return Build(data=data, tokenizer=Tokenizer(vocab=800, sample_bytes=200_000), out="")
+    return Build(data=data, tokenizer=TokenizerSpec(vocab=800, sample_bytes=200_000), out="")
 
 
 def content(out: Path) -> dict[str, bytes]:

@@ -20,11 +20,11 @@ from trainer_meter import VOCABULARY, MakeWorld, fake_worlds, stage
 from midwatch.recipe import Model
 from shards.sampling.batches import Batch
 from trainer.batches import micro_batches
-from trainer.distributed.sequence_parallel import Spread
+from trainer.distributed.sequence_parallel import SequenceSharding
 from trainer.model import attention
 from trainer.model.decoder import Decoder
 from trainer.model.document_offsets import Documents, found, joined
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 
 KINDS: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope"},
@@ -146,9 +146,9 @@ def test_forward_and_backward_never_ask_what_the_device_computed(
     install(kernel, monkeypatch)
     make: MakeWorld
     with fake_worlds() as make:
-        network = Network(Model(layers=2, width=32, heads=4, dtype="bfloat16", **KINDS[kind]), VOCABULARY, make(1))
+        network = ShardedModel(Model(layers=2, width=32, heads=4, dtype="bfloat16", **KINDS[kind]), VOCABULARY, make(1))
         network.initialise(3)
-        network.follow(stage(24, 6, 3, masked_documents=True, **way), 24)
+        network.configure_stage(stage(24, 6, 3, masked_documents=True, **way), 24)
         parts = list(micro_batches(batch(), 1, 6, 3, CPU))
         with asked:
             network.backward(parts, lambda number, policy: -(policy * parts[number].mask).sum())
@@ -182,7 +182,7 @@ def test_torchs_kernel_takes_what_it_is_called_with() -> None:
     assert kernel is not None
     q, k, v = (torch.empty(2, heads, 24, 16, device="meta", dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
     bounds = torch.empty(9, device="meta", dtype=torch.int32)
-    out = attention.attend(q, k, v, attention.Visible(bounds=bounds, longest=24, kernel=kernel), Spread())
+    out = attention.attend(q, k, v, attention.Visible(bounds=bounds, longest=24, kernel=kernel), SequenceSharding())
     assert out.shape == q.shape
     out.sum().backward()
     assert k.grad is not None and k.grad.shape == k.shape
@@ -206,6 +206,6 @@ def test_attention_is_one_graph_that_is_not_compiled_again_for_each_number_of_do
         bounds = torch.linspace(0, 48, count).int()
         q, k, v = (torch.randn(2, heads, 24, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
         seen = attention.Visible(bounds=bounds, longest=int(bounds.diff().max()), kernel=found)
-        compiled(q, k, v, seen, Spread())
+        compiled(q, k, v, seen, SequenceSharding())
     assert counter.frame_count <= 2
     attention._torchs.cache_clear()

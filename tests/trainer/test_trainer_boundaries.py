@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.loop.packing_metrics import COUNT, NEAR, means, near_boundaries, sums
 
 METRICS = ["train/loss_near_boundaries", "train/loss_within_documents", "data/documents_per_row"]
@@ -20,9 +20,9 @@ def segments_of(*lengths: int, padding: int = 0) -> Tensor:
     return torch.cat([*parts, torch.full((padding,), -1)]).to(torch.int32)
 
 
-def rows_of(segments: Tensor) -> Rows:
+def rows_of(segments: Tensor) -> DeviceRows:
     tokens = torch.zeros_like(segments, dtype=torch.int64)
-    return Rows(tokens, tokens, (segments >= 0).float(), segments, tokens)
+    return DeviceRows(tokens, tokens, (segments >= 0).float(), segments, tokens)
 
 
 def test_near_are_the_first_tokens_of_every_document_but_the_rows_first() -> None:
@@ -64,7 +64,7 @@ def test_parts_of_rows_add_up_to_the_rows() -> None:
     parts = []
     for start in (0, 16, 32, 48):
         cut = slice(start, start + 16)
-        parts.append(sums(policy[:, cut], Rows(*(each[:, cut] for each in rows[:-1])), near[:, cut]))
+        parts.append(sums(policy[:, cut], DeviceRows(*(each[:, cut] for each in rows[:-1])), near[:, cut]))
     added, whole = torch.stack(parts).sum(0), sums(policy, rows)
     assert torch.allclose(added[:4], whole[:4])
 

@@ -13,9 +13,9 @@ import sentencepiece
 
 from shards.build.build import build
 from shards.readers import stdlib
-from shards.sampling.batches import Feed
+from shards.sampling.batches import BatchFeed
 from shards.spec import Build, Data, Source
-from shards.spec import Tokenizer as TokenizerSpec
+from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.huggingface import bundle
 from shards.tokenization.templates import read
 from shards.tokenization.tokenizer import Tokenizer, train
@@ -307,7 +307,7 @@ def test_packed_conversations_of_a_template_do_not_leak(name: str, tmp_path: Pat
     source = Source(name="chat", kind="sft", origin="jsonl", path=str(path))
     out = tmp_path / "data"
     build(Build(data=Data(source=(source,), held_out=0), tokenizer=spec(name, tmp_path, vocab=340), out=str(out)), workers=0)
-    feed = Feed(out, "train", "sft", 1000, {"chat": 1}, 0)
+    feed = BatchFeed(out, "train", "sft", 1000, {"chat": 1}, 0)
     batch = feed.read(0, feed.samples_per_epoch("chat"))
     wanted = [feed.tokenizer.chat([(m["role"], m["content"]) for m in record["messages"]]) for record in records]
     read = []

@@ -18,7 +18,7 @@ from midwatch.protocol import Op
 from midwatch.recipe import Recipe
 from midwatch.recipe.data_sufficiency import shortages
 from midwatch.recipe.mixture import Anneal
-from shards.sampling.batches import Feed
+from shards.sampling.batches import BatchFeed
 
 
 def prepared(recipe: Recipe, place: Path, data: Path | None = None, **settings: Any) -> Path:
@@ -87,7 +87,7 @@ def test_a_mixture_that_names_what_was_not_built_is_said_before_a_rank_starts(re
 
 def test_used_up_sources_pause_the_run_with_what_to_do_and_another_mixture_lets_it_go_on(recipe: Recipe, tmp_path: Path) -> None:
     stage, data = recipe.stage[0], Path(recipe.data.dir or "")
-    size = Feed(data, "train", "text", stage.context, {"topics": 1}, 0).samples_per_epoch("topics")
+    size = BatchFeed(data, "train", "text", stage.context, {"topics": 1}, 0).samples_per_epoch("topics")
     limits = {"mixture": {"topics": 1.0, "docs": 0.0}, "max_epochs": {"topics": 33 / size}}
     root = prepared(recipe, tmp_path / "run", **limits)
     short = shortages(replace(recipe, stage=(replace(stage, **limits),)), data)

@@ -24,7 +24,7 @@ from midwatch.recipe.model import Rope
 from shards.sampling.batches import Batch
 from trainer import transfer
 from trainer.batches import micro_batches
-from trainer.control.reporting import NoLink, Reporter, StepReport
+from trainer.control.reporting import MetricReporter, NoLink, StepReport
 from trainer.distributed import sequence_parallel
 from trainer.distributed.mesh import World, lay_out
 from trainer.generate import Engine, Request, paged_attention, sampling
@@ -32,12 +32,12 @@ from trainer.loop import loop
 from trainer.model import attention
 from trainer.model.decoder import Decoder
 from trainer.model.norms import RMSNorm
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 from trainer.objectives import CRITIC, OBJECTIVES, Objective
-from trainer.objectives.ppo import Experience as Noted
+from trainer.objectives.ppo import RolloutData as Noted
 from trainer.optimizer import Optimizer
-from trainer.rollout.buffer import Experience
-from trainer.stage.model_roles import Learner
+from trainer.rollout.buffer import RolloutBuffer
+from trainer.stage.model_roles import TrainableModel
 
 ACCELERATOR = torch.device("meta")
 CONFIG = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=64)
@@ -142,7 +142,7 @@ def batch(rows: int) -> Batch:
 
 def noted() -> list[Noted]:
     """Rollouts' numbers for two micro-batches, by the way that they take in a run."""
-    held = Experience(4, CONTEXT, ACCELERATOR, critic=True)
+    held = RolloutBuffer(4, CONTEXT, ACCELERATOR, critic=True)
     return [each for _, each in held.parts(torch.arange(4), 4, 2, CONTEXT)]
 
 
@@ -156,17 +156,17 @@ STEPS: dict[str, tuple[Objective, bool, bool]] = {
 def test_a_training_step_waits_for_nothing_and_is_deterministic(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the batch on the host to the update: forward, objective, metrics, backward, norm, clipping, AdamW."""
     objective, scalar, pairs = STEPS[name]
-    network = Network(CONFIG, VOCABULARY, world, scalar)
+    network = ShardedModel(CONFIG, VOCABULARY, world, scalar)
     optimizer = Optimizer(network.parameters(), ACCELERATOR)
-    reference = Network(CONFIG, VOCABULARY, world).freeze() if name == "dpo" else None
+    reference = ShardedModel(CONFIG, VOCABULARY, world).freeze() if name == "dpo" else None
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
     with Watch() as watch:
         halves = 2 if pairs else 1
         parts = list(micro_batches(batch(4 * halves), halves, 4, 2, ACCELERATOR))
         held: list[Any] = [reference.log_probs(part) if reference else None for part in parts]
-        lesson: Any = SimpleNamespace(parts=parts, held=noted() if name in ("ppo", "grpo", "critic") else held, weight=64)
+        train_batch: Any = SimpleNamespace(parts=parts, held=noted() if name in ("ppo", "grpo", "critic") else held, weight=64)
         training: Any = SimpleNamespace(world=world, progress=SimpleNamespace(settings=SETTINGS))
-        sums = loop._gradients(training, loop.Student(Learner(network, optimizer), objective, "lr"), lesson)
+        sums = loop._gradients(training, loop.TrainableObjective(TrainableModel(network, optimizer), objective, "lr"), train_batch)
         values = loop.total(torch.cat([sums, optimizer.squared_norm()[None]]))
         optimizer.update(SETTINGS, 1e-3, 1e-8, values[-1:].sqrt_()[0])
     assert {"mm", "_fused_adamw_"} <= watch.seen
@@ -228,7 +228,7 @@ def test_a_steps_metrics_are_copied_before_the_next_step_is_queued(monkeypatch: 
             return self._values.tolist()
 
     monkeypatch.setattr("trainer.control.reporting.HostCopy", Copied)
-    reporter = Reporter(NoLink(), lambda step, finite, loss: None)
+    reporter = MetricReporter(NoLink(), lambda step, finite, loss: None)
     for step in (1, 2):
         read = {"train/loss": 0.0, "train/grad_norm": 0.0}
         reporter.put(StepReport(1, step, 0, {}, torch.tensor([float(step)]), lambda _, read=read: read))  # type: ignore[misc]
@@ -250,7 +250,7 @@ def test_whole_chances_draw_what_floats_did() -> None:
     logits[:, ::7] = -torch.inf
     requests = [Request((1,), 1, seed=seed) for seed in range(len(logits))]
     sequences: list[Any] = [SimpleNamespace(request=request, drawn=0) for request in requests]
-    found = torch.tensor(sampling.draw(logits, sequences).tokens)
+    found = torch.tensor(sampling.sample_tokens(logits, sequences).tokens)
     seeds, numbers = np.arange(len(logits), dtype=np.uint64), np.zeros(len(logits), np.uint64)
     expected = drawn_by_floats(logits.log_softmax(-1), torch.from_numpy(sampling.uniform(seeds, numbers)))
     assert int((found != expected).sum()) <= 1
@@ -348,6 +348,6 @@ def test_exchanges_of_heads_are_all_under_way_before_one_is_waited_for(monkeypat
     monkeypatch.setattr(sequence_parallel.collectives, "all_to_all_single_autograd", started)
     monkeypatch.setattr(sequence_parallel, "_arrived", arrived)
     q, k = torch.zeros(2, 8, 5, 4), torch.zeros(2, 2, 5, 4)
-    found = sequence_parallel.Spread(context=sequence_parallel.Group(size=2)).heads(q, k, k)
+    found = sequence_parallel.SequenceSharding(context=sequence_parallel.RankGroup(size=2)).heads(q, k, k)
     assert order == ["start"] * 3 + ["wait"] * 3
     assert [tuple(each.shape) for each in found] == [(2, 4, 10, 4), (2, 1, 10, 4), (2, 1, 10, 4)]

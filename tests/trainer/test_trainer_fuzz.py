@@ -17,7 +17,7 @@ import xxhash
 from midwatch.checkpoint_format import manifest
 from tests.fuzzing import COUNT, Subject, holds, scratch
 from trainer.generate.request import Request
-from trainer.generate.vllm_client import Lines, Server, ServerError
+from trainer.generate.vllm_client import ConnectionPool, Server, ServerError
 
 REPLY = {
     "id": "cmpl-1",
@@ -63,8 +63,8 @@ def answering(say: Callable[[socket.socket], None]) -> Iterator[str]:
 
 def ask(url: str, timeout: float = 5.0) -> None:
     server = Server(url, None, timeout, 96, 100, "/weights")
-    server.meet(Lines())
-    server.respond(Lines(), Request(prompt=(1, 2), limit=2, temperature=1.0, seed=1, stops=frozenset()), 1)
+    server.meet(ConnectionPool())
+    server.respond(ConnectionPool(), Request(prompt=(1, 2), limit=2, temperature=1.0, seed=1, stops=frozenset()), 1)
 
 
 def fuzz_manifest(place: Path) -> Subject:

@@ -17,7 +17,7 @@ from torch import Tensor
 from midwatch.recipe import Rope
 from midwatch.recipe.model import Model
 from trainer.generate import Engine, Request, RequestError, Response
-from trainer.generate.block_manager import Blocks
+from trainer.generate.block_manager import BlockManager
 from trainer.generate.request import Sequence
 from trainer.generate.sampling import uniform
 from trainer.model import attention
@@ -161,7 +161,7 @@ def test_stretched_positions_are_those_of_the_stage() -> None:
     rope, requests, model = Rope(kind="yarn", factor=4.0), ragged(8, seed=4), decoder()
     model.set_positions(rope, 24)
     made = engine(weights=model)
-    made.follow(rope, 24)
+    made.set_rope(rope, 24)
     assert [each.tokens for each in answered(made, requests)] == [naive(model, each.prompt, each.limit) for each in requests]
 
 
@@ -352,7 +352,7 @@ def test_a_response_ends_with_the_context() -> None:
 def test_pages_are_in_one_place_only_whatever_happens() -> None:
     """A random history of growing, sharing and leaving: no page is held and free, none is lost."""
     draw = random.Random(1)
-    blocks = Blocks(20, 4)
+    blocks = BlockManager(20, 4)
     live: list[Sequence] = []
     for number in range(3000):
         what = draw.random()

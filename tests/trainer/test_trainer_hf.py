@@ -132,7 +132,7 @@ def read_on_rank(root: Path) -> None:
     """What a rank does to begin: reads its part; it writes down what that took, and its part's bits."""
     from trainer.distributed.mesh import join, local, open_store
     from trainer.huggingface.load import load
-    from trainer.model.sharded_model import Network
+    from trainer.model.sharded_model import ShardedModel
 
     def anonymous() -> int:
         status = Path("/proc/self/status").read_text()
@@ -141,7 +141,7 @@ def read_on_rank(root: Path) -> None:
     torch.set_num_threads(1)
     recipe = load_recipe(root / "recipe.toml")
     world = join(open_store(), "test", recipe.cluster, recipe.parallel)
-    model = Network(recipe.model, 520, world)
+    model = ShardedModel(recipe.model, 520, world)
     before = anonymous()
     peak, ended = [before], threading.Event()
 

@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 
 from shards.errors import SpecError
-from shards.spec import Tokenizer as TokenizerSpec
+from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.huggingface_directory import QWEN2_SPLIT
 from shards.tokenization.templates import DEFAULT, read
 from shards.tokenization.tokenizer import RESERVED, Tokenizer, read_model

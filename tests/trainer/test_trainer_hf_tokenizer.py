@@ -11,11 +11,11 @@ import pytest
 import sentencepiece
 
 from shards.build.build import build
-from shards.build.sources import Reading
+from shards.build.sources import ReadPosition
 from shards.errors import SpecError
 from shards.readers.splits import split
 from shards.spec import Build, Data, Source
-from shards.spec import Tokenizer as TokenizerSpec
+from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.huggingface import bundle
 from shards.tokenization.records import Document
 from shards.tokenization.tokenizer import RESERVED, Tokenizer, piece_count, train
@@ -51,7 +51,7 @@ ODD = [
 def texts(count: int) -> list[str]:
     """Documents of the standard library."""
     found = []
-    for _, record, _ in split(Source(name="code", kind="text", origin="stdlib-code"), 0.0, 0, Reading()):
+    for _, record, _ in split(Source(name="code", kind="text", origin="stdlib-code"), 0.0, 0, ReadPosition()):
         if isinstance(record, Document):
             found.append("".join(record.parts)[:6000])
         if len(found) == count:

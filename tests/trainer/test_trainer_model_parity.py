@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from midwatch.recipe.huggingface.config import model_keys
-from midwatch.recipe.huggingface.weights_map import Part, layout, misfits
+from midwatch.recipe.huggingface.weights_map import MappedParameter, layout, misfits
 from midwatch.recipe.model import Model, Rope
 from trainer.model.decoder import Decoder
 from trainer.model.norms import RMSNorm
@@ -79,7 +79,7 @@ def roughen(model: Any) -> Any:
     return model.float().eval()
 
 
-def gathered(part: Part, tensors: dict[str, Tensor]) -> Tensor:
+def gathered(part: MappedParameter, tensors: dict[str, Tensor]) -> Tensor:
     """A parameter of ours out of theirs, by the layout."""
     rows = []
     for piece in part.pieces:

@@ -13,7 +13,7 @@ from test_trainer_model import decoder
 from torch import Tensor
 
 from shards.sampling.batches import Batch
-from trainer.batches import Rows, micro_batches, samples_a_replica, share
+from trainer.batches import DeviceRows, micro_batches, samples_a_replica, share
 from trainer.model.decoder import Decoder
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.dpo import preferences
@@ -50,9 +50,9 @@ def test_filled_up_rows_weigh_nothing() -> None:
     for name in ("pretrain", "dpo"):
         objective = OBJECTIVES[name]
         rows = _rows(4, 10)
-        half = [Rows(*(torch.cat([part[:1], part[2:3]]) for part in rows[:-1]))][0]
+        half = [DeviceRows(*(torch.cat([part[:1], part[2:3]]) for part in rows[:-1]))][0]
         filled = half._replace(mask=half.mask)
-        empty = Rows(
+        empty = DeviceRows(
             *(torch.cat([part[0:1], torch.zeros_like(part[:1]), part[1:2], torch.zeros_like(part[:1])]) for part in filled[:-1])
         )
         models = decoder(seed=0), decoder(seed=1)
@@ -76,15 +76,17 @@ def test_fine_tuning_learns_from_the_response_alone() -> None:
 
 
 @torch.no_grad()
-def _log_probs(model: Decoder, rows: Rows) -> Tensor:
+def _log_probs(model: Decoder, rows: DeviceRows) -> Tensor:
     found: Tensor = model(rows.tokens, rows.positions, rows.segments, rows.targets)
     return found
 
 
-def _rows(count: int, time: int) -> Rows:
+def _rows(count: int, time: int) -> DeviceRows:
     tokens = torch.randint(0, 64, (count, time + 1), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(time).expand(count, time)
-    return Rows(tokens[:, :-1], tokens[:, 1:], torch.ones(count, time), torch.zeros(count, time, dtype=torch.int32), positions)
+    return DeviceRows(
+        tokens[:, :-1], tokens[:, 1:], torch.ones(count, time), torch.zeros(count, time, dtype=torch.int32), positions
+    )
 
 
 @given(st.integers(0, 1000), st.integers(1, 64), st.integers(1, 9))
@@ -111,7 +113,7 @@ def test_micro_batches_hold_every_sample_and_are_as_many_on_every_rank(have: int
     assert sum(float(part.mask.sum()) for part in parts) == have * halves * 4
 
 
-def _halves(parts: list[Rows], halves: int) -> tuple[list[int], list[int]]:
+def _halves(parts: list[DeviceRows], halves: int) -> tuple[list[int], list[int]]:
     def column(tokens: Tensor) -> list[int]:
         return [int(value) for value in tokens[:, 0]]
 

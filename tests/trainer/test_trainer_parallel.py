@@ -14,7 +14,7 @@ from trainer_harness import logs, start_ranks
 from trainer_kernels import FlashAttn
 
 from midwatch.recipe import Cluster, Model, Parallel, Stage
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.model import document_offsets
 from trainer.model.decoder import Decoder
 
@@ -62,29 +62,29 @@ class Case(msgspec.Struct):
         return f"{self.model} {sizes} context {self.context} masked {self.masked} kernel {self.kernel} {self.more}"
 
 
-def rows(count: int, time: int = 37) -> Rows:
+def rows(count: int, time: int = 37) -> DeviceRows:
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, VOCABULARY, (count, time + 1), generator=generator)
     mask = (torch.rand(count, time, generator=generator) < 0.9).float()
     segments = (torch.arange(time)[None] >= torch.randint(1, time, (count, 2), generator=generator)[..., None]).sum(1)
     starts = torch.stack([torch.searchsorted(row, row) for row in segments])
-    return Rows(tokens[:, :-1], tokens[:, 1:], mask, segments.to(torch.int32), torch.arange(time) - starts)
+    return DeviceRows(tokens[:, :-1], tokens[:, 1:], mask, segments.to(torch.int32), torch.arange(time) - starts)
 
 
-def known(rows: Rows) -> Rows:
+def known(rows: DeviceRows) -> DeviceRows:
     """With their documents."""
     starts, longest = document_offsets.found(rows.segments.numpy())
     return rows._replace(documents=document_offsets.Documents(torch.from_numpy(starts), longest))
 
 
-def cut(rows: Rows, start: int, count: int) -> Rows:
+def cut(rows: DeviceRows, start: int, count: int) -> DeviceRows:
     assert rows.documents is not None
     columns = (column[start : start + count] for column in rows[:-1])
     begun = rows.documents._replace(starts=rows.documents.starts[start : start + count])
-    return Rows(*columns, documents=begun)
+    return DeviceRows(*columns, documents=begun)
 
 
-def alone(case: Case, batch: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+def alone(case: Case, batch: DeviceRows) -> tuple[Tensor, dict[str, Tensor]]:
     """On one rank, without any of this: log-probabilities and the gradients of a weighed sum of them."""
     model = Decoder(MODELS[case.model], VOCABULARY)
     model.initialise(3)
@@ -102,7 +102,7 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
     from trainer.distributed import ring_attention
     from trainer.distributed.mesh import join, lay_out, open_store
     from trainer.model import attention
-    from trainer.model.sharded_model import Network
+    from trainer.model.sharded_model import ShardedModel
     from trainer.optimizer import Optimizer, total
 
     torch.set_num_threads(1)
@@ -112,30 +112,30 @@ def check_on_rank(root: Path, cases: list[Case]) -> None:
     attention.flash_attn_varlen_func = kernel = FlashAttn()
     for case in cases:
         here = lay_out(world.device, case.parallel)
-        network = Network(MODELS[case.model], VOCABULARY, here)
+        network = ShardedModel(MODELS[case.model], VOCABULARY, here)
         network.initialise(3)
         where = stage(context_parallel=case.context, masked_documents=case.masked, **case.more)
-        network.follow(where, 37)
+        network.configure_stage(where, 37)
         batch = rows(8)
         attention._varlen_kernel = lambda *_: None
         expected, gradients = alone(case, batch)
         if case.kernel:
             attention._varlen_kernel = lambda *_: attention._flash_attn  # in float32 too
         first, last = share(0, 8, network.replica, network.replicas)
-        mine = known(Rows(*(column[first:last] for column in batch[:-1])))
+        mine = known(DeviceRows(*(column[first:last] for column in batch[:-1])))
         size = min(2, last - first)
         samples, size = filled(last - first, size, here.pipeline.size)
-        whole = known(Rows(*(_padded(column, 0, samples) for column in mine[:-1])))
+        whole = known(DeviceRows(*(_padded(column, 0, samples) for column in mine[:-1])))
         parts = [cut(whole, n, size) for n in range(0, samples, size)]
 
-        def loss(number: int, found: Tensor, parts: list[Rows] = parts, batch: Rows = batch) -> Tensor:
+        def loss(number: int, found: Tensor, parts: list[DeviceRows] = parts, batch: DeviceRows = batch) -> Tensor:
             return (found * parts[number].mask).square().sum() / batch.mask.numel()
 
         if case.parallel.pipeline > 1 and case.context > 1:
             # A stage before it had rows of the same length, and shared them among none.
-            network.follow(stage(masked_documents=case.masked), 37)
+            network.configure_stage(stage(masked_documents=case.masked), 37)
             network.backward(parts, loss)
-            network.follow(where, 37)
+            network.configure_stage(where, 37)
             for parameter in network.parameters().values():
                 parameter.grad = None
         network.backward(parts, loss)

@@ -22,7 +22,7 @@ from trainer_meter import SETTINGS, VOCABULARY, MakeWorld, built, fake_worlds, p
 from launcher.plan import ACCELERATORS, activations, flops
 from launcher.plan.memory import memory
 from midwatch.recipe.model import Model
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.distributed.mesh import local
 from trainer.loop import peak_flops
 from trainer.model.decoder import Decoder
@@ -146,7 +146,7 @@ def test_scores_that_are_kept_whole_are_counted(dtype: str, size: tuple[int, int
     assert count * time * activations.saved(config, time, "scores") == pytest.approx(measured, rel=0.001)
 
 
-def saved(model: Decoder, batch: Rows, masked: bool) -> int:
+def saved(model: Decoder, batch: DeviceRows, masked: bool) -> int:
     """Bytes of the distinct storages that a forward keeps for its backward, those of parameters left out."""
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -131,7 +131,7 @@ def train(context):
     model = Network(Model(layers=4, width=96, heads=2), 8000, world)
     model.initialise(0)
     optimizer = Optimizer(model.parameters(), world.device)
-    model.follow(stage(context, 1, 1, activation_checkpointing="block", mlp_tile=256, loss_tile=256), context)
+    model.configure_stage(stage(context, 1, 1, activation_checkpointing="block", mlp_tile=256, loss_tile=256), context)
     batch = rows(1, context)
     model.backward([batch], lambda number, policy: OBJECTIVES["pretrain"].loss(policy, batch, SETTINGS, None)[0])
     optimizer.update(SETTINGS, 1e-3, 1e-8, optimizer.squared_norm().sqrt())

@@ -24,7 +24,7 @@ from shards.sampling.batches import open_held_out
 from shards.tokenization.tokenizer import Tokenizer
 from trainer.huggingface.export import export
 from trainer.model.decoder import Decoder
-from trainer.probe.judging import Judges
+from trainer.probe.judging import RewardScorer
 from trainer.probe.loading import load
 from trainer.probe.service import Service
 
@@ -183,7 +183,7 @@ def test_a_rollback_into_the_reward_models_stage_rebuilds_it_in_place(whole: tup
 def ours(found: dict[str, Any]) -> dict[str, Any]:
     """The state without what depends on how often it was saved."""
     settings = {key: value for key, value in found["settings"].items() if key != "checkpoint_every"}
-    kept = ("step", "position", "drawn", "judge", "reference", "tokens")
+    kept = ("step", "position", "drawn", "reward_model", "reference", "tokens")
     return {key: found[key] for key in kept} | {"settings": settings}
 
 
@@ -199,7 +199,7 @@ def test_a_checkpoint_holds_all_that_rl_needs(whole: tuple[Path, Told]) -> None:
     for beginning in ("model.", "optimizer.first.", "critic.model.score", "critic.optimizer.second.", "rollout.advantages"):
         assert any(name.startswith(beginning) for name in names), beginning
     found = state(whole[0] / "checkpoints" / "18-1")
-    assert (found["judge"], found["reference"]) == ("16-1-reward", "12-1-pretrain")
+    assert (found["reward_model"], found["reference"]) == ("16-1-reward", "12-1-pretrain")
     assert found["settings"]["kl"] == 0.1
     assert found["drawn"]["kl_scale"] != 1.0
 
@@ -267,7 +267,7 @@ def test_the_probe_scores_answers_by_the_reward_model_and_refuses_to_let_it_writ
     root, cpu = whole[0], torch.device("cpu")
     recipe = load_recipe(root / "recipe.toml")
     told: list[Any] = []
-    service = Service(lambda name: name, lambda id: load(recipe, root, id, cpu), 2, told.append, Judges(recipe, root, cpu))
+    service = Service(lambda name: name, lambda id: load(recipe, root, id, cpu), 2, told.append, RewardScorer(recipe, root, cpu))
     asked = {"prompt": "What?", "form": "chat", "limit": 6, "temperature": 0.0, "alternatives": 0}
     service.take(ProbeAsk(ask=1, checkpoints=("26-1-policy", "12-1-pretrain"), **asked))
     service.take(ProbeAsk(ask=2, checkpoints=("16-1-reward",), **asked))
@@ -303,7 +303,7 @@ def test_an_exported_reward_model_scores_in_transformers_as_it_does_here(whole: 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
     recipe = load_recipe(root / "recipe.toml")
     tokenizer = Tokenizer.load(Path(recipe.data.dir or "") / "tokenizer.model")
-    score = Judges(recipe, root, torch.device("cpu"))
+    score = RewardScorer(recipe, root, torch.device("cpu"))
     for answer in ("Yes.", "It reads the file, and returns its lines."):
         ids, _ = tokenizer.chat([("user", "What does it do?"), ("assistant", answer)])
         with torch.no_grad():
@@ -383,7 +383,7 @@ def test_four_models_hold_their_share_on_each_rank_and_frozen_ones_no_more(recip
     assert ranks.wait() == [0, 0], logs(root)
     found: Sequence[dict[str, Any]] = [json.loads((root / f"weight-{rank}.json").read_text()) for rank in range(2)]
     one = json.loads((root / "weight-0.json").read_text())
-    for role in ("policy", "critic", "reference", "judge"):
+    for role in ("policy", "critic", "reference", "reward_model"):
         assert sum(each[role]["weights"] for each in found) == pytest.approx(one[role]["whole"], rel=0.01)
         assert abs(found[0][role]["weights"] - found[1][role]["weights"]) <= 0.02 * one[role]["whole"]
     for each in found:
@@ -393,11 +393,11 @@ def test_four_models_hold_their_share_on_each_rank_and_frozen_ones_no_more(recip
         assert planned.weights_bytes + planned.optimizer_bytes == pytest.approx(
             each["policy"]["weights"] + each["policy"]["moments"], rel=0.02
         )
-        assert planned.reference_bytes == pytest.approx(each["reference"]["weights"] + each["judge"]["weights"], rel=0.02)
+        assert planned.reference_bytes == pytest.approx(each["reference"]["weights"] + each["reward_model"]["weights"], rel=0.02)
         # The plan has the value model's gradients besides.
         assert planned.critic_bytes == pytest.approx(2 * each["critic"]["weights"] + each["critic"]["moments"], rel=0.02)
         # All that is alive before anything is drawn: weights of four, moments of two, the rollout, and little else.
-        known = sum(each[role]["weights"] + each[role]["moments"] for role in ("policy", "critic", "reference", "judge"))
+        known = sum(each[role]["weights"] + each[role]["moments"] for role in ("policy", "critic", "reference", "reward_model"))
         assert known <= each["alive"] <= known + each["rollout"] + 0.05 * known
 
 
@@ -426,15 +426,15 @@ def weighing(root: Path, id: str) -> None:
     start = fresh(checkpoint=id)
     training = Training(recipe, root, Path(recipe.data.dir), world, NoLink(), start)
     training.open(start)
-    cast = training.cast
+    roles = training.roles
     found: dict[str, Any] = {}
-    for role, network in zip(("policy", "critic", "reference", "judge"), cast.networks, strict=True):
+    for role, network in zip(("policy", "critic", "reference", "reward_model"), roles.models, strict=True):
         parameters = network.parameters().values()
         moments = 0
-        for learner in cast.learners:
-            if learner.network is network:
+        for trainable in roles.trainables:
+            if trainable.model is network:
                 names = ("optimizer.first.", "optimizer.second.")
-                moments = sum(local(t).nbytes for n, t in learner.optimizer.tensors().items() if n.startswith(names))
+                moments = sum(local(t).nbytes for n, t in trainable.optimizer.tensors().items() if n.startswith(names))
         found[role] = {
             "weights": sum(local(parameter).nbytes for parameter in parameters),
             "whole": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
@@ -448,7 +448,7 @@ def weighing(root: Path, id: str) -> None:
         for each in gc.get_objects()
         if isinstance(each, Tensor) and each.device.type == "cpu" and type(each) in (Tensor, torch.nn.Parameter)
     }
-    parts = [local(parameter).untyped_storage() for each in cast.networks for parameter in each.parameters().values()]
+    parts = [local(parameter).untyped_storage() for each in roles.models for parameter in each.parameters().values()]
     storages |= {part.data_ptr(): part.nbytes() for part in parts}
     found["alive"] = sum(storages.values())
     (root / f"weight-{os.environ['RANK']}.json").write_text(json.dumps(found))

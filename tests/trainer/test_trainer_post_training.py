@@ -21,10 +21,10 @@ from trainer_harness import Step, Told, fresh, same_bits, state, steer, write_re
 from midwatch.protocol import Op
 from midwatch.recipe import Recipe
 from shards.sampling.batches import Batch
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.objectives import advantages, dpo, grpo, ppo, reward
 from trainer.objectives.advantages import adaptive, gae, kl, moments, token_rewards, whiten
-from trainer.objectives.ppo import Experience
+from trainer.objectives.ppo import RolloutData
 
 NEAR = 1e-6
 LENGTHS = (4, 2, 0, 3)
@@ -52,9 +52,9 @@ def near(found: Tensor, said: Tensor | float) -> None:
     torch.testing.assert_close(found.detach(), torch.as_tensor(said, dtype=found.dtype), rtol=NEAR, atol=NEAR)
 
 
-def rows_of(mask: Tensor) -> Rows:
+def rows_of(mask: Tensor) -> DeviceRows:
     nothing = torch.zeros_like(mask, dtype=torch.int64)
-    return Rows(nothing, nothing, mask, nothing, nothing)
+    return DeviceRows(nothing, nothing, mask, nothing, nothing)
 
 
 def mean(found: tuple[Tensor, Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -112,7 +112,7 @@ def test_the_kl_coefficient_follows_its_target(given: dict[str, Any], said: dict
 @against("verl.compute_policy_loss", "openrlhf.PolicyLoss")
 def test_the_clipped_policy_loss_by_tokens_and_by_responses(given: dict[str, Any], said: dict[str, Any]) -> None:
     policy = given["log_probs"].requires_grad_()
-    extra = Experience(given["old"], given["advantages"])
+    extra = RolloutData(given["old"], given["advantages"])
     by_token = given["mode"] == "token-mean"
     found, _ = mean(
         grpo.loss(policy, rows_of(given["mask"]), {"ratio_clip": given["clip"]}, extra, "token" if by_token else "sequence")
@@ -128,7 +128,7 @@ def test_the_clipped_policy_loss_by_tokens_and_by_responses(given: dict[str, Any
 @against("verl.compute_value_loss", "openrlhf.ValueLoss")
 def test_the_clipped_value_loss(given: dict[str, Any], said: dict[str, Any]) -> None:
     values = given["values"].requires_grad_()
-    extra = Experience(given["old"], given["old"], given["returns"], given["old"])
+    extra = RolloutData(given["old"], given["old"], given["returns"], given["old"])
     found, metrics = mean(ppo.critic_loss(values, rows_of(given["mask"]), {"value_clip": given["clip"]}, extra))
     near(found, said["loss"])
     near(metrics["value/loss"], said["loss"])
@@ -140,8 +140,8 @@ def test_the_clipped_value_loss(given: dict[str, Any], said: dict[str, Any]) -> 
 @against("trl.GRPOTrainer._compute_loss")
 def test_grpos_loss_with_its_kl(given: dict[str, Any], said: dict[str, Any]) -> None:
     policy = given["log_probs"].requires_grad_()
-    spread = given["advantages"][:, None] * given["mask"]
-    extra = Experience(given["old"], spread, reference=given["reference"])
+    sharding = given["advantages"][:, None] * given["mask"]
+    extra = RolloutData(given["old"], sharding, reference=given["reference"])
     settings = {"ratio_clip": given["clip"], "kl": given["beta"]}
     found, _ = mean(grpo.loss(policy, rows_of(given["mask"]), settings, extra, given["normalisation"]))
     near(found, said["loss"])
@@ -226,7 +226,7 @@ def everything(layout: str) -> dict[str, Tensor]:
     scores = torch.tensor([1.0, -0.5, 100.0, 2.0], dtype=torch.float64)
     settings = {"ratio_clip": 0.2, "value_clip": 0.3, "beta": 0.1, "kl": 0.1, "label_smoothing": 0.0}
     found, returns = gae(rewards, values, mask, 0.9, 0.8)
-    extra = Experience(old, found, returns, rewards, values)
+    extra = RolloutData(old, found, returns, rewards, values)
     plain = ppo.policy_loss(new, old, rewards, mask, 0.2)[0]
     result = {"gae": found, "returns": returns, "whitened": whiten(rewards, mask), "policy": plain}
     result["value"] = ppo.value_loss(values, old, returns, mask, 0.3)[0]
@@ -256,7 +256,7 @@ def test_nothing_depends_on_where_the_padding_stands_or_what_stands_in_it(layout
 def test_empty_responses_weigh_nothing() -> None:
     mask = torch.zeros(2, 5)
     policy = torch.randn(2, 5).requires_grad_()
-    extra = Experience(*(torch.randn(2, 5) for _ in range(5)))
+    extra = RolloutData(*(torch.randn(2, 5) for _ in range(5)))
     settings = {"ratio_clip": 0.2, "value_clip": 0.2, "beta": 0.1, "kl": 0.1, "label_smoothing": 0.0, "margin": 1.0, "centre": 1.0}
     losses = [
         ppo.loss(policy, rows_of(mask), settings, extra),
@@ -276,7 +276,7 @@ def test_empty_responses_weigh_nothing() -> None:
 
 def test_weights_are_as_they_are_summed() -> None:
     _, mask = laid(ragged(0), "both")
-    extra, policy, settings = Experience(mask, mask), mask.clone(), {"ratio_clip": 0.2}
+    extra, policy, settings = RolloutData(mask, mask), mask.clone(), {"ratio_clip": 0.2}
     assert ppo.loss(policy, rows_of(mask), settings, extra)[1] == ppo.weight(mask.numpy()) == 9
     for normalisation, weight in (("token", 9), ("sequence", 3)):
         found = grpo.loss(policy, rows_of(mask), settings, extra, normalisation)[1]  # type: ignore[arg-type]
@@ -287,7 +287,7 @@ LOSSES: dict[str, Callable[[Tensor, list[Tensor], Tensor], Tensor]] = {
     "policy": lambda x, by, mask: ppo.policy_loss(x, by[0], by[1], mask, 0.2)[0],
     "value": lambda x, by, mask: ppo.value_loss(x, by[0], by[1], mask, 0.2)[0],
     "grpo": lambda x, by, mask: grpo.loss(
-        x, rows_of(mask), {"ratio_clip": 0.2, "kl": 0.3}, Experience(by[0], by[1], reference=by[2])
+        x, rows_of(mask), {"ratio_clip": 0.2, "kl": 0.3}, RolloutData(by[0], by[1], reference=by[2])
     )[0],
     "kl": lambda x, by, mask: kl(x, by[0], "k3"),
     "reward": lambda x, by, mask: reward.preferences(x.flatten(), 0.3, 0.1)[0],
@@ -320,7 +320,7 @@ def test_the_approximate_kl_of_a_policy_is_from_the_one_that_drew_the_tokens() -
 def test_ratios_are_told_of() -> None:
     old, mask = torch.zeros(1, 5), torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0]])
     new = torch.tensor([[1.0, 0.4, 2.1, 1.5, 9.0]]).log()
-    _, metrics = mean(ppo.loss(new, rows_of(mask), {"ratio_clip": 0.2}, Experience(old, torch.ones(1, 5))))
+    _, metrics = mean(ppo.loss(new, rows_of(mask), {"ratio_clip": 0.2}, RolloutData(old, torch.ones(1, 5))))
     assert float(metrics["policy/ratio"]) == pytest.approx(5 / 4)
     assert float(metrics["policy/ratio_outside"]) == 0.5
     # An advantage above 0 is clipped where the ratio is above 1.2.
@@ -338,7 +338,7 @@ def test_a_runaway_ratio_stays_finite() -> None:
 def test_explained_variance_is_of_returns_by_values() -> None:
     (values, mask), (returns, _) = laid(ragged(1), "both"), laid(ragged(2), "both")
     for critic, exact in ((returns, 1.0), (returns * 0 + 3, 0.0), (values, None)):
-        _, metrics = mean(ppo.critic_loss(critic, rows_of(mask), {"value_clip": 9.0}, Experience(critic, critic, returns, critic)))
+        _, metrics = mean(ppo.critic_loss(critic, rows_of(mask), {"value_clip": 9.0}, RolloutData(critic, critic, returns, critic)))
         found = ppo.explained_variance({name: float(value) for name, value in metrics.items()})
         error = (returns - critic)[mask > 0]
         expected = 1 - error.var() / returns[mask > 0].var()
@@ -434,12 +434,12 @@ def test_a_reward_is_read_where_the_end_of_the_response_has_been_seen() -> None:
         # The input EOS needs a target; it does not count.
         batch.put(row, 0, torch.tensor([*ids, pad]).numpy(), torch.tensor([0, *[1] * (len(ids) - 2), 0]).numpy(), 0)
     batch.put(2, 2, torch.tensor([1, 5, eos, pad]).numpy(), torch.tensor([0, 1, 0]).numpy(), 0)
-    rows = Rows(*(torch.from_numpy(x) for x in (batch.tokens, batch.targets, batch.mask, batch.segments, batch.positions)))
+    rows = DeviceRows(*(torch.from_numpy(x) for x in (batch.tokens, batch.targets, batch.mask, batch.segments, batch.positions)))
     places = reward.score_places(rows)
     assert places.tolist() == [4, 2, 4, 0]
     assert rows.mask.sum(-1).tolist() == [3, 1, 1, 0], "the response and its EOS are targets once each"
     values = torch.arange(32.0).reshape(4, 8).requires_grad_()
-    pair = Rows(*(part[:2] for part in rows[:5]))
+    pair = DeviceRows(*(part[:2] for part in rows[:5]))
     found, _, metrics = reward.loss(values[:2], pair, {"margin": 0.0, "centre": 0.0})
     assert float(metrics["preference/chosen_reward"]) == 4 and float(metrics["preference/rejected_reward"]) == 10
     assert gradient(found, values).nonzero().tolist() == [[0, 4], [1, 2]]

@@ -25,16 +25,16 @@ from midwatch.recipe.live_settings import stage_settings
 from shards.sampling.batches import Batch
 from shards.tokenization.templates import named
 from shards.tokenization.tokenizer import Tokenizer, train
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.loop import packing_metrics
 from trainer.loop.train_batch import _counted
 from trainer.model.decoder import Decoder
 from trainer.objectives import CRITIC, OBJECTIVES, dpo, grpo, objective_of, reward
 from trainer.objectives.advantages import kl
 from trainer.objectives.loss import Loss
-from trainer.objectives.ppo import Experience, value_loss
+from trainer.objectives.ppo import RolloutData, value_loss
 from trainer.rollout.rollout import _as_ended, distances
-from trainer.rollout.sampling import Drawn
+from trainer.rollout.sampling import SampledResponses
 
 __all__ = ["build"]
 
@@ -48,11 +48,11 @@ SETTINGS = {
     "centre": 0.05,
 }
 ROWS, TIME = 6, 7
-Objective = Callable[[Tensor, Rows, Any], Loss]
+Objective = Callable[[Tensor, DeviceRows, Any], Loss]
 
 
 def of_policy(name: str) -> Objective:
-    return lambda x, rows, others: OBJECTIVES[name].loss(x, rows, SETTINGS, Experience(*others))
+    return lambda x, rows, others: OBJECTIVES[name].loss(x, rows, SETTINGS, RolloutData(*others))
 
 
 OBJECTIVE: dict[str, Objective] = {
@@ -62,16 +62,16 @@ OBJECTIVE: dict[str, Objective] = {
     "ipo": lambda x, rows, others: dpo.loss(x, rows, SETTINGS, others[0], "ipo", length_normalised=True),
     "reward": lambda x, rows, others: reward.loss(x, rows, SETTINGS),
     "ppo": of_policy("ppo"),
-    "critic": lambda x, rows, others: CRITIC.loss(x, rows, SETTINGS, Experience(*others)),
+    "critic": lambda x, rows, others: CRITIC.loss(x, rows, SETTINGS, RolloutData(*others)),
     "grpo": of_policy("grpo"),
-    "grpo by sequence": lambda x, rows, others: grpo.loss(x, rows, SETTINGS, Experience(*others), "sequence"),
+    "grpo by sequence": lambda x, rows, others: grpo.loss(x, rows, SETTINGS, RolloutData(*others), "sequence"),
 }
 GARBAGE = st.sampled_from([math.nan, math.inf, -math.inf, 3e38, -3e38])
 
 
-def rows_of(mask: Tensor) -> Rows:
+def rows_of(mask: Tensor) -> DeviceRows:
     nothing = torch.zeros_like(mask, dtype=torch.int64)
-    return Rows(nothing, nothing, mask, nothing, nothing)
+    return DeviceRows(nothing, nothing, mask, nothing, nothing)
 
 
 @pytest.mark.parametrize("name", OBJECTIVE)
@@ -173,7 +173,7 @@ def test_samples_without_anything_to_learn_are_counted() -> None:
         made.mask[:] = mask
         stage = Stage(name="s", objective=objective, steps=1, context=2, global_batch=2, mixture={"a": 1.0})  # type: ignore[arg-type]
         run = SimpleNamespace(stage=stage, objective=objective_of(stage), feed=SimpleNamespace(named={}))
-        training: Any = SimpleNamespace(stage=run, network=SimpleNamespace(speaks=True))
+        training: Any = SimpleNamespace(stage=run, network=SimpleNamespace(is_replica_leader=True))
         assert _counted(training, made) == (0, weight, int(made.mask.sum()), empty, 2)
 
 
@@ -184,7 +184,7 @@ def test_a_response_that_was_cut_off_is_scored_as_if_it_ended_there() -> None:
     segments = torch.tensor([[0, 0, 0, -1, -1], [0] * 5, [0, 0, 0, -1, -1], [-1] * 5])
     rows = rows_of((segments == 0).float())._replace(tokens=tokens, segments=segments)
     prompts, responses = [[5], [5], [5], []], [[6, 7], [6, 7, 8, 9], [6, end], []]
-    drawn = Drawn(prompts, responses, [False, False, True, False], rows, torch.zeros(4, 5), 0)
+    drawn = SampledResponses(prompts, responses, [False, False, True, False], rows, torch.zeros(4, 5), 0)
     found = _as_ended(drawn, end)
     assert found.tokens.tolist() == [[5, 6, 7, end, pad], [5, 6, 7, 8, end], [5, 6, end, pad, pad], [pad] * 5]
     assert found.tokens.gather(1, reward.score_places(found)[:, None])[:3, 0].tolist() == [end] * 3
@@ -254,7 +254,7 @@ def evaluated(root: Path, id: str) -> None:
         return drawn
 
     known: dict[str, Any] = {}
-    drawing, text_samples.draw = text_samples.draw, draw
+    drawing, text_samples.sample_responses = text_samples.sample_responses, draw
     recipe = load_recipe(root / "recipe.toml")
     settle(recipe.cluster)
     world = join(open_store(), "test", recipe.cluster, recipe.parallel)

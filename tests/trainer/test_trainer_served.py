@@ -24,7 +24,7 @@ from midwatch.recipe import Recipe, RecipeError, Rope, load_recipe, parse_recipe
 from midwatch.recipe.generate import Generate
 from midwatch.recipe.huggingface.config import config_of
 from trainer.generate import Request, Response
-from trainer.generate.vllm_client import THREADS, Lines, Server, ServerError, Under
+from trainer.generate.vllm_client import THREADS, ConnectionPool, Server, ServerError, Under
 from trainer.huggingface import export
 
 MODEL = msgspec.structs.replace(CONFIG, tied=True)
@@ -54,8 +54,8 @@ def server(url: str, timeout: float = 20.0, model: str | None = None) -> Server:
 
 def ready(stand_in: StandIn, weights: Path, **options: Any) -> Server:
     made = server(stand_in.url, **options)
-    made.meet(Lines())
-    made.reload(Lines(), str(weights))
+    made.meet(ConnectionPool())
+    made.reload(ConnectionPool(), str(weights))
     return made
 
 
@@ -174,7 +174,7 @@ def test_a_server_that_is_not_there_is_named_with_what_to_start_it_with() -> Non
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         with pytest.raises(ServerError, match=rf"{url}/v1/models.*cannot be asked.*start it with WEIGHTS/latest"):
-            server(url).meet(Lines())
+            server(url).meet(ConnectionPool())
 
 
 def test_a_server_that_takes_too_long_is_given_up(stand_in: StandIn, weights: Path) -> None:

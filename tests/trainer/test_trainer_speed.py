@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from midwatch.recipe import Model
 from trainer.model.activation_checkpointing import Mode
-from trainer.model.decoder import Block, Decoder, Joining, Linear, Thrift
+from trainer.model.decoder import Block, ColumnParallelLinear, Decoder, MemoryOptions, RowParallelLinear
 from trainer.model.float8 import float8_product
 
 SHAPE = Model(layers=2, width=64, heads=4, kv_heads=2)
@@ -21,7 +21,7 @@ VOCABULARY = 100
 def decoder(config: Model = SHAPE, mode: Mode = "none") -> Decoder:
     model = Decoder(config, VOCABULARY)
     model.initialise(0)
-    model.documents_masked, model.thrift = True, Thrift(recompute=mode)
+    model.documents_masked, model.memory = True, MemoryOptions(recompute=mode)
     return model
 
 
@@ -50,7 +50,7 @@ def test_a_compiled_block_is_one_graph_and_computes_the_same(mode: Mode, backend
 def test_products_in_float8_are_near_those_in_bfloat16(scaling: str) -> None:
     plain, rounded = (decoder().to(torch.bfloat16) for _ in range(2))
     product = float8_product(scaling, torch.device("cpu"))
-    changed = [module for module in rounded.blocks.modules() if isinstance(module, Linear | Joining)]
+    changed = [module for module in rounded.blocks.modules() if isinstance(module, ColumnParallelLinear | RowParallelLinear)]
     for module in changed:
         module.product = product
     assert len(changed) == 2 * 5

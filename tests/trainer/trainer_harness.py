@@ -217,7 +217,7 @@ def plain(root: Path) -> None:
 def steered(root: Path, script: list[Step], start: Start, refuse: str = "", lag: int = 0) -> None:
     """With a controller that follows a script."""
     from trainer.control.rank_log import Logged, begin
-    from trainer.control.reporting import Link, NoLink
+    from trainer.control.reporting import ControllerLink, NoLink
     from trainer.distributed.mesh import join, open_store, settle
     from trainer.process.rank import run_rank
 
@@ -225,7 +225,7 @@ def steered(root: Path, script: list[Step], start: Start, refuse: str = "", lag:
     recipe = load_recipe(root / "recipe.toml")
     settle(recipe.cluster)
     world = join(open_store(), "test", recipe.cluster, recipe.parallel)
-    link: Link = Logged(ScriptedLink(root, script, refuse, lag)) if world.leads else NoLink()
+    link: ControllerLink = Logged(ScriptedLink(root, script, refuse, lag)) if world.is_rank_zero else NoLink()
     assert recipe.data.dir is not None
     run_rank(recipe, root, Path(recipe.data.dir), world, link, start)
 

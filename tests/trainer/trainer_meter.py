@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from midwatch.recipe import Model, Parallel, Stage
-from trainer.batches import Rows, filled
+from trainer.batches import DeviceRows, filled
 from trainer.distributed import mesh
 from trainer.distributed.mesh import World
 from trainer.model import pipeline_stage
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
 from trainer.stage.stage import rows_of_a_sample
@@ -53,7 +53,7 @@ def fake_worlds() -> Iterator[MakeWorld]:
     torch.set_num_threads(1)
     with (
         mock.patch.object(mesh, "_gloo", _all_ranks),
-        mock.patch.object(pipeline_stage.Stage, "_warmup_backward_result", agreed, create=True),
+        mock.patch.object(pipeline_stage.UnbufferedPipelineStage, "_warmup_backward_result", agreed, create=True),
     ):
         yield make
     torch.set_num_threads(threads)
@@ -65,14 +65,14 @@ def stage(context: int, samples: int, micro_batch: int, objective: str = "pretra
     return msgspec.convert(raw | {"context": context, "global_batch": samples, "micro_batch": micro_batch} | more, Stage)
 
 
-def rows(count: int, time: int, vocabulary: int = VOCABULARY) -> Rows:
+def rows(count: int, time: int, vocabulary: int = VOCABULARY) -> DeviceRows:
     tokens = torch.randint(0, vocabulary, (count, time), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(time).expand(count, time).contiguous()
-    return Rows(tokens, tokens, torch.ones(count, time), torch.zeros_like(tokens), positions)
+    return DeviceRows(tokens, tokens, torch.ones(count, time), torch.zeros_like(tokens), positions)
 
 
-def built(config: Model, vocabulary: int, world: World) -> Network:
-    network = Network(config, vocabulary, world)
+def built(config: Model, vocabulary: int, world: World) -> ShardedModel:
+    network = ShardedModel(config, vocabulary, world)
     network.initialise(0)
     return network
 
@@ -105,7 +105,7 @@ def peak_of_a_step(config: Model, vocabulary: int, world: World, where: Stage) -
         optimizer = Optimizer(model.parameters(), world.device, model.owned())
         for each in (model, reference):
             if each is not None:
-                each.follow(where, where.context)
+                each.configure_stage(where, where.context)
     samples, size = filled(-(-where.global_batch // model.replicas), where.micro_batch, world.pipeline.size)
     batch = rows(size * rows_of_a_sample(where), where.context)
     for _ in range(2):

@@ -109,7 +109,7 @@ class StandIn:
         model = msgspec.convert(found.keys, Model)
         assert model.vocabulary is not None
         engine = Engine(model, model.vocabulary, torch.device("cpu"), self.max_model_len)
-        engine.follow(model.rope, model.rope.original_context or self.max_model_len)
+        engine.set_rope(model.rope, model.rope.original_context or self.max_model_len)
         weights = {}
         with safe_open(directory / "model.safetensors", "pt") as file:
             for name, part in layout(model, found.family, model.vocabulary).items():

@@ -15,7 +15,7 @@ from textual.pilot import Pilot
 
 from tests.tui.stage import NOW, Stage
 from tui.app import MidwatchApp
-from tui.core.command_bar import Prompt
+from tui.core.command_bar import CommandPrompt
 from tui.core.text_panel import Panel, text
 
 
@@ -55,7 +55,7 @@ class Screen:
     async def type(self, line: str) -> None:
         """A command line: its colon and its end by keys, the rest as a paste."""
         await self.pilot.press("colon")
-        self.app.query_one(Prompt).insert_text_at_cursor(line)
+        self.app.query_one(CommandPrompt).insert_text_at_cursor(line)
         await self.press("enter")
 
     def panel(self, name: str) -> str:

@@ -26,7 +26,7 @@ from websockets.exceptions import ConnectionClosed
 from launcher.controller.annotation.desk import Preferring, Question
 from launcher.controller.rollout_samples import Samples
 from midwatch import protocol as p
-from midwatch.metrics.m4_columns import Segment, columns_of
+from midwatch.metrics.m4_columns import LineageSegment, columns_of
 from midwatch.metrics.m4_nodes import ROW
 from midwatch.recipe import parse_recipe
 from midwatch.run_directory import Address, RunPaths, write_address
@@ -500,7 +500,7 @@ class Stage:
                     return p.Refused(id=question.id, reason=self.undo.problem)
                 return replace(self.undo, id=question.id, checkpoint=question.checkpoint)
             case p.SampleQuery():
-                return self.samples.find(question, [Segment(1, -1, 400), Segment(2, 400, None)], SAMPLES)
+                return self.samples.find(question, [LineageSegment(1, -1, 400), LineageSegment(2, 400, None)], SAMPLES)
             case p.TextQuery():
                 return p.TextReply(id=question.id, samples=SAMPLES)
         return p.Refused(id=getattr(question, "id", 0), reason="not understood")

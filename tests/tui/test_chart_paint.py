@@ -7,7 +7,7 @@ import pytest
 
 from midwatch.metrics.m4_columns import Columns, columns_of
 from midwatch.metrics.m4_nodes import ROW
-from tui.chart.render import Border, Canvas, Mark, Picture, Series, dot_columns, paint, reading
+from tui.chart.render import Border, Canvas, ChartMark, Picture, Series, dot_columns, paint, reading
 from tui.chart.scale import compact, duration, scale
 from tui.chart.sparkline import StagePart, bar, spark, stage_strip, text_of
 from tui.chart.styles import Ink
@@ -29,7 +29,7 @@ def full_picture(width: int = 80) -> Picture:
         (Series(a, "train", window=100), Series(b, "web")),
         ghosts=(Series(columns(offset=1.0, steps=600, width=width)),),
         borders=(Border(500, "sft"),),
-        marks=(Mark(100, "checkpoint"), Mark(200, "golden"), Mark(300, "rollback"), Mark(700, "spike")),
+        marks=(ChartMark(100, "checkpoint"), ChartMark(200, "golden"), ChartMark(300, "rollback"), ChartMark(700, "spike")),
         crosshair=250,
     )
 
@@ -85,7 +85,7 @@ def test_a_nan_is_marked_on_the_axis_and_read_as_such() -> None:
 
 
 def test_alarm_ink_is_for_alarms_only() -> None:
-    picture = Picture("loss", columns().grid, (Series(columns()),), marks=(Mark(5, "golden"), Mark(50, "rollback")))
+    picture = Picture("loss", columns().grid, (Series(columns()),), marks=(ChartMark(5, "golden"), ChartMark(50, "rollback")))
     assert Ink.ALARM not in paint(picture, 80, 24).inks
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.metrics.chunks import Frame, Row
-from launcher.metrics.store import Metrics
-from midwatch.metrics.m4_columns import Columns, Grid, Segment, columns_of
+from launcher.metrics.chunks import MetricFrame, MetricRow
+from launcher.metrics.store import MetricStore
+from midwatch.metrics.m4_columns import Columns, Grid, LineageSegment, columns_of
 from midwatch.metrics.m4_nodes import ROW, Table
 from tui.chart.braille import cells, characters, dot_rows
 from tui.chart.render import line_dots
@@ -89,13 +89,13 @@ def test_m4_draws_the_very_dots_of_the_full_series(seed: int, log: bool) -> None
 
 
 def test_the_index_draws_the_very_dots_of_the_surviving_line(tmp_path: Path) -> None:
-    store = Metrics.open(tmp_path / "metrics", tmp_path / "index.sqlite", term=1)
+    store = MetricStore.open(tmp_path / "metrics", tmp_path / "index.sqlite", term=1)
     first, second = series(0, 3_000), series(1, 4_000)
     for number, (lineage, rows) in enumerate([(0, first), (1, second[second["step"] > 2_001])]):
-        sent = [Row(lineage, step, 0, 0.0, {"loss": value}) for step, value, *_ in rows.tolist()]
-        store.add(Frame("rank0", number, sent))
+        sent = [MetricRow(lineage, step, 0, 0.0, {"loss": value}) for step, value, *_ in rows.tolist()]
+        store.add(MetricFrame("rank0", number, sent))
     store.flush()
-    path = [Segment(0, -1, 2_001), Segment(1, 2_001, None)]
+    path = [LineageSegment(0, -1, 2_001), LineageSegment(1, 2_001, None)]
     line = np.concatenate([first[first["step"] <= 2_001], second[second["step"] > 2_001]])
     finite = line["value"][np.isfinite(line["value"])]
     y_scale = scale(float(finite.min()), float(finite.max()), 5)

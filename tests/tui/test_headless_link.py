@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from midwatch.transport.ssh_url import RemoteRun
-from tui.headless import Reporter
+from tui.headless import HeadlessReporter
 
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_link_that_is_down_is_told_with_its_reason_and_when_it_is_back(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = Reporter(RemoteRun("far", None, "run"), as_json, (), None)
+    reporter = HeadlessReporter(RemoteRun("far", None, "run"), as_json, (), None)
     client: Any = SimpleNamespace(trouble="")
 
     def told() -> str:

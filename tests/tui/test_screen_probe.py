@@ -11,7 +11,7 @@ from tests.tui.stage import NOW, Stage
 from tui.app import MidwatchApp
 from tui.chart.text import SECOND, plain, spaced
 from tui.core import conversation
-from tui.core.command_bar import Prompt
+from tui.core.command_bar import CommandPrompt
 from tui.core.conversation import Answer, Exchange
 from tui.core.text_panel import text
 from tui.views.probe import ProbeView
@@ -21,7 +21,7 @@ PROMPT = "What does os.path.join do?"
 
 async def ask(screen: Screen, prompt: str = PROMPT) -> None:
     await screen.press("enter")
-    screen.app.query_one(Prompt).insert_text_at_cursor(prompt)
+    screen.app.query_one(CommandPrompt).insert_text_at_cursor(prompt)
     await screen.press("enter")
 
 
@@ -45,9 +45,9 @@ async def test_a_prompt_is_answered_as_it_comes_and_remembered_in_the_next(stage
         await screen.press("e")
         await screen.sees("type a prompt")
         await screen.press("enter", "up", "up")
-        assert screen.app.query_one(Prompt).value == f">{PROMPT}", "arrows bring back what was asked"
+        assert screen.app.query_one(CommandPrompt).value == f">{PROMPT}", "arrows bring back what was asked"
         await screen.press("escape")
-        assert not screen.app.query_one(Prompt).is_open and len(stage.asks) == 2
+        assert not screen.app.query_one(CommandPrompt).is_open and len(stage.asks) == 2
 
 
 async def test_letters_typed_at_the_prompt_are_no_keys(stage: Stage) -> None:

@@ -12,7 +12,7 @@ from tui.chart.widget import Chart
 from tui.core import keys
 from tui.core.text_panel import text
 from tui.views.checkpoints import tree
-from tui.views.metrics import MetricsView, Span, _order
+from tui.views.metrics import MetricsView, StepWindow, _order
 from tui.views.watch import slots
 
 
@@ -149,7 +149,7 @@ async def test_rolled_back_lineages_stay_as_ghosts(stage: Stage) -> None:
 
 
 def test_zoom_and_pan_stay_within_the_run() -> None:
-    span = Span()
+    span = StepWindow()
     for _ in range(30):
         span = span.zoomed(0.5, 1000, None)
     start, stop = span.steps(1000)
@@ -162,7 +162,7 @@ def test_zoom_and_pan_stay_within_the_run() -> None:
     assert span.stop is None  # follows the run again
     for _ in range(30):
         span = span.zoomed(2.0, 1000, 3)
-    assert span == Span()
+    assert span == StepWindow()
 
 
 def test_the_tree_puts_a_lineage_beneath_its_fork() -> None:

@@ -24,9 +24,9 @@ from midwatch.checkpoint_format.manifest import FORMAT, CheckpointError, Manifes
 from midwatch.protocol import CheckpointFailed, CheckpointReady, CommitRefused, Committed, Note
 from trainer.checkpoint import storage
 from trainer.checkpoint.direct_io import block_tensor
-from trainer.control.reporting import Link
+from trainer.control.reporting import ControllerLink
 from trainer.distributed.mesh import World, local, reduce
-from trainer.progress import Progress, checkpoint_id, plain
+from trainer.progress import TrainProgress, checkpoint_id, plain
 
 log = logging.getLogger("trainer")
 
@@ -49,7 +49,7 @@ class Save:
 
     id: str
     directory: Path
-    progress: Progress
+    progress: TrainProgress
     started: float
     numbers: list[int] = field(default_factory=list)
     """Commands that it answers."""
@@ -68,7 +68,7 @@ class Save:
 class Checkpointer:
     """Owns the thread that writes. All methods are called on all ranks, at the same boundary."""
 
-    def __init__(self, root: Path, world: World, link: Link, generation: int, asynchronous: bool) -> None:
+    def __init__(self, root: Path, world: World, link: ControllerLink, generation: int, asynchronous: bool) -> None:
         self._root, self._world, self._link = root, world, link
         self._generation, self._asynchronous = generation, asynchronous
         self._copies: dict[str, Tensor] = {}
@@ -91,7 +91,7 @@ class Checkpointer:
         """Called about once a second while waiting for the disk or for a commit."""
 
     def begin(
-        self, progress: Progress, tensors: dict[str, Tensor], numbers: tuple[int, ...] = (), revision: int = 0
+        self, progress: TrainProgress, tensors: dict[str, Tensor], numbers: tuple[int, ...] = (), revision: int = 0
     ) -> tuple[str, bool]:
         """Starts to save; the id, and whether such a checkpoint is committed already. Waits for an earlier save first.
 
@@ -118,12 +118,12 @@ class Checkpointer:
         else:
             self._write(save, tensors, parts)
             save.stall = save.seconds
-        if self._world.leads:
+        if self._world.is_rank_zero:
             log.info("checkpoint %s: begun", id)
         return id, False
 
     def _is_there(self, id: str) -> bool:
-        return self._world.leads and (self._root / id).is_dir() and id not in self._asked
+        return self._world.is_rank_zero and (self._root / id).is_dir() and id not in self._asked
 
     def _is_coming(self, id: str, numbers: tuple[int, ...]) -> bool:
         """Whether it is written and not yet committed; it then answers these commands too."""
@@ -140,7 +140,7 @@ class Checkpointer:
         """Reports what has been written and judged, and takes the answers; costs nothing where there is nothing."""
         if self._flight is not None and self._flight.thread is not None and not self._flight.thread.is_alive():
             self.join()
-        if not self._world.leads:
+        if not self._world.is_rank_zero:
             return
         self._report()
         while (answer := self._link.next_answer()) is not None:
@@ -170,7 +170,7 @@ class Checkpointer:
             if number in save.numbers:
                 self._send_ready(save)
 
-    def judge(self, step: int, finite: bool, loss: float | None) -> None:
+    def observe(self, step: int, finite: bool, loss: float | None) -> None:
         """What is known of a step's metrics; a checkpoint of that step may then be reported."""
         self._judged = {known: verdict for known, verdict in self._judged.items() if known >= step - 16}
         self._judged[step] = (finite, loss)
@@ -189,7 +189,7 @@ class Checkpointer:
             self.beat()
         if save.crash is not None:
             raise save.crash
-        if not self._world.leads:
+        if not self._world.is_rank_zero:
             return save.error
         if save.error is None:
             self._unjudged.append(save)
@@ -217,12 +217,12 @@ class Checkpointer:
             self.beat()
             self.poll()
             settled = id not in self._asked and all(save.id != id for save in self._unjudged)
-            over = self._world.leads and (settled or time.monotonic() > end)
-            refused = self._world.leads and id in self._refused
+            over = self._world.is_rank_zero and (settled or time.monotonic() > end)
+            refused = self._world.is_rank_zero and id in self._refused
             word = reduce([int(over), int(refused)], self._world.control)
             if word[0]:
                 return f"checkpoint {id} was refused: {self._refused.get(id, '')}" if word[1] else None
-            if self._world.leads:
+            if self._world.is_rank_zero:
                 time.sleep(0.01)
 
     def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,16 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from midwatch.checkpoint_format.manifest import FILE_NAME, PIECE, CheckpointError, Chunk, Entry, File, Manifest, read_chunk
+from midwatch.checkpoint_format.manifest import (
+    FILE_NAME,
+    PIECE,
+    CheckpointError,
+    File,
+    Manifest,
+    TensorChunk,
+    TensorEntry,
+    read_chunk,
+)
 from trainer.checkpoint.direct_io import BLOCK, Sink, blocks
 
 
@@ -42,7 +51,7 @@ class Abandoned(CheckpointError):
 class _Written(msgspec.Struct, frozen=True):
     """What a rank tells of one chunk it has written, and of the file it is in."""
 
-    chunk: Chunk
+    chunk: TensorChunk
     file: File
 
 
@@ -84,7 +93,7 @@ class Writer(StorageWriter):
         return done
 
     def _write(self, file: Path, items: list[tuple[WriteItem, Any]]) -> list[WriteResult]:
-        chunks: list[tuple[MetadataIndex, Chunk]] = []
+        chunks: list[tuple[MetadataIndex, TensorChunk]] = []
         whole = xxhash.xxh3_128()
         size = 0
         with Sink(file) as sink:
@@ -106,7 +115,7 @@ class Writer(StorageWriter):
                     whole.update(piece)
                     sink.write(data[at : at + PIECE])
                 index = item.index
-                chunk = Chunk(tuple(index.offset or ()), tuple(tensor.shape), file.name, size, count, digest.hexdigest())
+                chunk = TensorChunk(tuple(index.offset or ()), tuple(tensor.shape), file.name, size, count, digest.hexdigest())
                 chunks.append((index, chunk))
                 size += count
             sink.finish(size)
@@ -115,7 +124,7 @@ class Writer(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files: dict[str, File] = {}
-        chunks: dict[str, list[Chunk]] = {name: [] for name in metadata.state_dict_metadata}
+        chunks: dict[str, list[TensorChunk]] = {name: [] for name in metadata.state_dict_metadata}
         for result in (result for of_rank in results for result in of_rank):
             written: _Written = result.storage_data
             files[written.chunk.file] = written.file
@@ -123,7 +132,7 @@ class Writer(StorageWriter):
         tensors = {}
         for name, known in metadata.state_dict_metadata.items():
             assert isinstance(known, TensorStorageMetadata)
-            tensors[name] = Entry(tuple(known.size), dtype_name(known.properties.dtype), tuple(chunks[name]))
+            tensors[name] = TensorEntry(tuple(known.size), dtype_name(known.properties.dtype), tuple(chunks[name]))
         raw = msgspec.msgpack.encode(msgspec.structs.replace(self._head, files=files, tensors=tensors))
         file = self._directory / FILE_NAME
         try:
@@ -140,7 +149,7 @@ class Writer(StorageWriter):
         self.bytes = len(raw) + sum(known.bytes for known in files.values())
 
 
-class Reader(StorageReader):
+class DcpFileReader(StorageReader):
     def __init__(self, directory: Path, manifest: Manifest, agree: Callable[[str | None], str | None]) -> None:
         self._directory, self._manifest, self._agree = directory, manifest, agree
         self.overwriting = False
@@ -205,7 +214,7 @@ class Reader(StorageReader):
                     part = part.narrow(dim, start, length)
                 yield item, part if part.numel() == tensor.numel() else part.clone()
 
-    def _read_chunk(self, chunk: Chunk) -> Tensor:
+    def _read_chunk(self, chunk: TensorChunk) -> Tensor:
         buffer = torch.empty(chunk.bytes, dtype=torch.uint8)
         read_chunk(self._directory, chunk, buffer.numpy().data)
         return buffer

@@ -14,10 +14,10 @@ from midwatch.checkpoint_format.manifest import CheckpointError
 from midwatch.recipe import Recipe, stage_inputs
 from shards.errors import ShardError
 from shards.format import manifest as shards_manifest
-from trainer.progress import Progress
+from trainer.progress import TrainProgress
 
 
-def made_from(recipe: Recipe, data: Path, checkpoint: Path, progress: Progress) -> dict[str, Any]:
+def made_from(recipe: Recipe, data: Path, checkpoint: Path, progress: TrainProgress) -> dict[str, Any]:
     """In plain values, for JSON. data: where the shards lie. checkpoint: whose progress it is, among the run's others."""
     origin, model = progress.origin, recipe.model
     began = {"from": model.source, "digest": origin.model or model.source_digest} if model.source is not None else None
@@ -29,22 +29,25 @@ def made_from(recipe: Recipe, data: Path, checkpoint: Path, progress: Progress) 
     }
 
 
-def _trained(recipe: Recipe, progress: Progress) -> list[str]:
+def _trained(recipe: Recipe, progress: TrainProgress) -> list[str]:
     """The stages that made the checkpoint, in their order."""
     return [stage.name for stage in recipe.stage if stage.name in progress.origin.shards]
 
 
-def _stage(recipe: Recipe, data: Path, checkpoint: Path, progress: Progress, name: str) -> dict[str, Any]:
+def _stage(recipe: Recipe, data: Path, checkpoint: Path, progress: TrainProgress, name: str) -> dict[str, Any]:
     index = recipe.stage_index(name)
     stage, taken = recipe.stage[index], _trained(recipe, progress)
-    base, judge = stage_inputs.base(recipe.stage, index, taken), stage_inputs.judge(recipe.stage, index, taken)
+    base, reward_model_stage = (
+        stage_inputs.base(recipe.stage, index, taken),
+        stage_inputs.reward_model_stage(recipe.stage, index, taken),
+    )
     product = checkpoint.name if name == progress.stage_name else progress.origin.products.get(name)
     return {
         "name": name,
         "objective": stage.objective,
         "context": stage.context,
         "from": None if base is None else recipe.stage[base].name,
-        "scored_by": progress.origin.functions.get(name) if judge is None else recipe.stage[judge].name,
+        "scored_by": progress.origin.functions.get(name) if reward_model_stage is None else recipe.stage[reward_model_stage].name,
         "corpora": {source: _corpus(data, source, digest) for source, digest in progress.origin.shards[name].items()},
         "product": product,
         "digest": None if product is None else _digest(checkpoint.with_name(product)),

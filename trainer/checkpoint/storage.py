@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from midwatch.checkpoint_format.manifest import FILE_NAME, CheckpointError, Manifest, MismatchError
-from trainer.checkpoint.dcp_files import Abandoned, Reader, Writer, dtype_name
+from trainer.checkpoint.dcp_files import Abandoned, DcpFileReader, Writer, dtype_name
 
 __all__ = ["Abandoned", "load", "save"]
 
@@ -82,7 +82,7 @@ def load(
     problem = agree(_mismatch(directory, manifest, targets))
     if problem:
         raise MismatchError(problem)
-    reader = Reader(directory, manifest, agree)
+    reader = DcpFileReader(directory, manifest, agree)
     try:
         load_state(dict(targets), storage_reader=reader, planner=_PlainLoadPlanner(flatten_state_dict=False), process_group=group)
     except CheckpointException as error:

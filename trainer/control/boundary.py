@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from midwatch.protocol import Op, Order, Outcome
 from trainer.control.rank_log import describe_order
-from trainer.control.reporting import Link
+from trainer.control.reporting import ControllerLink
 from trainer.distributed.mesh import World, reduce
 
 log = logging.getLogger("trainer")
@@ -50,7 +50,7 @@ class Boundary:
     def __init__(
         self,
         world: World,
-        link: Link,
+        link: ControllerLink,
         applied: int,
         step: Callable[[], int],
         changed: Callable[[str], None],
@@ -182,7 +182,7 @@ class Boundary:
             raise StopNow
 
     def _rest(self) -> None:
-        if self._world.leads:
+        if self._world.is_rank_zero:
             time.sleep(HOLD_SECONDS)
 
     def _exchange(self, ops: tuple[Op, ...], leaving: bool = False, trying: bool = False) -> Order | None:
@@ -191,7 +191,7 @@ class Boundary:
         trying: when it is time for it, the run is told to try again what it holds for.
         """
         order, body = None, b""
-        if self._world.leads:
+        if self._world.is_rank_zero:
             order = self._take(ops)
             if order is None and leaving and self._waiting:
                 order = Order(number=0, op=_LEAVE)
@@ -212,7 +212,7 @@ class Boundary:
             arguments = msgspec.msgpack.decode(buffer.numpy().tobytes())
         if op not in (_LEAVE, _RETRY):
             order = Order(number=number, op=op, arguments=arguments)
-            if self._world.leads and number:
+            if self._world.is_rank_zero and number:
                 self._remember(number, None)
                 log.info("%s", describe_order(order))
             return order

@@ -28,7 +28,7 @@ from midwatch.protocol import (
     StageBorder,
 )
 from shards.terminal import log_to_stderr
-from trainer.control.reporting import Link
+from trainer.control.reporting import ControllerLink
 
 log = logging.getLogger("trainer")
 
@@ -86,11 +86,11 @@ def _pairs(values: dict[str, Any]) -> list[str]:
 
 
 class Logged:
-    """A link (`trainer.control.reporting.Link`) that also writes into the log: progress now and then, the rest at once."""
+    """A `ControllerLink` that also writes into the log: progress now and then, the rest at once."""
 
     def __init__(
         self,
-        link: Link,
+        link: ControllerLink,
         seconds: float = PROGRESS_SECONDS,
         steps: int = PROGRESS_STEPS,
         clock: Callable[[], float] = time.monotonic,

@@ -13,7 +13,7 @@ from midwatch.protocol import CommitRefused, Committed, Metrics, Order, RankBody
 from trainer.transfer import HostCopy
 
 
-class Link(Protocol):
+class ControllerLink(Protocol):
     """The controller as rank 0 sees it: `midwatch.transport.rank_client.RankLink`, or `trainer.control.standalone.LogLink`."""
 
     def send(self, body: RankBody) -> None:
@@ -63,11 +63,13 @@ class StepReport:
     """Metrics from the values, `train/loss` and `train/grad_norm` among them."""
 
 
-class Reporter:
-    """Sends metrics one step late, and tells `judge` what each step's loss and gradient were like."""
+class MetricReporter:
+    """Sends metrics one step late, and tells `observe` what each step's loss and gradient were like."""
 
-    def __init__(self, link: Link, judge: Callable[[int, bool, float], None], clock: Callable[[], float] = time.time) -> None:
-        self._link, self._judge, self._clock = link, judge, clock
+    def __init__(
+        self, link: ControllerLink, observe: Callable[[int, bool, float], None], clock: Callable[[], float] = time.time
+    ) -> None:
+        self._link, self._observe, self._clock = link, observe, clock
         self._pending: tuple[StepReport, HostCopy] | None = None
 
     def put(self, report: StepReport) -> None:
@@ -86,7 +88,7 @@ class Reporter:
         values = report.known | report.read(arriving.tolist())
         loss, norm = values["train/loss"], values["train/grad_norm"]
         finite = abs(loss) < float("inf") and abs(norm) < float("inf")
-        self._judge(report.step, finite, loss)
+        self._observe(report.step, finite, loss)
         self.send(report.lineage, report.step, report.tokens, values)
 
     def send(self, lineage: int, step: int, tokens: int, values: dict[str, float]) -> None:

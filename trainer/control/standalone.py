@@ -24,7 +24,7 @@ GOLDEN = "GOLDEN"
 
 
 class LogLink:
-    """Implements `trainer.control.reporting.Link`; takes no orders."""
+    """Implements `trainer.control.reporting.ControllerLink`; takes no orders."""
 
     def __init__(self, root: Path, keep: int) -> None:
         self._checkpoints, self._keep = root / "checkpoints", keep

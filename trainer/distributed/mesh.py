@@ -23,7 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from midwatch.recipe.cluster import Cluster
 from midwatch.recipe.load import RecipeError
 from midwatch.recipe.parallel import Parallel, multiple_of
-from trainer.distributed.sequence_parallel import Group
+from trainer.distributed.sequence_parallel import RankGroup
 
 FOREVER = timedelta(days=3650)
 """A pause may last as long as it likes; that a rank is gone shows by its connection, or to the agent."""
@@ -55,11 +55,11 @@ class World:
     parallel: Parallel = ALONE
     ends: dist.ProcessGroup | None = None
     """This rank and its counterpart at the pipeline's other end, where it is at an end."""
-    contexts: dict[int, Group] = field(default_factory=dict)
+    contexts: dict[int, RankGroup] = field(default_factory=dict)
     """Data ranks that share rows, by how many do; those that were asked for."""
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     @property
@@ -77,30 +77,30 @@ class World:
         return self.rank // self.parallel.tensor % self.data
 
     @property
-    def tensor(self) -> Group:
+    def tensor(self) -> RankGroup:
         return self._group("tensor")
 
     @property
-    def pipeline(self) -> Group:
+    def pipeline(self) -> RankGroup:
         return self._group("pipeline")
 
-    def context(self, size: int) -> Group:
+    def context(self, size: int) -> RankGroup:
         """Neighbouring data ranks that share rows, by so many. All ranks make all groups, in the same order."""
         if size == 1:
-            return Group()
+            return RankGroup()
         if size not in self.contexts:
             tensor, data = self.parallel.tensor, self.data
             for pipeline, first, place in itertools.product(range(self.parallel.pipeline), range(0, data, size), range(tensor)):
                 ranks = [(pipeline * data + first + i) * tensor + place for i in range(size)]
                 group = dist.new_group(ranks, timeout=FOREVER)
                 if self.rank in ranks:
-                    self.contexts[size] = Group(group, size, ranks.index(self.rank))
+                    self.contexts[size] = RankGroup(group, size, ranks.index(self.rank))
         return self.contexts[size]
 
-    def _group(self, name: str) -> Group:
+    def _group(self, name: str) -> RankGroup:
         if getattr(self.parallel, name) == 1:
-            return Group()
-        return Group(self.mesh.get_group(name), getattr(self.parallel, name), self.mesh.get_local_rank(name))
+            return RankGroup()
+        return RankGroup(self.mesh.get_group(name), getattr(self.parallel, name), self.mesh.get_local_rank(name))
 
     def synchronize(self) -> None:
         """Waits until the device has done everything asked of it."""

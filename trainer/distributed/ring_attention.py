@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.distributed.sequence_parallel import Group
+from trainer.distributed.sequence_parallel import RankGroup
 
 TILE = 512
 """Queries, and keys, whose scores are there at a time."""
 
 
 @dataclass(frozen=True)
-class Blocks:
+class RingBlocks:
     """What the ranks of a ring have of a row, and who sees whom."""
 
     places: tuple[Tensor, ...]
@@ -49,7 +49,7 @@ class Blocks:
         return found.masked_fill_(hidden, float("-inf"))
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, group: Group) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, blocks: RingBlocks, group: RankGroup) -> Tensor:
     """q [batch, heads, time, head] over k and v [batch, kv_heads, time, head], each rank of the ring having its own tokens."""
     grouped = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
     out = cast(Tensor, _Ring.apply(grouped, k, v, blocks, group))  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -58,7 +58,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, group: Group
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, group: Group) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: RingBlocks, group: RankGroup) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         # Heads beside each other in memory, as what comes next wants them: nothing is copied for it.
         out = torch.zeros_like(q.permute(0, 3, 1, 2, 4), dtype=wide, memory_format=torch.contiguous_format).permute(0, 2, 3, 1, 4)
@@ -108,7 +108,7 @@ class _Ring(torch.autograd.Function):
         return of_q.to(q.dtype), at[2].to(k.dtype), at[3].to(v.dtype), None, None
 
 
-def _tiles(blocks: Blocks, group: Group, owner: int) -> Iterator[tuple[slice, slice]]:
+def _tiles(blocks: RingBlocks, group: RankGroup, owner: int) -> Iterator[tuple[slice, slice]]:
     """Of this rank's queries and the owner's keys the stretches of which some may see some.
 
     Places are known without asking the device: of two halves that go up, the first begins, and the second ends.
@@ -134,7 +134,7 @@ def _place(size: int, rank: int, half: int, index: int) -> int:
     return rank * half + index if index < half else (2 * size - 1 - rank) * half + index - half
 
 
-def _pass_on(x: Tensor, group: Group) -> tuple[Tensor, list[dist.Work]]:
+def _pass_on(x: Tensor, group: RankGroup) -> tuple[Tensor, list[dist.Work]]:
     """To the next rank, from the one before."""
     assert group.ranks is not None
     x = x.contiguous()

@@ -24,7 +24,7 @@ _scatter = getattr(collectives, "reduce_scatter_single_autograd", None) or colle
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """Ranks that share something, and this one's place among them."""
 
     ranks: Any = None
@@ -34,11 +34,11 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Spread:
+class SequenceSharding:
     """By default a rank has whole rows."""
 
-    tensor: Group = Group()
-    context: Group = Group()
+    tensor: RankGroup = RankGroup()
+    context: RankGroup = RankGroup()
     ring: bool = False
     """Keys and values go round the context-parallel ranks; else heads and tokens are exchanged for attention."""
 
@@ -66,7 +66,7 @@ class Spread:
     def take(self, row: Tensor, places: Tensor, fill: int = 0) -> Tensor:
         """What rows [batch, time, ...] have at these places; `fill` past their ends."""
         time = row.shape[1]
-        if self == Spread():
+        if self == SequenceSharding():
             return row
         if missing := self.length(time) - time:
             row = F.pad(row, (0, 0) * (row.ndim - 2) + (0, missing), value=fill)
@@ -89,7 +89,7 @@ class Spread:
 
         On the way back each rank takes its own part of the gradient, which must therefore be the same on all of them.
         """
-        if self == Spread():
+        if self == SequenceSharding():
             return x
         for group in (self.tensor, self.context):
             if group.size > 1:
@@ -126,7 +126,7 @@ class Spread:
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
         ctx.group, ctx.length = group, x.shape[1]
         parts = [torch.empty_like(x) for _ in range(group.size)]
         dist.all_gather(parts, x.contiguous(), group=group.ranks)

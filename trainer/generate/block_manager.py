@@ -18,7 +18,7 @@ import xxhash
 from trainer.generate.request import Sequence
 
 
-class Blocks:
+class BlockManager:
     """Page 0 is nobody's: what is filled up in a batch writes there."""
 
     def __init__(self, count: int, size: int) -> None:

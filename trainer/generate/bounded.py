@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 
-class OversizeError(Exception):
+class AnswerTooLargeError(Exception):
     """The answer is larger than it may be."""
 
 
@@ -35,7 +35,7 @@ class _Bounded(io.RawIOBase):
         count = self._line.recv_into(buffer)
         self._left -= count
         if self._left < 0:
-            raise OversizeError
+            raise AnswerTooLargeError
         return count
 
     def close(self) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from midwatch.recipe.model import Model, Rope
-from trainer.generate.block_manager import Blocks
+from trainer.generate.block_manager import BlockManager
 from trainer.generate.model_runner import Runner
 from trainer.generate.paged_attention import PAGE_UNIT
 from trainer.generate.request import Event, Finish, Request, RequestError, Response, Sequence
-from trainer.generate.sampling import draw
+from trainer.generate.sampling import sample_tokens
 from trainer.generate.scheduler import Scheduler
 
 RUNNING = 64
@@ -81,15 +81,15 @@ class Engine:
             raise ValueError(f"a cache of {pages} pages of {page} tokens has no room for a context of {context} (give it {most})")
         self.context, self.vocabulary, self.version = context, vocabulary, 0
         self.runner = Runner(config, vocabulary, device, context, pages, page, kernel=kernel, replays=replays)
-        self._blocks = Blocks(pages, page)
+        self._blocks = BlockManager(pages, page)
         self._scheduler = Scheduler(self._blocks, running, max(step_tokens, running))
         self._decode = decode
         self._sequences: dict[int, Sequence] = {}
         self._next = 0
 
-    def follow(self, rope: Rope, original_context: int, factor: float = 1.0) -> None:
+    def set_rope(self, rope: Rope, original_context: int, factor: float = 1.0) -> None:
         """Positions as a stage has them, from its beginning."""
-        self.runner.follow(rope, original_context, factor)
+        self.runner.set_rope(rope, original_context, factor)
         self._scheduler.restart()
 
     def refresh(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -155,7 +155,7 @@ class Engine:
         drawing = [chunk.sequence for chunk in chunks if chunk.draws]
         if not drawing:
             return []
-        drawn = draw(logits, drawing)
+        drawn = sample_tokens(logits, drawing)
         events = []
         for at, sequence in enumerate(drawing):
             if sequence.first_version < 0:

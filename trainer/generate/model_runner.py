@@ -14,12 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from midwatch.recipe.model import Model, Rope
-from trainer.distributed.sequence_parallel import Spread
+from trainer.distributed.sequence_parallel import SequenceSharding
 from trainer.generate.cuda_graphs import Replayed
-from trainer.generate.paged_attention import Pages, Piece, Seen, Tables, continued, kernel_serves, rows_of, tables
-from trainer.generate.request import Chunk
+from trainer.generate.paged_attention import (
+    AttentionMetadata,
+    Pages,
+    PromptChunk,
+    Tables,
+    continued,
+    kernel_serves,
+    rows_of,
+    tables,
+)
+from trainer.generate.request import TokenChunk
 from trainer.model.attention import Visible
-from trainer.model.decoder import Decoder, Thrift
+from trainer.model.decoder import Decoder, MemoryOptions
 from trainer.model.positions import alibi_slopes
 from trainer.transfer import on_device
 
@@ -54,7 +63,7 @@ class Runner:
         replays = self._kernel and device.type == "cuda" if replays is None else replays
         self._replayed = Replayed(self._by_tables, -(-context // size), context, device) if replays else None
 
-    def follow(self, rope: Rope, original_context: int, factor: float) -> None:
+    def set_rope(self, rope: Rope, original_context: int, factor: float) -> None:
         """Positions as a stage has them."""
         self.decoder.set_positions(rope, original_context, factor)
         if self._replayed is not None:
@@ -68,7 +77,7 @@ class Runner:
             own[name].copy_(values)
 
     @torch.no_grad()
-    def run(self, chunks: Items[Chunk]) -> Tensor:
+    def run(self, chunks: Items[TokenChunk]) -> Tensor:
         """Logits [sequences, vocabulary] in float32 of what follows each chunk that draws; those of one token come first."""
         tokens = [token for chunk in chunks for token in chunk.sequence.tokens[chunk.start : chunk.stop]]
         places = [place for chunk in chunks for place in range(chunk.start, chunk.stop)]
@@ -88,31 +97,31 @@ class Runner:
     def _sent(self, values: object) -> Tensor:
         return on_device(values, torch.int64, self._device)
 
-    def _slot(self, chunk: Chunk, place: int) -> int:
+    def _slot(self, chunk: TokenChunk, place: int) -> int:
         return chunk.sequence.pages[place // self.size] * self.size + place % self.size
 
-    def _seen(self, chunks: Items[Chunk], slots: Tensor) -> Seen:
+    def _seen(self, chunks: Items[TokenChunk], slots: Tensor) -> AttentionMetadata:
         device = self._device
         rows = rows_of(slots, self.config.key_value_heads, self.size)
         if self._kernel:
-            return Seen(rows, tables=tables(chunks, device), slopes=self._slopes)
+            return AttentionMetadata(rows, tables=tables(chunks, device), slopes=self._slopes)
         single = [chunk for chunk in chunks if chunk.stop - chunk.start == 1]
         those = continued(single, self.size, self._slopes, self.config.key_value_heads, device)
         pieces, start = [], len(single)
         for chunk in chunks[len(single) :]:
             stop = start + chunk.stop - chunk.start
             held = chunk.sequence.pages[: -(-chunk.stop // self.size)]
-            pieces.append(Piece(start, stop, chunk.start, on_device(held, torch.int64, device)))
+            pieces.append(PromptChunk(start, stop, chunk.start, on_device(held, torch.int64, device)))
             start = stop
-        return Seen(rows, those, tuple(pieces), slopes=self._slopes)
+        return AttentionMetadata(rows, those, tuple(pieces), slopes=self._slopes)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, seen: Seen) -> Tensor:
+    def _forward(self, tokens: Tensor, positions: Tensor, seen: AttentionMetadata) -> Tensor:
         """[1, tokens] -> [1, tokens, width]"""
         decoder = self.decoder
         x = decoder.embed(tokens, positions)
         rotation = decoder.rotation(positions, self.context, x.dtype) if self.config.position == "rope" else None
         for number, block in enumerate(decoder.blocks.values()):
-            x = block(x, rotation, Visible(cached=self.pages.layer(number, seen)), Spread(), Thrift())
+            x = block(x, rotation, Visible(cached=self.pages.layer(number, seen)), SequenceSharding(), MemoryOptions())
         return x
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -126,4 +135,6 @@ class Runner:
     def _by_tables(self, tokens: Tensor, places: Tensor, slots: Tensor, tables: Tables) -> Tensor:
         """A token of each sequence: all [sequences]; logits [sequences, vocabulary]."""
         rows = rows_of(slots, self.config.key_value_heads, self.size)
-        return self._logits(self._forward(tokens[None], places[None], Seen(rows, tables=tables, slopes=self._slopes))[0])
+        return self._logits(
+            self._forward(tokens[None], places[None], AttentionMetadata(rows, tables=tables, slopes=self._slopes))[0]
+        )

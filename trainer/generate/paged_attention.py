@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.generate.request import Chunk
+from trainer.generate.request import TokenChunk
 from trainer.model import attention
 from trainer.transfer import on_device, sent
 
@@ -34,7 +34,7 @@ PAGE_UNIT = 256
 
 
 @dataclass(frozen=True)
-class Piece:
+class PromptChunk:
     """Tokens [start, stop) of a step: a piece of a prompt, after `before` tokens that are cached already."""
 
     start: int
@@ -45,7 +45,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Seeing:
+class PageGather:
     """Some pages, and who looks at each."""
 
     pages: slice | Tensor
@@ -57,11 +57,11 @@ class Seeing:
 
 
 @dataclass(frozen=True)
-class Continued:
+class DecodeMetadata:
     """The step's first tokens, which continue a sequence each: what every page shows them, and how that is put together."""
 
     count: int
-    seen: tuple[Seeing, ...]
+    seen: tuple[PageGather, ...]
     table: Tensor
     """[sequences, most pages]: places of a sequence's pages among all that are seen; its first one's, where it has no more."""
     lacking: Tensor
@@ -87,13 +87,13 @@ class Tables:
 
 
 @dataclass(frozen=True)
-class Seen:
+class AttentionMetadata:
     """What a step's tokens see; the same for all layers."""
 
     rows: Tensor
     """[tokens * kv_heads]: of the cache seen as rows of one head each, where each one's keys and values go."""
-    continued: Continued | None = None
-    pieces: tuple[Piece, ...] = ()
+    continued: DecodeMetadata | None = None
+    pieces: tuple[PromptChunk, ...] = ()
     tables: Tables | None = None
     slopes: Tensor | None = None
     """[heads], float32: ALiBi's."""
@@ -111,7 +111,7 @@ class Pages:
     def bytes(self) -> int:
         return self._all.numel() * self._all.element_size()
 
-    def layer(self, number: int, seen: Seen) -> Layer:
+    def layer(self, number: int, seen: AttentionMetadata) -> Layer:
         return Layer(self._all[0, number], self._all[1, number], seen, self._rooms)
 
 
@@ -135,7 +135,7 @@ class Layer:
     keys: Tensor
     """[pages, kv_heads, size, head]: what is seen together lies together."""
     values: Tensor
-    seen: Seen
+    seen: AttentionMetadata
     rooms: tuple[Room, Room]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class Layer:
             out[0, :, piece.start : piece.stop] = self._begun(q, k, v, piece)
         return out
 
-    def _continued(self, q: Tensor, continued: Continued) -> Tensor:
+    def _continued(self, q: Tensor, continued: DecodeMetadata) -> Tensor:
         """q [heads, sequences, head] -> the same; each token sees all of its own sequence.
 
         Softmax in parts, by the maximum and the sum of each: Milakov and Gimelshein 2018; over pieces of the keys, as Dao et al.
@@ -172,7 +172,7 @@ class Layer:
         out = (weights * found).sum(1) / (weights * sums).sum(1)
         return out.permute(1, 2, 0, 3).reshape(heads, count, head).to(q.dtype)
 
-    def _begun(self, q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> Tensor:
+    def _begun(self, q: Tensor, k: Tensor, v: Tensor, piece: PromptChunk) -> Tensor:
         """[heads, tokens of the piece, head]"""
         mine = slice(piece.start, piece.stop)
         count, slopes = piece.stop - piece.start, self.seen.slopes
@@ -241,7 +241,9 @@ def rows_of(slots: Tensor, kv_heads: int, size: int) -> Tensor:
     return (firsts[:, None] + torch.arange(kv_heads, device=slots.device) * size).flatten()
 
 
-def continued(chunks: Items[Chunk], size: int, slopes: Tensor | None, kv_heads: int, device: torch.device) -> Continued | None:
+def continued(
+    chunks: Items[TokenChunk], size: int, slopes: Tensor | None, kv_heads: int, device: torch.device
+) -> DecodeMetadata | None:
     """Chunks of one token, the step's first. size: tokens of a page."""
     if not chunks:
         return None
@@ -251,12 +253,12 @@ def continued(chunks: Items[Chunk], size: int, slopes: Tensor | None, kv_heads: 
     # How far each token looks back; what is not there yet lies ahead.
     behind = np.array([chunk.stop - 1 for chunk in chunks])[rows, None] - nth[:, None] * size - np.arange(size)
     place = np.arange(len(pages))
-    seen: list[Seeing] = []
+    seen: list[PageGather] = []
 
     def see(which: slice | Tensor, looking: Any, back: Any) -> None:
         distance = on_device(back, torch.float32, device)[:, None, None]
         bias = torch.zeros_like(distance) if slopes is None else -slopes.view(kv_heads, -1, 1) * distance
-        seen.append(Seeing(which, sent(torch.from_numpy(looking), device), bias.masked_fill_(distance < 0, -math.inf)))
+        seen.append(PageGather(which, sent(torch.from_numpy(looking), device), bias.masked_fill_(distance < 0, -math.inf)))
 
     apart = np.ones(len(pages), bool)
     # Of those that see the same page one does so where it lies.
@@ -277,7 +279,7 @@ def continued(chunks: Items[Chunk], size: int, slopes: Tensor | None, kv_heads: 
     table[rows, nth] = place
     lacking = torch.zeros(table.shape).masked_fill_(torch.from_numpy(np.arange(table.shape[1]) >= counts[:, None]), -math.inf)
     lacking = sent(lacking[:, :, None, None, None], device)
-    return Continued(len(chunks), tuple(seen), sent(torch.from_numpy(table), device), lacking)
+    return DecodeMetadata(len(chunks), tuple(seen), sent(torch.from_numpy(table), device), lacking)
 
 
 def _glance(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,7 +295,7 @@ def _glance(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tens
     return highest, weights.sum(-1, keepdim=True), found
 
 
-def tables(chunks: Items[Chunk], device: torch.device) -> Tables:
+def tables(chunks: Items[TokenChunk], device: torch.device) -> Tables:
     """What a kernel that follows pages is told of a step's chunks."""
     counts = [chunk.stop - chunk.start for chunk in chunks]
     lengths = [chunk.stop for chunk in chunks]

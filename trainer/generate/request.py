@@ -109,7 +109,7 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TokenChunk:
     """Tokens [start, stop) of a sequence that pass through the model in one step."""
 
     sequence: Sequence

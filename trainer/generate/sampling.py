@@ -21,13 +21,13 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledTokens:
     tokens: list[int]
     log_probs: list[float]
     alternatives: list[tuple[tuple[int, float], ...]]
 
 
-def draw(logits: Tensor, sequences: Items[Sequence]) -> Drawn:
+def sample_tokens(logits: Tensor, sequences: Items[Sequence]) -> SampledTokens:
     """A token for each of the sequences, from logits [sequences, vocabulary] in float32."""
     requests, device = [sequence.request for sequence in sequences], logits.device
     likeliest = logits.argmax(-1)
@@ -41,7 +41,7 @@ def draw(logits: Tensor, sequences: Items[Sequence]) -> Drawn:
     drawn = HostCopy(torch.stack([tokens.double(), log_probs.double()]))
     alternatives = _alternatives(logits, sequences)
     ids, values = drawn.tolist()
-    return Drawn([int(token) for token in ids], values, alternatives)
+    return SampledTokens([int(token) for token in ids], values, alternatives)
 
 
 _WHOLE = 2.0**52

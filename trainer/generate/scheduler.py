@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 
-from trainer.generate.block_manager import Blocks
-from trainer.generate.request import Chunk, Finish, Sequence
+from trainer.generate.block_manager import BlockManager
+from trainer.generate.request import Finish, Sequence, TokenChunk
 
 
 class Scheduler:
-    def __init__(self, blocks: Blocks, most_running: int, most_tokens: int) -> None:
+    def __init__(self, blocks: BlockManager, most_running: int, most_tokens: int) -> None:
         """most_running: sequences at a time. most_tokens: that pass through the model in a step."""
         self._blocks, self._most_running, self._most_tokens = blocks, most_running, most_tokens
         self._waiting: deque[Sequence] = deque()
@@ -42,7 +42,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
 
-    def plan(self) -> list[Chunk]:
+    def plan(self) -> list[TokenChunk]:
         """The next step's chunks, those of one token first; empty when nothing is left."""
         chunks = self._continued()
         left = self._most_tokens - sum(chunk.stop - chunk.start for chunk in chunks)
@@ -59,8 +59,8 @@ class Scheduler:
             left -= chunks[-1].stop - chunks[-1].start
         return sorted(chunks, key=lambda chunk: chunk.stop - chunk.start > 1)
 
-    def _continued(self) -> list[Chunk]:
-        chunks: list[Chunk] = []
+    def _continued(self) -> list[TokenChunk]:
+        chunks: list[TokenChunk] = []
         left, at = self._most_tokens, 0
         while at < len(self._running) and left > 0:
             sequence = self._running[at]
@@ -76,14 +76,14 @@ class Scheduler:
             at += 1
         return chunks
 
-    def _chunk(self, sequence: Sequence, left: int) -> Chunk:
+    def _chunk(self, sequence: Sequence, left: int) -> TokenChunk:
         stop = min(len(sequence.tokens), sequence.cached + left)
-        chunk = Chunk(sequence, sequence.cached, stop)
+        chunk = TokenChunk(sequence, sequence.cached, stop)
         # In each layer the step's keys and values are there before anybody looks, so others may share them in this very step.
         self._blocks.know(sequence, stop)
         return chunk
 
-    def passed(self, chunks: list[Chunk]) -> None:
+    def passed(self, chunks: list[TokenChunk]) -> None:
         """These have gone through the model."""
         for chunk in chunks:
             chunk.sequence.cached = chunk.stop

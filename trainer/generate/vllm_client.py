@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from shards.decoding import UNDECODABLE, DecodeError, brief, json_as, shown
-from trainer.generate.bounded import OversizeError, bound_answer, read_answer
+from trainer.generate.bounded import AnswerTooLargeError, bound_answer, read_answer
 from trainer.generate.request import Request, Response
 
 THREADS = "generate"
@@ -78,8 +78,8 @@ class _Models(msgspec.Struct):
 class Under(Generic[Found]):
     """Jobs under way in threads of their own, so many at a time; `close` breaks off what is left and joins them."""
 
-    def __init__(self, jobs: Sequence[Callable[[Lines], Found]], most: int) -> None:
-        self._lines = Lines()
+    def __init__(self, jobs: Sequence[Callable[[ConnectionPool], Found]], most: int) -> None:
+        self._lines = ConnectionPool()
         self._pool = ThreadPoolExecutor(max(1, min(most, len(jobs))), thread_name_prefix=THREADS)
         self._jobs: list[Future[Found]] = [self._pool.submit(job, self._lines) for job in jobs]
 
@@ -107,7 +107,7 @@ class Under(Generic[Found]):
         self._pool.shutdown(cancel_futures=True)
 
 
-class Lines:
+class ConnectionPool:
     """Open connections, which another thread may cut."""
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class Server:
         parts = urlsplit(self.url)
         self._secure, self._host, self._port, self._path = parts.scheme == "https", parts.hostname or "", parts.port, parts.path
 
-    def meet(self, lines: Lines) -> None:
+    def meet(self, lines: ConnectionPool) -> None:
         """Learns what it serves. Raises ServerError where that cannot be the policy."""
         cards = self._read("/v1/models", self._ask(lines, "GET", "/v1/models"), _Models).data
         names = [card.id for card in cards]
@@ -162,13 +162,13 @@ class Server:
             problem = f"takes {card.max_model_len} tokens at the most, and the stage's context is {self._context}"
             raise self._error("/v1/models", problem, f"start it with --max-model-len {self._context}")
 
-    def reload(self, lines: Lines, directory: str) -> None:
+    def reload(self, lines: ConnectionPool, directory: str) -> None:
         """Takes over the weights there, and forgets what it cached with others. Raises ServerError."""
         told = {"method": "reload_weights", "kwargs": {"weights_path": directory}, "timeout": self._timeout}
         self._ask(lines, "POST", "/collective_rpc", told)
         self._ask(lines, "POST", "/reset_prefix_cache?reset_running_requests=true", {})
 
-    def respond(self, lines: Lines, request: Request, version: int) -> Response:
+    def respond(self, lines: ConnectionPool, request: Request, version: int) -> Response:
         """Raises ServerError."""
         limit = min(request.limit, self._context - len(request.prompt))
         asked = {
@@ -196,7 +196,7 @@ class Server:
             raise self._error("/v1/completions", f"gave {len(told.choices)} responses to one prompt", "is it vLLM?")
         return self._response(told.choices[0], request, limit, version)
 
-    def prompt_log_probs(self, lines: Lines, prompt: tuple[int, ...]) -> list[float]:
+    def prompt_log_probs(self, lines: ConnectionPool, prompt: tuple[int, ...]) -> list[float]:
         """Log-probabilities of a prompt's tokens but the first, at temperature 1. Raises ServerError."""
         asked = {
             "model": self._model,
@@ -253,7 +253,7 @@ class Server:
         problem = f"ends a response of {len(tokens)} tokens, of {limit} at the most, with {shown(choice.finish_reason)}"
         raise wrong(problem, "look at its log, and resume to ask again")
 
-    def _ask(self, lines: Lines, method: str, place: str, body: object = None) -> bytes:
+    def _ask(self, lines: ConnectionPool, method: str, place: str, body: object = None) -> bytes:
         """The body of an answer that is not an error's. Raises ServerError."""
         until, limit = time.monotonic() + self._timeout, min(CONNECT, self._timeout)
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
@@ -269,7 +269,7 @@ class Server:
                 connection.request(method, self._path + place, sent, {"Content-Type": "application/json", "Connection": "close"})
                 answer = connection.getresponse()
                 found = read_answer(answer)
-        except OversizeError:
+        except AnswerTooLargeError:
             raise self._error(place, "does not come to an end", "is it vLLM?") from None
         except TimeoutError:
             way_out = "look at its log, or raise [generate] timeout" if limit == self._timeout else "is its machine up?"

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from midwatch.checkpoint_format import manifest
-from midwatch.checkpoint_format.manifest import CheckpointError, Entry
+from midwatch.checkpoint_format.manifest import CheckpointError, TensorEntry
 from midwatch.recipe import Recipe, RecipeError, Rope, Stage, load_recipe
 from midwatch.recipe.huggingface.config import config_of, family_of
 from midwatch.recipe.huggingface.files import INDEX, SINGLE
-from midwatch.recipe.huggingface.weights_map import ARCHITECTURES, SCORING, Family, Part, file_shapes, layout, misfits
+from midwatch.recipe.huggingface.weights_map import ARCHITECTURES, SCORING, Family, MappedParameter, file_shapes, layout, misfits
 from midwatch.recipe.model import Model
 from shards.errors import ShardError
 from shards.terminal import Parser, run_command, write_error, write_path
@@ -36,7 +36,7 @@ from trainer.checkpoint.provenance import made_from
 from trainer.control.standalone import newest
 from trainer.huggingface import tokenizer as hf_tokenizer
 from trainer.model.positions import learned
-from trainer.progress import Progress, from_manifest
+from trainer.progress import TrainProgress, from_manifest
 
 SHARD_BYTES = 5_000_000_000
 Tensors = dict[str, Callable[[], Tensor]]
@@ -137,7 +137,7 @@ def _data(recipe: Recipe, run: Path) -> Path:
     return Path(recipe.data.dir) if recipe.data.dir is not None else run / "data"
 
 
-def _tokenizer(recipe: Recipe, run: Path, progress: Progress) -> Tokenizer:
+def _tokenizer(recipe: Recipe, run: Path, progress: TrainProgress) -> Tokenizer:
     file = _data(recipe, run) / TOKENIZER_FILE
     tokenizer = Tokenizer.load(file)
     if progress.origin.tokenizer and tokenizer.hash != progress.origin.tokenizer:
@@ -155,7 +155,7 @@ def dumped(value: dict[str, Any]) -> bytes:
 
 
 def described(
-    recipe: Recipe, stage: Stage, parts: dict[str, Part], context: int, tokenizer: Tokenizer, dtype: str
+    recipe: Recipe, stage: Stage, parts: dict[str, MappedParameter], context: int, tokenizer: Tokenizer, dtype: str
 ) -> dict[str, bytes]:
     """What is beside the weights, by file. context: of the longest rows. Raises TokenizerError.
 
@@ -182,7 +182,7 @@ def described(
 
 def placed(
     model: Model, family: Family, vocabulary: int, tensors: Tensors, stage: Stage, context: int, untied: bool = False
-) -> tuple[dict[str, Part], Tensors]:
+) -> tuple[dict[str, MappedParameter], Tensors]:
     """Where each parameter goes, and the parameters, each to be read when it is its turn.
 
     untied: a model whose output layer is its embedding gets that table a second time, as an output layer of its own. A server
@@ -198,11 +198,11 @@ def placed(
         rows = max(context, math.ceil(len(table) * stage.position_factor))
         tensors = tensors | {"positions.weight": partial(learned, table, torch.arange(rows), stage.position_factor)}
         pieces = (parts["positions.weight"].pieces[0]._replace(length=rows),)
-        parts["positions.weight"] = Part((rows, model.width), pieces)
+        parts["positions.weight"] = MappedParameter((rows, model.width), pieces)
     return parts, tensors
 
 
-def whole(directory: Path, entry: Entry) -> Tensor:
+def whole(directory: Path, entry: TensorEntry) -> Tensor:
     """A tensor of a checkpoint, put together from the ranks' parts, which cover it."""
     kind = np.dtype(entry.dtype)
     found = np.empty(entry.shape, kind)
@@ -213,7 +213,7 @@ def whole(directory: Path, entry: Entry) -> Tensor:
     return torch.from_numpy(found)
 
 
-def write(to: Path, parts: dict[str, Part], tensors: Tensors, dtype: torch.dtype, file_bytes: int) -> None:
+def write(to: Path, parts: dict[str, MappedParameter], tensors: Tensors, dtype: torch.dtype, file_bytes: int) -> None:
     """The safetensors, in files of about that size at the most, and their index where there are several. Raises ExportError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -251,7 +251,7 @@ def follow_umask(file: Path) -> None:
 
 
 def _gathered(
-    members: list[str], shapes: dict[str, tuple[int, ...]], parts: dict[str, Part], tensors: Tensors, dtype: torch.dtype
+    members: list[str], shapes: dict[str, tuple[int, ...]], parts: dict[str, MappedParameter], tensors: Tensors, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The files' tensors of these names, out of ours: the layout read the other way."""
     found = {name: torch.empty(shapes[name], dtype=dtype) for name in members}

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from midwatch.checkpoint_format.manifest import CheckpointError
 from midwatch.recipe.huggingface.files import Directory, DirectoryError, open_directory
-from midwatch.recipe.huggingface.weights_map import Part, layout
+from midwatch.recipe.huggingface.weights_map import MappedParameter, layout
 from midwatch.recipe.model import Model
 from midwatch.recipe.pretrained import directory_of
 from trainer.distributed.mesh import World, box, first_problem, local, together
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 
 log = logging.getLogger("trainer")
 
@@ -25,7 +25,7 @@ ROWS = {"embedding.weight", "head.weight"}
 """Parameters with a row for each id; they have more rows than the directory's where the tokenizer has more ids."""
 
 
-def load(network: Network, config: Model, world: World, seed: int) -> int:
+def load(model: ShardedModel, config: Model, world: World, seed: int) -> int:
     """Fills this rank's part of the model from what the recipe names; the bytes that this rank has read.
 
     Rows for ids that the directory's model does not have are drawn from the seed. Raises CheckpointError on all ranks alike.
@@ -35,7 +35,7 @@ def load(network: Network, config: Model, world: World, seed: int) -> int:
     if problem:
         raise CheckpointError(problem)
     try:
-        read, found = _fill(network.parameters(), config, opened[0], seed), None
+        read, found = _fill(model.parameters(), config, opened[0], seed), None
     except CheckpointError as error:
         read, found = 0, str(error)
     problem = first_problem(found, world)
@@ -66,7 +66,7 @@ def _fill(parameters: Mapping[str, Tensor], config: Model, directory: Directory,
     rows = int(directory.keys["vocabulary"])
     parts = layout(config, directory.family, rows)
     with ExitStack() as files:
-        reader = Reader(directory, files)
+        reader = TensorReader(directory, files)
         for name, parameter in parameters.items():
             mine, (own, *columns) = local(parameter), box(parameter)
             first = own.start
@@ -84,7 +84,7 @@ def _drawn(rows: int, width: int, seed: int) -> Tensor:
     return torch.empty(rows, width).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
 
 
-class Reader:
+class TensorReader:
     """Slices of the directory's tensors. `bytes` counts what was read."""
 
     def __init__(self, directory: Directory, files: ExitStack) -> None:
@@ -92,7 +92,7 @@ class Reader:
         self._directory, self._files = directory, files
         self._open: dict[Path, Any] = {}
 
-    def rows(self, part: Part, start: int, stop: int, columns: slice = slice(None)) -> Iterator[tuple[int, Tensor]]:
+    def rows(self, part: MappedParameter, start: int, stop: int, columns: slice = slice(None)) -> Iterator[tuple[int, Tensor]]:
         """Rows [start, stop) of a parameter of ours, in pieces, each with its first row. Raises CheckpointError."""
         at = 0
         for piece in part.pieces:

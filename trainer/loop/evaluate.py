@@ -16,14 +16,14 @@ from midwatch.recipe import Stage
 from shards.errors import ShardError
 from shards.sampling.batches import Batch
 from shards.sampling.mixing import covers
-from trainer.batches import Rows, may_trim, micro_batches, samples_a_replica, share
+from trainer.batches import DeviceRows, may_trim, micro_batches, samples_a_replica, share
 from trainer.distributed.mesh import together
 from trainer.loop.text_samples import policy_metrics
 from trainer.objectives.dpo import METRICS, complete
 from trainer.objectives.reward import gaps, score_places
 from trainer.optimizer import total
 from trainer.stage.reference_logprobs import prepare
-from trainer.stage.stage import Exam
+from trainer.stage.stage import EvalTask
 from trainer.stage.training import Training
 
 BINS = 10
@@ -42,69 +42,69 @@ def evaluate(training: Training) -> bool:
         training.evaluated = None
         return True
     try:
-        for exam in training.stage.exams:
-            found = _sit(training, exam)
+        for task in training.stage.tasks:
+            found = _evaluate_task(training, task)
             if found is None:
                 training.note("info", f"evaluation at step {training.progress.step} was broken off")
                 return True
-            values |= _as_reported(training, exam, found)
+            values |= _as_reported(training, task, found)
         if training.stage.stage.needs_reference:
             sampled = policy_metrics(training)
             if sampled is None:
                 return True
             values |= sampled
     finally:
-        for network in training.networks:
-            network.reshard()
+        for model in training.models:
+            model.reshard()
     at = training.progress
     training.reporter.send(at.lineage, at.step, at.tokens, values)
     training.phase("training")
     return False
 
 
-def _sit(training: Training, exam: Exam) -> dict[str, float] | None:
+def _evaluate_task(training: Training, task: EvalTask) -> dict[str, float] | None:
     """Mean loss and metrics over one source's held-out samples, as its own stage trains on them; None if broken off."""
     with ExitStack() as configured:
-        for each in training.networks:
-            configured.enter_context(each.configured(temperature=1.0, documents_masked=exam.stage.documents_masked))
-        return _examined(training, exam)
+        for each in training.models:
+            configured.enter_context(each.configured(temperature=1.0, documents_masked=task.stage.documents_masked))
+        return _examined(training, task)
 
 
-def _examined(training: Training, exam: Exam) -> dict[str, float] | None:
-    world, network, stage = training.world, training.network, exam.stage
-    reference, cached = training.reference if exam.objective.needs_reference else None, training.sums
-    if cached is not None and not (exam.stage is training.stage.stage and cached.has(exam.name, "held_out")):
+def _examined(training: Training, task: EvalTask) -> dict[str, float] | None:
+    world, model, stage = training.world, training.model, task.stage
+    reference, cached = training.reference if task.objective.needs_reference else None, training.sums
+    if cached is not None and not (task.stage is training.stage.stage and cached.has(task.name, "held_out")):
         cached = None
-    if exam.objective.needs_reference and reference is None and cached is None:
+    if task.objective.needs_reference and reference is None and cached is None:
         return {}
     settings = exam_settings(stage) | training.progress.settings
-    sums = torch.zeros(2 + len(exam.objective.metrics) + BINS, device=world.device)
-    stride, trims = stage.micro_batch * network.replicas, may_trim(training.recipe, stage)
-    for start in range(0, len(exam.samples), stride):
+    sums = torch.zeros(2 + len(task.objective.metrics) + BINS, device=world.device)
+    stride, trims = stage.micro_batch * model.replicas, may_trim(training.recipe, stage)
+    for start in range(0, len(task.samples), stride):
         if training.boundary.peek():
             return None
-        count = min(stride, len(exam.samples) - start)
-        mine = share(start, count, network.replica, network.replicas)
+        count = min(stride, len(task.samples) - start)
+        mine = share(start, count, model.replica, model.replicas)
         batches: list[Batch] = []
-        problem = together(lambda mine=mine, read=batches: read.append(exam.samples.read(*mine)), world, ShardError)  # type: ignore[misc]  # mypy cannot type a lambda's default
+        problem = together(lambda mine=mine, read=batches: read.append(task.samples.read(*mine)), world, ShardError)  # type: ignore[misc]  # mypy cannot type a lambda's default
         if problem:
             training.hold_for_data(problem)
             training.evaluated = None
             return None
-        samples = samples_a_replica(count, network.replicas)
-        for part in micro_batches(batches[0], 2 if exam.pairs else 1, samples, samples, world.device, trims):
+        samples = samples_a_replica(count, model.replicas)
+        for part in micro_batches(batches[0], 2 if task.pairs else 1, samples, samples, world.device, trims):
             fixed = reference.log_probs(part) if reference is not None else None
-            if cached is not None and exam.objective.needs_reference:
+            if cached is not None and task.objective.needs_reference:
                 fixed = cached.of(batches[0].samples, part, "held_out")
-            found = network.scores(part) if network.scalar else network.log_probs(part)
-            loss, weight, metrics = exam.objective.loss(found, part, settings, fixed)
-            told = torch.stack([loss, weight, *(metrics[name] for name in exam.objective.metrics)])
-            if network.speaks:
-                sums += torch.cat([told, _gaps(found, part) if network.scalar else torch.zeros(BINS, device=world.device)])
-    return _means(exam, total(sums))
+            found = model.scores(part) if model.scalar else model.log_probs(part)
+            loss, weight, metrics = task.objective.loss(found, part, settings, fixed)
+            told = torch.stack([loss, weight, *(metrics[name] for name in task.objective.metrics)])
+            if model.is_replica_leader:
+                sums += torch.cat([told, _gaps(found, part) if model.scalar else torch.zeros(BINS, device=world.device)])
+    return _means(task, total(sums))
 
 
-def _gaps(scores: Tensor, rows: Rows) -> Tensor:
+def _gaps(scores: Tensor, rows: DeviceRows) -> Tensor:
     """Of the real pairs: [BINS]."""
     chosen, rejected = scores.gather(1, score_places(rows)[:, None])[:, 0].chunk(2)
     return gaps((chosen - rejected)[complete(rows.mask)], BINS).float()
@@ -115,34 +115,34 @@ def exam_settings(stage: Stage) -> dict[str, float]:
     return {"beta": stage.beta, "label_smoothing": stage.label_smoothing, "margin": stage.margin, "centre": stage.centre}
 
 
-def _as_reported(training: Training, exam: Exam, found: dict[str, float]) -> dict[str, float]:
+def _as_reported(training: Training, task: EvalTask, found: dict[str, float]) -> dict[str, float]:
     at = training.progress
     if at.stage_step or not at.stage:
         return found
     before = {f"{name}_before": value for name, value in found.items()}
-    known = any(covers(name, exam.name) for stage in training.recipe.stage[: at.stage] for name in stage.sources)
+    known = any(covers(name, task.name) for stage in training.recipe.stage[: at.stage] for name in stage.sources)
     return before if known else before | found
 
 
-def _means(exam: Exam, sums: Tensor) -> dict[str, float]:
+def _means(task: EvalTask, sums: Tensor) -> dict[str, float]:
     loss, weight, *rest = sums.tolist()
     if not weight:
         return {}
     metrics, bins = rest[:-BINS], rest[-BINS:]
-    found = {f"eval/{exam.name}/loss": loss / weight}
-    for name, value in zip(exam.objective.metrics, metrics, strict=True):
-        found[f"eval/{exam.name}/{_SHORT[name]}"] = value / weight
-    if exam.pairs:
-        low, high = interval(found[f"eval/{exam.name}/accuracy"], weight)
-        found |= {f"eval/{exam.name}/accuracy_low": low, f"eval/{exam.name}/accuracy_high": high}
+    found = {f"eval/{task.name}/loss": loss / weight}
+    for name, value in zip(task.objective.metrics, metrics, strict=True):
+        found[f"eval/{task.name}/{_SHORT[name]}"] = value / weight
+    if task.pairs:
+        low, high = interval(found[f"eval/{task.name}/accuracy"], weight)
+        found |= {f"eval/{task.name}/accuracy_low": low, f"eval/{task.name}/accuracy_high": high}
     if any(bins):
-        found[f"eval/{exam.name}/calibration_error"] = sum(map(abs, bins)) / (2 * weight)
+        found[f"eval/{task.name}/calibration_error"] = sum(map(abs, bins)) / (2 * weight)
     return found
 
 
 def interval(share: float, count: float) -> tuple[float, float]:
     """In which a share seen in so many lies, 19 times in 20: Wilson 1927's score interval."""
     z = 1.959964
-    middle, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    middle, sharding = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return (middle - spread) / scale, (middle + spread) / scale
+    return (middle - sharding) / scale, (middle + sharding) / scale

@@ -16,11 +16,11 @@ from trainer.loop.apply_command import apply
 from trainer.loop.evaluate import evaluate
 from trainer.loop.peak_flops import flops_per_second
 from trainer.loop.stage_end import end_stage
-from trainer.loop.train_batch import Lesson, next_lesson
+from trainer.loop.train_batch import TrainBatch, next_batch
 from trainer.objectives import CRITIC, Objective
 from trainer.objectives.ppo import critic_metrics
 from trainer.optimizer import learning_rate, total
-from trainer.stage.model_roles import Learner
+from trainer.stage.model_roles import TrainableModel
 from trainer.stage.training import Training
 from trainer.synthetic import methods
 from trainer.synthetic import stage as making
@@ -89,7 +89,7 @@ def make(training: Training) -> bool:
     seconds = time.monotonic() - began
     training.reporter.flush()
     training.reporter.send(at.lineage, at.step, at.tokens, found[1] | {"perf/step_seconds": seconds})
-    training.checkpointer.judge(at.step, True, None)
+    training.checkpointer.observe(at.step, True, None)
     training.phase("training")
     return True
 
@@ -97,24 +97,26 @@ def make(training: Training) -> bool:
 def step(training: Training) -> bool:
     """One optimizer update over the global batch; whether it was taken, or there was nothing to learn from yet."""
     began = time.monotonic()
-    world, at, run, network = training.world, training.progress, training.stage, training.network
+    world, at, run, model = training.world, training.progress, training.stage, training.model
     stage = run.stage
 
     training.pace.begin()
-    lesson = next_lesson(training)
-    if lesson is None:
+    batch = next_batch(training)
+    if batch is None:
         return False
 
-    students = [Student(training.cast.policy, run.objective, "lr")]
-    if training.cast.critic is not None:
-        students.append(Student(training.cast.critic, CRITIC, "value_lr"))
-    for_each = [torch.cat([_gradients(training, each, lesson), each.learner.optimizer.squared_norm()[None]]) for each in students]
+    trainables = [TrainableObjective(training.roles.policy, run.objective, "lr")]
+    if training.roles.critic is not None:
+        trainables.append(TrainableObjective(training.roles.critic, CRITIC, "value_lr"))
+    for_each = [
+        torch.cat([_gradients(training, each, batch), each.trainable.optimizer.squared_norm()[None]]) for each in trainables
+    ]
     values = total(torch.cat(for_each))
     parts = torch.split(values, [len(each) for each in for_each])
-    for each, found in zip(students, parts, strict=True):
-        norm, optimizer = found[-1:].sqrt_(), each.learner.optimizer
+    for each, found in zip(trainables, parts, strict=True):
+        norm, optimizer = found[-1:].sqrt_(), each.trainable.optimizer
         optimizer.update(at.settings, learning_rate(stage, at.settings, at.stage_step, each.rate), stage.eps, norm[0])
-    training.heartbeat.own = training.pace.end(lesson.waited)
+    training.heartbeat.own = training.pace.end(batch.waited)
 
     at.step += 1
     at.stage_step += 1
@@ -123,24 +125,24 @@ def step(training: Training) -> bool:
         at.drawn.left -= 1
     else:
         at.position += stage.global_batch
-    at.tokens += lesson.tokens
+    at.tokens += batch.tokens
     training.revision = 0
     seconds = time.monotonic() - began
     known = {"train/lr": learning_rate(stage, at.settings, at.stage_step - 1), "train/tokens": float(at.tokens)}
-    known |= {"perf/step_seconds": seconds, "perf/tokens_per_second": lesson.tokens / seconds} | lesson.known
+    known |= {"perf/step_seconds": seconds, "perf/tokens_per_second": batch.tokens / seconds} | batch.known
     if stage.draws:
-        known["perf/update_seconds"] = seconds - lesson.waited
+        known["perf/update_seconds"] = seconds - batch.waited
     if training.stall:
         known["perf/checkpoint_stall_seconds"], training.stall = training.stall, 0.0
     if world.pipeline.size > 1:
-        known["perf/pipeline_bubble"] = network.bubble(len(lesson.parts))
+        known["perf/pipeline_bubble"] = model.bubble(len(batch.parts))
     if (peak := flops_per_second(world.device, training.recipe.model.dtype)) and not stage.draws:
-        known["perf/mfu"] = network.flops_per_token(stage.context) * lesson.tokens / seconds / (peak * world.size)
+        known["perf/mfu"] = model.flops_per_token(stage.context) * batch.tokens / seconds / (peak * world.size)
 
     def read(found: list[float]) -> dict[str, float]:
         means = {"train/skipped_updates": found.pop()}
-        for each, count in zip(students, map(len, for_each), strict=True):
-            means |= each.metrics(found[:count], max(lesson.weight, 1))
+        for each, count in zip(trainables, map(len, for_each), strict=True):
+            means |= each.metrics(found[:count], max(batch.weight, 1))
             del found[:count]
         return means
 
@@ -150,10 +152,10 @@ def step(training: Training) -> bool:
 
 
 @dataclass(frozen=True)
-class Student:
+class TrainableObjective:
     """A learner and what it is taught."""
 
-    learner: Learner
+    trainable: TrainableModel
     objective: Objective
     rate: str
     """The setting that is its peak learning rate."""
@@ -169,22 +171,22 @@ class Student:
         return means | packing_metrics.means(added[1 + len(names) :])
 
 
-def _gradients(training: Training, student: Student, lesson: Lesson) -> Tensor:
+def _gradients(training: Training, trained: TrainableObjective, batch: TrainBatch) -> Tensor:
     """Forward and backward of all micro-batches: summed loss, metrics, and what `boundaries` sums; of this rank, on the device.
 
     The loss is the mean over what the whole batch weighs together.
     """
-    objective, network, settings = student.objective, student.learner.network, training.progress.settings
+    objective, model, settings = trained.objective, trained.trainable.model, training.progress.settings
     sums = torch.zeros(1 + len(objective.metrics), device=training.world.device)
     placed = torch.zeros(packing_metrics.COUNT, device=training.world.device)
 
     def loss_of(number: int, policy: Tensor) -> Tensor:
-        loss, _, metrics = objective.loss(policy, lesson.parts[number], settings, lesson.held[number])
-        if network.speaks:
+        loss, _, metrics = objective.loss(policy, batch.parts[number], settings, batch.held[number])
+        if model.is_replica_leader:
             sums.add_(torch.stack([loss.detach(), *(metrics[name] for name in objective.metrics)]))
             if objective.by_token:
-                placed.add_(packing_metrics.sums(policy, lesson.parts[number]))
-        return loss / max(lesson.weight, 1)
+                placed.add_(packing_metrics.sums(policy, batch.parts[number]))
+        return loss / max(batch.weight, 1)
 
-    network.backward(lesson.parts, loss_of)
+    model.backward(batch.parts, loss_of)
     return torch.cat([sums, placed])

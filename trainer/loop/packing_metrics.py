@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.objectives.loss import real
 
 NEAR = 32
@@ -30,7 +30,7 @@ def near_boundaries(segments: Tensor, near: int = NEAR) -> Tensor:
     return found
 
 
-def sums(policy: Tensor, rows: Rows, near: Tensor | None = None) -> Tensor:
+def sums(policy: Tensor, rows: DeviceRows, near: Tensor | None = None) -> Tensor:
     """[COUNT], float32, to be added up over micro-batches and ranks, and read by `means`.
 
     policy: [rows, time], log-probabilities of the targets. near: of the same shape, where the rows hold a part of each row's

@@ -11,7 +11,7 @@ from shards.format.seekable_zstd import Array
 from shards.sampling.batches import open_held_out
 from trainer.distributed.mesh import together
 from trainer.rollout.rollout import distances, score
-from trainer.rollout.sampling import draw, log_probs, log_probs_and_entropy
+from trainer.rollout.sampling import log_probs, log_probs_and_entropy, sample_responses
 from trainer.stage.training import Training
 
 TEMPERATURE = 0.8
@@ -36,7 +36,7 @@ def show_samples(training: Training) -> bool:
     if tokens < 1:
         return False
     kept = [prompt[-(stage.context - tokens) :] for prompt in prompts]
-    drawn = draw(training, kept, tokens, TEMPERATURE, [_seed(training, 0, number) for number in range(len(kept))])
+    drawn = sample_responses(training, kept, tokens, TEMPERATURE, [_seed(training, 0, number) for number in range(len(kept))])
     if drawn is None:
         return True
     for prompt, response in zip(stage.prompts, drawn.responses, strict=True):
@@ -56,7 +56,7 @@ def policy_metrics(training: Training) -> dict[str, float] | None:
     stage = training.stage.stage
     if training.reference is None:
         return {}
-    sources = [exam.name for exam in training.stage.exams if exam.stage is stage]
+    sources = [task.name for task in training.stage.tasks if task.stage is stage]
     found: dict[str, float] = {}
     for stream, source in enumerate(sources if stage.draws else sources[:1], 1):
         values = _on_held_out(training, source, stream)
@@ -84,14 +84,14 @@ def _on_held_out(training: Training, source: str, stream: int) -> dict[str, floa
     if not known or tokens < 1:
         return {}
     training.phase("sampling")
-    prompts = [known[number % len(known)] for number in range(max(len(known) if stage.draws else count, training.network.replicas))]
+    prompts = [known[number % len(known)] for number in range(max(len(known) if stage.draws else count, training.model.replicas))]
     prompts = [prompt[-(stage.context - tokens) :] for prompt in prompts]
     seeds = [_seed(training, stream, number) for number in range(len(prompts))]
-    drawn = draw(training, prompts, tokens, stage.temperature, seeds)
+    drawn = sample_responses(training, prompts, tokens, stage.temperature, seeds)
     if drawn is None:
         return None
     assert training.reference is not None
-    policy, entropy = log_probs_and_entropy(training, training.network, drawn)
+    policy, entropy = log_probs_and_entropy(training, training.model, drawn)
     far = distances(policy, log_probs(training, training.reference, drawn), entropy, drawn.rows.mask)
     if not stage.draws:
         return far | {"policy/reward": training.progress.settings.get("beta", stage.beta) * far["policy/kl_sequence"]}

@@ -27,7 +27,7 @@ _KEPT = {
 _passing = False
 
 
-def again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def checkpointed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The function of x, of which only x is kept."""
     found: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
     return found
@@ -43,12 +43,12 @@ def recomputed(mode: Mode, function: Callable[[Tensor], Tensor], x: Tensor) -> T
         return found
     if mode == "offloaded":
         with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda):
-            return again(function, x)
-    return again(function, x)
+            return checkpointed(function, x)
+    return checkpointed(function, x)
 
 
 @contextlib.contextmanager
-def passing(wanted: bool = True) -> Iterator[None]:
+def skip_saving(wanted: bool = True) -> Iterator[None]:
     """Where wanted, nothing that is computed meanwhile is kept by "selective": its backward does not look at it."""
     global _passing
     before, _passing = _passing, _passing or wanted

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.distributed.ring_attention import Blocks, ring_attention
-from trainer.distributed.sequence_parallel import Spread
+from trainer.distributed.ring_attention import RingBlocks, ring_attention
+from trainer.distributed.sequence_parallel import SequenceSharding
 from trainer.model.document_offsets import Documents, undivided
 
 try:
@@ -47,7 +47,7 @@ class Visible(NamedTuple):
     """[heads], float32: ALiBi's, for the varlen kernel."""
     kernel: Varlen | None = None
     """The varlen kernel, where there are bounds."""
-    blocks: Blocks | None = None
+    blocks: RingBlocks | None = None
     """The same for keys and values that go round."""
     cached: Cached | None = None
     """Where a sequence is continued token by token."""
@@ -104,20 +104,20 @@ def runs_varlen(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, spread: Spread) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, sharding: SequenceSharding) -> Tensor:
     """Attention of q [batch, heads, time, head] over k and v [batch, kv_heads, time, head], groups of heads sharing them.
 
     The time is that of this rank's tokens, where context-parallel ranks share rows.
     """
     if seen.cached is not None:
         return seen.cached.attend(q, k, v)
-    if spread.context.size == 1:
+    if sharding.context.size == 1:
         return _attend(q, k, v, seen)
-    if spread.ring:
+    if sharding.ring:
         assert seen.blocks is not None
-        return ring_attention(q, k, v, seen.blocks, spread.context)
-    q, k, v = spread.heads(q, k, v)
-    return spread.tokens(_attend(q, k, v, seen))
+        return ring_attention(q, k, v, seen.blocks, sharding.context)
+    q, k, v = sharding.heads(q, k, v)
+    return sharding.tokens(_attend(q, k, v, seen))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible) -> Tensor:

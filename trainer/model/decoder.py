@@ -16,9 +16,9 @@ import xxhash
 from torch import Tensor, nn
 
 from midwatch.recipe.model import Model, Rope
-from trainer.distributed.ring_attention import Blocks
-from trainer.distributed.sequence_parallel import Spread, held
-from trainer.model.activation_checkpointing import Mode, again, passing, recomputed
+from trainer.distributed.ring_attention import RingBlocks
+from trainer.distributed.sequence_parallel import SequenceSharding, held
+from trainer.model.activation_checkpointing import Mode, checkpointed, recomputed, skip_saving
 from trainer.model.attention import Visible, attend, visible
 from trainer.model.document_offsets import Documents
 from trainer.model.logprobs import likelihood
@@ -33,7 +33,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Thrift:
+class MemoryOptions:
     """What a forward does to need less memory."""
 
     recompute: Mode = "none"
@@ -44,7 +44,7 @@ class Thrift:
 
 
 @dataclass(frozen=True)
-class Part:
+class PipelineChunk:
     """The blocks [start, stop) of a decoder's, with what is before the first and after the last."""
 
     start: int
@@ -53,7 +53,7 @@ class Part:
     last: bool = True
 
 
-class Linear(nn.Linear):
+class ColumnParallelLinear(nn.Linear):
     """Its outputs are divided among tensor-parallel ranks: of all tokens each computes its own."""
 
     product: Product = staticmethod(F.linear)
@@ -66,7 +66,7 @@ class Linear(nn.Linear):
         return out if bias is None else out + bias
 
 
-class Joining(nn.Module):
+class RowParallelLinear(nn.Module):
     """A linear layer whose inputs are divided among tensor-parallel ranks; the sum comes out, to each rank of its own tokens."""
 
     def __init__(self, inward: int, outward: int, bias: bool) -> None:
@@ -80,10 +80,10 @@ class Joining(nn.Module):
         """Without the bias, before the sum."""
         return self.product(x, held(self.weight))
 
-    def forward(self, x: Tensor, spread: Spread) -> Tensor:
-        with passing(spread.tensor.size > 1):  # their sum is kept instead
+    def forward(self, x: Tensor, sharding: SequenceSharding) -> Tensor:
+        with skip_saving(sharding.tensor.size > 1):  # their sum is kept instead
             found = self.partial(x)
-        out = spread.scatter(found)
+        out = sharding.scatter(found)
         return out if self.bias is None else out + held(self.bias, partial=True)
 
 
@@ -97,16 +97,16 @@ class Attention(nn.Module):
         super().__init__()
         self.head, self.queries = config.head, config.heads // config.key_value_heads
         bias = config.attention_biased
-        self.qkv = Linear(config.width, (config.heads + 2 * config.key_value_heads) * self.head, bias=bias)
-        self.out = Joining(config.heads * self.head, config.width, bias=bias)
+        self.qkv = ColumnParallelLinear(config.width, (config.heads + 2 * config.key_value_heads) * self.head, bias=bias)
+        self.out = RowParallelLinear(config.heads * self.head, config.width, bias=bias)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible, spread: Spread) -> Tensor:
-        qkv: Tensor = self.qkv(spread.gather(x))
+    def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible, sharding: SequenceSharding) -> Tensor:
+        qkv: Tensor = self.qkv(sharding.gather(x))
         grouped = qkv.view(*qkv.shape[:2], -1, self.queries + 2, self.head)
         q, k, v = (each.flatten(2, 3).transpose(1, 2) for each in torch.split(grouped, [self.queries, 1, 1], dim=-2))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        out: Tensor = self.out(attend(q, k, v, seen, spread).transpose(1, 2).flatten(-2), spread)
+        out: Tensor = self.out(attend(q, k, v, seen, sharding).transpose(1, 2).flatten(-2), sharding)
         return out
 
 
@@ -116,22 +116,22 @@ class MLP(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.kind, self.is_last = config.mlp, config.norm_place == "before"
-        self.gate = Linear(config.width, config.hidden_width, bias=config.bias) if config.mlp == "swiglu" else None
-        self.up = Linear(config.width, config.hidden_width, bias=config.bias)
-        self.down = Joining(config.hidden_width, config.width, bias=config.bias)
+        self.gate = ColumnParallelLinear(config.width, config.hidden_width, bias=config.bias) if config.mlp == "swiglu" else None
+        self.up = ColumnParallelLinear(config.width, config.hidden_width, bias=config.bias)
+        self.down = RowParallelLinear(config.hidden_width, config.width, bias=config.bias)
 
-    def forward(self, x: Tensor, spread: Spread, tile: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, sharding: SequenceSharding, tile: int | None = None) -> Tensor:
         """tile: tokens that pass through at a time, of which only what goes in is kept for the backward."""
-        gathered = spread.gather(x)
+        gathered = sharding.gather(x)
         if tile is None or gathered.shape[0] * gathered.shape[1] <= tile:
             inner = self._inner(gathered)
-            with passing(self.is_last):
-                out: Tensor = self.down(inner, spread)
+            with skip_saving(self.is_last):
+                out: Tensor = self.down(inner, sharding)
             return out
-        with passing():
-            parts = [again(self._partial, part) for part in torch.split(gathered.flatten(0, 1), tile)]
-        with passing(self.is_last):
-            summed = spread.scatter(torch.cat(parts).view_as(gathered))
+        with skip_saving():
+            parts = [checkpointed(self._partial, part) for part in torch.split(gathered.flatten(0, 1), tile)]
+        with skip_saving(self.is_last):
+            summed = sharding.scatter(torch.cat(parts).view_as(gathered))
         return summed if self.down.bias is None else summed + held(self.down.bias, partial=True)
 
     def _partial(self, x: Tensor) -> Tensor:
@@ -156,39 +156,43 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.compiled: Callable[..., Tensor] | None = None
 
-    def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible, spread: Spread, thrift: Thrift) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Rotation | None, seen: Visible, sharding: SequenceSharding, memory: MemoryOptions
+    ) -> Tensor:
         # Rows of an evaluation, and of text as it grows, are of many lengths; to compile for each takes longer than it saves.
         through = self.compiled if self.compiled is not None and torch.is_grad_enabled() else self.through
-        return through(x, rotation, seen, spread, thrift)
+        return through(x, rotation, seen, sharding, memory)
 
-    def through(self, x: Tensor, rotation: Rotation | None, seen: Visible, spread: Spread, thrift: Thrift) -> Tensor:
+    def through(
+        self, x: Tensor, rotation: Rotation | None, seen: Visible, sharding: SequenceSharding, memory: MemoryOptions
+    ) -> Tensor:
         """All of it, apart from what FSDP2 hangs on to `forward`: what can be compiled."""
 
         def run(x: Tensor) -> Tensor:
             if self.norm_after:
-                x = self.attention_norm(x + self.attention(x, rotation, seen, spread))
-                x = self.mlp_norm(x + self.mlp(x, spread, thrift.mlp_tile))
+                x = self.attention_norm(x + self.attention(x, rotation, seen, sharding))
+                x = self.mlp_norm(x + self.mlp(x, sharding, memory.mlp_tile))
             else:
-                x = x + self.attention(self.attention_norm(x), rotation, seen, spread)
-                x = x + self.mlp(self.mlp_norm(x), spread, thrift.mlp_tile)
+                x = x + self.attention(self.attention_norm(x), rotation, seen, sharding)
+                x = x + self.mlp(self.mlp_norm(x), sharding, memory.mlp_tile)
             return x
 
-        return recomputed(thrift.recompute, run, x)
+        return recomputed(memory.recompute, run, x)
 
 
 class Decoder(nn.Module):
     """Tokens to log-probabilities or logits, or a part of the way there.
 
-    `set_positions`, `documents_masked`, `temperature`, `spread` and `thrift` follow the stage; parameters do not depend on it.
+    `set_positions`, `documents_masked`, `temperature`, `sharding` and `memory` follow the stage; parameters do not depend on it.
     """
 
-    def __init__(self, config: Model, vocabulary: int, part: Part | None = None, scalar: bool = False) -> None:
+    def __init__(self, config: Model, vocabulary: int, part: PipelineChunk | None = None, scalar: bool = False) -> None:
         """scalar: a number for each token comes out, not what follows it: the head of reward and value models."""
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
-        self.part = part = Part(0, config.layers) if part is None else part
+        self.part = part = PipelineChunk(0, config.layers) if part is None else part
         self.documents_masked, self.temperature = False, 1.0
-        self.spread, self.thrift = Spread(), Thrift()
+        self.sharding, self.memory = SequenceSharding(), MemoryOptions()
         if part.first or (part.last and config.tied and not scalar):
             self.embedding = nn.Embedding(vocabulary, config.width)
         learns = part.first and config.position == "learned"
@@ -227,26 +231,26 @@ class Decoder(nn.Module):
         Ranks that share rows are each given whole ones, and each gives whole ones. A part that is not the last gives what the
         next one takes as x, [batch, this rank's tokens, width]. With a scalar head what it gives each token, [batch, time].
         """
-        time, spread = positions.shape[1], self.spread
-        places = spread.places(time, positions.device)
-        mine = spread.between(places)
+        time, sharding = positions.shape[1], self.sharding
+        places = sharding.places(time, positions.device)
+        mine = sharding.between(places)
         if self.part.first:
-            x = self.embed(spread.take(x, mine), spread.take(positions, mine))
+            x = self.embed(sharding.take(x, mine), sharding.take(positions, mine))
         seen = self._visible(segments, documents, x.dtype)
-        rotation = self.rotation(spread.take(positions, places), time, x.dtype) if self.config.position == "rope" else None
+        rotation = self.rotation(sharding.take(positions, places), time, x.dtype) if self.config.position == "rope" else None
         for block in self.blocks.values():
-            x = block(x, rotation, seen, spread, self.thrift)
+            x = block(x, rotation, seen, sharding, self.memory)
         if not self.part.last:
             return x
         if self.norm is not None:
             x = self.norm(x)
         if self.score is not None:
-            return spread.whole(self.score(x)[..., 0].float().clone(), time)
+            return sharding.whole(self.score(x)[..., 0].float().clone(), time)
         weight = self.embedding.weight if self.head is None else self.head.weight
         x = x if self.temperature == 1.0 else x / self.temperature  # the same as of logits
         if targets is None:
-            return spread.whole(F.linear(x, weight).float(), time)
-        return spread.whole(likelihood(x, weight, spread.take(targets, mine), self.thrift.loss_tile, entropy), time)
+            return sharding.whole(F.linear(x, weight).float(), time)
+        return sharding.whole(likelihood(x, weight, sharding.take(targets, mine), self.memory.loss_tile, entropy), time)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first block takes, from tokens and positions [batch, time]."""
@@ -260,18 +264,18 @@ class Decoder(nn.Module):
 
     def _visible(self, segments: Tensor, documents: Documents | None, dtype: torch.dtype) -> Visible:
         """Of the heads and tokens that this rank has inside attention."""
-        spread, (batch, time), device = self.spread, segments.shape, segments.device
+        sharding, (batch, time), device = self.sharding, segments.shape, segments.device
         slopes = None
         if self.config.position == "alibi":
-            slopes = alibi_slopes(self.config.heads, device).chunk(spread.tensor.size)[spread.tensor.place]
-            if not spread.ring:
-                slopes = slopes.chunk(spread.context.size)[spread.context.place]
-        length = spread.length(time)
+            slopes = alibi_slopes(self.config.heads, device).chunk(sharding.tensor.size)[sharding.tensor.place]
+            if not sharding.ring:
+                slopes = slopes.chunk(sharding.context.size)[sharding.context.place]
+        length = sharding.length(time)
         masked = F.pad(segments, (0, length - time), value=-1) if self.documents_masked else None
-        if not spread.ring:
+        if not sharding.ring:
             return visible(masked, documents, (batch, time), length, device, dtype, self.config.head, slopes)
-        places = tuple(spread.places(time, device, place) for place in range(spread.context.size))
-        return Visible(blocks=Blocks(places, masked, slopes))
+        places = tuple(sharding.places(time, device, place) for place in range(sharding.context.size))
+        return Visible(blocks=RingBlocks(places, masked, slopes))
 
     def rotation(self, positions: Tensor, time: int, dtype: torch.dtype) -> Rotation:
         """Of positions in rows of `time` tokens. In the type that blocks compute in: FSDP2 would make each block a copy."""

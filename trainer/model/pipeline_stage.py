@@ -11,7 +11,7 @@ from torch.distributed import P2POp
 from torch.distributed.pipelining import PipelineStage
 
 
-class Stage(PipelineStage):
+class UnbufferedPipelineStage(PipelineStage):
     """torch's own keeps a buffer for what comes of every micro-batch of a step, forward and backward, from the first step on."""
 
     room: Callable[[], Tensor]

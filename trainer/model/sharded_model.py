@@ -22,13 +22,13 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from midwatch.recipe.model import Model
 from midwatch.recipe.stage import Stage
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.distributed.mesh import World, box, local
-from trainer.distributed.sequence_parallel import Group, Spread
-from trainer.model.decoder import Block, Decoder, Joining, Linear, Part, Thrift
+from trainer.distributed.sequence_parallel import RankGroup, SequenceSharding
+from trainer.model.decoder import Block, ColumnParallelLinear, Decoder, MemoryOptions, PipelineChunk, RowParallelLinear
 from trainer.model.document_offsets import joined
 from trainer.model.float8 import float8_product
-from trainer.model.pipeline_stage import Stage as Relay
+from trainer.model.pipeline_stage import UnbufferedPipelineStage as Relay
 
 _DIVIDED: dict[str, Placement] = {
     "attention.qkv.weight": Shard(0),
@@ -43,19 +43,19 @@ _DIVIDED: dict[str, Placement] = {
 """Of a block's parameters those that tensor-parallel ranks divide: Shoeybi et al. 2019, section 3."""
 
 
-class Network:
+class ShardedModel:
     """This rank's parts of the decoder, and the ways through all of them."""
 
     def __init__(self, config: Model, vocabulary: int, world: World, scalar: bool = False) -> None:
         """The parameters are unset. scalar: it gives each token a number, as reward and value models do."""
         self.config, self.vocabulary, self.scalar, self._world = config, vocabulary, scalar, world
-        self._spread, self._thrift = Spread(), Thrift()
+        self._sharding, self._memory = SequenceSharding(), MemoryOptions()
         self._schedules: dict[tuple[int, int, int], Schedule1F1B | ScheduleInterleaved1F1B] = {}
         self._loss: Callable[[int, Tensor], Tensor] = lambda number, found: found
         with torch.device("meta"):
             self.parts = [Decoder(config, vocabulary, part, scalar) for part in _parts(config, world, world.pipeline.place)]
         for part in self.parts:
-            _quicken(part, config, world.device)
+            _apply_float8_and_compile(part, config, world.device)
             _shard(part, config, world)
             part.to_empty(device="cpu" if world.parallel.offload == "parameters" else world.device)
 
@@ -86,16 +86,16 @@ class Network:
     @property
     def replicas(self) -> int:
         """Into which the global batch is divided."""
-        return self._world.data // self._spread.context.size
+        return self._world.data // self._sharding.context.size
 
     @property
     def replica(self) -> int:
-        return self._world.data_place // self._spread.context.size
+        return self._world.data_place // self._sharding.context.size
 
     @property
-    def speaks(self) -> bool:
+    def is_replica_leader(self) -> bool:
         """Of the ranks of a replica the one that counts what all of them know."""
-        return self._world.tensor.place == 0 and self._spread.context.place == 0 and self.ends_here
+        return self._world.tensor.place == 0 and self._sharding.context.place == 0 and self.ends_here
 
     @property
     def ends_here(self) -> bool:
@@ -118,7 +118,7 @@ class Network:
             for parameter, values in part.drawn(seed, only):
                 local(parameter).copy_(values[box(parameter)])
 
-    def copy_from(self, other: Network) -> None:
+    def copy_from(self, other: ShardedModel) -> None:
         """All parameters that both have; two with other heads do not share these."""
         theirs = other.parameters()
         for name, mine in self.parameters().items():
@@ -144,36 +144,36 @@ class Network:
                 dist.broadcast(found, dist.get_global_rank(pipeline.ranks, place), group=pipeline.ranks)
                 yield name, found
 
-    def freeze(self) -> Network:
+    def freeze(self) -> ShardedModel:
         for part in self.parts:
             part.requires_grad_(False)
         return self
 
-    def follow(self, stage: Stage, original_context: int) -> None:
+    def configure_stage(self, stage: Stage, original_context: int) -> None:
         """Positions, masks, context parallelism and memory as the stage wants them; parameters do not change. By all ranks."""
-        self._thrift = Thrift(stage.activation_checkpointing, stage.mlp_tile, stage.loss_tile)
+        self._memory = MemoryOptions(stage.activation_checkpointing, stage.mlp_tile, stage.loss_tile)
         context, config, tensor = self._world.context(stage.context_parallel), self.config, self._world.tensor
         divides = config.heads % (tensor.size * context.size) == config.key_value_heads % (tensor.size * context.size) == 0
-        self._spread = Spread(tensor, context, ring=context.size > 1 and not divides)
+        self._sharding = SequenceSharding(tensor, context, ring=context.size > 1 and not divides)
         self._schedules = {}  # what goes from part to part has another size
         for part in self.parts:
             part.set_positions(stage.rope or config.rope, original_context, stage.position_factor)
             part.documents_masked, part.temperature = stage.documents_masked, stage.temperature
-            part.spread, part.thrift = self._spread, self._thrift
+            part.sharding, part.memory = self._sharding, self._memory
 
     # Ways through
 
     @torch.no_grad()
-    def scores(self, rows: Rows) -> Tensor:
+    def scores(self, rows: DeviceRows) -> Tensor:
         """With a scalar head: what it gives each token, [rows, time]. On all ranks of a replica."""
         return self._through(rows)
 
     @torch.no_grad()
-    def log_probs(self, rows: Rows, entropy: bool = False) -> Tensor:
+    def log_probs(self, rows: DeviceRows, entropy: bool = False) -> Tensor:
         """Of the targets, [rows, time]; beside each the entropy where asked for, [rows, time, 2]. On all ranks of a replica."""
         return self._through(rows, entropy)
 
-    def backward(self, rows: Sequence[Rows], loss: Callable[[int, Tensor], Tensor]) -> None:
+    def backward(self, rows: Sequence[DeviceRows], loss: Callable[[int, Tensor], Tensor]) -> None:
         """Gradients of the sum of the micro-batches' losses; loss: (number, log-probabilities or scores [rows, time]) to a scalar.
 
         Ranks of a replica are given the same rows, and must compute the same loss; under a pipeline it is called where the
@@ -213,7 +213,7 @@ class Network:
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
-    def _through(self, rows: Rows, entropy: bool = False) -> Tensor:
+    def _through(self, rows: DeviceRows, entropy: bool = False) -> Tensor:
         """A forward without a backward, from rank to rank of the pipeline; its result goes back to all of them."""
         pipeline, count = self._world.pipeline, len(self.parts) * self._world.pipeline.size
         found: Tensor | None = None
@@ -234,21 +234,21 @@ class Network:
 
     def _between(self, rows: int, time: int, device: torch.device | str) -> Tensor:
         """As large as what goes from one part to the next."""
-        length = self._spread.length(time) // self._spread.context.size // self._spread.tensor.size
+        length = self._sharding.length(time) // self._sharding.context.size // self._sharding.tensor.size
         dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
         return torch.empty(rows, length, self.config.width, dtype=dtype, device=device)
 
-    def _receive(self, tokens: Tensor, pipeline: Group) -> Tensor:
+    def _receive(self, tokens: Tensor, pipeline: RankGroup) -> Tensor:
         assert pipeline.ranks is not None
         x = self._between(len(tokens), tokens.shape[1], self._world.device)
         dist.recv(x, dist.get_global_rank(pipeline.ranks, (pipeline.place - 1) % pipeline.size), group=pipeline.ranks)
         return x
 
-    def _send(self, x: Tensor, pipeline: Group) -> None:
+    def _send(self, x: Tensor, pipeline: RankGroup) -> None:
         assert pipeline.ranks is not None
         dist.send(x.contiguous(), dist.get_global_rank(pipeline.ranks, (pipeline.place + 1) % pipeline.size), group=pipeline.ranks)
 
-    def _schedule(self, rows: Sequence[Rows]) -> Schedule1F1B | ScheduleInterleaved1F1B:
+    def _schedule(self, rows: Sequence[DeviceRows]) -> Schedule1F1B | ScheduleInterleaved1F1B:
         """By shape: a stage's rows are all of one."""
         key = (len(rows), *rows[0].tokens.shape)
         if key not in self._schedules:
@@ -301,14 +301,14 @@ def _whole(parameter: Tensor, device: torch.device) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def _parts(config: Model, world: World, place: int) -> Iterator[Part]:
+def _parts(config: Model, world: World, place: int) -> Iterator[PipelineChunk]:
     """Of the layers, as evenly as they divide, a pipeline rank's parts: part k is on pipeline rank k modulo their number."""
     parallel = world.parallel
     count = parallel.pipeline * parallel.parts
     for index in range(place, count, parallel.pipeline):
         each, more = divmod(config.layers, count)
         start = index * each + min(index, more)
-        yield Part(start, start + each + (index < more), index == 0, index == count - 1)
+        yield PipelineChunk(start, start + each + (index < more), index == 0, index == count - 1)
 
 
 def _shard(part: Decoder, config: Model, world: World) -> None:
@@ -338,12 +338,12 @@ def _shard(part: Decoder, config: Model, world: World) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _quicken(part: Decoder, config: Model, device: torch.device) -> None:
+def _apply_float8_and_compile(part: Decoder, config: Model, device: torch.device) -> None:
     """Float8 and compilation of the blocks, where the recipe wants them."""
     if config.float8 != "none":
         product = float8_product(config.float8, device)
         for module in part.blocks.modules():
-            if isinstance(module, Linear | Joining):
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
                 module.product = product
     if config.compile:
         for block in part.blocks.values():

@@ -16,14 +16,14 @@ import numpy.typing as npt
 from torch import Tensor
 
 from midwatch.recipe import Stage
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.objectives import dpo, grpo, ppo, pretrain, reward, sft
 from trainer.objectives.loss import Loss
 
 
 @dataclass(frozen=True)
 class Objective:
-    loss: Callable[[Tensor, Rows, Mapping[str, float], Any], Loss]
+    loss: Callable[[Tensor, DeviceRows, Mapping[str, float], Any], Loss]
     """(log-probabilities of the rows' targets, or scores, [rows, time]; rows; live settings; what it is held against).
 
     That is the reference's log-probabilities, [rows, time], or an `Experience`, or nothing.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.objectives.loss import Loss, real, summed
 
 METRICS = ("preference/accuracy", "preference/margin", "preference/chosen_reward", "preference/rejected_reward")
@@ -24,7 +24,7 @@ Kind = Literal["sigmoid", "ipo"]
 
 def loss(
     policy: Tensor,
-    rows: Rows,
+    rows: DeviceRows,
     settings: Mapping[str, float],
     reference: Tensor | None,
     kind: Kind = "sigmoid",
@@ -55,7 +55,7 @@ def complete(mask: Tensor) -> Tensor:
     return chosen & rejected
 
 
-def responses(log_probs: Tensor, rows: Rows, length_normalised: bool = False) -> Tensor:
+def responses(log_probs: Tensor, rows: DeviceRows, length_normalised: bool = False) -> Tensor:
     """Log-probability of each row's response, summed over its tokens, or their mean: [rows]; 0 of an empty one."""
     found = real(log_probs, rows.mask).sum(-1)
     return found / rows.mask.sum(-1).clamp(min=1) if length_normalised else found

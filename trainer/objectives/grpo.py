@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.objectives import ppo
 from trainer.objectives.advantages import kl
 from trainer.objectives.loss import Loss, real, summed
-from trainer.objectives.ppo import Experience
+from trainer.objectives.ppo import RolloutData
 
 METRICS = (*ppo.METRICS, "policy/kl")
 """`policy/kl`, k3 a token, is there where there is a reference."""
@@ -56,9 +56,9 @@ def comparable(scored: Tensor, group: int) -> Tensor:
 
 def loss(
     policy: Tensor,
-    rows: Rows,
+    rows: DeviceRows,
     settings: Mapping[str, float],
-    extra: Experience,
+    extra: RolloutData,
     normalisation: Normalisation = "token",
 ) -> Loss:
     """PPO's clipped loss and beta k3 of each token (equations 3 and 4); `settings`: ratio_clip, and kl, which is beta.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.objectives.advantages import kl
 from trainer.objectives.loss import Loss, real, summed
 from trainer.objectives.pretrain import weight as tokens
@@ -35,7 +35,7 @@ _LARGEST = 20.0
 """Of a log-ratio; beyond it exp overflows to inf, and times an advantage of 0 to NaN. verl and OpenRLHF end there too."""
 
 
-class Experience(NamedTuple):
+class RolloutData(NamedTuple):
     """What was noted when the responses were given, all [rows, time] as the rows are."""
 
     old: Tensor
@@ -49,13 +49,13 @@ class Experience(NamedTuple):
     """Log-probabilities under the reference."""
 
 
-def loss(policy: Tensor, rows: Rows, settings: Mapping[str, float], extra: Experience) -> Loss:
+def loss(policy: Tensor, rows: DeviceRows, settings: Mapping[str, float], extra: RolloutData) -> Loss:
     """Of the policy, weighed by tokens; `settings`: ratio_clip."""
     values, metrics = policy_loss(policy, extra.old, extra.advantages, rows.mask, settings["ratio_clip"])
     return summed(values, rows.mask, metrics)
 
 
-def critic_loss(values: Tensor, rows: Rows, settings: Mapping[str, float], extra: Experience) -> Loss:
+def critic_loss(values: Tensor, rows: DeviceRows, settings: Mapping[str, float], extra: RolloutData) -> Loss:
     """Of the critic, weighed by tokens; `settings`: value_clip."""
     assert extra.returns is not None and extra.old_values is not None, "a critic learns returns"
     found, metrics = value_loss(values, extra.old_values, extra.returns, rows.mask, settings["value_clip"])

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.objectives.loss import Loss, real
 
 
-def loss(policy: Tensor, rows: Rows, settings: Mapping[str, float], reference: Tensor | None) -> Loss:
+def loss(policy: Tensor, rows: DeviceRows, settings: Mapping[str, float], reference: Tensor | None) -> Loss:
     """Radford et al. 2018, equation 1; weighed by real tokens."""
     return -(real(policy, rows.mask) * rows.mask).sum(), rows.mask.sum(), {}
 

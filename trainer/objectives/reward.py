@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.batches import Rows
+from trainer.batches import DeviceRows
 from trainer.objectives.dpo import METRICS, complete, weight
 from trainer.objectives.loss import Loss, last_place, real, summed
 
 __all__ = ["METRICS", "calibration", "gaps", "loss", "preferences", "score_places", "weight"]
 
 
-def loss(values: Tensor, rows: Rows, settings: Mapping[str, float], reference: Tensor | None = None) -> Loss:
+def loss(values: Tensor, rows: DeviceRows, settings: Mapping[str, float], reference: Tensor | None = None) -> Loss:
     """Rows [2 pairs, time]: the chosen responses, then the rejected ones in the same order. Weighed by pairs that have both.
 
     values: the scalar head's, [rows, time]; the score is that at `score_places`. `settings`: margin, centre.
@@ -32,7 +32,7 @@ def loss(values: Tensor, rows: Rows, settings: Mapping[str, float], reference: T
     return summed(found, there, metrics)
 
 
-def score_places(rows: Rows) -> Tensor:
+def score_places(rows: DeviceRows) -> Tensor:
     """Where each row's score is read: the last input that is no padding, [rows]; 0 in a row that has none.
 
     The mask does not tell: it is 1 where the *target* is of the response, and the input whose target is EOS has not seen the EOS.

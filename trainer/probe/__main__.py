@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
 
     from midwatch.protocol import Message, decode, framed
     from midwatch.recipe import RecipeError, load_recipe
-    from trainer.probe.judging import Judges
+    from trainer.probe.judging import RewardScorer
     from trainer.probe.loading import find, load
     from trainer.probe.service import Service
 
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         while data:
             data = data[os.write(answers, data) :]
 
-    judges = Judges(recipe, root, device)
+    judges = RewardScorer(recipe, root, device)
     service = Service(partial(find, root), lambda id: load(recipe, root, id, device), recipe.probe.checkpoints, send, judges)
     with contextlib.suppress(BrokenPipeError):
         while True:

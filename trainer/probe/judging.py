@@ -30,7 +30,7 @@ class Judge:
         return float(found[0, -1])
 
 
-class Judges:
+class RewardScorer:
     """Scores by the newest reward model there is; loaded when it is first wanted."""
 
     def __init__(self, recipe: Recipe, run: Path, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from shards.tokenization.tokenizer import Tokenizer
 from trainer.control.standalone import GOLDEN, committed
 from trainer.generate import Engine, Request
 from trainer.probe.weights import Weights
-from trainer.progress import Progress, from_manifest
+from trainer.progress import TrainProgress, from_manifest
 
 RUNNING = 8
 """Answers at a time; more wait."""
@@ -92,7 +92,7 @@ def load(recipe: Recipe, run: Path, id: str, device: torch.device) -> Loaded:
     for name, shape in needed.items():
         if name not in entries or entries[name].shape != shape:
             raise CheckpointError(f"{directory}: its {name} is not that of this recipe's model (use another checkpoint)")
-    engine.follow(stage.rope or recipe.model.rope, recipe.stage[0].context, stage.position_factor)
+    engine.set_rope(stage.rope or recipe.model.rope, recipe.stage[0].context, stage.position_factor)
     engine.refresh(Weights(directory, {name: entries[name] for name in needed}).items(), progress.step)
     return Loaded(stage, tokenizer, engine)
 
@@ -112,7 +112,7 @@ def find(run: Path, name: str) -> str:
     raise CheckpointError(f'{run}: there is no checkpoint "{name}" (there are: {there})')
 
 
-def _tokenizer(recipe: Recipe, run: Path, directory: Path, progress: Progress) -> Tokenizer:
+def _tokenizer(recipe: Recipe, run: Path, directory: Path, progress: TrainProgress) -> Tokenizer:
     file = (Path(recipe.data.dir) if recipe.data.dir is not None else run / "data") / TOKENIZER_FILE
     tokenizer = Tokenizer.load(file)
     if progress.origin.tokenizer and tokenizer.hash != progress.origin.tokenizer:

@@ -21,7 +21,7 @@ log = logging.getLogger("trainer.probe")
 
 
 @dataclass
-class Answer:
+class CheckpointReply:
     """One checkpoint's, under way."""
 
     ask: ProbeAsk
@@ -52,7 +52,7 @@ class Service:
         """What is asked, of which of its checkpoints, and that one's id."""
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         """By id, the one used last at the end."""
-        self._answers: dict[tuple[str, int], Answer] = {}
+        self._answers: dict[tuple[str, int], CheckpointReply] = {}
         """By checkpoint and the number of its engine's request."""
 
     @property
@@ -128,7 +128,7 @@ class Service:
         request = loaded.request(ask, ask.turns[which] if which < len(ask.turns) else ())
         number = loaded.engine.add(request)
         stream = Stream(loaded.tokenizer.decode, request.prompt)
-        self._answers[id, number] = Answer(ask, which, stream, self._clock(), ids=list(request.prompt))
+        self._answers[id, number] = CheckpointReply(ask, which, stream, self._clock(), ids=list(request.prompt))
         self._send(
             ProbeBegan(
                 ask=ask.ask,
@@ -188,7 +188,7 @@ class Service:
             )
         )
 
-    def _score(self, id: str, answer: Answer, finish: Finish) -> float | None:
+    def _score(self, id: str, answer: CheckpointReply, finish: Finish) -> float | None:
         """What a reward model of the run makes of the answer; None where there is none, or nobody was answered.
 
         It is read where a turn ends, as that is where a reward model has learned to say it; an answer that was cut off is ended.

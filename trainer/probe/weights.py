@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from midwatch.checkpoint_format import manifest
-from midwatch.checkpoint_format.manifest import Entry
+from midwatch.checkpoint_format.manifest import TensorEntry
 
 
 class Weights(Mapping[str, Tensor]):
     """Tensors of a checkpoint; each is read, and verified, when it is looked at, so that one at a time is held twice."""
 
-    def __init__(self, directory: Path, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, directory: Path, entries: Mapping[str, TensorEntry]) -> None:
         self._directory, self._entries = directory, entries
 
     def __len__(self) -> int:

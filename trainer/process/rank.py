@@ -22,7 +22,7 @@ from shards.build.build import is_built
 from shards.errors import ShardError
 from shards.terminal import write_error
 from trainer.control.rank_log import Logged, begin
-from trainer.control.reporting import Link, NoLink
+from trainer.control.reporting import ControllerLink, NoLink
 from trainer.control.standalone import LogLink, committed, newest, sweep
 from trainer.distributed.mesh import World, join, open_store, reduce, settle, share
 from trainer.loop.loop import train
@@ -118,7 +118,7 @@ def _worker_server() -> object | None:
 def _introduce(world: World, start: Start) -> None:
     """Who writes this log."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    if world.leads and world.parallel.model_ranks > 1:
+    if world.is_rank_zero and world.parallel.model_ranks > 1:
         sizes = f"pipeline {world.parallel.pipeline} x data {world.data} x tensor {world.parallel.tensor}"
         log.info("%d ranks = %s", world.size, sizes)
     log.info(
@@ -133,14 +133,14 @@ def _introduce(world: World, start: Start) -> None:
     )
 
 
-def run_rank(recipe: Recipe, root: Path, data: Path, world: World, link: Link, start: Start) -> None:
+def run_rank(recipe: Recipe, root: Path, data: Path, world: World, link: ControllerLink, start: Start) -> None:
     """Trains from `start` until told to end; returns when what there was to say has been said."""
     training = Training(recipe, root, data, world, link, start)
     try:
         if start.checkpoint is not None:
             training.phase("loading")
         training.open(start)
-        if world.leads:
+        if world.is_rank_zero:
             log.info("%s", _origin(training, start))
         if start.paused:
             training.boundary.pause()
@@ -175,7 +175,7 @@ def _origin(training: Training, start: Start) -> str:
 def _own_start(root: Path, world: World) -> Start:
     """Without a controller: from the newest checkpoint that verifies, in the lineage that it is of."""
     body = b""
-    if world.leads:
+    if world.is_rank_zero:
         checkpoints = root / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
         sweep(checkpoints)
@@ -193,7 +193,7 @@ def _data(recipe: Recipe, root: Path, world: World, controlled: bool) -> Path:
     if controlled:
         return place
     problem = b""
-    if world.leads and not is_built(spec):
+    if world.is_rank_zero and not is_built(spec):
         log.info("building tokenizer and shards in %s", place)
         try:
             build_shards(spec)
@@ -205,8 +205,8 @@ def _data(recipe: Recipe, root: Path, world: World, controlled: bool) -> Path:
     return place
 
 
-def _link(recipe: Recipe, root: Path, world: World, start: Start, controlled: bool) -> Link:
-    if not world.leads:
+def _link(recipe: Recipe, root: Path, world: World, start: Start, controlled: bool) -> ControllerLink:
+    if not world.is_rank_zero:
         return NoLink()
     if not controlled:
         return Logged(LogLink(root, recipe.checkpoint.keep), seconds=recipe.report.seconds)

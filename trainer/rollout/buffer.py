@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from midwatch.recipe import Stage
-from trainer.batches import Rows, of_one, trimmed
-from trainer.objectives.ppo import Experience as Noted
+from trainer.batches import DeviceRows, of_one, trimmed
+from trainer.objectives.ppo import RolloutData as Noted
 from trainer.transfer import sent
 
 _IDS = ("tokens", "targets", "segments")
 _NOTED = ("old", "advantages", "returns", "old_values", "reference")
 
 
-class Experience:
+class RolloutBuffer:
     """Tensors [responses, context] on the device."""
 
     def __init__(self, responses: int, context: int, device: torch.device, *, critic: bool) -> None:
@@ -41,7 +41,7 @@ class Experience:
         """Of a checkpoint, by name, live; the same on every rank."""
         return {f"rollout.{name}": tensor for name, tensor in self._held.items()}
 
-    def put(self, rows: Rows, noted: Noted) -> None:
+    def put(self, rows: DeviceRows, noted: Noted) -> None:
         """Takes a rollout's place."""
         self._mask = self._length = None
         for name, tensor in ((name, each) for part in (rows, noted) for name, each in part._asdict().items()):
@@ -60,7 +60,7 @@ class Experience:
             self._length = trimmed(self._held["segments"].to(torch.int32).cpu().numpy())
         return self._length
 
-    def parts(self, chosen: Tensor, samples: int, size: int, length: int) -> Iterator[tuple[Rows, Noted]]:
+    def parts(self, chosen: Tensor, samples: int, size: int, length: int) -> Iterator[tuple[DeviceRows, Noted]]:
         """These responses, cut behind `length` tokens and filled up to `samples` with what weighs nothing.
 
         chosen: their numbers, on the host. In parts of `size`, the last one of what is left.
@@ -75,9 +75,9 @@ class Experience:
             yield rows, Noted(*(found.get(name) for name in _NOTED))  # type: ignore[arg-type]  # the first two are always there
 
 
-def experience_of(stage: Stage, device: torch.device) -> Experience | None:
+def experience_of(stage: Stage, device: torch.device) -> RolloutBuffer | None:
     """As large as the stage's rollouts; None where there are none."""
     if not stage.draws:
         return None
     count = stage.prompts_drawn * stage.rollout.responses
-    return Experience(count, stage.context, device, critic=stage.objective == "ppo")
+    return RolloutBuffer(count, stage.context, device, critic=stage.objective == "ppo")

@@ -17,16 +17,16 @@ from trainer.batches import share
 from trainer.distributed.mesh import World, gather, reduce
 from trainer.generate import Engine, Request, Response, Usage
 from trainer.generate.engine import page_tokens
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 
 ROUND = 8
 """Steps of the engines between two looks for orders."""
 
 
-class Responder:
-    def __init__(self, recipe: Recipe, stage: Stage, network: Network, world: World, tokenizer: Tokenizer) -> None:
+class LocalRolloutEngine:
+    def __init__(self, recipe: Recipe, stage: Stage, model: ShardedModel, world: World, tokenizer: Tokenizer) -> None:
         """For a stage's context and positions; `refresh` before anything is asked."""
-        self._world, self._network = world, network
+        self._world, self._model = world, model
         config, given = recipe.model, recipe.generate
         page = given.page or page_tokens(world.device)
         size = 2 if config.dtype == "bfloat16" else 4
@@ -35,7 +35,7 @@ class Responder:
         pages = max(most, min(most * given.running, (given.cache_mb << 20) // bytes_a_page))
         self.engine = Engine(
             config,
-            network.vocabulary,
+            model.vocabulary,
             world.device,
             stage.context,
             pages=pages,
@@ -44,7 +44,7 @@ class Responder:
             step_tokens=given.step_tokens,
             decode=tokenizer.decode,
         )
-        self.engine.follow(stage.rope or config.rope, recipe.stage[0].context, stage.position_factor)
+        self.engine.set_rope(stage.rope or config.rope, recipe.stage[0].context, stage.position_factor)
         self._version: int | None = None
         self.usage: list[Usage] = []
         """Of this rank's engine, at each round of the newest call."""
@@ -52,7 +52,7 @@ class Responder:
     def refresh(self, version: int) -> None:
         """The policy's weights of now; by all ranks. A version that is there already is not copied again."""
         if self._version != version:
-            self.engine.refresh(self._network.whole(), version)
+            self.engine.refresh(self._model.whole(), version)
             self._version = version
 
     def respond(self, requests: Sequence[Request], peek: Callable[[], bool]) -> list[Response] | None:

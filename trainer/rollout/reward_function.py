@@ -17,7 +17,7 @@ import msgspec
 
 from trainer.batches import share
 from trainer.distributed.mesh import gather
-from trainer.rollout.sampling import Drawn
+from trainer.rollout.sampling import SampledResponses
 from trainer.stage.training import Training
 
 log = logging.getLogger("trainer")
@@ -29,7 +29,7 @@ class RewardError(Exception):
     """The function cannot be had, or failed; the message says which, where, and the way out."""
 
 
-def by_function(training: Training, drawn: Drawn) -> list[float]:
+def by_function(training: Training, drawn: SampledResponses) -> list[float]:
     """The scores of all responses, on every rank; each calls the function for its share. Raises RewardError on all.
 
     NaN where there is none: the function gave None, or was not asked, because the response is empty.

@@ -19,17 +19,17 @@ from torch import Tensor
 from midwatch.protocol import Sampled
 from shards.errors import ShardError
 from shards.format.seekable_zstd import Array
-from trainer.batches import Rows, filled, may_trim, samples_a_replica, share
+from trainer.batches import DeviceRows, filled, may_trim, samples_a_replica, share
 from trainer.distributed.mesh import together
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 from trainer.objectives import grpo
 from trainer.objectives.advantages import adaptive, gae, kl, token_rewards, whiten
 from trainer.objectives.loss import last_place, real
-from trainer.objectives.ppo import Experience as Noted
+from trainer.objectives.ppo import RolloutData as Noted
 from trainer.objectives.reward import score_places
 from trainer.rollout.reward_function import RewardError, by_function
-from trainer.rollout.sampling import Drawn, draw, log_probs, log_probs_and_entropy, over_rows
-from trainer.rollout.vllm_engine import Outside
+from trainer.rollout.sampling import SampledResponses, log_probs, log_probs_and_entropy, over_rows, sample_responses
+from trainer.rollout.vllm_engine import VllmRolloutEngine
 from trainer.stage.training import Training
 from trainer.transfer import on_device
 
@@ -49,7 +49,7 @@ def collect(training: Training) -> dict[str, float] | None:
     training.phase("generating")
     every = [prompt for prompt in prompts for _ in range(policy.responses)]
     seeds = [_seed(training, at.position * policy.responses + number) for number in range(len(every))]
-    drawn = draw(training, every, policy.tokens, policy.temperature, seeds)
+    drawn = sample_responses(training, every, policy.tokens, policy.temperature, seeds)
     if drawn is None:
         return None
     generated = time.monotonic()
@@ -68,7 +68,7 @@ def collect(training: Training) -> dict[str, float] | None:
     at.drawn.version, at.drawn.updates, at.drawn.left = drawn.version, 0, stage.updates_drawn
     show(training, drawn, given, noted)
     training.phase("training")
-    usage = training.responder().usage
+    usage = training.local_engine().usage
     if slots := sum(each.slots for each in usage):
         metrics["perf/kv_used"] = sum(each.tokens for each in usage) / slots
         metrics["perf/kv_padded"] = sum(each.tokens for each in usage) / max(1, sum(each.padded for each in usage))
@@ -79,7 +79,7 @@ def collect(training: Training) -> dict[str, float] | None:
     return metrics
 
 
-def score(training: Training, drawn: Drawn) -> Tensor | None:
+def score(training: Training, drawn: SampledResponses) -> Tensor | None:
     """Scores [responses]; NaN of a response that has none. None where it had to be put off. By all ranks alike.
 
     An empty response has none, nor has one that the function gives None or the reward model what is not a number. That none of a
@@ -95,9 +95,9 @@ def score(training: Training, drawn: Drawn) -> Tensor | None:
             return None
         given = on_device(found[0], torch.float32, device)
     else:
-        assert training.cast.judge is not None
+        assert training.roles.reward_model is not None
         rows = _as_ended(drawn, training.tokenizer.turn_end)
-        every = over_rows(training, training.cast.judge, rows, Network.scores)
+        every = over_rows(training, training.roles.reward_model, rows, ShardedModel.scores)
         given = every.gather(1, score_places(rows)[:, None])[:, 0]
     ended = on_device(drawn.ended, torch.bool, device)
     given = given - stage.rollout.missing_eos * (~ended).float()
@@ -112,7 +112,7 @@ def score(training: Training, drawn: Drawn) -> Tensor | None:
     return given.masked_fill(~(written & given.isfinite()), math.nan)
 
 
-def _as_ended(drawn: Drawn, end: int) -> Rows:
+def _as_ended(drawn: SampledResponses, end: int) -> DeviceRows:
     """The rows with the end of a turn behind each response that was cut off, or as its last token where the row is full.
 
     A reward model has only learned what it says once a turn has ended. What it says of another token is arbitrary: it varies more
@@ -126,7 +126,7 @@ def _as_ended(drawn: Drawn, end: int) -> Rows:
     return rows._replace(tokens=rows.tokens.masked_fill(cut & place, end), segments=rows.segments.masked_fill(cut & place, 0))
 
 
-def _noted(training: Training, drawn: Drawn, given: Tensor) -> tuple[Rows, Noted, dict[str, float]] | None:
+def _noted(training: Training, drawn: SampledResponses, given: Tensor) -> tuple[DeviceRows, Noted, dict[str, float]] | None:
     """The rows with what is learned from in their mask, what updates need to know of each token, and the rollout's metrics.
 
     The KL's coefficient is steered on the way. None, with nothing changed, where the responses are not the policy's and had to be
@@ -135,7 +135,7 @@ def _noted(training: Training, drawn: Drawn, given: Tensor) -> tuple[Rows, Noted
     stage, drawn_at = training.stage.stage, training.progress.drawn
     coefficient = training.progress.settings["kl"] * (drawn_at.kl_scale if stage.rollout.kl_target is not None else 1.0)
     policy, written = stage.rollout, drawn.rows.mask
-    old, entropy = log_probs_and_entropy(training, training.network, drawn)
+    old, entropy = log_probs_and_entropy(training, training.model, drawn)
     assert training.reference is not None
     reference = log_probs(training, training.reference, drawn)
     scored = given.isfinite()
@@ -159,8 +159,8 @@ def _noted(training: Training, drawn: Drawn, given: Tensor) -> tuple[Rows, Noted
         metrics["policy/groups_skipped"] = float((~learned.view(-1, policy.responses).any(-1)).sum())
         advantages = grpo.advantages(worth, policy.responses, policy.advantage == "leave-one-out", scored)[:, None] * mask
         return rows, Noted(old, advantages, reference=reference), metrics
-    assert training.cast.critic is not None
-    values = real(over_rows(training, training.cast.critic.network, drawn.rows, Network.scores), mask)
+    assert training.roles.critic is not None
+    values = real(over_rows(training, training.roles.critic.model, drawn.rows, ShardedModel.scores), mask)
     rewards = token_rewards(worth, old - reference, mask, coefficient)
     advantages, returns = gae(rewards, values, mask, policy.gamma, policy.lam)
     if policy.whiten:
@@ -174,15 +174,15 @@ def _noted(training: Training, drawn: Drawn, given: Tensor) -> tuple[Rows, Noted
 
 def _mismatched(training: Training, mismatch: float) -> bool:
     """Says that engine and trainer differ; whether the rollout is put off for it: what a server drew is not learned from then."""
-    policy, responder = training.stage.stage.rollout, training.responder()
+    policy, local_engine = training.stage.stage.rollout, training.local_engine()
     text = f"engine and trainer differ by {mismatch:.3g} nats a token about what was drawn"
     text = f"{text} (more than policy.mismatch {policy.mismatch:g}): their weights or positions are not the same"
-    if not isinstance(responder, Outside):
+    if not isinstance(local_engine, VllmRolloutEngine):
         training.note("alarm", text)
         return False
-    responder.forget()
+    local_engine.forget()
     processed = "" if policy.temperature == 1.0 else " with --logprobs-mode processed_logprobs"
-    training.hold_for_data(f"{text} (start the server again{processed} from {responder.latest})", retries=False)
+    training.hold_for_data(f"{text} (start the server again{processed} from {local_engine.latest})", retries=False)
     return True
 
 
@@ -203,7 +203,7 @@ def distances(policy: Tensor, reference: Tensor, entropy: Tensor, mask: Tensor) 
     """
     policy, reference = real(policy, mask), real(reference, mask)
     sums = torch.stack([policy - reference, kl(policy, reference, "k3"), real(entropy, mask), mask]).sum((1, 2)).tolist()
-    k1, k3, spread, tokens = sums
+    k1, k3, sharding, tokens = sums
     responses = float(mask.any(-1).sum())
     if not tokens:
         return {"policy/kl_sequence": 0.0}
@@ -211,7 +211,7 @@ def distances(policy: Tensor, reference: Tensor, entropy: Tensor, mask: Tensor) 
         "policy/kl": k3 / tokens,
         "policy/kl_k1": k1 / tokens,
         "policy/kl_sequence": k1 / responses,
-        "policy/entropy": spread / tokens,
+        "policy/entropy": sharding / tokens,
         "policy/response_length": tokens / responses,
     }
 
@@ -230,20 +230,20 @@ def _normalised(training: Training, given: Tensor, scored: Tensor) -> Tensor:
     return given / (deviation + 1e-6)
 
 
-def minibatch(training: Training) -> tuple[list[Rows], list[Noted], float, int]:
+def minibatch(training: Training) -> tuple[list[DeviceRows], list[Noted], float, int]:
     """The next update's responses: this replica's share in micro-batches; of all replicas' the objective's weight and the tokens.
 
     Each epoch takes the rollout in another order.
     """
-    stage, at, network, held = training.stage.stage, training.progress, training.network, training.experience
+    stage, at, model, held = training.stage.stage, training.progress, training.model, training.experience
     assert held is not None
     number = at.drawn.updates % (held.responses // stage.global_batch)
     epoch = at.drawn.updates // (held.responses // stage.global_batch)
     generator = torch.Generator().manual_seed(_seed(training, at.drawn.count * 1_009 + epoch) % 2**63)
     order = torch.randperm(held.responses, generator=generator)
     chosen = order[number * stage.global_batch : (number + 1) * stage.global_batch]
-    mine = chosen[slice(*share(0, len(chosen), network.replica, network.replicas))]
-    samples, size = filled(samples_a_replica(stage.global_batch, network.replicas), stage.micro_batch, training.world.pipeline.size)
+    mine = chosen[slice(*share(0, len(chosen), model.replica, model.replicas))]
+    samples, size = filled(samples_a_replica(stage.global_batch, model.replicas), stage.micro_batch, training.world.pipeline.size)
     length = held.length() if may_trim(training.recipe, stage) else stage.context
     parts = list(held.parts(mine, samples, size, length))
     mask = held.mask()[chosen.numpy()]
@@ -264,7 +264,7 @@ def _seed(training: Training, number: int) -> int:
     return (training.recipe.run.seed * 1_009 + training.progress.stage) * 1_000_000_007 + number
 
 
-def show(training: Training, drawn: Drawn, given: Tensor | None, noted: Noted | None) -> None:
+def show(training: Training, drawn: SampledResponses, given: Tensor | None, noted: Noted | None) -> None:
     """Reports some of the responses: the best, the worst, the longest, the furthest from the reference, and the first ones."""
     there = [number for number, response in enumerate(drawn.responses) if response]
     scores = [score if math.isfinite(score) else None for score in given.tolist()] if given is not None else None

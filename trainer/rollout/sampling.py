@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.format.seekable_zstd import Array
-from trainer.batches import Rows, may_trim, of_one, samples_a_replica, share, trimmed
+from trainer.batches import DeviceRows, may_trim, of_one, samples_a_replica, share, trimmed
 from trainer.generate import Request, Response
 from trainer.generate.vllm_client import ServerError
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 from trainer.objectives.loss import real
-from trainer.rollout.vllm_engine import Outside
+from trainer.rollout.vllm_engine import VllmRolloutEngine
 from trainer.stage.training import Training
 from trainer.transfer import on_device, sent
 
@@ -27,14 +27,14 @@ Ids = Sequence[int] | Array
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledResponses:
     """Prompts and the policy's responses; a prompt that is too long has an empty one, which weighs nothing."""
 
     prompts: list[list[int]]
     responses: list[list[int]]
     ended: list[bool]
     """Whether the response came to its end by itself."""
-    rows: Rows
+    rows: DeviceRows
     """[responses, context], on the device: all tokens of each; `mask` where the target is of the response."""
     engine: Tensor
     """[responses, context]: the engine's log-probabilities of the response's tokens, where these are targets."""
@@ -49,20 +49,22 @@ class Drawn:
         return sum(not response for response in self.responses)
 
 
-def draw(training: Training, prompts: Sequence[Ids], tokens: int, temperature: float, seeds: Sequence[int]) -> Drawn | None:
+def sample_responses(
+    training: Training, prompts: Sequence[Ids], tokens: int, temperature: float, seeds: Sequence[int]
+) -> SampledResponses | None:
     """A response of at most `tokens` ids to each prompt; None if it was broken or put off. By all ranks, with the same prompts."""
     context, stops = training.stage.stage.context, frozenset(training.tokenizer.stops)
     asked = [number for number, prompt in enumerate(prompts) if 0 < len(prompt) <= context - min(tokens, context - 1)]
     requests = [Request(tuple(map(int, prompts[number])), tokens, temperature, seed=seeds[number], stops=stops) for number in asked]
-    responder = training.responder()
-    responder.refresh(training.progress.step)
+    local_engine = training.local_engine()
+    local_engine.refresh(training.progress.step)
     peek = training.boundary.peek
     try:
-        if isinstance(responder, Outside):
+        if isinstance(local_engine, VllmRolloutEngine):
             prompts_asked = [request.prompt for request in requests]
-            if not responder.hand_over(prompts_asked, partial(_of_prompts, training), peek):
+            if not local_engine.hand_over(prompts_asked, partial(_of_prompts, training), peek):
                 return None
-        answers = responder.respond(requests, peek)
+        answers = local_engine.respond(requests, peek)
     except ServerError as error:
         training.hold_for_data(str(error))
         training.evaluated = None
@@ -77,17 +79,17 @@ def draw(training: Training, prompts: Sequence[Ids], tokens: int, temperature: f
     device = training.world.device
     columns, engine = _rows(kept, responses, log_probs, context, training.tokenizer.pad)
     rows = of_one(*(sent(column, device) for column in columns))
-    return Drawn(kept, responses, ended, rows, sent(engine, device), training.progress.step, temperature)
+    return SampledResponses(kept, responses, ended, rows, sent(engine, device), training.progress.step, temperature)
 
 
 def _of_prompts(training: Training, prompts: Sequence[tuple[int, ...]]) -> Tensor:
     """The policy's log-probabilities [tokens] of the prompts' tokens but each one's first, at temperature 1. By all ranks."""
-    network, context = training.network, training.stage.stage.context
+    model, context = training.model, training.stage.stage.context
     firsts, rest = [[prompt[0]] for prompt in prompts], [list(prompt[1:]) for prompt in prompts]
     columns, _ = _rows(firsts, rest, [[0.0] * len(each) for each in rest], context, training.tokenizer.pad)
     rows = of_one(*(sent(column, training.world.device) for column in columns))
-    with network.configured(temperature=1.0):
-        every = over_rows(training, network, rows, Network.log_probs)
+    with model.configured(temperature=1.0):
+        every = over_rows(training, model, rows, ShardedModel.log_probs)
     return every[rows.mask.bool()]
 
 
@@ -107,9 +109,11 @@ def _rows(
 
 
 @torch.no_grad()
-def over_rows(training: Training, network: Network, rows: Rows, through: Callable[[Network, Rows], Tensor]) -> Tensor:
+def over_rows(
+    training: Training, model: ShardedModel, rows: DeviceRows, through: Callable[[ShardedModel, DeviceRows], Tensor]
+) -> Tensor:
     """What a forward gives for all the rows, in micro-batches, each replica a share: whole on every rank."""
-    policy, stage, device = training.network, training.stage.stage, training.world.device
+    policy, stage, device = training.model, training.stage.stage, training.world.device
     count, context = rows.tokens.shape
     length = trimmed(rows.segments.cpu().numpy()) if may_trim(training.recipe, stage) else context
     start, stop = share(0, count, policy.replica, policy.replicas)
@@ -121,24 +125,24 @@ def over_rows(training: Training, network: Network, rows: Rows, through: Callabl
         places = [min(start + at, count - 1) for at in range(first, min(first + stage.micro_batch, each))]
         chosen = on_device(places, torch.int64, device)
         columns = (rows.tokens, rows.targets, rows.mask, rows.segments)
-        found.append(through(network, of_one(*(column[chosen, :length] for column in columns))))
-    network.reshard()
+        found.append(through(model, of_one(*(column[chosen, :length] for column in columns))))
+    model.reshard()
     mine = torch.cat(found)[: stop - start]
     every = torch.zeros(count, context, *mine.shape[2:], device=device)
-    if policy.speaks:
+    if policy.is_replica_leader:
         every[start:stop, :length] = mine
     dist.all_reduce(every)
     return every
 
 
-def log_probs(training: Training, network: Network, drawn: Drawn) -> Tensor:
+def log_probs(training: Training, model: ShardedModel, drawn: SampledResponses) -> Tensor:
     """Of the responses' tokens by a network, at the temperature that they were drawn at: [responses, context]; else 0."""
-    with network.configured(temperature=drawn.temperature):
-        return real(over_rows(training, network, drawn.rows, Network.log_probs), drawn.rows.mask)
+    with model.configured(temperature=drawn.temperature):
+        return real(over_rows(training, model, drawn.rows, ShardedModel.log_probs), drawn.rows.mask)
 
 
-def log_probs_and_entropy(training: Training, network: Network, drawn: Drawn) -> tuple[Tensor, Tensor]:
+def log_probs_and_entropy(training: Training, model: ShardedModel, drawn: SampledResponses) -> tuple[Tensor, Tensor]:
     """The same, and the entropy of what each token was drawn from, in nats: both [responses, context]."""
-    with network.configured(temperature=drawn.temperature):
-        both = over_rows(training, network, drawn.rows, partial(Network.log_probs, entropy=True))
+    with model.configured(temperature=drawn.temperature):
+        both = over_rows(training, model, drawn.rows, partial(ShardedModel.log_probs, entropy=True))
     return real(both[..., 0], drawn.rows.mask), real(both[..., 1], drawn.rows.mask)

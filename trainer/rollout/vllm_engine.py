@@ -27,10 +27,10 @@ from trainer.batches import share
 from trainer.distributed.mesh import World, first_problem, gather, reduce
 from trainer.generate import Request, RequestError, Response, Usage
 from trainer.generate.reload import ReloadCheck
-from trainer.generate.vllm_client import Lines, Server, ServerError, Under
+from trainer.generate.vllm_client import ConnectionPool, Server, ServerError, Under
 from trainer.huggingface import export
 from trainer.huggingface.tokenizer import TokenizerError
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 
 LATEST = "latest"
 _NAMED = "policy-"
@@ -42,19 +42,19 @@ Score = Callable[[Sequence[tuple[int, ...]]], Tensor]
 Found = TypeVar("Found")
 
 
-class Outside:
-    """As `trainer.rollout.local_engine.Responder` is, with the engine on the other side of a URL."""
+class VllmRolloutEngine:
+    """As `trainer.rollout.local_engine.LocalRolloutEngine` is, with the engine on the other side of a URL."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, network: Network, world: World, tokenizer: Tokenizer) -> None:
+    def __init__(self, recipe: Recipe, stage: Stage, model: ShardedModel, world: World, tokenizer: Tokenizer) -> None:
         """For a stage's context; the server has the stage's positions from the directory that it was started with."""
         given = recipe.generate
         assert given.url is not None
         assert given.weights is not None
-        self._recipe, self._stage, self._network, self._world, self._tokenizer = recipe, stage, network, world, tokenizer
+        self._recipe, self._stage, self._model, self._world, self._tokenizer = recipe, stage, model, world, tokenizer
         self._weights, self._running = Path(given.weights), given.running
         self.latest = str(self._weights / LATEST)
         """What the server is to be started with."""
-        self._server = Server(given.url, given.model, given.timeout, stage.context, network.vocabulary, self.latest)
+        self._server = Server(given.url, given.model, given.timeout, stage.context, model.vocabulary, self.latest)
         self._version = 0
         self._loaded: int | None = None
         """What the server has; none where that is not known."""
@@ -75,8 +75,8 @@ class Outside:
         """The policy's weights of now, which `hand_over` gives to the server; by all ranks."""
         self._version = version
         if version not in (self._loaded, self._gathered):
-            whole = self._network.whole()
-            self._tensors = {name: values.to("cpu") for name, values in whole if self._world.leads}
+            whole = self._model.whole()
+            self._tensors = {name: values.to("cpu") for name, values in whole if self._world.is_rank_zero}
             self._gathered = version
 
     def forget(self) -> None:
@@ -97,12 +97,12 @@ class Outside:
         self._probe = self._probe or _probe(prompts)
         if self._probe:
             known = score(self._probe)
-            jobs = [partial(self._server.prompt_log_probs, prompt=prompt) for prompt in self._probe if self._world.leads]
+            jobs = [partial(self._server.prompt_log_probs, prompt=prompt) for prompt in self._probe if self._world.is_rank_zero]
             given = self._through(jobs, peek)
             if given is None:
                 return False
             problem = None
-            if self._world.leads:
+            if self._world.is_rank_zero:
                 wrong = self._check.problem(known.cpu(), torch.tensor([value for each in given for value in each]))
                 problem = None if wrong is None else str(self._server.stale(wrong))
             problem = first_problem(problem, self._world)
@@ -117,7 +117,7 @@ class Outside:
         After `hand_over`. Raises ServerError on all of them, with what the first of them met with.
         """
         for request in requests:
-            problem = request.problem(self._stage.context, self._network.vocabulary)
+            problem = request.problem(self._stage.context, self._model.vocabulary)
             if problem is not None:
                 raise RequestError(problem)
         start, stop = share(0, len(requests), self._world.rank, self._world.size)
@@ -129,7 +129,7 @@ class Outside:
         told = gather(msgspec.msgpack.encode(mine), self._world.control)
         return [response for body in told for response in decoder.decode(body)]
 
-    def _through(self, jobs: Sequence[Callable[[Lines], Found]], peek: Callable[[], bool]) -> list[Found] | None:
+    def _through(self, jobs: Sequence[Callable[[ConnectionPool], Found]], peek: Callable[[], bool]) -> list[Found] | None:
         """What this rank's jobs give, once all ranks' are done; None if `peek` said to leave off."""
         control = self._world.control
         under = Under(jobs, self._running)
@@ -147,9 +147,9 @@ class Outside:
         finally:
             under.close()
 
-    def _prepare(self, lines: Lines) -> None:
+    def _prepare(self, lines: ConnectionPool) -> None:
         """Makes sure that the server is what is wanted; rank 0 hands it the weights."""
-        directory = self._copy() if self._world.leads else None
+        directory = self._copy() if self._world.is_rank_zero else None
         self._server.meet(lines)
         if directory is not None:
             self._server.reload(lines, str(directory))
@@ -175,7 +175,7 @@ class Outside:
         family, dtype = export.like(model), model.dtype
         context = max(each.context for each in recipe.stage)
         tensors: export.Tensors = {name: partial(_given, values) for name, values in self._tensors.items()}
-        parts, tensors = export.placed(model, family, self._network.vocabulary, tensors, stage, context, untied=True)
+        parts, tensors = export.placed(model, family, self._model.vocabulary, tensors, stage, context, untied=True)
         self._beside = self._beside or export.described(recipe, stage, parts, context, self._tokenizer, dtype)
         self._weights.mkdir(parents=True, exist_ok=True)
         half = self._weights / f".{_NAMED}{self._version}.part-{os.getpid()}"

@@ -24,11 +24,11 @@ from midwatch.recipe import Stage
 from shards.errors import ShardError
 from shards.format.seekable_zstd import ColumnReader, ColumnWriter
 from shards.sampling.batches import Batch
-from trainer.batches import Rows, may_trim, micro_batches, samples_a_replica, share
+from trainer.batches import DeviceRows, may_trim, micro_batches, samples_a_replica, share
 from trainer.checkpoint.dcp_files import make_below
 from trainer.distributed.mesh import share as share_bytes
 from trainer.distributed.mesh import together
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 from trainer.objectives.dpo import responses
 from trainer.objectives.loss import last_place
 from trainer.stage.training import Training
@@ -47,7 +47,7 @@ class Sums:
     def has(self, source: str, split: str) -> bool:
         return (source, split) in self._columns
 
-    def of(self, samples: Sequence[Sample], rows: Rows, split: str) -> Tensor:
+    def of(self, samples: Sequence[Sample], rows: DeviceRows, split: str) -> Tensor:
         """As log-probabilities [rows, time] that sum to theirs: the chosen rows of the samples, then their rejected ones.
 
         Of rows that are filled up behind the samples' own, nothing.
@@ -73,9 +73,9 @@ def prepare(training: Training) -> bool:
     wanted: list[tuple[tuple[str, str], int, Callable[[int, int], Batch]]] = []
     for name in run.feed.named:
         wanted.append(((name, "train"), run.feed.samples_per_epoch(name), _of_source(training, name)))
-    for exam in run.exams:
-        if exam.pairs and exam.stage is stage:
-            wanted.append(((exam.name, "held_out"), len(exam.samples), exam.samples.read))
+    for task in run.tasks:
+        if task.pairs and task.stage is stage:
+            wanted.append(((task.name, "held_out"), len(task.samples), task.samples.read))
     files = {at: place / f"{at[0]}-{at[1]}.zst" for at, _, _ in wanted}
     there = _led(training, lambda: all(file.is_file() for file in files.values()))
     if not there:
@@ -91,14 +91,14 @@ def prepare(training: Training) -> bool:
         training.hold_for_data(problem)
         return False
     training.sums = found[0]
-    training.cast = replace(training.cast, reference=None, reference_key="")
+    training.roles = replace(training.roles, reference=None, reference_key="")
     return True
 
 
 def _key(training: Training) -> str:
     stage, digests = training.stage.stage, sorted(training.stage.feed.digests.items())
-    exams = [exam for exam in training.stage.exams if exam.pairs and exam.stage is stage]
-    held = [(exam.name, exam.samples.digest, len(exam.samples)) for exam in exams]
+    tasks = [task for task in training.stage.tasks if task.pairs and task.stage is stage]
+    held = [(task.name, task.samples.digest, len(task.samples)) for task in tasks]
     return xxhash.xxh3_64_hexdigest(repr((training.progress.reference, digests, held, stage.context, _positions(stage))).encode())
 
 
@@ -116,11 +116,11 @@ def _append(to: list[Batch], read: Callable[[int, int], Batch], first: int, last
 
 def _led(training: Training, ask: Callable[[], bool]) -> bool:
     """What rank 0 sees, for all of them."""
-    return bool(share_bytes(b"1" if training.world.leads and ask() else b"", training.world.control))
+    return bool(share_bytes(b"1" if training.world.is_rank_zero and ask() else b"", training.world.control))
 
 
 @torch.no_grad()
-def _write(training: Training, reference: Network, file: Path, count: int, read: Callable[[int, int], Batch]) -> bool:
+def _write(training: Training, reference: ShardedModel, file: Path, count: int, read: Callable[[int, int], Batch]) -> bool:
     """One source's; whether it was written."""
     world, stage = training.world, training.stage.stage
     if _led(training, file.is_file):
@@ -128,7 +128,7 @@ def _write(training: Training, reference: Network, file: Path, count: int, read:
     stride, trims = stage.micro_batch * reference.replicas, may_trim(training.recipe, stage)
     with ExitStack() as kept:
         writer = None
-        if world.leads:
+        if world.is_rank_zero:
             make_below(training.root, file.parent)
             writer = kept.enter_context(ColumnWriter(file, "uint32", FRAME_ITEMS))
         for start in range(0, count, stride):
@@ -146,7 +146,7 @@ def _write(training: Training, reference: Network, file: Path, count: int, read:
             (rows,) = micro_batches(batches[0], 2, samples, samples, world.device, trims)
             sums = responses(reference.log_probs(rows), rows).view(2, -1)[:, : last - first]
             every = torch.zeros(length, 2, device=world.device)
-            if reference.speaks:
+            if reference.is_replica_leader:
                 every[first - start : last - start] = sums.t()
             dist.all_reduce(every)
             if writer is not None:

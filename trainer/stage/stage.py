@@ -10,14 +10,14 @@ from typing import Any, TypedDict
 from midwatch.recipe import Recipe, Stage
 from midwatch.recipe.mixture import declared
 from shards.errors import ShardError
-from shards.sampling.batches import Feed, HeldOut, ObjectiveKind, open_held_out
+from shards.sampling.batches import BatchFeed, HeldOut, ObjectiveKind, open_held_out
 from shards.sampling.mixing import Mixing, parts
 from shards.sampling.prefetch import Prefetcher
 from trainer.objectives import OBJECTIVES, Objective, objective_of
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvalTask:
     """Held-out samples of one source, measured as the newest stage that reads it trains on it."""
 
     name: str
@@ -34,10 +34,10 @@ class StageRun:
 
     index: int
     stage: Stage
-    feed: Feed
+    feed: BatchFeed
     reader: Prefetcher
     objective: Objective
-    exams: list[Exam]
+    tasks: list[EvalTask]
     made: Mapping[str, Path]
     """Where sources lie that stages have made."""
 
@@ -65,24 +65,24 @@ def open_stage(
         )
     seed, coming = recipe.run.seed + index, stage.schedule
     more: _Reading = {"roots": made, "mixing": stage.mixing, "schedule": coming}
-    feed = Feed(data, "train", stage.feed_kind, stage.context, stage.mixture, seed, **more, **_packing(stage))
+    feed = BatchFeed(data, "train", stage.feed_kind, stage.context, stage.mixture, seed, **more, **_packing(stage))
     if feed_state:
         feed.restore(feed_state)
     kinds = {source.name: source.kind for source in recipe.data.source}
-    exams = []
+    tasks = []
     for name, reading in _readers(recipe, index, data).items():
         source = declared(name, kinds)
         assert source is not None  # which the check of the recipe has seen to
-        kind, objective = _exam(kinds[source], stage, reading)
+        kind, objective = _task(kinds[source], stage, reading)
         if objective is None or name in missing:
             continue
         samples = open_held_out(made.get(name, data), name, kind, reading.context, limit=reading.eval_samples, **_packing(reading))
         if len(samples):
-            exams.append(Exam(name, samples, objective, reading, pairs=kinds[source] == "preference"))
-    return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), objective_of(stage), exams, made)
+            tasks.append(EvalTask(name, samples, objective, reading, pairs=kinds[source] == "preference"))
+    return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), objective_of(stage), tasks, made)
 
 
-def _exam(kind: str, stage: Stage, reading: Stage) -> tuple[ObjectiveKind, Objective | None]:
+def _task(kind: str, stage: Stage, reading: Stage) -> tuple[ObjectiveKind, Objective | None]:
     """How a source of that kind is examined while `stage` is trained: what of it, and by which objective; None: not at all.
 
     reading: the newest stage that reads it.

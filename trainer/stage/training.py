@@ -21,17 +21,17 @@ from trainer.checkpoint import storage
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.control.boundary import RETRY_SECONDS, Boundary
 from trainer.control.heartbeat import Heartbeat
-from trainer.control.reporting import Link, Reporter
+from trainer.control.reporting import ControllerLink, MetricReporter
 from trainer.control.step_timer import Pace
 from trainer.distributed.mesh import World, first_problem, together
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 from trainer.optimizer import Optimizer
-from trainer.progress import Progress, Rollout, from_manifest, opening_settings, plain
-from trainer.rollout.buffer import Experience, experience_of
-from trainer.rollout.local_engine import Responder
+from trainer.progress import Rollout, TrainProgress, from_manifest, opening_settings, plain
+from trainer.rollout.buffer import RolloutBuffer, experience_of
+from trainer.rollout.local_engine import LocalRolloutEngine
 from trainer.rollout.reward_provenance import scored_by
-from trainer.rollout.vllm_engine import Outside
-from trainer.stage.model_roles import Cast, Studio
+from trainer.rollout.vllm_engine import VllmRolloutEngine
+from trainer.stage.model_roles import ModelFactory, ModelRoles
 from trainer.stage.stage import StageRun, open_stage
 
 if TYPE_CHECKING:
@@ -45,22 +45,22 @@ class Training:
 
     stage: StageRun
 
-    def __init__(self, recipe: Recipe, root: Path, data: Path, world: World, link: Link, start: Start) -> None:
+    def __init__(self, recipe: Recipe, root: Path, data: Path, world: World, link: ControllerLink, start: Start) -> None:
         self.recipe, self.root, self.data, self.world, self.link = recipe, root, data, world, link
         self.tokenizer = Tokenizer.load(data / TOKENIZER_FILE)
         vocabulary = max(self.tokenizer.vocab, recipe.model.vocabulary or 0)
-        self._studio = Studio(recipe, vocabulary, world, root / "checkpoints")
-        self.cast = self._studio.first(initial=start.checkpoint is None)
-        self.progress = Progress(lineage=start.lineage.id)
-        self.experience: Experience | None = None
+        self._factory = ModelFactory(recipe, vocabulary, world, root / "checkpoints")
+        self.roles = self._factory.first(initial=start.checkpoint is None)
+        self.progress = TrainProgress(lineage=start.lineage.id)
+        self.experience: RolloutBuffer | None = None
         """What the policy learns from at the moment, where it learns from its own responses."""
         self.sums: Sums | None = None
         """The reference's log-probabilities of the stage's pairs, where they are cached."""
-        self._responder: Responder | Outside | None = None
+        self._local_engine: LocalRolloutEngine | VllmRolloutEngine | None = None
         self.checkpointer = Checkpointer(root / "checkpoints", world, link, start.generation, recipe.checkpoint.asynchronous)
-        self.reporter = Reporter(link, self.checkpointer.judge)
+        self.reporter = MetricReporter(link, self.checkpointer.observe)
         self.heartbeat = Heartbeat.from_environment()
-        self.pace = Pace(self.network.blocks, world.device)
+        self.pace = Pace(self.model.blocks, world.device)
         self.boundary = Boundary(world, link, start.applied, lambda: self.progress.step, self._changed, self._idle)
         self.checkpointer.tell, self.checkpointer.learn = self.boundary.tell, self.boundary.learn
         self.boundary.ask = self.checkpointer.ask
@@ -90,33 +90,33 @@ class Training:
         return self.progress.stage_step >= self.stage.stage.steps
 
     @property
-    def network(self) -> Network:
+    def model(self) -> ShardedModel:
         """The one that learns: the policy, or the reward model."""
-        return self.cast.policy.network
+        return self.roles.policy.model
 
     @property
     def optimizer(self) -> Optimizer:
-        return self.cast.policy.optimizer
+        return self.roles.policy.optimizer
 
     @property
-    def reference(self) -> Network | None:
-        return self.cast.reference
+    def reference(self) -> ShardedModel | None:
+        return self.roles.reference
 
     @property
-    def networks(self) -> list[Network]:
-        return self.cast.networks
+    def models(self) -> list[ShardedModel]:
+        return self.roles.models
 
-    def responder(self) -> Responder | Outside:
+    def local_engine(self) -> LocalRolloutEngine | VllmRolloutEngine:
         """What writes with the policy's weights; made when it is wanted. A server writes only what is learned from."""
-        if self._responder is None:
+        if self._local_engine is None:
             outside = self.recipe.generate.engine == "vllm" and (self.stage.stage.draws or self.stage.stage.makes)
-            kind = Outside if outside else Responder
-            self._responder = kind(self.recipe, self.stage.stage, self.network, self.world, self.tokenizer)
-        return self._responder
+            kind = VllmRolloutEngine if outside else LocalRolloutEngine
+            self._local_engine = kind(self.recipe, self.stage.stage, self.model, self.world, self.tokenizer)
+        return self._local_engine
 
-    def load_reference(self) -> Network:
+    def load_reference(self) -> ShardedModel:
         """Anew. Raises CheckpointError."""
-        return self._studio.reference(self.progress)
+        return self._factory.reference(self.progress)
 
     def phase(self, name: PhaseName) -> None:
         at = self.progress
@@ -169,12 +169,12 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by name, live."""
-        return self.cast.tensors() | (self.experience.tensors() if self.experience is not None else {})
+        return self.roles.tensors() | (self.experience.tensors() if self.experience is not None else {})
 
     def save(self, *, ended: bool = False, following: int | None = None, numbers: tuple[int, ...] = ()) -> tuple[str, bool]:
         """Begins a checkpoint of this boundary: its id, and whether it is committed already."""
         began = time.monotonic()
-        at = msgspec.convert(plain(self.progress), Progress)
+        at = msgspec.convert(plain(self.progress), TrainProgress)
         at.ended, at.following, at.revision = ended, following, self.revision
         at.feed = self.stage.feed.state()
         id, there = self.checkpointer.begin(at, self.tensors(), numbers, self.revision)
@@ -208,23 +208,23 @@ class Training:
         try:
             if problem:
                 raise CheckpointError(problem)
-            cast = self._studio.for_checkpoint(opened[0].stage, self.cast, progress)
+            roles = self._factory.for_checkpoint(opened[0].stage, self.roles, progress)
             experience = experience_of(opened[0].stage, self.world.device)
-            for learner in cast.learners:
-                learner.network.reshard()
-            targets = cast.tensors() | (experience.tensors() if experience is not None else {})
+            for trainable in roles.trainables:
+                trainable.model.reshard()
+            targets = roles.tensors() | (experience.tensors() if experience is not None else {})
             storage.load(directory, known, targets, self._agree, self.world.control)
         except CheckpointError:
             for stage in opened:
                 stage.close()
             raise
         self.progress = progress
-        self._switch(opened[0], cast, experience)
+        self._switch(opened[0], roles, experience)
         self.checkpointer.forget(progress.step)
         self.just_loaded = True
 
-    def _read(self, directory: Path) -> tuple[manifest.Manifest, Progress]:
-        found: list[tuple[manifest.Manifest, Progress]] = []
+    def _read(self, directory: Path) -> tuple[manifest.Manifest, TrainProgress]:
+        found: list[tuple[manifest.Manifest, TrainProgress]] = []
 
         def read() -> None:
             known, _ = manifest.read(directory)
@@ -235,13 +235,13 @@ class Training:
             raise CheckpointError(problem)
         return found[0]
 
-    def _open(self, progress: Progress, directory: Path) -> StageRun:
+    def _open(self, progress: TrainProgress, directory: Path) -> StageRun:
         try:
             return open_stage(self.recipe, self.data, progress.stage, progress.feed, self._made(progress))
         except ShardError as error:
             raise CheckpointError(f"{directory}: {error}") from None
 
-    def _made(self, progress: Progress) -> dict[str, Path]:
+    def _made(self, progress: TrainProgress) -> dict[str, Path]:
         """Where sources lie that stages have made."""
         sources = (source for source in self.recipe.data.source if source.origin == "stage")
         return {each.name: self.root / "made" / progress.made[each.stage] for each in sources if each.stage in progress.made}
@@ -254,7 +254,7 @@ class Training:
         before, index, stage = self.progress, opened.index, opened.stage
         taken = before.origin.products
         base = self._product(stage_inputs.base(self.recipe.stage, index, taken))
-        judge = self._product(stage_inputs.judge(self.recipe.stage, index, taken))
+        reward_model = self._product(stage_inputs.reward_model_stage(self.recipe.stage, index, taken))
         at_hand = not before.stage_name or (base is not None and base == before.origin.products.get(before.stage_name))
         at = msgspec.structs.replace(
             before,
@@ -266,7 +266,7 @@ class Training:
             position=0,
             settings=opening_settings(self.recipe, stage, before.settings),
             feed={},
-            judge=judge,
+            reward_model=reward_model,
             drawn=Rollout(),
             files=[],
         )
@@ -280,9 +280,9 @@ class Training:
         )
         if stage.needs_reference:
             at.has_reference, at.reference = True, base
-        cast = self._studio.for_stage(stage, self.cast, base, judge, at_hand=at_hand)
+        roles = self._factory.for_stage(stage, self.roles, base, reward_model, at_hand=at_hand)
         self.progress = at
-        self._switch(opened, cast, experience_of(stage, self.world.device))
+        self._switch(opened, roles, experience_of(stage, self.world.device))
         self.link.send(StageBorder(stage=stage.name, event="begin", step=at.step, stage_step=0, lineage=at.lineage))
 
     def _product(self, index: int | None) -> str | None:
@@ -322,22 +322,22 @@ class Training:
             at.ended = True
             self.ending = Ended(cause="finished", step=at.step, checkpoint=product)
 
-    def _switch(self, opened: StageRun, cast: Cast, experience: Experience | None) -> None:
+    def _switch(self, opened: StageRun, roles: ModelRoles, experience: RolloutBuffer | None) -> None:
         old, self.stage = getattr(self, "stage", None), opened
-        if cast.policy.network is not self.network:
-            self.pace = Pace(cast.policy.network.blocks, self.world.device)
-        self.cast, self.experience = cast, experience
-        self._responder, self.sums = None, None
+        if roles.policy.model is not self.model:
+            self.pace = Pace(roles.policy.model.blocks, self.world.device)
+        self.roles, self.experience = roles, experience
+        self._local_engine, self.sums = None, None
         if old is not None:
             old.close()
-        for network in self.networks:
-            network.follow(opened.stage, self.recipe.stage[0].context)
+        for model in self.models:
+            model.configure_stage(opened.stage, self.recipe.stage[0].context)
 
     def open(self, start: Start) -> None:
         """Where a generation starts: from a checkpoint or from the beginning. Raises CheckpointError."""
         if start.checkpoint is None:
             self.begin_stage(open_stage(self.recipe, self.data, 0, None))
-            self.checkpointer.judge(0, True, None)
+            self.checkpointer.observe(0, True, None)
         else:
             self.resume_from(start.checkpoint, start.lineage.id, start.skip, start.lr_scale)
         self._replays = [replay for replay in self._replays if replay.step >= self.progress.step]

@@ -19,10 +19,10 @@ from shards.errors import ShardError
 from shards.tokenization.tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
 from trainer.batches import of_one
 from trainer.distributed.mesh import together
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 from trainer.objectives.loss import real
 from trainer.rollout.rollout import score, show
-from trainer.rollout.sampling import Drawn, draw, over_rows
+from trainer.rollout.sampling import SampledResponses, over_rows, sample_responses
 from trainer.stage.training import Training
 from trainer.synthetic.stage import Made
 
@@ -53,21 +53,21 @@ def step(training: Training) -> tuple[Made, dict[str, float]] | None:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SynthesisPrompt:
     turns: Turns
     ids: list[int]
 
 
-def _prompts(training: Training) -> list[Prompt] | None:
+def _prompts(training: Training) -> list[SynthesisPrompt] | None:
     """The next batch's; those whose turns cannot be told any more, because they lost their beginning, are left out."""
     at, count = training.progress.position, training.stage.stage.global_batch
-    found: list[Prompt] = []
+    found: list[SynthesisPrompt] = []
 
     def read() -> None:
         for ids in training.stage.feed.prompts(at, at + count):
             turns = turns_of(training.tokenizer, ids.tolist())
             if turns is not None:
-                found.append(Prompt(turns, ids.tolist()))
+                found.append(SynthesisPrompt(turns, ids.tolist()))
 
     problem = together(read, training.world, ShardError)
     if problem:
@@ -103,12 +103,12 @@ def _by_roles(tokenizer: Tokenizer, ids: Sequence[int]) -> Turns:
     return turns[:-1] if turns and turns[-1] == ("assistant", "") else turns
 
 
-def _asked(training: Training, conversations: Sequence[Turns], stream: int) -> Drawn | None:
+def _asked(training: Training, conversations: Sequence[Turns], stream: int) -> SampledResponses | None:
     policy, at, stage = training.stage.stage.rollout, training.progress, training.stage.stage
     seeds = [hash_of(training, at.position * 64 + stream, number) for number in range(len(conversations))]
     ids = [training.tokenizer.chat(turns)[0] for turns in conversations]
     training.phase("generating")
-    return draw(training, ids, min(policy.tokens, stage.context - 1), policy.temperature, seeds)
+    return sample_responses(training, ids, min(policy.tokens, stage.context - 1), policy.temperature, seeds)
 
 
 def hash_of(training: Training, place: int, number: int) -> int:
@@ -116,7 +116,7 @@ def hash_of(training: Training, place: int, number: int) -> int:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampledAnswerRecord:
     """A response as its record tells of it: the ids that were drawn are what is learned, with an end only if it has one."""
 
     text: str
@@ -129,13 +129,13 @@ class Answer:
         return {name: self.text, f"{name}_ids": self.ids, finish: "stop" if self.ended else "length"}
 
 
-def _answers(training: Training, drawn: Drawn) -> list[Answer]:
+def _answers(training: Training, drawn: SampledResponses) -> list[SampledAnswerRecord]:
     stops, tokenizer = training.tokenizer.stops, training.tokenizer
     texts = [tokenizer.decode([id for id in response if id not in stops]).strip() for response in drawn.responses]
-    return [Answer(*each) for each in zip(texts, drawn.responses, drawn.ended, strict=True)]
+    return [SampledAnswerRecord(*each) for each in zip(texts, drawn.responses, drawn.ended, strict=True)]
 
 
-def rejection(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, dict[str, float]] | None:
+def rejection(training: Training, prompts: Sequence[SynthesisPrompt]) -> tuple[Made, dict[str, float]] | None:
     """Of the responses to each prompt the best, and the best beside the worst."""
     count = training.stage.stage.rollout.responses
     drawn = _asked(training, [prompt.turns for prompt in prompts for _ in range(count)], 0)
@@ -174,12 +174,12 @@ def rejection(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, dict
     return made, metrics
 
 
-def constitution(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, dict[str, float]] | None:
+def constitution(training: Training, prompts: Sequence[SynthesisPrompt]) -> tuple[Made, dict[str, float]] | None:
     """Answers, critiques by a principle, and revisions; and of two answers the one that the model holds better."""
     principles, place = training.stage.stage.principles, training.progress.position
     chosen = [random.Random(hash_of(training, place, number)).choice(principles) for number in range(len(prompts))]
     conversations = [list(prompt.turns) for prompt in prompts]
-    said: list[list[Answer]] = []
+    said: list[list[SampledAnswerRecord]] = []
     for stream, request in enumerate((None, CRITIQUE, REVISE)):
         if request is not None:
             for turns, principle in zip(conversations, chosen, strict=True):
@@ -223,7 +223,7 @@ def constitution(training: Training, prompts: Sequence[Prompt]) -> tuple[Made, d
 
 
 def _preferences(
-    training: Training, prompts: Sequence[Prompt], ones: Sequence[str], others: Sequence[str], principles: Sequence[str]
+    training: Training, prompts: Sequence[SynthesisPrompt], ones: Sequence[str], others: Sequence[str], principles: Sequence[str]
 ) -> list[float]:
     """Log-odds that the model holds the first answer better; asked both ways round, as it may like a letter best.
 
@@ -261,13 +261,13 @@ def _log_probs_of(training: Training, sequences: Sequence[tuple[list[int], int]]
             tokens[row, : len(ids)], targets[row, : len(ids) - 1] = torch.tensor(ids), torch.tensor(ids[1:])
             segments[row, : len(ids)], mask[row, start - 1 : len(ids) - 1] = 0, 1
     rows = of_one(*(column.to(training.world.device) for column in (tokens, targets, mask, segments)))
-    with training.network.configured(temperature=1.0):
-        every = over_rows(training, training.network, rows, Network.log_probs)
+    with training.model.configured(temperature=1.0):
+        every = over_rows(training, training.model, rows, ShardedModel.log_probs)
     found: list[float] = real(every, rows.mask).sum(-1).tolist()
     return found
 
 
-def _pair(asked: list[dict[str, str]], better: Answer, worse: Answer) -> dict[str, Any]:
+def _pair(asked: list[dict[str, str]], better: SampledAnswerRecord, worse: SampledAnswerRecord) -> dict[str, Any]:
     return {"prompt": asked} | better.fields("chosen") | worse.fields("rejected")
 
 

@@ -22,7 +22,7 @@ from shards.build.build import build
 from shards.build.report import left_out
 from shards.errors import ShardError
 from shards.spec import Build, Source
-from shards.spec import Tokenizer as TokenizerSpec
+from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from trainer.checkpoint.dcp_files import make_below
 from trainer.distributed.mesh import together
@@ -54,7 +54,7 @@ def keep(training: Training, made: Mapping[str, list[dict[str, Any]]]) -> bool:
         except OSError as error:
             raise ShardError(f"{error.filename or place}: {error.strerror} (make room or access)") from None
 
-    problem = together(write if training.world.leads else _nothing, training.world, ShardError)
+    problem = together(write if training.world.is_rank_zero else _nothing, training.world, ShardError)
     if problem:
         training.hold_for_data(problem)
         return False
@@ -89,7 +89,7 @@ def finish(training: Training) -> None:
         def make() -> None:
             _shards(training, sources, training.root / "made" / name)
 
-        problem = together(make if training.world.leads else _nothing, training.world, ShardError)
+        problem = together(make if training.world.is_rank_zero else _nothing, training.world, ShardError)
         if problem:
             raise ShardError(problem)
         names = ", ".join(source.name for source in sources)

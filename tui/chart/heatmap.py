@@ -55,7 +55,7 @@ class HeatMap:
     """The marks that are alarms."""
 
 
-class Shape(NamedTuple):
+class HeatmapLayout(NamedTuple):
     """Where things are: blocks side by side, each of `rows` lines."""
 
     label: int
@@ -65,21 +65,27 @@ class Shape(NamedTuple):
     rows: int
 
 
-def shape(lines: int, label: int, cells: int, style: Style, width: int, height: int) -> Shape:
+def shape(lines: int, label: int, cells: int, style: Style, width: int, height: int) -> HeatmapLayout:
     """The lines down and then to the right; more rows than `height` where they do not fit."""
     block = label + 2 + max(LEAST_WORD, cells * CELL[style]) + 1
     most = max(1, (width + 1) // block)
     needed = max(1, -(-lines // max(1, height)))
     blocks = min(most, needed)
-    return Shape(label, cells, block, blocks, max(1, -(-lines // blocks)))
+    return HeatmapLayout(label, cells, block, blocks, max(1, -(-lines // blocks)))
 
 
-def fits(made: Shape, width: int, height: int) -> bool:
+def fits(made: HeatmapLayout, width: int, height: int) -> bool:
     return made.rows <= height and made.block - 1 <= width
 
 
 def paint(
-    heat: HeatMap, made: Shape, width: int, height: int, top: int = 0, chosen: tuple[int, int] | None = None, unicode: bool = True
+    heat: HeatMap,
+    made: HeatmapLayout,
+    width: int,
+    height: int,
+    top: int = 0,
+    chosen: tuple[int, int] | None = None,
+    unicode: bool = True,
 ) -> Canvas:
     """The rows from `top` on; `chosen` is the cursor's line and cell."""
     canvas = Canvas.blank(width, height, unicode)
@@ -98,7 +104,7 @@ def paint(
     return canvas
 
 
-def _labels(heat: HeatMap, made: Shape, canvas: Canvas, block: Any, row: Any, seen: Any) -> None:
+def _labels(heat: HeatMap, made: HeatmapLayout, canvas: Canvas, block: Any, row: Any, seen: Any) -> None:
     wide = made.label
     labels = [f"{plain(line.label, canvas.unicode):<{wide}.{wide}}{line.sign:1.1}" for line in heat.lines]
     chars = np.array(labels, f"<U{wide + 1}").view("<U1").reshape(len(labels), wide + 1)
@@ -115,7 +121,7 @@ def _labels(heat: HeatMap, made: Shape, canvas: Canvas, block: Any, row: Any, se
             canvas.write(int(row[number]), int(block[number]) * made.block + wide + 2, word, Ink.WARNING)
 
 
-def _cells(heat: HeatMap, made: Shape, canvas: Canvas, block: Any, row: Any, seen: Any) -> None:
+def _cells(heat: HeatMap, made: HeatmapLayout, canvas: Canvas, block: Any, row: Any, seen: Any) -> None:
     shown = [number for number in np.flatnonzero(seen).tolist() if not heat.lines[number].word and heat.lines[number].cells]
     if not shown:
         return
@@ -157,7 +163,7 @@ def _digits(parts: Any, unicode: bool) -> tuple[Any, Any]:
     return chars, inks.astype(np.uint8)
 
 
-def _cursor(heat: HeatMap, made: Shape, canvas: Canvas, at: tuple[int, int], chosen: tuple[int, int]) -> None:
+def _cursor(heat: HeatMap, made: HeatmapLayout, canvas: Canvas, at: tuple[int, int], chosen: tuple[int, int]) -> None:
     """The chosen cell and its label stand out by reversal, which needs no colour."""
     block, row = at
     line = heat.lines[chosen[0]]
@@ -193,14 +199,14 @@ class Heat(Widget):
         super().__init__(id=id)
         self._unicode = unicode
         self._map: HeatMap | None = None
-        self._shape = Shape(1, 1, 1, 1, 1)
+        self._shape = HeatmapLayout(1, 1, 1, 1, 1)
         self._chosen: tuple[int, int] | None = None
         self._canvas = Canvas.blank(0, 0)
         self.top = 0
         self.refreshed = 0
         """Rows that were drawn again, ever."""
 
-    def show(self, heat: HeatMap, made: Shape, chosen: tuple[int, int] | None) -> None:
+    def show(self, heat: HeatMap, made: HeatmapLayout, chosen: tuple[int, int] | None) -> None:
         """Shows another map; repaints the rows in which it differs."""
         self._map, self._shape, self._chosen = heat, made, chosen
         self._repaint()

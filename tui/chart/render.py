@@ -51,7 +51,7 @@ class Border(NamedTuple):
     name: str
 
 
-class Mark(NamedTuple):
+class ChartMark(NamedTuple):
     """Something that happened, on the x axis."""
 
     step: int
@@ -67,7 +67,7 @@ class Picture:
     series: tuple[Series, ...] = ()
     ghosts: tuple[Series, ...] = ()  # rolled-back lineages, beneath
     borders: tuple[Border, ...] = ()
-    marks: tuple[Mark, ...] = ()
+    marks: tuple[ChartMark, ...] = ()
     crosshair: int | None = None  # a step
     log: bool = False
     y_range: tuple[float, float] | None = None  # else from the series; ghosts never stretch it
@@ -75,7 +75,7 @@ class Picture:
     empty: str = "no data yet"
 
 
-class Frame(NamedTuple):
+class ChartLayout(NamedTuple):
     """How a chart of some size is laid out: rows and columns of cells."""
 
     width: int
@@ -95,11 +95,11 @@ class Frame(NamedTuple):
         return max(0, self.width - self.gutter)
 
 
-def frame(width: int, height: int, series: int = 1) -> Frame:
+def frame(width: int, height: int, series: int = 1) -> ChartLayout:
     """The layout; what there is no room for is left out, the plot last."""
     legend = series > 1 and height >= 8
     top = (1 if height >= 3 else 0) + (1 if legend else 0)
-    return Frame(width, height, GUTTER if width >= 3 * GUTTER else 0, top, legend, height >= 5, height >= 7)
+    return ChartLayout(width, height, GUTTER if width >= 3 * GUTTER else 0, top, legend, height >= 5, height >= 7)
 
 
 def dot_columns(width: int) -> int:
@@ -167,7 +167,7 @@ class _Plot:
     """The picture being painted, its layout and its y scale."""
 
     picture: Picture
-    frame: Frame
+    frame: ChartLayout
     canvas: Canvas
     unicode: bool
     scale: Scale | None
@@ -216,7 +216,7 @@ def paint(picture: Picture, width: int, height: int, unicode: bool = True) -> Ca
     return canvas
 
 
-def _y_scale(picture: Picture, layout: Frame) -> Scale | None:
+def _y_scale(picture: Picture, layout: ChartLayout) -> Scale | None:
     found = picture.y_range or _range_in_sight(picture)
     return found and scale(*found, ticks=max(2, layout.plot_rows // 3), log=picture.log)
 
@@ -329,7 +329,7 @@ def _paint_x_axis(plot: _Plot) -> None:
             canvas.write(row, column, plot.sign("┬", "+"), Ink.AXIS)
             canvas.write(row + 1, column, label, Ink.FAINT)
     gaps = [series.columns.step_start[series.columns.nans > 0].tolist() for series in picture.series]
-    marks = [*picture.marks, *(Mark(step, "nan") for steps in gaps for step in steps)]
+    marks = [*picture.marks, *(ChartMark(step, "nan") for steps in gaps for step in steps)]
     for kind, (unicode, ascii, ink) in MARKS.items():
         for mark in marks:
             at = plot.column(mark.step) if mark.kind == kind else None

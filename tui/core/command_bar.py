@@ -9,13 +9,13 @@ from textual.widgets import Input
 
 from tui.chart.styles import Ink
 from tui.core.command_line import complete, parse
-from tui.entry import Entry
+from tui.entry import PromptInput
 
 if TYPE_CHECKING:
     from tui.app import MidwatchApp
 
 
-class Prompt(Entry):
+class CommandPrompt(PromptInput):
     """Hidden until opened. Enter does what was typed, Esc leaves it undone."""
 
     DEFAULT_CSS = """

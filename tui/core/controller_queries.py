@@ -18,7 +18,7 @@ KEPT = 256
 """Answers about lineages that are over; some kilobytes each."""
 
 
-class Feed:
+class ControllerQueries:
     """Questions to the controller. Every method returns None where it is out of reach or refuses."""
 
     def __init__(self) -> None:

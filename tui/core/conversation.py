@@ -65,7 +65,7 @@ def turns(exchanges: Sequence[Exchange], count: int) -> tuple[tuple[ProbeTurn, .
     return tuple(tuple(own) for own in said)
 
 
-class Mark(NamedTuple):
+class TokenPosition(NamedTuple):
     """Where a token stands: its first character that is no space, else its first."""
 
     line: int
@@ -74,14 +74,14 @@ class Mark(NamedTuple):
 
 class Page(NamedTuple):
     lines: list[Line]
-    marks: dict[int, Mark]
+    marks: dict[int, TokenPosition]
     """Of the newest answer's tokens."""
 
 
 def page(exchanges: Sequence[Exchange], which: int, cells: int, cursor: int | None) -> Page:
     """One checkpoint's side of the conversation; the token at the cursor stands out."""
     lines: list[Line] = []
-    marks: dict[int, Mark] = {}
+    marks: dict[int, TokenPosition] = {}
     blank: set[int] = set()
     for exchange in exchanges:
         if lines:
@@ -95,7 +95,7 @@ def page(exchanges: Sequence[Exchange], which: int, cells: int, cursor: int | No
         for row in broken(_characters(answer, cursor if newest else None), max(1, cells)):
             for column, (char, token) in enumerate(row if newest else ()):
                 if token not in marks or (token in blank and char != " "):
-                    marks[token] = Mark(len(lines), column)
+                    marks[token] = TokenPosition(len(lines), column)
                     (blank.add if char == " " else blank.discard)(token)
             at = cursor if newest else None
             parts = groupby(row, key=lambda each: each[1] == at)
@@ -141,7 +141,7 @@ def broken(chars: Sequence[tuple[str, int]], cells: int) -> list[list[tuple[str,
     return [*rows, row] if row else rows
 
 
-def beside(marks: dict[int, Mark], cursor: int, by: int) -> int | None:
+def beside(marks: dict[int, TokenPosition], cursor: int, by: int) -> int | None:
     """The token above (-1) or below (1) one, the nearest in its column; None where there is none."""
     before = [token for token in marks if token <= cursor]  # one that shows nothing stands with what comes before it
     if not before:

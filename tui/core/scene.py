@@ -9,7 +9,7 @@ SILENT_SECONDS = 3.0
 """Shortest silence that is said."""
 
 
-class Link(NamedTuple):
+class ConnectionState(NamedTuple):
     """The way to the controller."""
 
     up: bool = False
@@ -20,7 +20,7 @@ class Link(NamedTuple):
 class Scene:
     run: str
     now: float
-    link: Link = field(default_factory=Link)
+    link: ConnectionState = field(default_factory=ConnectionState)
     snapshot: Snapshot | None = None
     received: float = 0.0  # when the snapshot came, on the operator's clock
     read_only: bool = False
@@ -62,7 +62,7 @@ def silence(scene: Scene) -> Silence | None:
     return None
 
 
-class Span(NamedTuple):
+class StageSpan(NamedTuple):
     """A stage on the line in force: the run's steps at which it begins and ends. Its first update makes step `start + 1`."""
 
     stage: StageView
@@ -70,19 +70,19 @@ class Span(NamedTuple):
     stop: int
 
 
-def stage_spans(snapshot: Snapshot) -> list[Span]:
+def stage_spans(snapshot: Snapshot) -> list[StageSpan]:
     """The training stages that have begun, or will, where they lie among the run's steps."""
-    spans: list[Span] = []
+    spans: list[StageSpan] = []
     at = 0
     for stage in snapshot.stages:
         if stage.objective != "data":
             taken = stage.step if stage.state in ("done", "cut short") else stage.steps
-            spans.append(Span(stage, at, at + taken))
+            spans.append(StageSpan(stage, at, at + taken))
             at += taken
     return spans
 
 
-def running_span(snapshot: Snapshot) -> Span | None:
+def running_span(snapshot: Snapshot) -> StageSpan | None:
     """The stage that trains, or the last that did."""
     spans = stage_spans(snapshot)
     begun = [span for span in spans if span.stage.state != "waiting"]

@@ -1,6 +1,6 @@
 """Text on the line API: lines of inked runs, of which only those that changed are sent to the terminal.
 
-`Panel` shows lines; `Rows` shows a window onto any number of them, with a cursor if wanted, and its text can be selected.
+`Panel` shows lines; `LineWindow` shows a window onto any number of them, with a cursor if wanted, and its text can be selected.
 """
 
 from collections.abc import Callable, Sequence
@@ -235,7 +235,7 @@ class Panel(Widget):
         self.refresh()
 
 
-class Rows(Panel):
+class LineWindow(Panel):
     """A window onto many lines; draws, and asks for, those in sight alone.
 
     With `choosing` one row is the cursor's and the window keeps it in sight. While `following`, the window stays at the end.
@@ -244,12 +244,12 @@ class Rows(Panel):
     class Chosen(Message):
         """A row was clicked."""
 
-        def __init__(self, rows: "Rows", number: int) -> None:
+        def __init__(self, rows: "LineWindow", number: int) -> None:
             super().__init__()
             self.rows, self.number = rows, number
 
         @property
-        def control(self) -> "Rows":
+        def control(self) -> "LineWindow":
             return self.rows
 
     def __init__(

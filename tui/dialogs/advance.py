@@ -8,8 +8,8 @@ from textual.widget import Widget
 
 from tui.chart.styles import Ink
 from tui.core.formatting import duration, plural
-from tui.core.scene import Scene, Span, running_span, stage_spans
-from tui.core.text_panel import Line, Rows, wrapped
+from tui.core.scene import Scene, StageSpan, running_span, stage_spans
+from tui.core.text_panel import Line, LineWindow, wrapped
 from tui.dialogs.base import Answer, Dialog
 
 
@@ -20,7 +20,7 @@ class AdvanceDialog(Dialog):
     def __init__(self, scene: Scene, to: str = "") -> None:
         super().__init__(scene)
         self._later = later(scene)
-        self._list = Rows(choosing=True, id="choices")
+        self._list = LineWindow(choosing=True, id="choices")
         self._to = to
 
     def parts(self) -> Sequence[Widget]:
@@ -54,7 +54,7 @@ class AdvanceDialog(Dialog):
         self._list.move(by)
         self.tell()
 
-    def on_rows_chosen(self, event: Rows.Chosen) -> None:
+    def on_rows_chosen(self, event: LineWindow.Chosen) -> None:
         self.tell()
 
     def words(self, cells: int) -> list[Line]:
@@ -80,7 +80,7 @@ class AdvanceDialog(Dialog):
         return "advance", {"to": self._later[self._list.cursor].stage.name}
 
 
-def later(scene: Scene) -> list[Span]:
+def later(scene: Scene) -> list[StageSpan]:
     """The stages after the one that runs."""
     if scene.snapshot is None:
         return []

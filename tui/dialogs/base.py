@@ -25,7 +25,7 @@ from tui.chart.styles import STYLES, Ink
 from tui.core.formatting import UNICODE
 from tui.core.scene import Scene
 from tui.core.text_panel import Line, Panel, wrapped
-from tui.entry import Entry
+from tui.entry import PromptInput
 
 Answer = tuple[Verb, dict[str, Any]]
 MOUNT_SECONDS = 5.0
@@ -66,7 +66,7 @@ class Press(Widget):
         self.post_message(self.Pressed(self))
 
 
-class Field(Entry):
+class Field(PromptInput):
     """A one-row entry."""
 
     DEFAULT_CSS = """

@@ -15,10 +15,10 @@ from midwatch.protocol import Alarm, CheckpointView, Refused, UndoQuery, UndoRep
 from tui.chart.styles import Ink
 from tui.core.chrome import DOT
 from tui.core.command_line import number, whole
-from tui.core.controller_queries import Feed
+from tui.core.controller_queries import ControllerQueries
 from tui.core.formatting import UNICODE, age, compact, duration, plural
 from tui.core.scene import Scene, checkpoint_flags, on_line, speaks_against, stage_spans
-from tui.core.text_panel import Line, Panel, Rows, Run, wrapped
+from tui.core.text_panel import Line, LineWindow, Panel, Run, wrapped
 from tui.dialogs.base import Answer, Dialog, Field
 
 ROWS = 6
@@ -48,13 +48,19 @@ class RollbackDialog(Dialog):
     deed = "Roll back"
 
     def __init__(
-        self, scene: Scene, feed: Feed, checkpoint: str = "", skip: int = 0, lr_scale: float = 1.0, crosshair: int | None = None
+        self,
+        scene: Scene,
+        feed: ControllerQueries,
+        checkpoint: str = "",
+        skip: int = 0,
+        lr_scale: float = 1.0,
+        crosshair: int | None = None,
     ) -> None:
         """crosshair: a step that the operator points at, which the data may be skipped up to."""
         super().__init__(scene)
         self._feed = feed
         self._choices = choices(scene)
-        self._list = Rows(choosing=True, id="choices")
+        self._list = LineWindow(choosing=True, id="choices")
         self._wanted = checkpoint
         self._skip = Field(str(skip), id="skip")
         self._scale = Field(f"{lr_scale:g}", id="lr_scale")
@@ -96,7 +102,7 @@ class RollbackDialog(Dialog):
     def _draw_list(self) -> None:
         self._list.show([line(self.scene, checkpoint) for checkpoint in self._choices])
 
-    def on_rows_chosen(self, event: Rows.Chosen) -> None:
+    def on_rows_chosen(self, event: LineWindow.Chosen) -> None:
         self._chosen_changes()
 
     def move(self, by: int) -> None:

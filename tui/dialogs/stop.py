@@ -9,7 +9,7 @@ from textual.widget import Widget
 from tui.chart.styles import Ink
 from tui.core.formatting import age, plural
 from tui.core.scene import Scene, newest_checkpoint
-from tui.core.text_panel import Line, Rows, wrapped
+from tui.core.text_panel import Line, LineWindow, wrapped
 from tui.dialogs.base import Answer, Dialog
 
 
@@ -20,7 +20,7 @@ class StopDialog(Dialog):
     def __init__(self, scene: Scene, *, now: bool = False) -> None:
         super().__init__(scene)
         self._now = now
-        self._list = Rows(choosing=True, id="choices")
+        self._list = LineWindow(choosing=True, id="choices")
 
     def parts(self) -> Sequence[Widget]:
         self._list.styles.height = 2
@@ -40,7 +40,7 @@ class StopDialog(Dialog):
         self._list.move(by)
         self.tell()
 
-    def on_rows_chosen(self, event: Rows.Chosen) -> None:
+    def on_rows_chosen(self, event: LineWindow.Chosen) -> None:
         self.tell()
 
     def words(self, cells: int) -> list[Line]:

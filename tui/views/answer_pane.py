@@ -7,8 +7,8 @@ from textual.message import Message
 
 from tui.chart.styles import Ink
 from tui.core import conversation
-from tui.core.conversation import Exchange, Mark
-from tui.core.text_panel import Line, Panel, Rows
+from tui.core.conversation import Exchange, TokenPosition
+from tui.core.text_panel import Line, LineWindow, Panel
 
 HINT = (
     "Enter     type a prompt; f: for the chat template, or to be continued",
@@ -33,8 +33,8 @@ class Column(Vertical):
     def __init__(self) -> None:
         super().__init__()
         self.heading = Panel(classes="probe-heading")
-        self.rows = Rows(following=True)
-        self.marks: dict[int, Mark] = {}
+        self.rows = LineWindow(following=True)
+        self.marks: dict[int, TokenPosition] = {}
 
     def compose(self) -> ComposeResult:
         yield self.heading

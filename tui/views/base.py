@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 from textual.containers import Vertical
 
 from tui.core.scene import Scene
-from tui.core.text_panel import Line, Rows
+from tui.core.text_panel import Line, LineWindow
 
 if TYPE_CHECKING:
     from tui.app import MidwatchApp
@@ -18,7 +18,7 @@ class View(Vertical):
 
     DEFAULT_CSS = "View { width: 1fr; height: 1fr; }"
 
-    rows: Rows | None = None
+    rows: LineWindow | None = None
     """What the arrows move, where there is such a list."""
     filterable = False
     asked: list[str]

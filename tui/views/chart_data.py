@@ -8,7 +8,7 @@ from textual.widget import Widget
 from textual.worker import Worker
 
 from midwatch.protocol import Snapshot
-from tui.chart.render import Border, Mark
+from tui.chart.render import Border, ChartMark
 from tui.core.scene import stage_spans
 
 INTERVAL = 1.0
@@ -69,10 +69,10 @@ def borders(snapshot: Snapshot) -> tuple[Border, ...]:
     return tuple(Border(span.start, span.stage.name) for span in stage_spans(snapshot) if span.stage.state != "waiting")
 
 
-def marks(snapshot: Snapshot) -> tuple[Mark, ...]:
+def marks(snapshot: Snapshot) -> tuple[ChartMark, ...]:
     """Checkpoints on the line in force, goldens, and where it was rolled back to."""
-    found = [Mark(c.step, "golden" if c.golden else "checkpoint") for c in snapshot.checkpoints if c.on_line]
-    found += [Mark(line.fork_step, "rollback") for line in snapshot.lineages if line.cause != "start"]
+    found = [ChartMark(c.step, "golden" if c.golden else "checkpoint") for c in snapshot.checkpoints if c.on_line]
+    found += [ChartMark(line.fork_step, "rollback") for line in snapshot.lineages if line.cause != "start"]
     return tuple(found)
 
 

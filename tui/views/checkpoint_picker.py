@@ -4,13 +4,13 @@ from midwatch.protocol import CheckpointView
 from tui.chart.styles import Ink
 from tui.core.formatting import UNICODE, age, compact
 from tui.core.scene import Scene, checkpoint_flags, speaks_against
-from tui.core.text_panel import Line, Rows, Run
+from tui.core.text_panel import Line, LineWindow, Run
 
 NEWEST: tuple[str, Line] = ("newest", [("newest", Ink.TEXT), (" whichever that is when asked", Ink.FAINT)])
 NOBODY: tuple[str, Line] = ("", [("nobody: one column", Ink.TEXT)])
 
 
-class Choice(Rows):
+class Choice(LineWindow):
     """What stands at the cursor is `chosen`, by its name; the empty one is nobody."""
 
     DEFAULT_CSS = "Choice { height: 1fr; display: none; }"

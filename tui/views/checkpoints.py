@@ -9,7 +9,7 @@ from midwatch.protocol import CheckpointView, Lineage, Snapshot, UndoQuery, Undo
 from tui.chart.styles import Ink
 from tui.core.formatting import UNICODE, age, compact, plural, size, when
 from tui.core.scene import Scene, checkpoint_flags, newest_checkpoint, speaks_against
-from tui.core.text_panel import Line, Panel, Rows, Run, wrapped
+from tui.core.text_panel import Line, LineWindow, Panel, Run, wrapped
 from tui.dialogs.rollback import undo_lines
 from tui.views.base import View
 
@@ -17,7 +17,7 @@ DEEPEST = 8
 """Levels that are still indented: a run that crashed a hundred times must fit the screen."""
 
 
-class Row(NamedTuple):
+class TreeRow(NamedTuple):
     """A row of the tree: a lineage's heading, or a checkpoint."""
 
     depth: int
@@ -26,18 +26,18 @@ class Row(NamedTuple):
     checkpoint: CheckpointView | None = None
 
 
-def tree(snapshot: Snapshot) -> list[Row]:
+def tree(snapshot: Snapshot) -> list[TreeRow]:
     """Lineages beneath the checkpoint they fork from, oldest first."""
-    rows: list[Row] = []
+    rows: list[TreeRow] = []
     known = {line.id for line in snapshot.lineages}
 
     def add(line: Lineage, depth: int) -> None:
-        rows.append(Row(depth, False, lineage=line))
+        rows.append(TreeRow(depth, False, lineage=line))
         own = [c for c in snapshot.checkpoints if c.lineage == line.id]
         own.sort(key=lambda c: (c.step, c.time))
         forks = [child for child in snapshot.lineages if child.parent == line.id]
         for checkpoint in own:
-            rows.append(Row(depth, checkpoint is own[-1], checkpoint=checkpoint))
+            rows.append(TreeRow(depth, checkpoint is own[-1], checkpoint=checkpoint))
             for child in forks:
                 if child.fork == checkpoint.id:
                     add(child, depth + 1)
@@ -58,9 +58,9 @@ class CheckpointsView(View):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.rows = self._list = Rows(choosing=True)
+        self.rows = self._list = LineWindow(choosing=True)
         self._details = Panel(id="details")
-        self._tree: list[Row] = []
+        self._tree: list[TreeRow] = []
         self._scene: Scene | None = None
         self._detailed = False
         self._undone: dict[str, UndoReply | str] = {}
@@ -129,7 +129,7 @@ class CheckpointsView(View):
     def moved(self) -> None:
         self._tell()
 
-    def on_rows_chosen(self, event: Rows.Chosen) -> None:
+    def on_rows_chosen(self, event: LineWindow.Chosen) -> None:
         self._tell()
 
     def do_details(self) -> None:
@@ -157,7 +157,7 @@ class CheckpointsView(View):
 
     # Drawing
 
-    def _line(self, row: Row, scene: Scene, snapshot: Snapshot) -> list[Run]:
+    def _line(self, row: TreeRow, scene: Scene, snapshot: Snapshot) -> list[Run]:
         indent = "  " * min(row.depth, DEEPEST)
         if row.lineage is not None:
             return _heading(row.lineage, indent, scene, snapshot)

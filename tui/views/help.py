@@ -6,14 +6,14 @@ from tui.chart.styles import Ink
 from tui.core import keys
 from tui.core.chrome import shown_key
 from tui.core.scene import Scene
-from tui.core.text_panel import Line, Rows
+from tui.core.text_panel import Line, LineWindow
 from tui.views.base import View
 
 
 class HelpView(View):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.rows = self._list = Rows()
+        self.rows = self._list = LineWindow()
 
     def compose(self) -> ComposeResult:
         yield self._list

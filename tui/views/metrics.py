@@ -24,7 +24,7 @@ LEAST = 8
 """Steps of the narrowest zoom."""
 
 
-class Span(NamedTuple):
+class StepWindow(NamedTuple):
     """What part of the run is in sight: `length` steps up to `stop`; None: all of them, and up to the newest."""
 
     length: int | None = None
@@ -37,24 +37,24 @@ class Span(NamedTuple):
         length = min(self.length, end) if self.length is not None else end
         return max(0, stop - length), max(1, stop)
 
-    def zoomed(self, factor: float, newest: int, around: int | None) -> "Span":
+    def zoomed(self, factor: float, newest: int, around: int | None) -> "StepWindow":
         """Narrower (factor < 1) or wider, about a step where there is one."""
         start, stop = self.steps(newest)
         length = int((stop - start) * factor)
         if length > newest:
-            return Span()
+            return StepWindow()
         length = max(LEAST, length)
         if around is not None and start <= around < stop:
             first = around - int((around - start) / (stop - start) * length)
-            return Span(length, max(length, first + length))
-        return Span(length, self.stop)
+            return StepWindow(length, max(length, first + length))
+        return StepWindow(length, self.stop)
 
-    def panned(self, by: int, newest: int) -> "Span":
+    def panned(self, by: int, newest: int) -> "StepWindow":
         """A quarter of what is in sight to the left or the right; at the end it follows the run again."""
         start, stop = self.steps(newest)
         length = stop - start
         moved = max(length, stop + by * max(1, length // 4))
-        return Span(self.length, None if moved > newest else moved)
+        return StepWindow(self.length, None if moved > newest else moved)
 
 
 class MetricsView(View):
@@ -70,7 +70,7 @@ class MetricsView(View):
         self._pattern: re.Pattern[str] | None = None
         self._at = 0  # the chosen chart, among those that pass the filter
         self._alone = False
-        self._span = Span()
+        self._span = StepWindow()
         self._cross: int | None = None
         self._smoothing = 0
         self._log_y = False
@@ -146,8 +146,8 @@ class MetricsView(View):
         elif self._cross is not None:
             self._point(None)
             return True
-        elif self._span != Span():
-            self._span = Span()
+        elif self._span != StepWindow():
+            self._span = StepWindow()
         else:
             return False
         self._changed()
@@ -171,7 +171,7 @@ class MetricsView(View):
 
     def do_zoom(self, how: str) -> None:
         newest = self._newest()
-        self._span = Span() if how == "all" else self._span.zoomed(0.5 if how == "in" else 2.0, newest, self._cross)
+        self._span = StepWindow() if how == "all" else self._span.zoomed(0.5 if how == "in" else 2.0, newest, self._cross)
         self._changed()
 
     def do_pan(self, by: str) -> None:

@@ -18,7 +18,7 @@ from textual.worker import Worker
 from midwatch import protocol as p
 from tui.chart.styles import Ink
 from tui.core.scene import Scene
-from tui.core.text_panel import Line, Panel, Rows, wrapped
+from tui.core.text_panel import Line, LineWindow, Panel, wrapped
 from tui.views import preference_layout
 from tui.views.base import View
 
@@ -42,9 +42,9 @@ class PreferView(View):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self._prompt = Rows(id="prefer-prompt")
+        self._prompt = LineWindow(id="prefer-prompt")
         self._headings = [Panel(classes="prefer-heading"), Panel(classes="prefer-heading")]
-        self._texts = [Rows(), Rows()]
+        self._texts = [LineWindow(), LineWindow()]
         self._answers = Container(
             *(Vertical(h, t, classes="prefer-side") for h, t in zip(self._headings, self._texts, strict=True)), id="prefer-answers"
         )
@@ -240,7 +240,7 @@ class PreferView(View):
         self._scrolls_prompt = not self._scrolls_prompt
         self._redraw()
 
-    def _scrolled(self) -> list[Rows]:
+    def _scrolled(self) -> list[LineWindow]:
         return [self._prompt] if self._scrolls_prompt else self._texts
 
     def do_move(self, by: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from textual.app import ComposeResult
 
-from tui.core.text_panel import Line, Rows, broken, text, wrapped
+from tui.core.text_panel import Line, LineWindow, broken, text, wrapped
 from tui.views.base import View
 
 SHIFT = 20
@@ -25,8 +25,8 @@ class ReaderView(View):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.rows = self._list = Rows(choosing=True, following=True)
-        self._page = Rows(id="whole")
+        self.rows = self._list = LineWindow(choosing=True, following=True)
+        self._page = LineWindow(id="whole")
         self._lines: Sequence[Line] = ()
         self._wraps = False
         self._line_of_row: list[int] = []

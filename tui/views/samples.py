@@ -10,7 +10,7 @@ from midwatch.protocol import SampleQuery, SampleReply, SampleView
 from tui.chart.styles import Ink
 from tui.core.formatting import UNICODE, compact, plural
 from tui.core.scene import Scene
-from tui.core.text_panel import Lazy, Line, Panel, Rows, Run, cut, fit, spread, wrapped
+from tui.core.text_panel import Lazy, Line, LineWindow, Panel, Run, cut, fit, spread, wrapped
 from tui.views.base import View
 from tui.views.chart_data import Fetcher
 
@@ -46,8 +46,8 @@ class SamplesView(View):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._head = Panel(id="samples-head")
-        self.rows = self._list = Rows(choosing=True, id="samples-list")
-        self._page = Rows(id="samples-page")
+        self.rows = self._list = LineWindow(choosing=True, id="samples-list")
+        self._page = LineWindow(id="samples-page")
         self._scene: Scene | None = None
         self._samples: tuple[SampleView, ...] = ()
         self._total = 0
@@ -166,7 +166,7 @@ class SamplesView(View):
         self._draw()
         self.midwatch.draw_foot()
 
-    def on_rows_chosen(self, event: Rows.Chosen) -> None:
+    def on_rows_chosen(self, event: LineWindow.Chosen) -> None:
         self.moved()
 
     # Drawing

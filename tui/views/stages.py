@@ -7,7 +7,7 @@ from tui.chart.sparkline import bar
 from tui.chart.styles import Ink
 from tui.core.formatting import UNICODE, compact, duration, percent, plural, setting
 from tui.core.scene import Scene, silence
-from tui.core.text_panel import Line, Rows, Run, wrapped
+from tui.core.text_panel import Line, LineWindow, Run, wrapped
 from tui.views.base import View
 from tui.views.watch import SIGNS
 
@@ -26,8 +26,8 @@ class StagesView(View):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.rows = self._list = Rows(choosing=True, id="stage-list")
-        self._detail = Rows(id="stage")
+        self.rows = self._list = LineWindow(choosing=True, id="stage-list")
+        self._detail = LineWindow(id="stage")
         self._scene: Scene | None = None
         self._samples: tuple[Sampled, ...] = ()
         self._sampled_for: object = None
@@ -60,7 +60,7 @@ class StagesView(View):
     def moved(self) -> None:
         self._tell()
 
-    def on_rows_chosen(self, event: Rows.Chosen) -> None:
+    def on_rows_chosen(self, event: LineWindow.Chosen) -> None:
         self._tell()
 
     def do_page(self, by: str) -> None:

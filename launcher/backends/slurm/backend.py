@@ -43,7 +43,7 @@ MOST_SAID = 64 * 1024
 """Bytes that are read of what precedes an agent's word."""
 
 
-class Step(NamedTuple):
+class SrunStep(NamedTuple):
     """An agent's step, by the srun that keeps it."""
 
     agent: Started
@@ -55,7 +55,7 @@ class SlurmBackend:
 
     def __init__(self, paths: RunPaths, cluster: Cluster) -> None:
         self._paths, self._cluster = paths, cluster
-        self._steps: dict[str, Step] = {}
+        self._steps: dict[str, SrunStep] = {}
         self._job, self._nodes = self._find()
         self.patience = START_SECONDS if self._nodes else 0.0
         self.lacking = "" if self._nodes else f"there is no allocation (midwatch resume {paths.root} submits the run again)"
@@ -122,7 +122,7 @@ class SlurmBackend:
         with contextlib.suppress(subprocess.TimeoutExpired):
             srun.wait(0.5)
         if srun.returncode is None:
-            self._steps[node] = Step(agent, srun)
+            self._steps[node] = SrunStep(agent, srun)
         return agent
 
     def alive(self, agent: j.AgentStarted) -> bool | None:

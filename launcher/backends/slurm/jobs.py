@@ -70,7 +70,7 @@ class Job(msgspec.Struct, frozen=True):
     """The run directory that it is the job of; filled in when it is written."""
 
 
-class Standing(msgspec.Struct, frozen=True):
+class JobState(msgspec.Struct, frozen=True):
     """How a job stands."""
 
     state: str
@@ -136,18 +136,18 @@ def submit(paths: RunPaths, recipe: Recipe, *, resume: str = "") -> Job:
     return job
 
 
-def standing(job: str) -> Standing:
+def standing(job: str) -> JobState:
     """How the job stands; one that Slurm has forgotten is COMPLETED. Raises SlurmError where Slurm cannot be asked."""
     try:
         said = _ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%S").strip()
     except SlurmError as error:
         if "Invalid job id" in str(error):
-            return Standing("COMPLETED")
+            return JobState("COMPLETED")
         raise
     parts = said.splitlines()[0].split("|") if said else []
     if len(parts) != 3:
-        return Standing("COMPLETED")
-    return Standing(parts[0], parts[1], "" if parts[2] in ("N/A", "Unknown") else parts[2])
+        return JobState("COMPLETED")
+    return JobState(parts[0], parts[1], "" if parts[2] in ("N/A", "Unknown") else parts[2])
 
 
 def nodes_of(job: str) -> str:

@@ -14,7 +14,7 @@ from launcher.controller.annotation.annotator import Session
 from launcher.controller.annotation.pair_sampling import DrawError, Drawing
 from launcher.controller.annotation.records import Decision, Prompt, turns, utc
 from launcher.controller.annotation.store import PreferenceError, Store, all_decisions
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from launcher.controller.probe.sessions import Probing
 from midwatch import protocol as p
 
@@ -36,10 +36,10 @@ Question = p.PreferenceBegin | p.PreferenceNext | p.PreferenceMade | p.Preferenc
 class Preferring:
     """All of them. Lives in the controller's event loop."""
 
-    def __init__(self, office: Office, probing: Probing) -> None:
-        self._office = office
-        self._directory = office.paths.preferences
-        self._drawing = Drawing(office, probing)
+    def __init__(self, context: ControllerContext, probing: Probing) -> None:
+        self._context = context
+        self._directory = context.paths.preferences
+        self._drawing = Drawing(context, probing)
         self._sessions: dict[object, Session] = {}
         """By client."""
         self._others: dict[str, list[Decision]] = {}
@@ -103,13 +103,13 @@ class Preferring:
         for other, session in list(self._sessions.items()):
             if session.begin.annotator == begin.annotator and session.begin.session == begin.session:
                 self.left(other)
-        since = time.strftime("%H:%M", time.localtime(self._office.clock()))
+        since = time.strftime("%H:%M", time.localtime(self._context.clock()))
         store = Store(self._directory, begin.annotator, f"on the screen of {author}, since {since}")
         try:
-            borders = self._office.ledger.borders
+            borders = self._context.ledger.borders
             stage = borders[-1].stage if borders else ""
             asked = [turns(each) for each in begin.prompts]
-            found = asked or await asyncio.to_thread(prompts.of_run, self._office.recipe, begin.source, stage)
+            found = asked or await asyncio.to_thread(prompts.of_run, self._context.recipe, begin.source, stage)
             self._others = await asyncio.to_thread(all_decisions, self._directory) | self._working()
             queue = prompts.order(found, begin.annotator, begin.shared)
         except BaseException:
@@ -160,7 +160,7 @@ class Preferring:
         left, right = (pair.second, pair.first) if swapped else (pair.first, pair.second)
         decision = Decision(
             id=made.decision,
-            time=utc(self._office.clock()),
+            time=utc(self._context.clock()),
             annotator=session.begin.annotator,
             author=session.author,
             pair=pair.id,
@@ -183,7 +183,7 @@ class Preferring:
         """Raises OSError and PreferenceError."""
         if session.store.knows(undo.undo):
             return
-        back = session.store.undo(undo.undo, utc(self._office.clock()))
+        back = session.store.undo(undo.undo, utc(self._context.clock()))
         if back is None:
             raise PreferenceError("there is nothing to take back")
         self._by_pair.get(back.pair, {}).pop(back.annotator, None)
@@ -257,7 +257,7 @@ class Preferring:
         if session is None:
             return p.PreferenceState(id=id, agreement=measured)
         made = session.store.decisions
-        midnight = utc(time.mktime((*time.localtime(self._office.clock())[:3], 0, 0, 0, 0, 0, -1)))
+        midnight = utc(time.mktime((*time.localtime(self._context.clock())[:3], 0, 0, 0, 0, 0, -1)))
         note, session.problem = session.problem, ""
         return p.PreferenceState(
             id=id,

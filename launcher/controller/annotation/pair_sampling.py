@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from launcher.controller.annotation.records import Answer, Pair, Prompt, key_of, utc
-from launcher.controller.annotation.store import Drawn
-from launcher.controller.context import Office
+from launcher.controller.annotation.records import CandidateResponse, Pair, Prompt, key_of, utc
+from launcher.controller.annotation.store import SampledPairs
+from launcher.controller.context import ControllerContext
 from launcher.controller.probe.sessions import Probing
 from midwatch import protocol as p
 
@@ -23,23 +23,23 @@ class DrawError(Exception):
 class Drawing:
     """Draws each pair once, however many annotators wait for it."""
 
-    def __init__(self, office: Office, probing: Probing) -> None:
-        self._office, self._probing = office, probing
-        self._drawn: Drawn | None = None
+    def __init__(self, context: ControllerContext, probing: Probing) -> None:
+        self._context, self._probing = context, probing
+        self._drawn: SampledPairs | None = None
         self._under_way: dict[tuple[Prompt, tuple[str, ...]], asyncio.Task[Pair]] = {}
 
     @property
-    def drawn(self) -> Drawn:
+    def drawn(self) -> SampledPairs:
         """Raises OSError."""
         if self._drawn is None:
-            self._drawn = Drawn(self._office.paths.preferences)
+            self._drawn = SampledPairs(self._context.paths.preferences)
         return self._drawn
 
     def checkpoints(self, asked: tuple[str, ...]) -> tuple[str, str]:
         """The ids of who answers first and second. Raises DrawError."""
-        ledger = self._office.ledger
+        ledger = self._context.ledger
         if not asked:
-            scalar = {stage.name for stage in self._office.recipe.stage if stage.scalar}
+            scalar = {stage.name for stage in self._context.recipe.stage if stage.scalar}
             able = [each for each in ledger.checkpoints.values() if each.on_line and each.stage not in scalar]
             if not able:
                 raise DrawError("there is no checkpoint yet that could answer")
@@ -89,12 +89,12 @@ class Drawing:
         else:
             raise DrawError(f"both answers are the same, {TRIES} times (a higher --temperature tells them apart)")
         id = key_of(prompt)[:16] + f"-{len(self.drawn.of(prompt))}"
-        now = utc(self._office.clock())
+        now = utc(self._context.clock())
         pair = Pair(id=id, time=now, prompt=prompt, first=first, second=second, temperature=temperature, limit=limit)
         self.drawn.add(pair)
         return pair
 
-    async def _answer(self, prompt: Prompt, checkpoint: str, seed: int, temperature: float, limit: int) -> Answer:
+    async def _answer(self, prompt: Prompt, checkpoint: str, seed: int, temperature: float, limit: int) -> CandidateResponse:
         ask = p.ProbeAsk(
             ask=0,
             checkpoints=(checkpoint,),
@@ -128,7 +128,7 @@ class Drawing:
             self._probing.stop(client, ask.ask)
         if told.problem or told.finish == "aborted":
             raise DrawError(told.problem or "the answer was stopped")
-        return Answer(
+        return CandidateResponse(
             text="".join(parts) + told.text,
             checkpoint=told.checkpoint,
             seed=seed,

@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from launcher.controller.annotation.records import Prompt, Turn, key_of
+from launcher.controller.annotation.records import Prompt, PromptMessage, key_of
 from launcher.controller.annotation.store import PreferenceError
 from midwatch.recipe import Recipe
-from shards.build.sources import Reading, documents, is_held_out
+from shards.build.sources import ReadPosition, documents, is_held_out
 from shards.decoding import UNDECODABLE
 from shards.errors import ShardError
 from shards.sampling.mixing import covers
@@ -56,9 +56,9 @@ def _of_line(line: str) -> Prompt | str:
         return "begins as an object and is not JSON"
     said = record if isinstance(record, str) else record.get("prompt", record.get("messages"))
     if isinstance(said, str):
-        return (Turn("user", said),) if said.strip() else "the prompt is empty"
+        return (PromptMessage("user", said),) if said.strip() else "the prompt is empty"
     try:
-        turns = msgspec.convert(said, list[Turn])
+        turns = msgspec.convert(said, list[PromptMessage])
     except msgspec.ValidationError:
         return 'has neither "prompt" nor "messages": a text, or a list of messages with role and content'
     while turns and turns[-1].role == "assistant":
@@ -112,7 +112,7 @@ def _able(source: Source) -> bool:
 
 
 def _prompts(source: Source, held_out: Callable[[str], bool]) -> Iterator[Prompt]:
-    for each in documents(source, Reading(), held_out, lambda key: not held_out(key)):
+    for each in documents(source, ReadPosition(), held_out, lambda key: not held_out(key)):
         if isinstance(each, Document) and not held_out(each.key):
             prompt = _of_document(each, source)
             if prompt:
@@ -124,7 +124,7 @@ def _of_document(document: Document, source: Source) -> Prompt:
     answers = 2 if source.kind == "preference" else 1
     said = document.parts[:-answers]
     roles = document.roles[: len(said)] or ("user",) * len(said)
-    turns = tuple(Turn(role, content) for role, content in zip(roles, said, strict=True))  # type: ignore[arg-type]
+    turns = tuple(PromptMessage(role, content) for role, content in zip(roles, said, strict=True))  # type: ignore[arg-type]
     return turns if turns and turns[-1].role == "user" else ()
 
 

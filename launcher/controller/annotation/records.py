@@ -16,17 +16,17 @@ NAME = re.compile(r"(?!pairs$|pairs-drawn$)[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 """Of an annotator: it names a file. Two files beside it have other uses."""
 
 
-class Turn(msgspec.Struct, frozen=True):
+class PromptMessage(msgspec.Struct, frozen=True):
     """A message of a prompt, as shards read it."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-Prompt = tuple[Turn, ...]
+Prompt = tuple[PromptMessage, ...]
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class CandidateResponse(msgspec.Struct, frozen=True, kw_only=True):
     """One of the two."""
 
     text: str
@@ -44,8 +44,8 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True, tag="pair"):
     id: str
     time: str
     prompt: Prompt
-    first: Answer
-    second: Answer
+    first: CandidateResponse
+    second: CandidateResponse
     temperature: float
     limit: int
 
@@ -70,8 +70,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, tag="decision"):
     """The system's name of the user whose screen it was."""
     pair: str
     prompt: Prompt
-    left: Answer
-    right: Answer
+    left: CandidateResponse
+    right: CandidateResponse
     swapped: bool
     """The pair's second answer was on the left."""
     choice: Choice
@@ -81,7 +81,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, tag="decision"):
     """Every annotator is to get it."""
 
     @property
-    def chosen(self) -> tuple[Answer, Answer] | None:
+    def chosen(self) -> tuple[CandidateResponse, CandidateResponse] | None:
         """The better and the worse answer; None where neither is."""
         if self.choice == "left":
             return self.left, self.right
@@ -131,4 +131,4 @@ def utc(moment: float) -> str:
 
 
 def turns(prompt: Iterable[ProbeTurn]) -> Prompt:
-    return tuple(Turn(turn.role, turn.text) for turn in prompt)
+    return tuple(PromptMessage(turn.role, turn.text) for turn in prompt)

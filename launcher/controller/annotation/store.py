@@ -27,7 +27,7 @@ class PreferenceError(Exception):
     """The message says what stands in the way, and the way out."""
 
 
-class Found(NamedTuple):
+class JsonLines(NamedTuple):
     records: list[Record]
     whole: int
     """Bytes up to the end of the last line."""
@@ -37,7 +37,7 @@ class Found(NamedTuple):
     """Lines that say nothing."""
 
 
-def read(file: Path) -> Found:
+def read(file: Path) -> JsonLines:
     """All lines of a file; none where it is not there."""
     try:
         content = file.read_bytes()
@@ -51,10 +51,10 @@ def read(file: Path) -> Found:
             records.append(_decoder.decode(line))
         except UNDECODABLE:
             damaged += 1
-    return Found(records, whole, content[whole:], damaged)
+    return JsonLines(records, whole, content[whole:], damaged)
 
 
-class Lines:
+class AppendOnlyFile:
     """One file, open for appending; `records` is what it held, `notes` what was wrong with it."""
 
     def __init__(self, file: Path) -> None:
@@ -112,7 +112,7 @@ class Store:
         self.annotator = annotator
         self._lock = _take(directory / f".{annotator}.lock", annotator, holder)
         try:
-            self._lines = Lines(directory / f"{annotator}.jsonl")
+            self._lines = AppendOnlyFile(directory / f"{annotator}.jsonl")
         except BaseException:
             os.close(self._lock)
             raise
@@ -146,12 +146,12 @@ class Store:
         os.close(self._lock)
 
 
-class Drawn:
+class SampledPairs:
     """The pairs that were drawn, by the prompt they answer."""
 
     def __init__(self, directory: Path) -> None:
         """Raises OSError."""
-        self._lines = Lines(directory / DRAWN)
+        self._lines = AppendOnlyFile(directory / DRAWN)
         self.notes = self._lines.notes
         self._by_id: dict[str, Pair] = {}
         for record in self._lines.records:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from launcher.controller.checkpoints import Commits
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from launcher.controller.probe.process import Prober
 from midwatch import protocol as p
 
@@ -21,9 +21,9 @@ Send = Callable[[p.ProbeAnswer], bool]
 class Probing:
     """One process for all clients. A client is whatever tells it from the others."""
 
-    def __init__(self, office: Office, commits: Commits) -> None:
-        self._office, self._commits = office, commits
-        self._prober = Prober(office.paths, office.recipe)
+    def __init__(self, context: ControllerContext, commits: Commits) -> None:
+        self._context, self._commits = context, commits
+        self._prober = Prober(context.paths, context.recipe)
         self._asks: dict[tuple[object, int], int] = {}
         """The process's number of each client's ask."""
         self.close = self._prober.close
@@ -52,7 +52,7 @@ class Probing:
                 send(p.ProbeEnd(ask=ask.ask, which=which, checkpoint=name, finish="failed", problem=problem))
             return
         key = (client, ask.ask)
-        kept = self._office.live.probed
+        kept = self._context.live.probed
         left = set(range(len(ids)))
 
         def deliver(answer: p.ProbeAnswer) -> None:

@@ -27,7 +27,7 @@ from midwatch.recipe import Cluster
 from midwatch.run_directory import host_name
 from midwatch.transport import addresses
 from midwatch.transport.connection import PING_SECONDS, PONG_SECONDS, notice_cuts
-from midwatch.transport.tls_identity import ANY_NODE, Identity, KeysError, peer_of, server_context
+from midwatch.transport.tls_identity import ANY_NODE, KeysError, TlsIdentity, peer_of, server_context
 
 log = logging.getLogger("launcher.controller")
 
@@ -84,7 +84,9 @@ async def _no_server() -> asyncio.Server:
 class Listener:
     """Accepts, checks and hands over to `serve`, which ends when the peer has gone."""
 
-    def __init__(self, identity: Identity, serve: Callable[[ServerConnection, Peer], Awaitable[None]], refusals: Refusals) -> None:
+    def __init__(
+        self, identity: TlsIdentity, serve: Callable[[ServerConnection, Peer], Awaitable[None]], refusals: Refusals
+    ) -> None:
         self._tls = server_context(identity)
         self._serve, self._refusals = serve, refusals
         self._sessions = Sessions(self._converse)

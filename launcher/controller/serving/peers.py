@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
-from launcher.controller.context import Live
+from launcher.controller.context import LiveState
 from midwatch.transport.access import is_member, user_name
 from shards.terminal import safe
 
@@ -99,7 +99,7 @@ class Refusals:
     LINES = 10
     SPAN_SECONDS = 300.0
 
-    def __init__(self, live: Live, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, live: LiveState, clock: Callable[[], float] = time.monotonic) -> None:
         self._live, self._clock = live, clock
         self._since, self._lines, self._silent = float("-inf"), 0, 0
 

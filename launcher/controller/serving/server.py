@@ -20,12 +20,12 @@ from websockets.exceptions import ConnectionClosed
 from launcher.controller.annotation.desk import Preferring
 from launcher.controller.clients import Clients
 from launcher.controller.command_queue import Dispatch
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from launcher.controller.probe.sessions import Probing
 from launcher.controller.queries import Queries
 from launcher.controller.rank_reports import Reports
 from launcher.controller.serving.peers import Peer, Refusals, Rivals, Roles, quiet
-from launcher.controller.snapshot import View
+from launcher.controller.snapshot import SnapshotBuilder
 from launcher.controller.supervision.generations import Generations
 from midwatch import protocol as p
 from midwatch.journal import journal as j
@@ -47,27 +47,27 @@ class Unwelcome(Exception):
     """The peer may not do what it wants; the message tells it why."""
 
 
-class Doorkeeper:
+class ConnectionServer:
     """Serves every kind of peer."""
 
     def __init__(
         self,
-        office: Office,
+        context: ControllerContext,
         dispatch: Dispatch,
         generations: Generations,
         reports: Reports,
-        view: View,
+        view: SnapshotBuilder,
         queries: Queries,
         probing: Probing,
         preferring: Preferring,
     ) -> None:
-        self._office, self._dispatch, self._generations = office, dispatch, generations
+        self._context, self._dispatch, self._generations = context, dispatch, generations
         self._reports = reports
-        self._clients = Clients(office, dispatch, view, queries, probing, preferring)
-        group = office.recipe.cluster.operators
-        self._operators = group_id(group, str(office.paths.recipe)) if group is not None else None
+        self._clients = Clients(context, dispatch, view, queries, probing, preferring)
+        group = context.recipe.cluster.operators
+        self._operators = group_id(group, str(context.paths.recipe)) if group is not None else None
         self._roles = Roles(os.getuid(), self._operators)
-        self.refusals = Refusals(office.live)
+        self.refusals = Refusals(context.live)
         self._rivals = Rivals()
         self._waiting = 0
         self.publish = self._clients.publish
@@ -103,7 +103,7 @@ class Doorkeeper:
 
     async def serve(self, connection: ServerConnection, peer: Peer) -> None:
         """Talks with one peer until it leaves or is turned away."""
-        if self._office.directory.missing():
+        if self._context.directory.missing():
             return  # a moment out of sight, or the end of this controller: either way the peer comes again
         try:
             hello = await self._hello(connection, peer)
@@ -128,7 +128,7 @@ class Doorkeeper:
             with contextlib.suppress(ConnectionClosed):
                 await connection.send(p.encode(p.Refused(reason=reason)))
         except j.Ousted:
-            self._office.over.set()
+            self._context.over.set()
         except OSError as error:
             log.warning("a peer's message could not be stored: %s", error)
 
@@ -144,7 +144,7 @@ class Doorkeeper:
         finally:
             self._waiting -= 1
         if not peer.commands and not peer.works:  # told only now: who is closed while it still speaks does not hear why
-            group = self._office.recipe.cluster.operators
+            group = self._context.recipe.cluster.operators
             members = f", and members of the group {group}" if group is not None else ""
             raise Unwelcome(f"you are {peer.name}; this run is for {user_name(self._roles.owner)}{members}")
         return p.decode(frame)
@@ -173,11 +173,11 @@ class Doorkeeper:
 
     async def _serve_rank(self, connection: ServerConnection, hello: p.RankHello, peer: Peer) -> None:
         """Talks with rank 0, which is on the first node of the living generation and connected once a channel."""
-        ledger = self._office.ledger
+        ledger = self._context.ledger
         problem = ""
         if hello.version != p.VERSION:
             problem = f"version {hello.version} of the protocol, {p.VERSION} is spoken here"
-        elif hello.run != self._office.run:
+        elif hello.run != self._context.run:
             problem = "another run's rank"
         elif hello.generation != ledger.generation or not ledger.generation_live:
             problem = f"generation {hello.generation} is over"
@@ -200,7 +200,7 @@ class Doorkeeper:
         source = f"{hello.generation}/{hello.channel}"
         acknowledged = self._reports.acknowledged() if control else 0
         await connection.send(
-            p.encode(p.RankWelcome(term=self._office.term, acknowledged=acknowledged, hold=self._dispatch.holding))
+            p.encode(p.RankWelcome(term=self._context.term, acknowledged=acknowledged, hold=self._dispatch.holding))
         )
         send = self._sender(connection)
         if control:
@@ -219,11 +219,11 @@ class Doorkeeper:
             message = p.decode(frame)
             if not isinstance(message, p.Numbered):
                 raise p.ProtocolError(f"a rank may not send a {type(message).__name__}")
-            if hello.generation != self._office.ledger.generation:
+            if hello.generation != self._context.ledger.generation:
                 raise p.ProtocolError(f"generation {hello.generation} is over")
             if isinstance(message.body, p.CheckpointReady):
                 await self._reports.rows_stored(message.body)
-                if hello.generation != self._office.ledger.generation:  # the next one has begun meanwhile
+                if hello.generation != self._context.ledger.generation:  # the next one has begun meanwhile
                     raise p.ProtocolError(f"generation {hello.generation} is over")
             self._reports.control(message, send)
 
@@ -237,13 +237,13 @@ class Doorkeeper:
                 wait = max(0.0, due - time.monotonic()) if last > synced else None
                 message = p.decode(await asyncio.wait_for(connection.recv(), wait))
             except TimeoutError:
-                await asyncio.to_thread(self._office.sync)
+                await asyncio.to_thread(self._context.sync)
                 synced = last
                 send(p.Ack(number=synced))
                 continue
             if not isinstance(message, p.Numbered):
                 raise p.ProtocolError(f"a rank may not send a {type(message).__name__}")
-            if hello.generation != self._office.ledger.generation:
+            if hello.generation != self._context.ledger.generation:
                 raise p.ProtocolError(f"generation {hello.generation} is over")
             self._reports.metrics(source, message)
             if last == synced:
@@ -254,7 +254,7 @@ class Doorkeeper:
 
     async def _serve_agent(self, connection: ServerConnection, hello: p.AgentHello) -> None:
         rival = False
-        if hello.version != p.VERSION or hello.run != self._office.run:
+        if hello.version != p.VERSION or hello.run != self._context.run:
             reason = (
                 "another run's agent"
                 if hello.version == p.VERSION
@@ -270,7 +270,7 @@ class Doorkeeper:
         else:
             reason = ""
         if reason:
-            if hello.run == self._office.run and not rival:
+            if hello.run == self._context.run and not rival:
                 self._generations.agent_refused(hello.node, reason)
             await connection.send(p.encode(p.Refused(reason=reason)))
             return
@@ -280,7 +280,7 @@ class Doorkeeper:
             self._rivals.left(hello.node, connection)
 
     async def _talk_with_agent(self, connection: ServerConnection, hello: p.AgentHello) -> None:
-        await connection.send(p.encode(p.AgentWelcome(term=self._office.term)))
+        await connection.send(p.encode(p.AgentWelcome(term=self._context.term)))
         send = self._sender(connection)
         self._generations.agent_came(hello, send)
         try:

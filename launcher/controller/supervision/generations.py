@@ -18,7 +18,7 @@ from typing import Literal
 
 from launcher.controller import recovery
 from launcher.controller.checkpoints import Commits
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from launcher.controller.data_build import BuildError, Building, ShortageError
 from launcher.controller.recipechange import note_change
 from launcher.controller.supervision.failure_attribution import first_failure, only_victims
@@ -54,8 +54,8 @@ Cause = Literal["start", "crash", "go on"]
 class Generations:
     """Supervises the ranks through their agents."""
 
-    def __init__(self, office: Office, commits: Commits, building: Building, pool: Pool) -> None:
-        self._office, self._commits, self._building, self._pool = office, commits, building, pool
+    def __init__(self, context: ControllerContext, commits: Commits, building: Building, pool: Pool) -> None:
+        self._context, self._commits, self._building, self._pool = context, commits, building, pool
         self._work: asyncio.Task[None] | None = None
         self._parting: asyncio.Task[None] | None = None
         """Waits for the agents to end after a stop."""
@@ -72,11 +72,11 @@ class Generations:
         self._awaited: Start | None = None
         """What the other nodes will be told when node 0 has opened the store."""
         self._gathered_at = 0.0
-        self._moves = Moves(office)
+        self._moves = Moves(context)
         self._grow_since: float | None = None
         self._told_of: set[str] = set()
         """Nodes that the journal says stand by in this generation."""
-        self._hang = Hanging(office, pool, self.ranks_hang)
+        self._hang = Hanging(context, pool, self.ranks_hang)
         self.on_training: Callable[[], None] = lambda: None
         self.on_begun: Callable[[], None] = lambda: None
         self.on_stopping: Callable[[], None] = lambda: None
@@ -91,14 +91,14 @@ class Generations:
 
     def begin(self, cause: Cause) -> None:
         """Starts to gather a new generation, unless one is being gathered already."""
-        self._office.over.clear()
+        self._context.over.clear()
         if self._work is None or self._work.done():
             self._work = asyncio.create_task(self._begin(cause), name="generation")
             self._work.add_done_callback(self._begun)
 
     def take_over(self) -> None:
         """Goes on where the last term left off."""
-        ledger = self._office.ledger
+        ledger = self._context.ledger
         if ledger.generation_live:
             self._pool.wanted = True
             self._work = asyncio.create_task(self._reunite(), name="takeover")
@@ -112,22 +112,22 @@ class Generations:
 
     async def _reunite(self) -> None:
         """Waits for an agent of the living generation; where all are gone, its ranks are too."""
-        office, pool = self._office, self._pool
+        context, pool = self._context, self._pool
         deadline = time.monotonic() + REUNION_SECONDS
         while time.monotonic() < deadline:
-            nodes = office.ledger.generation_nodes
-            if not office.ledger.generation_live:  # an agent came and told of its end
-                if office.state not in ("finished", "failed", "released"):
+            nodes = context.ledger.generation_nodes
+            if not context.ledger.generation_live:  # an agent came and told of its end
+                if context.state not in ("finished", "failed", "released"):
                     await self._begin("crash")
                 return
-            if any(pool.connected(n) and pool.hello(n).generation == office.ledger.generation for n in nodes):
-                log.info("took over generation %d", office.ledger.generation)
+            if any(pool.connected(n) and pool.hello(n).generation == context.ledger.generation for n in nodes):
+                log.info("took over generation %d", context.ledger.generation)
                 self._moves.seen()
                 return
             if all(pool.connected(n) or pool.lost(n)[0] == "gone" for n in nodes):  # agents that know of no ranks
                 break
             await asyncio.sleep(0.1)
-        office.note("warning", "the agents of the last generation are gone; restarting its ranks")
+        context.note("warning", "the agents of the last generation are gone; restarting its ranks")
         self._trained = True
         self._generation_ended("controller and agents were both gone")
         await self._begin("crash")
@@ -141,9 +141,9 @@ class Generations:
             self._failed(f"internal error: {error!r}; see controller.log")
 
     async def _begin(self, cause: Cause) -> None:
-        office = self._office
-        if office.ledger.data_seconds is None:
-            office.change_state("building")
+        context = self._context
+        if context.ledger.data_seconds is None:
+            context.change_state("building")
         try:
             await self._building.ensure()
         except BuildError as error:
@@ -152,22 +152,22 @@ class Generations:
         except ShortageError as error:
             self._fail(str(error))
             return
-        office.change_state("recovering" if cause == "crash" else "starting")
+        context.change_state("recovering" if cause == "crash" else "starting")
         if cause == "crash":
             await asyncio.sleep(BACKOFF_SECONDS[min(max(self._failures - 1, 0), len(BACKOFF_SECONDS) - 1)])
-        if await recovery.look_for(office):
+        if await recovery.look_for(context):
             await self._wait_for_storage()
         try:
-            several = office.recipe.cluster.backend != "local"
-            nodes = await self._pool.assemble(forever=several and office.ledger.generation > 0)
+            several = context.recipe.cluster.backend != "local"
+            nodes = await self._pool.assemble(forever=several and context.ledger.generation > 0)
         except TooFewNodes as error:
             self._fail(str(error))
             return
-        while office.directory.missing():  # its checkpoints are out of sight; the controller ends if that lasts
+        while context.directory.missing():  # its checkpoints are out of sight; the controller ends if that lasts
             await asyncio.sleep(0.2)
-        await recovery.adopt(office)
-        while problem := await check_restart_point(office, self._commits, thorough=self._failures > 0):
-            if not office.live.storage_fault:
+        await recovery.adopt(context)
+        while problem := await check_restart_point(context, self._commits, thorough=self._failures > 0):
+            if not context.live.storage_fault:
                 self._fail(problem)
                 return
             await self._wait_for_storage()
@@ -175,44 +175,44 @@ class Generations:
 
     async def _wait_for_storage(self) -> None:
         """Until the checkpoints are in sight again: to start from the beginning because a disk is not mounted helps nobody."""
-        office, state = self._office, self._office.state
-        office.change_state(state, office.live.storage_fault)
-        while await recovery.look_for(office):
+        context, state = self._context, self._context.state
+        context.change_state(state, context.live.storage_fault)
+        while await recovery.look_for(context):
             await asyncio.sleep(STORAGE_SECONDS)
-        office.change_state(state)
-        await recovery.adopt(office)
+        context.change_state(state)
+        await recovery.adopt(context)
 
     async def _start(self, nodes: tuple[str, ...], *, repeats: bool) -> None:
         """Journals the new generation, durably: were its number given twice, two generations could commit."""
-        office, state = self._office, self._office.state
+        context, state = self._context, self._context.state
         while True:
             try:
-                start = compose(office, repeats=repeats)
+                start = compose(context, repeats=repeats)
                 repeats = False  # its lineage is open
                 self._gather(start, nodes)
                 return
             except j.Ousted:
                 raise
             except j.JournalError as error:
-                office.change_state(state, str(error))
+                context.change_state(state, str(error))
                 await asyncio.sleep(STORAGE_SECONDS)
 
     def _fail(self, problem: str) -> None:
-        self._office.note("alarm", problem)
+        self._context.note("alarm", problem)
         self._failed(problem)
 
     def _failed(self, reason: str) -> None:
-        self._office.change_state("failed", reason)
+        self._context.change_state("failed", reason)
         self.on_failed(reason)
 
     def _gather(self, start: Start, nodes: tuple[str, ...]) -> None:
         """Raises JournalError, and nothing is begun, where the journal cannot be written."""
-        office = self._office
-        world = len(nodes) * office.recipe.cluster.ranks_per_node
-        note_change(office)  # the ranks read the file, which may have been edited under a living controller
-        office.promise(
+        context = self._context
+        world = len(nodes) * context.recipe.cluster.ranks_per_node
+        note_change(context)  # the ranks read the file, which may have been edited under a living controller
+        context.promise(
             j.GenerationBegan(
-                time=office.clock(),
+                time=context.clock(),
                 generation=start.generation,
                 lineage=start.lineage.id,
                 checkpoint=start.checkpoint,
@@ -227,15 +227,15 @@ class Generations:
         self._told_of.clear()
         self._moves.begin()
         self._hang.forget()
-        office.live.phase = None
-        office.live.step = office.ledger.checkpoints[start.checkpoint].step if start.checkpoint else 0
+        context.live.phase = None
+        context.live.step = context.ledger.checkpoints[start.checkpoint].step if start.checkpoint else 0
         self.on_begun()
         self._gathered_at = time.monotonic()
         self._awaited = start if len(nodes) > 1 else None
         self._tell_to_gather(start, 0, 0)
 
     def _tell_to_gather(self, start: Start, rank: int, port: int) -> None:
-        nodes, cluster = self._office.ledger.generation_nodes, self._office.recipe.cluster
+        nodes, cluster = self._context.ledger.generation_nodes, self._context.recipe.cluster
         self._pool.send(
             nodes[rank],
             Gather(
@@ -253,7 +253,7 @@ class Generations:
 
     def agent_came(self, hello: AgentHello, send: Send) -> None:
         self._pool.came(hello, send)
-        ledger = self._office.ledger
+        ledger = self._context.ledger
         if hello.generation and (hello.generation != ledger.generation or not ledger.generation_live):
             send(EndRanks(generation=hello.generation, reason="this generation is over"))
         elif (
@@ -264,10 +264,10 @@ class Generations:
 
     def _awaits(self, node: str) -> bool:
         """Whether the node is still to be told of the living generation."""
-        return self._awaited is not None and node != self._office.ledger.generation_nodes[0]
+        return self._awaited is not None and node != self._context.ledger.generation_nodes[0]
 
     def _member(self, node: str) -> bool:
-        return self._office.ledger.generation_live and node in self._office.ledger.generation_nodes
+        return self._context.ledger.generation_live and node in self._context.ledger.generation_nodes
 
     def agent_went(self, node: str, send: Send) -> None:
         self._pool.went(node, send)
@@ -289,24 +289,26 @@ class Generations:
             raise p.ProtocolError(f"an agent may not send a {type(message).__name__}")
 
     def _store_opened(self, node: str, gathered: Gathered) -> None:
-        office = self._office
-        if not self._member(node) or gathered.generation != office.ledger.generation:
+        context = self._context
+        if not self._member(node) or gathered.generation != context.ledger.generation:
             return
-        before = office.ledger.node(node).environment
+        before = context.ledger.node(node).environment
         if gathered.environment and gathered.environment != before:
             if changed := differences(before, gathered.environment):
-                office.note("warning", f"the ranks' environment on {node} has changed: {'; '.join(changed[:5])}")
-            office.record(
-                j.RanksEnvironment(time=office.clock(), node=node, generation=gathered.generation, environment=gathered.environment)
+                context.note("warning", f"the ranks' environment on {node} has changed: {'; '.join(changed[:5])}")
+            context.record(
+                j.RanksEnvironment(
+                    time=context.clock(), node=node, generation=gathered.generation, environment=gathered.environment
+                )
             )
-        if self._awaited is not None and node == office.ledger.generation_nodes[0]:
+        if self._awaited is not None and node == context.ledger.generation_nodes[0]:
             start, self._awaited = self._awaited, None
-            for rank in range(1, len(office.ledger.generation_nodes)):
+            for rank in range(1, len(context.ledger.generation_nodes)):
                 self._tell_to_gather(start, rank, gathered.store_port)
 
     def ranks_ended(self, node: str, message: RanksEnded) -> None:
         """All ranks of a node have ended, or are lost with their agent."""
-        if not self._member(node) or message.generation != self._office.ledger.generation:
+        if not self._member(node) or message.generation != self._context.ledger.generation:
             return
         self._told.setdefault(node, message)
         if not self._ending:
@@ -322,7 +324,7 @@ class Generations:
 
     def ranks_hang(self, node: str, reason: str, stuck: bool) -> None:
         """Their stacks are taken: they are ended and gathered anew. `node` is to blame where a rank of it is stuck."""
-        generation = self._office.ledger.generation
+        generation = self._context.ledger.generation
         if self._ending or not self._member(node):
             return
         self._pool.send(node, EndRanks(generation=generation, reason=reason))
@@ -331,7 +333,7 @@ class Generations:
         self.ranks_ended(node, RanksEnded(generation=generation, ok=False, exits=exits, reason=reason))
 
     def _end_ranks(self, reason: str) -> None:
-        ledger = self._office.ledger
+        ledger = self._context.ledger
         for name in ledger.generation_nodes:
             if name not in self._told:
                 self._pool.send(name, EndRanks(generation=ledger.generation, reason=reason))
@@ -341,20 +343,20 @@ class Generations:
             self._conclude()
 
     def _all_told(self) -> bool:
-        return all(n in self._told or not self._pool.connected(n) for n in self._office.ledger.generation_nodes)
+        return all(n in self._told or not self._pool.connected(n) for n in self._context.ledger.generation_nodes)
 
     def _conclude(self) -> None:
         """The generation is over: what follows."""
         if self._concluding is not None:
             self._concluding.cancel()
             self._concluding = None
-        office, why = self._office, self._ending
+        context, why = self._context, self._ending
         waited = time.monotonic() - self._ending_since
         if why == "failure" and only_victims(self._told) and waited < FIRST_CAUSE_SECONDS and not self._all_told():
             # Another node has the first cause: it tells it, or turns out to be lost.
             self._concluding = asyncio.get_running_loop().call_later(CONCLUDE_SECONDS / 4, self._conclude)
             return
-        if not office.ledger.generation_live or not why:
+        if not context.ledger.generation_live or not why:
             return
         self._ending = ""
         if why == "stop":
@@ -365,15 +367,15 @@ class Generations:
             self.begin("crash")
         else:
             failure = first_failure(self._told, self._gone())
-            office.note("alarm", f"the ranks ended: {failure.reason}", office.live.step)
+            context.note("alarm", f"the ranks ended: {failure.reason}", context.live.step)
             self._generation_ended(failure.reason)
-            if failure.hard and len(office.ledger.generation_nodes) > 1:
+            if failure.hard and len(context.ledger.generation_nodes) > 1:
                 self._count_against(failure.node, failure.reason)
             self._after_failure(failure.reason, certain=failure.certain)
 
     def _gone(self) -> dict[str, str]:
         """Nodes of the generation that have not told of the end of their ranks and cannot, and why."""
-        silent = [n for n in self._office.ledger.generation_nodes if n not in self._told]
+        silent = [n for n in self._context.ledger.generation_nodes if n not in self._told]
         lost = {n: self._pool.lost(n)[1] for n in silent}
         return {
             n: why or f"the agent of {n} is gone (its connection broke)"
@@ -383,13 +385,13 @@ class Generations:
 
     def _count_against(self, node: str, reason: str) -> None:
         """A failure of the node itself; after a few it is used no more."""
-        office, cluster = self._office, self._office.recipe.cluster
-        office.record(j.NodeFailed(time=office.clock(), node=node, generation=office.ledger.generation, reason=reason))
-        record = office.ledger.node(node)
+        context, cluster = self._context, self._context.recipe.cluster
+        context.record(j.NodeFailed(time=context.clock(), node=node, generation=context.ledger.generation, reason=reason))
+        record = context.ledger.node(node)
         if record.failures >= cluster.quarantine_after and record.mark == "in use" and self._pool.can_spare(node):
             told = f"failed {record.failures} times, the last time: {reason}"
-            office.record(j.NodeMarked(time=office.clock(), node=node, mark="quarantined", reason=told))
-            office.note("alarm", f"{node} is used no more: it {told} (midwatch node add puts it back)")
+            context.record(j.NodeMarked(time=context.clock(), node=node, mark="quarantined", reason=told))
+            context.note("alarm", f"{node} is used no more: it {told} (midwatch node add puts it back)")
 
     def training(self) -> None:
         """The ranks have reported that they train or hold."""
@@ -406,14 +408,14 @@ class Generations:
 
     def ended(self, cause: Literal["finished", "stopped", "stopped-now", "released", "regrouped"]) -> None:
         """Rank 0 says that the ranks leave by themselves."""
-        office = self._office
+        context = self._context
         self._generation_ended(cause)
         if cause == "finished":
-            office.change_state("finished")
+            context.change_state("finished")
             self.dismiss()
-            office.over.set()
+            context.over.set()
         elif cause == "released":
-            office.change_state("released", "the GPUs are given back; resume goes on")
+            context.change_state("released", "the GPUs are given back; resume goes on")
             self._pool.wanted = False
         elif cause == "regrouped":
             self.begin("go on")
@@ -425,7 +427,7 @@ class Generations:
     def look(self) -> None:
         """Starts agents that are missing; acts on nodes that are lost, and on those that could be used and are not."""
         self._pool.look()
-        ledger = self._office.ledger
+        ledger = self._context.ledger
         if not ledger.generation_live or self._busy() or self._ending:
             return
         lost = {n: self._pool.lost(n) for n in ledger.generation_nodes}
@@ -441,27 +443,27 @@ class Generations:
             self._grow()
 
     def _lose(self, gone: dict[str, str]) -> None:
-        office = self._office
-        generation = office.ledger.generation
-        several = len(office.ledger.generation_nodes) > 1
+        context = self._context
+        generation = context.ledger.generation
+        several = len(context.ledger.generation_nodes) > 1
         reason = "; ".join(gone.values())
-        office.note("alarm", f"the ranks are lost: {reason}", office.live.step)
+        context.note("alarm", f"the ranks are lost: {reason}", context.live.step)
         for node in gone:
             self._told[node] = RanksEnded(generation=generation, ok=False, reason=gone[node])
         self._end_ranks(reason)
         self._generation_ended(reason)
-        if several and len(gone) < len(office.ledger.generation_nodes):  # what has ended all at once is no node's fault
+        if several and len(gone) < len(context.ledger.generation_nodes):  # what has ended all at once is no node's fault
             for node, why in gone.items():
                 self._count_against(node, why)
         self._after_failure(reason)
 
     def _grow(self) -> None:
         """Asks for the nodes that are there and not in use, once they have been there for a moment and training goes on."""
-        ledger = self._office.ledger
+        ledger = self._context.ledger
         self._tell_of_spares()
         ready = self._pool.ready()
         more = [n for n in ready if n not in ledger.generation_nodes]
-        if not (more and len(ready) > len(ledger.generation_nodes) and self._progressed and self._office.state == "training"):
+        if not (more and len(ready) > len(ledger.generation_nodes) and self._progressed and self._context.state == "training"):
             self._grow_since = None
         elif self._grow_since is None:
             self._grow_since = time.monotonic()
@@ -471,49 +473,49 @@ class Generations:
 
     def _tell_of_spares(self) -> None:
         """Says, once a generation, which nodes stand by only because the ranks must be a multiple of the model's."""
-        office = self._office
-        there, ready = self._pool.there()[: office.recipe.cluster.most_nodes], self._pool.ready()
-        waiting = [n for n in there if n not in (*ready, *office.ledger.generation_nodes, *self._told_of)]
+        context = self._context
+        there, ready = self._pool.there()[: context.recipe.cluster.most_nodes], self._pool.ready()
+        waiting = [n for n in there if n not in (*ready, *context.ledger.generation_nodes, *self._told_of)]
         if waiting:
             self._told_of.update(waiting)
             words = "stand by as spares" if len(waiting) > 1 else "stands by as a spare"
-            office.note("info", f"{', '.join(waiting)} {words}: the ranks must be a multiple of {office.recipe.ranks_multiple}")
+            context.note("info", f"{', '.join(waiting)} {words}: the ranks must be a multiple of {context.recipe.ranks_multiple}")
 
     # What commands ask for
 
     def stop(self, force: bool = False) -> None:
         """Ends the run without the ranks' help, where there are none or they do not answer."""
-        office = self._office
+        context = self._context
         if self.parting:
             return
         if self._work is not None and not self._work.done():
             self._work.cancel()
-        if office.ledger.generation_live and any(self._pool.connected(n) for n in office.ledger.generation_nodes):
+        if context.ledger.generation_live and any(self._pool.connected(n) for n in context.ledger.generation_nodes):
             self._end_for("stop", "stopped")
         else:
-            if office.ledger.generation_live:
+            if context.ledger.generation_live:
                 self._generation_ended("stopped")
             self._stopped()
 
     def restart(self) -> None:
         """Ends the ranks, if there are any, and gathers anew from the restart point."""
-        office = self._office
+        context = self._context
         self._failures = 0
-        if office.ledger.generation_live and any(self._pool.connected(n) for n in office.ledger.generation_nodes):
+        if context.ledger.generation_live and any(self._pool.connected(n) for n in context.ledger.generation_nodes):
             self._end_for("restart", "a restart was asked for")
         else:
             self.begin("go on")
 
     def mark(self, node: str, mark: Literal["in use", "drained", "quarantined"], author: str) -> str:
         """Decides what a node may be used for; why not, or empty."""
-        office = self._office
+        context = self._context
         if not self._pool.known(node):
             return f"there is no node {node!r} (midwatch node list names them)"
         if mark != "in use" and not self._pool.can_spare(node):
-            return f"{node} is needed: at least {office.recipe.fewest_nodes} nodes train ([cluster] nodes)"
-        if office.ledger.node(node).mark != mark or mark == "in use":
-            office.record(
-                j.NodeMarked(time=office.clock(), author=author, node=node, mark=mark, reason=f"by {author}" if author else "")
+            return f"{node} is needed: at least {context.recipe.fewest_nodes} nodes train ([cluster] nodes)"
+        if context.ledger.node(node).mark != mark or mark == "in use":
+            context.record(
+                j.NodeMarked(time=context.clock(), author=author, node=node, mark=mark, reason=f"by {author}" if author else "")
             )
         return ""
 
@@ -536,7 +538,7 @@ class Generations:
 
     @property
     def generation(self) -> int:
-        return self._office.ledger.generation
+        return self._context.ledger.generation
 
     def dismiss(self) -> None:
         """Sends the agents away; a resume starts new ones."""
@@ -544,18 +546,18 @@ class Generations:
 
     def abandon(self, why: str) -> None:
         """The run's directory is no longer at its path: agents and ranks end. What lies in the directory says so, if it can."""
-        office, ledger = self._office, self._office.ledger
+        context, ledger = self._context, self._context.ledger
         if self._work is not None:
             self._work.cancel()
         if ledger.generation_live:
             self._end_ranks(why)
         self.dismiss()
         with contextlib.suppress(j.JournalError):
-            office.note("alarm", f"{why}; the ranks are ended")
+            context.note("alarm", f"{why}; the ranks are ended")
             if ledger.generation_live:
                 self._generation_ended("the run directory was moved or deleted")
-            if office.state not in ("finished", "failed", "released"):
-                office.change_state("released", "its directory was moved; resume goes on from the newest checkpoint")
+            if context.state not in ("finished", "failed", "released"):
+                context.change_state("released", "its directory was moved; resume goes on from the newest checkpoint")
 
     # Inside
 
@@ -563,29 +565,29 @@ class Generations:
         return self._work is not None and not self._work.done()
 
     def _after_failure(self, reason: str, *, certain: bool = False) -> None:
-        office = self._office
+        context = self._context
         if certain:
             self._failed(f"{reason}; restarting would fail in the same way")
             return
         self._failures = 1 if self._progressed else self._failures + 1
-        if self._failures > office.recipe.run.restarts:
+        if self._failures > context.recipe.run.restarts:
             self._failed(f"{self._failures} starts in a row failed without a step; the last one: {reason}")
         else:
             self.begin("crash")
 
     def _generation_ended(self, cause: str) -> None:
-        office = self._office
-        office.live.phase = None
+        context = self._context
+        context.live.phase = None
         self._awaited = None
-        office.record(
-            j.GenerationEnded(time=office.clock(), generation=office.ledger.generation, cause=cause, step=office.live.step)
+        context.record(
+            j.GenerationEnded(time=context.clock(), generation=context.ledger.generation, cause=cause, step=context.live.step)
         )
 
     def _stopped(self) -> None:
         """The ranks have ended; who asked for the stop is answered when the agents have ended, too."""
-        office = self._office
-        failed = f" (it had failed: {office.ledger.reason})" if office.state == "failed" else ""
-        office.change_state("released", f"stopped; resume goes on from the newest checkpoint{failed}")
+        context = self._context
+        failed = f" (it had failed: {context.ledger.reason})" if context.state == "failed" else ""
+        context.change_state("released", f"stopped; resume goes on from the newest checkpoint{failed}")
         self.on_stopping()
         self._send_agents_away()
 
@@ -602,10 +604,10 @@ class Generations:
         self.dismiss()
         try:
             if left:
-                self._office.note(
+                self._context.note(
                     "warning", f"the agent of {left} does not say that it has ended; it ends when it is in reach again"
                 )
             self.on_stopped()
         except j.Ousted:
             pass
-        self._office.over.set()
+        self._context.over.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from launcher.controller.supervision.node_pool import Pool
 from midwatch.protocol import Hung, StacksTaken, TakeStacks
 
@@ -16,29 +16,29 @@ STACKS_SECONDS = 15.0
 class Hanging:
     """The hang of the living generation, if there is one."""
 
-    def __init__(self, office: Office, pool: Pool, ranks_hang: Callable[[str, str, bool], None]) -> None:
+    def __init__(self, context: ControllerContext, pool: Pool, ranks_hang: Callable[[str, str, bool], None]) -> None:
         """`ranks_hang` is called with the node to name, in words what happened, and whether that node is to blame."""
-        self._office, self._pool, self._ranks_hang = office, pool, ranks_hang
+        self._context, self._pool, self._ranks_hang = context, pool, ranks_hang
         self._first: tuple[str, Hung] | None = None
         self._taken: dict[str, tuple[int, ...]] = {}
         """Nodes that have written, and which of their ranks did not answer."""
         self._timer: asyncio.TimerHandle | None = None
 
     def told(self, node: str, message: Hung | StacksTaken) -> None:
-        office = self._office
-        nodes = office.ledger.generation_nodes
-        if message.generation != office.ledger.generation or not office.ledger.generation_live or node not in nodes:
+        context = self._context
+        nodes = context.ledger.generation_nodes
+        if message.generation != context.ledger.generation or not context.ledger.generation_live or node not in nodes:
             return
         if message.file:
-            office.note("warning", f"where the ranks of {node} are: {message.file}", office.live.step)
+            context.note("warning", f"where the ranks of {node} are: {message.file}", context.live.step)
         self._taken[node] = message.stuck
         if isinstance(message, Hung) and self._first is None:
             self._first = (node, message)
-            office.note(
+            context.note(
                 "alarm",
                 f"the ranks hang: no move in {message.phase} for {message.seconds:.0f} s (the limit is {message.limit:.0f} s); "
                 "H shows the stacks",
-                office.live.step,
+                context.live.step,
             )
             for other in nodes:
                 if other != node:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launcher.backends import Backend, StartError
-from launcher.controller.context import Node, Office
+from launcher.controller.context import ControllerContext, Node
 from midwatch.journal import journal as j
 from midwatch.protocol import AgentHello, Message, NodeStats
 
@@ -81,8 +81,8 @@ class Member:
 class Pool:
     """Starts agents, keeps what sends to them, and tells which nodes to gather."""
 
-    def __init__(self, office: Office, backend: Backend) -> None:
-        self._office, self._backend = office, backend
+    def __init__(self, context: ControllerContext, backend: Backend) -> None:
+        self._context, self._backend = context, backend
         self._members: dict[str, Member] = {}
         self.changed = asyncio.Event()
         self._looked = self._awake = time.monotonic()
@@ -96,9 +96,9 @@ class Pool:
 
     def _member(self, name: str) -> Member:
         if name not in self._members:
-            wait = RECONNECT_SECONDS if self._office.ledger.generation_live else 0.0
+            wait = RECONNECT_SECONDS if self._context.ledger.generation_live else 0.0
             self._members[name] = Member(name, next_try=time.monotonic() + wait)
-            self._office.live.nodes.setdefault(name, Node(name))
+            self._context.live.nodes.setdefault(name, Node(name))
         return self._members[name]
 
     # What agents do
@@ -110,7 +110,7 @@ class Pool:
         self._answered(member)
         if self._parting is not None:
             send(self._parting)
-        node = self._office.live.nodes[hello.node]
+        node = self._context.live.nodes[hello.node]
         node.pid, node.reachable, node.problem = hello.pid, True, ""
         self._tell_change()
 
@@ -119,16 +119,16 @@ class Pool:
         if member.send is send:
             member.send = None
             member.next_try = time.monotonic() + (0.0 if self._gone(member) else RETRY_SECONDS[0])
-            self._office.live.nodes[name].reachable = False
+            self._context.live.nodes[name].reachable = False
             self._tell_change()
 
     def heard(self, name: str, stats: NodeStats) -> None:
         member = self._member(name)
         member.heard = time.monotonic()
         self._answered(member)
-        node = self._office.live.nodes[name]
+        node = self._context.live.nodes[name]
         node.stats, node.reachable = stats, True
-        self._office.touch()
+        self._context.touch()
 
     def turned_away(self, name: str, reason: str) -> None:
         """An agent came and was refused, as will be the next one: trying again is no use."""
@@ -141,7 +141,7 @@ class Pool:
     def _trouble(self, member: Member, problem: str) -> None:
         if member.problem != problem:
             log.warning("%s", problem)
-        member.problem = self._office.live.nodes[member.name].problem = problem
+        member.problem = self._context.live.nodes[member.name].problem = problem
 
     def send(self, name: str, message: Message) -> bool:
         """Whether there is a connection to send over."""
@@ -179,7 +179,7 @@ class Pool:
             if member.send is not None:
                 member.send(message)
                 member.send = None
-                self._office.live.nodes[member.name].reachable = False
+                self._context.live.nodes[member.name].reachable = False
         self._tell_change()
 
     async def part(self, message: Message) -> str:
@@ -204,7 +204,7 @@ class Pool:
 
     def _parted(self, member: Member) -> bool:
         """Its connection is closed, which an agent does last, and its process has ended where that can be told from here."""
-        agent = self._office.ledger.agents.get(member.name)
+        agent = self._context.ledger.agents.get(member.name)
         return member.send is None and (agent is None or not self._backend.alive(agent))
 
     # Which nodes there are
@@ -215,20 +215,20 @@ class Pool:
     def can_spare(self, name: str) -> bool:
         """Whether enough nodes are left without it, in reach or not."""
         left = [n for n in self._names() if n != name and self.usable(n)]
-        return len(left) >= self._office.recipe.fewest_nodes
+        return len(left) >= self._context.recipe.fewest_nodes
 
     def usable(self, name: str) -> bool:
         """Neither drained nor quarantined."""
-        return self._office.ledger.node(name).mark == "in use"
+        return self._context.ledger.node(name).mark == "in use"
 
     def ready(self) -> tuple[str, ...]:
         """The nodes that a generation would have now; as many as can train at once."""
         there = self.there()
-        return there[: self._office.recipe.training_nodes(len(there))]
+        return there[: self._context.recipe.training_nodes(len(there))]
 
     def there(self) -> tuple[str, ...]:
         """The nodes that could be used now, spares too: those of the last generation first, so that ranks stay where they were."""
-        last = dict.fromkeys(self._office.ledger.generation_nodes)
+        last = dict.fromkeys(self._context.ledger.generation_nodes)
         order = [*(n for n in last if n in self._members), *(n for n in self._names() if n not in last)]
         there = [n for n in order if self.usable(n) and self._members[n].send is not None and not self._members[n].refused]
         return tuple(n for n in there if self._members[n].probed_since is None)
@@ -241,7 +241,7 @@ class Pool:
 
         Machines that are not up yet are waited for in any case: the run's reason names them, and a stop ends the wait.
         """
-        recipe, patience = self._office.recipe, self._backend.patience
+        recipe, patience = self._context.recipe, self._backend.patience
         forever = patience > 0 and (forever or math.isinf(patience))
         self.wanted = True
         began, told = time.monotonic(), 0.0
@@ -259,9 +259,9 @@ class Pool:
             hopeless = len(there) + len(pending) < recipe.fewest_nodes or (waited > patience and not to_come)
             if len(ready) < recipe.fewest_nodes and not forever and (not pending or hopeless):
                 raise TooFewNodes(self._shortage(len(there)))
-            if waited - told > PATIENCE_SECONDS and self._office.state in ("starting", "recovering"):
+            if waited - told > PATIENCE_SECONDS and self._context.state in ("starting", "recovering"):
                 told = waited
-                self._office.change_state(self._office.state, self._shortage(len(there)))
+                self._context.change_state(self._context.state, self._shortage(len(there)))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.changed.wait(), 0.2)
             await asyncio.sleep(len(self._members) * LOOK_SECONDS)
@@ -272,9 +272,9 @@ class Pool:
         return self.lost(name)[0] != "cut" and (member.starting is not None or member.failures < 2 or member.out_of_reach)
 
     def _shortage(self, count: int) -> str:
-        fewest = self._office.recipe.fewest_nodes
+        fewest = self._context.recipe.fewest_nodes
         wrong = [m.problem for m in self._members.values() if m.problem and self.usable(m.name)][:3]
-        unused = [f"{n} is {self._office.ledger.node(n).mark}" for n in self._names() if not self.usable(n)][:3]
+        unused = [f"{n} is {self._context.ledger.node(n).mark}" for n in self._names() if not self.usable(n)][:3]
         told = "; ".join([*wrong, *unused]) or self._backend.lacking
         if fewest == 1 and self._backend.nodes:
             return told or "the agent does not answer"
@@ -294,21 +294,21 @@ class Pool:
             silent = member.send is None or now - max(member.heard, self._awake) > SILENT_SECONDS
             if silent and member.hello is not None and member.hello.probe_port and member.probing is None and self.wanted:
                 member.probing = asyncio.create_task(self._probe(member), name=f"probe-{member.name}")
-            if silent and self._office.live.nodes[member.name].reachable:
-                self._office.live.nodes[member.name].reachable = False
-                self._office.touch()
+            if silent and self._context.live.nodes[member.name].reachable:
+                self._context.live.nodes[member.name].reachable = False
+                self._context.touch()
 
     def _start_missing(self, member: Member, now: float) -> None:
         if member.starting is not None or now < member.next_try:
             return
-        known = self._office.ledger.agents.get(member.name)
+        known = self._context.ledger.agents.get(member.name)
         if known is not None and member.hello is None and self._backend.alive(known):
             return  # it is on its way
         member.starting = asyncio.create_task(self._start(member), name=f"start-{member.name}")
 
     async def _start(self, member: Member) -> None:
-        office = self._office
-        before = office.ledger.agents.get(member.name)
+        context = self._context
+        before = context.ledger.agents.get(member.name)
         alive = before is not None and self._backend.alive(before)
         try:
             if member.started and alive is False:
@@ -319,7 +319,7 @@ class Pool:
                 started = await self._backend.start(member.name)
                 member.found = started.found
                 if before is None or (before.pid, before.birth) != started[:2]:
-                    office.record(j.AgentStarted(time=office.clock(), node=member.name, pid=started.pid, birth=started.birth))
+                    context.record(j.AgentStarted(time=context.clock(), node=member.name, pid=started.pid, birth=started.birth))
             if member.started and time.monotonic() - member.started > ANSWER_SECONDS:
                 raise StartError(f"the agent of {member.name} runs and does not answer; see logs/{member.name}/agent.log")
             member.started = member.started or time.monotonic()
@@ -328,7 +328,7 @@ class Pool:
             member.out_of_reach = error.out_of_reach
             member.failures += 1
         except j.Ousted:
-            office.over.set()
+            context.over.set()
         finally:
             member.starting = None
             member.next_try = time.monotonic() + RETRY_SECONDS[min(member.failures, len(RETRY_SECONDS) - 1)]
@@ -371,7 +371,7 @@ class Pool:
         member.probed_since, member.refused = None, False
 
     def _gone(self, member: Member) -> bool:
-        agent = self._office.ledger.agents.get(member.name)
+        agent = self._context.ledger.agents.get(member.name)
         return member.send is None and agent is not None and self._backend.alive(agent) is False
 
     def lost(self, name: str) -> tuple[Literal["", "gone", "cut"], str]:
@@ -385,4 +385,4 @@ class Pool:
 
     def _tell_change(self) -> None:
         self.changed.set()
-        self._office.touch()
+        self._context.touch()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from midwatch.protocol import NodeStats
 
 STALL_SECONDS = 3.0
@@ -15,8 +15,8 @@ STALL_SECONDS = 3.0
 class Moves:
     """Of the living generation."""
 
-    def __init__(self, office: Office) -> None:
-        self._office = office
+    def __init__(self, context: ControllerContext) -> None:
+        self._context = context
         self._step = -1
         self._last = time.monotonic()
 
@@ -31,7 +31,7 @@ class Moves:
 
     def see(self, stats: NodeStats) -> None:
         """An agent tells how far its ranks are."""
-        if stats.generation == self._office.ledger.generation and stats.ranks:
+        if stats.generation == self._context.ledger.generation and stats.ranks:
             newest = max(beat.step for beat in stats.ranks)
             if newest > self._step:
                 self._step = newest
@@ -39,7 +39,7 @@ class Moves:
 
     def stalled(self) -> bool:
         """Whether no rank moves though it should: a node that is out of reach while the others train is only shown as such."""
-        if self._office.state == "paused":
+        if self._context.state == "paused":
             return False
-        pace = self._office.live.step_seconds
+        pace = self._context.live.step_seconds
         return time.monotonic() - self._last > max(STALL_SECONDS, 2 * statistics.median(pace) if pace else 0.0)

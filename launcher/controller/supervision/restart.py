@@ -4,64 +4,64 @@ from __future__ import annotations
 
 from launcher.controller import recovery
 from launcher.controller.checkpoints import Commits
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from launcher.controller.versions import installed_versions
 from midwatch.checkpoint_format import verify as files
 from midwatch.journal import journal as j
 from midwatch.protocol import Lineage, Start
 
 
-async def check_restart_point(office: Office, commits: Commits, *, thorough: bool) -> str:
+async def check_restart_point(context: ControllerContext, commits: Commits, *, thorough: bool) -> str:
     """Verifies what the ranks will load: its sizes, and where `thorough` every byte. What is wrong, or empty."""
-    if office.live.storage_fault:
-        return office.live.storage_fault
-    if not office.ledger.lineages and office.ledger.checkpoints:
-        found = ", ".join(sorted(office.ledger.checkpoints))
+    if context.live.storage_fault:
+        return context.live.storage_fault
+    if not context.ledger.lineages and context.ledger.checkpoints:
+        found = ", ".join(sorted(context.ledger.checkpoints))
         return f"the journal does not say any more which checkpoint this run was at: roll back to the one to go on from ({found})"
-    while (view := office.ledger.restart_point()) is not None:
+    while (view := context.ledger.restart_point()) is not None:
         try:
-            files.check_sizes(office.paths.checkpoints / view.id, office.ledger.digests.get(view.id))
+            files.check_sizes(context.paths.checkpoints / view.id, context.ledger.digests.get(view.id))
             problem = await commits.verify(view) if thorough else ""
         except files.CheckpointError as error:
             problem = str(error)
         if not problem:
             return ""
-        lineage = office.ledger.lineages[office.ledger.lineage]
+        lineage = context.ledger.lineages[context.ledger.lineage]
         if view.id == lineage.fork:
             return f"the checkpoint to restart from is damaged: {problem}; roll back to another one"
-        if fault := recovery.look_now(office):
+        if fault := recovery.look_now(context):
             return fault
-        if view.id in office.ledger.missing:
+        if view.id in context.ledger.missing:
             continue
-        office.note("alarm", f"checkpoint {view.id} is damaged and passed over: {problem}")
-        office.record(j.CheckpointDamaged(time=office.clock(), id=view.id, reason=problem))
-    line = office.ledger.lineages.get(office.ledger.lineage)
+        context.note("alarm", f"checkpoint {view.id} is damaged and passed over: {problem}")
+        context.record(j.CheckpointDamaged(time=context.clock(), id=view.id, reason=problem))
+    line = context.ledger.lineages.get(context.ledger.lineage)
     if line is not None and line.fork is not None:
         return f"the checkpoint to restart from, {line.fork}, is gone; roll back to another one"
-    ledger = office.ledger
+    ledger = context.ledger
     away = sorted(c.id for c in ledger.checkpoints.values() if c.lineage == ledger.lineage and c.id in ledger.missing)
     if away:
         return f"no checkpoint of this line is in sight ({', '.join(away)} were there): put them back and resume, or roll back"
     return ""
 
 
-def compose(office: Office, *, repeats: bool) -> Start:
+def compose(context: ControllerContext, *, repeats: bool) -> Start:
     """Decides what the next generation starts from; opens a lineage where it `repeats` steps. Raises JournalError."""
-    ledger = office.ledger
+    ledger = context.ledger
     restart = ledger.restart_point()
     step = restart.step if restart is not None else 0
     if not ledger.lineages:
-        first = Lineage(id=ledger.newest_lineage + 1, time=office.clock())
-        office.promise(j.LineageOpened(time=office.clock(), lineage=first))
-    elif repeats or office.live.step > step:
-        office.promise(_crash_lineage(office, restart.id if restart is not None else None, step))
-        office.live.step = step  # no ranks are beyond it
+        first = Lineage(id=ledger.newest_lineage + 1, time=context.clock())
+        context.promise(j.LineageOpened(time=context.clock(), lineage=first))
+    elif repeats or context.live.step > step:
+        context.promise(_crash_lineage(context, restart.id if restart is not None else None, step))
+        context.live.step = step  # no ranks are beyond it
     lineage = ledger.lineages[ledger.lineage]
     at_fork = restart is None or restart.id == lineage.fork
     open_numbers = [c.number for c in ledger.open_commands()]
     return Start(
         generation=ledger.generation + 1,
-        term=office.term,
+        term=context.term,
         lineage=lineage,
         checkpoint=restart.id if restart is not None else None,
         skip=lineage.skip if at_fork else 0,
@@ -72,12 +72,12 @@ def compose(office: Office, *, repeats: bool) -> Start:
     )
 
 
-def _crash_lineage(office: Office, fork: str | None, step: int) -> j.LineageOpened:
-    parent = office.ledger.lineages[office.ledger.lineage]
+def _crash_lineage(context: ControllerContext, fork: str | None, step: int) -> j.LineageOpened:
+    parent = context.ledger.lineages[context.ledger.lineage]
     carried = parent if fork == parent.fork else Lineage(id=0)
-    now = office.clock()
+    now = context.clock()
     lineage = Lineage(
-        id=office.ledger.newest_lineage + 1,
+        id=context.ledger.newest_lineage + 1,
         parent=parent.id,
         fork=fork,
         fork_step=step,
@@ -86,7 +86,7 @@ def _crash_lineage(office: Office, fork: str | None, step: int) -> j.LineageOpen
         lr_scale=carried.lr_scale,
         time=now,
     )
-    return j.LineageOpened(time=now, lineage=lineage, undone=max(0, office.live.step - step))
+    return j.LineageOpened(time=now, lineage=lineage, undone=max(0, context.live.step - step))
 
 
 def environment_of(nodes: tuple[str, ...], world: int) -> dict[str, str]:

@@ -10,16 +10,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 
-from launcher.controller.context import Office
+from launcher.controller.context import ControllerContext
 from midwatch.protocol import Straggler
 
 
 class Stragglers:
-    """Looks every now and then; keeps `office.live.stragglers`."""
+    """Looks every now and then; keeps `context.live.stragglers`."""
 
-    def __init__(self, office: Office, clock: Callable[[], float] = time.monotonic) -> None:
-        self._office, self._clock = office, clock
-        cluster = office.recipe.cluster
+    def __init__(self, context: ControllerContext, clock: Callable[[], float] = time.monotonic) -> None:
+        self._context, self._clock = context, clock
+        cluster = context.recipe.cluster
         self._ratio, self._seconds = cluster.straggler_ratio, cluster.straggler_seconds
         self._generation = 0
         self._named: dict[int, float] = {}
@@ -29,12 +29,12 @@ class Stragglers:
         self._looked: float | None = None
 
     def look(self) -> None:
-        office, now = self._office, self._clock()
-        ledger, live = office.ledger, office.live
+        context, now = self._context, self._clock()
+        ledger, live = context.ledger, context.live
         if ledger.generation != self._generation or not ledger.generation_live:
             self._generation = ledger.generation
             self._named, self._differs, live.stragglers = {}, {}, ()
-        trains = office.state == "training" and live.phase is not None and live.phase.phase == "training"
+        trains = context.state == "training" and live.phase is not None and live.phase.phase == "training"
         passed = now - self._looked if self._looked is not None and trains else 0.0
         self._looked = now if trains else None  # while the ranks do something else, time does not count
         if not trains:
@@ -53,7 +53,7 @@ class Stragglers:
         """Each rank's own time a step, and its node, of the nodes that are heard."""
         own: dict[int, float] = {}
         nodes: dict[int, str] = {}
-        for node in self._office.live.nodes.values():
+        for node in self._context.live.nodes.values():
             if node.reachable and node.stats is not None and node.stats.generation == self._generation:
                 for beat in node.stats.ranks:
                     if beat.own > 0:
@@ -73,17 +73,17 @@ class Stragglers:
         slow = [rank for rank in changed if rank not in self._named]
         again = [rank for rank in changed if rank in self._named]
         for rank in slow:
-            self._named[rank] = self._office.clock() - self._seconds
+            self._named[rank] = self._context.clock() - self._seconds
         for rank in again:
             del self._named[rank]
         for node, ranks in _by_node(slow, nodes):
             worst = max(own[rank] for rank in ranks)
             told = f"{_names(ranks)} on {node} {'is' if len(ranks) == 1 else 'are'} slow: {_time(worst)} of its own a step, "
             told += f"{worst / median:.1f} times the median of {len(own)} ranks, for {self._seconds:g} s"
-            self._office.note("warning", told, self._office.live.step)
+            self._context.note("warning", told, self._context.live.step)
         for node, ranks in _by_node(again, nodes):
             keeps = "keeps" if len(ranks) == 1 else "keep"
-            self._office.note("info", f"{_names(ranks)} on {node} {keeps} up again", self._office.live.step)
+            self._context.note("info", f"{_names(ranks)} on {node} {keeps} up again", self._context.live.step)
 
 
 def _by_node(ranks: Iterable[int], nodes: dict[int, str]) -> list[tuple[str, list[int]]]:

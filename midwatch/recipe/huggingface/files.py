@@ -41,7 +41,7 @@ class DirectoryError(Exception):
         super().__init__(brief(message))
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in a file, by the name it has there."""
 
     file: Path
@@ -67,7 +67,7 @@ class Directory(NamedTuple):
     family: Family
     keys: dict[str, Any]
     """Of `[model]`."""
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     """By the family's name."""
     digest: str
     """Of the configuration and of the headers."""
@@ -107,7 +107,7 @@ def _json(file: Path, way: str) -> dict[str, Any]:
     return found
 
 
-def _tensors(path: Path, family: Family) -> dict[str, Stored]:
+def _tensors(path: Path, family: Family) -> dict[str, StoredTensor]:
     index: dict[str, str] = {}
     if (path / INDEX).exists():
         index = _json(path / INDEX, "fetch it again").get("weight_map") or {}
@@ -122,7 +122,7 @@ def _tensors(path: Path, family: Family) -> dict[str, Stored]:
     else:
         way = "other formats are read and written again by transformers: from_pretrained, then save_pretrained"
         raise DirectoryError(f"{path}: holds neither {SINGLE} nor {INDEX} ({way})")
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for name in names:
         for stored in _header(path / name):
             if index.get(stored.name, name) != name:
@@ -143,7 +143,7 @@ def _is_name(name: str) -> bool:
     return 0 < len(name) < 256 and "/" not in name and name.isprintable() and name not in (".", "..")
 
 
-def _header(file: Path) -> list[Stored]:
+def _header(file: Path) -> list[StoredTensor]:
     """The tensors of one file; the file is as long as its header says."""
     try:
         size = file.stat().st_size
@@ -166,7 +166,7 @@ def _header(file: Path) -> list[Stored]:
     found, end = [], 0
     for name, entry in entries.items():
         begin, stop = entry.data_offsets
-        stored = Stored(file, name, entry.shape, entry.dtype, 8 + length + begin)
+        stored = StoredTensor(file, name, entry.shape, entry.dtype, 8 + length + begin)
         if begin > stop or (entry.dtype in ITEM_BYTES and stop - begin != math.prod(stored.shape) * ITEM_BYTES[stored.dtype]):
             raise DirectoryError(f"{file}: tensor {shown(name)} has another number of bytes than its shape needs (fetch it again)")
         found.append(stored)
@@ -176,7 +176,7 @@ def _header(file: Path) -> list[Stored]:
     return found
 
 
-def same_values(one: Stored, other: Stored) -> bool:
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors hold the same bytes, as they do where a shared tensor was written twice. Raises DirectoryError."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
@@ -195,7 +195,7 @@ def same_values(one: Stored, other: Stored) -> bool:
     return True
 
 
-def _check(path: Path, model: Model, family: Family, tensors: dict[str, Stored]) -> None:
+def _check(path: Path, model: Model, family: Family, tensors: dict[str, StoredTensor]) -> None:
     assert model.vocabulary is not None
     parts = layout(model, family, model.vocabulary)
     wanted = file_shapes(parts)

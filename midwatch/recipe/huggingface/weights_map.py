@@ -21,7 +21,7 @@ SCORING: dict[Family, str] = {
 """With a scalar head: reward models."""
 
 
-class Piece(NamedTuple):
+class TensorSlice(NamedTuple):
     """Rows of a tensor in a file; columns where it is transposed."""
 
     tensor: str
@@ -29,11 +29,11 @@ class Piece(NamedTuple):
     length: int
 
 
-class Part(NamedTuple):
+class MappedParameter(NamedTuple):
     """A parameter of ours: pieces one below the other."""
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorSlice, ...]
     transposed: bool = False
     """GPT-2 keeps linear layers as [in, out]."""
 
@@ -65,7 +65,7 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def layout(model: Model, family: Family, vocabulary: int, scalar: bool = False) -> dict[str, Part]:
+def layout(model: Model, family: Family, vocabulary: int, scalar: bool = False) -> dict[str, MappedParameter]:
     """Our parameters by name, each where it is in the family's files, for an embedding of so many rows.
 
     scalar: of a model with a scalar head in place of the output layer.
@@ -78,7 +78,7 @@ def layout(model: Model, family: Family, vocabulary: int, scalar: bool = False) 
     return found
 
 
-def file_shapes(parts: dict[str, Part]) -> dict[str, tuple[int, ...]]:
+def file_shapes(parts: dict[str, MappedParameter]) -> dict[str, tuple[int, ...]]:
     """The shapes of the files' tensors."""
     rows: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -90,7 +90,7 @@ def file_shapes(parts: dict[str, Part]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _llama(model: Model, vocabulary: int) -> dict[str, Part]:
+def _llama(model: Model, vocabulary: int) -> dict[str, MappedParameter]:
     found = {"embedding.weight": _whole("model.embed_tokens.weight", vocabulary, model.width)}
     queries, keys = model.heads * model.head, model.key_value_heads * model.head
     for i in range(model.layers):
@@ -99,7 +99,7 @@ def _llama(model: Model, vocabulary: int) -> dict[str, Part]:
         for kind in ("weight", "bias") if model.attention_biased else ("weight",):
             inner = (model.width,) if kind == "weight" else ()
             pieces = _groups(model, *(f"{theirs}.self_attn.{name}_proj.{kind}" for name in "qkv"))
-            found[f"{ours}.attention.qkv.{kind}"] = Part((queries + 2 * keys, *inner), pieces)
+            found[f"{ours}.attention.qkv.{kind}"] = MappedParameter((queries + 2 * keys, *inner), pieces)
             inner = (queries,) if kind == "weight" else ()
             found[f"{ours}.attention.out.{kind}"] = _whole(f"{theirs}.self_attn.o_proj.{kind}", model.width, *inner)
         found[f"{ours}.mlp_norm.weight"] = _whole(f"{theirs}.post_attention_layernorm.weight", model.width)
@@ -115,7 +115,7 @@ def _llama(model: Model, vocabulary: int) -> dict[str, Part]:
     return found | _head(model, vocabulary)
 
 
-def _gpt2(model: Model, vocabulary: int) -> dict[str, Part]:
+def _gpt2(model: Model, vocabulary: int) -> dict[str, MappedParameter]:
     found = {"embedding.weight": _whole("transformer.wte.weight", vocabulary, model.width)}
     found["positions.weight"] = _whole("transformer.wpe.weight", model.position_rows, model.width)
     for i in range(model.layers):
@@ -125,7 +125,7 @@ def _gpt2(model: Model, vocabulary: int) -> dict[str, Part]:
         for kind in ("weight", "bias"):
             # GPT-2 has all queries, then all keys, then all values.
             pieces = tuple(
-                Piece(f"{theirs}.attn.c_attn.{kind}", which * model.width + head * model.head, model.head)
+                TensorSlice(f"{theirs}.attn.c_attn.{kind}", which * model.width + head * model.head, model.head)
                 for head in range(model.heads)
                 for which in range(3)
             )
@@ -138,7 +138,7 @@ def _gpt2(model: Model, vocabulary: int) -> dict[str, Part]:
     return found | _head(model, vocabulary)
 
 
-def _bloom(model: Model, vocabulary: int) -> dict[str, Part]:
+def _bloom(model: Model, vocabulary: int) -> dict[str, MappedParameter]:
     found = {"embedding.weight": _whole("transformer.word_embeddings.weight", vocabulary, model.width)}
     found |= _normed("embedding_norm", "transformer.word_embeddings_layernorm", model.width)
     for i in range(model.layers):
@@ -153,32 +153,32 @@ def _bloom(model: Model, vocabulary: int) -> dict[str, Part]:
     return found | _head(model, vocabulary)
 
 
-def _groups(model: Model, queries: str, keys: str, values: str) -> tuple[Piece, ...]:
+def _groups(model: Model, queries: str, keys: str, values: str) -> tuple[TensorSlice, ...]:
     """Group after group its query heads, its key head and its value head, out of three tensors."""
     each, wide = model.head, model.heads // model.key_value_heads * model.head
     return tuple(
         piece
         for group in range(model.key_value_heads)
         for piece in (
-            Piece(queries, group * wide, wide),
-            Piece(keys, group * each, each),
-            Piece(values, group * each, each),
+            TensorSlice(queries, group * wide, wide),
+            TensorSlice(keys, group * each, each),
+            TensorSlice(values, group * each, each),
         )
     )
 
 
-def _head(model: Model, vocabulary: int) -> dict[str, Part]:
+def _head(model: Model, vocabulary: int) -> dict[str, MappedParameter]:
     return {} if model.tied else {"head.weight": _whole("lm_head.weight", vocabulary, model.width)}
 
 
-def _whole(name: str, *shape: int) -> Part:
-    return Part(shape, (Piece(name, 0, shape[0]),))
+def _whole(name: str, *shape: int) -> MappedParameter:
+    return MappedParameter(shape, (TensorSlice(name, 0, shape[0]),))
 
 
-def _normed(ours: str, theirs: str, width: int) -> dict[str, Part]:
+def _normed(ours: str, theirs: str, width: int) -> dict[str, MappedParameter]:
     return {f"{ours}.{kind}": _whole(f"{theirs}.{kind}", width) for kind in ("weight", "bias")}
 
 
-def _linear(ours: str, theirs: str, rows: int, columns: int, transposed: bool = False) -> dict[str, Part]:
+def _linear(ours: str, theirs: str, rows: int, columns: int, transposed: bool = False) -> dict[str, MappedParameter]:
     weight = _whole(f"{theirs}.weight", rows, columns)._replace(transposed=transposed)
     return {f"{ours}.weight": weight, f"{ours}.bias": _whole(f"{theirs}.bias", rows)}

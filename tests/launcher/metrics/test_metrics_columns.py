@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.metrics.chunks import Frame, Row
-from launcher.metrics.store import Metrics
-from midwatch.metrics.m4_columns import NODES_A_COLUMN, Columns, Segment, columns_of, grid, smoothed
+from launcher.metrics.chunks import MetricFrame, MetricRow
+from launcher.metrics.store import MetricStore
+from midwatch.metrics.m4_columns import NODES_A_COLUMN, Columns, LineageSegment, columns_of, grid, smoothed
 from midwatch.metrics.m4_nodes import ROW
 
 Raw = dict[int, dict[int, float]]  # lineage -> step -> value
 
 
-def brute_force(raw: Raw, path: list[Segment], columns: Columns) -> None:
+def brute_force(raw: Raw, path: list[LineageSegment], columns: Columns) -> None:
     """Asserts every field of every column against the rows themselves."""
     line = [
         (step, value)
@@ -57,30 +57,30 @@ def noisy(rng: random.Random, steps: range) -> dict[int, float]:
     return values
 
 
-def fill(store: Metrics, raw: Raw, name: str = "loss", source: str = "rank0", batch: int = 100) -> None:
+def fill(store: MetricStore, raw: Raw, name: str = "loss", source: str = "rank0", batch: int = 100) -> None:
     number = 0
     for lineage, values in raw.items():
         steps = list(values)
         for begin in range(0, len(steps), batch):
-            rows = [Row(lineage, s, s * 7, s / 2, {name: values[s]}) for s in steps[begin : begin + batch]]
+            rows = [MetricRow(lineage, s, s * 7, s / 2, {name: values[s]}) for s in steps[begin : begin + batch]]
             number += 1
-            assert store.add(Frame(source, number, rows))
+            assert store.add(MetricFrame(source, number, rows))
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Metrics:
-    return Metrics.open(tmp_path / "metrics", tmp_path / "index.sqlite", term=1)
+def store(tmp_path: Path) -> MetricStore:
+    return MetricStore.open(tmp_path / "metrics", tmp_path / "index.sqlite", term=1)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_columns_equal_brute_force_over_lineages_and_zooms(store: Metrics, seed: int) -> None:
+def test_columns_equal_brute_force_over_lineages_and_zooms(store: MetricStore, seed: int) -> None:
     rng = random.Random(seed)
     raw: Raw = {
         0: noisy(rng, range(3_000)),
         1: noisy(rng, range(2_001, 5_017)),
         2: noisy(rng, range(4_503, 9_000)),
     }
-    path = [Segment(0, -1, 2_000), Segment(1, 2_000, 4_502), Segment(2, 4_502, None)]
+    path = [LineageSegment(0, -1, 2_000), LineageSegment(1, 2_000, 4_502), LineageSegment(2, 4_502, None)]
     fill(store, raw)
     flush_late = rng.random() < 0.5
     if flush_late:
@@ -91,16 +91,18 @@ def test_columns_equal_brute_force_over_lineages_and_zooms(store: Metrics, seed:
         columns = store.columns("loss", path, start, stop, rng.randrange(1, 200))
         brute_force(raw, path, columns)
     brute_force(raw, path, store.columns("loss", path, 0, 9_000, 1))
-    brute_force(raw, [Segment(1, -1, None)], store.columns("loss", [Segment(1, -1, None)], 0, 9_000, 37))
+    brute_force(raw, [LineageSegment(1, -1, None)], store.columns("loss", [LineageSegment(1, -1, None)], 0, 9_000, 37))
 
 
-def test_flushed_and_pending_rows_read_as_one(store: Metrics) -> None:
+def test_flushed_and_pending_rows_read_as_one(store: MetricStore) -> None:
     rng = random.Random(1)
     raw = {0: noisy(rng, range(2_500))}
-    path = [Segment(0, -1, None)]
+    path = [LineageSegment(0, -1, None)]
     steps = list(raw[0])
     for number, begin in enumerate(range(0, 2_500, 50)):
-        store.add(Frame("rank0", number, [Row(0, s, s * 7, s / 2, {"loss": raw[0][s]}) for s in steps[begin : begin + 50]]))
+        store.add(
+            MetricFrame("rank0", number, [MetricRow(0, s, s * 7, s / 2, {"loss": raw[0][s]}) for s in steps[begin : begin + 50]])
+        )
         if number % 7 == 0:
             store.flush()
         if number % 10 == 9:
@@ -108,34 +110,36 @@ def test_flushed_and_pending_rows_read_as_one(store: Metrics) -> None:
             brute_force(seen, path, store.columns("loss", path, 0, begin + 50, 21))
 
 
-def test_rows_that_come_late_and_shuffled_read_in_order(store: Metrics) -> None:
+def test_rows_that_come_late_and_shuffled_read_in_order(store: MetricStore) -> None:
     rng = random.Random(2)
     raw = noisy(rng, range(3_000))
     shuffled = list(raw)
     rng.shuffle(shuffled)
     for number, begin in enumerate(range(0, 3_000, 100)):
-        store.add(Frame("rank0", number, [Row(0, s, s * 7, s / 2, {"loss": raw[s]}) for s in shuffled[begin : begin + 100]]))
+        store.add(
+            MetricFrame("rank0", number, [MetricRow(0, s, s * 7, s / 2, {"loss": raw[s]}) for s in shuffled[begin : begin + 100]])
+        )
         if number % 5 == 0:
             store.flush()
-    path = [Segment(0, -1, None)]
+    path = [LineageSegment(0, -1, None)]
     brute_force({0: raw}, path, store.columns("loss", path, 0, 3_000, 40))
     assert store.rows("loss", path, 0, 3_000, 5_000)["step"].tolist() == list(range(3_000))
 
 
-def test_a_sparse_series_has_its_few_rows_in_their_columns(store: Metrics) -> None:
+def test_a_sparse_series_has_its_few_rows_in_their_columns(store: MetricStore) -> None:
     raw = {0: {step: float(step) for step in range(0, 50_000, 100)}}
     fill(store, raw, "eval/web/loss")
-    path = [Segment(0, -1, None)]
+    path = [LineageSegment(0, -1, None)]
     brute_force(raw, path, store.columns("eval/web/loss", path, 0, 50_000, 300))
     brute_force(raw, path, store.columns("eval/web/loss", path, 1_150, 1_950, 300))
 
 
-def test_a_spike_of_one_step_in_a_million_is_in_its_column(store: Metrics) -> None:
+def test_a_spike_of_one_step_in_a_million_is_in_its_column(store: MetricStore) -> None:
     rows = np.zeros(1_000_000, ROW)
     rows["step"] = np.arange(1_000_000)
     rows["value"][654_321] = 1e9
     store.load_rows("loss", 0, rows)
-    columns = store.columns("loss", [Segment(0, -1, None)], 0, 1_000_000, 200)
+    columns = store.columns("loss", [LineageSegment(0, -1, None)], 0, 1_000_000, 200)
     assert np.flatnonzero(columns.max == 1e9).tolist() == [654_321 // columns.grid.column_width]
     reference = columns_of("loss", rows, 0, 1_000_000, 200)
     for field in ("first", "min", "max", "last", "count"):
@@ -184,9 +188,9 @@ def test_columns_survive_the_wire() -> None:
         Columns.decode(b"abc")
 
 
-def test_the_nearest_row_the_last_rows_and_the_export_follow_the_path(store: Metrics) -> None:
+def test_the_nearest_row_the_last_rows_and_the_export_follow_the_path(store: MetricStore) -> None:
     fill(store, {0: {s: float(s) for s in range(0, 1_000, 10)}, 1: {s: -float(s) for s in range(505, 900, 10)}})
-    path = [Segment(0, -1, 500), Segment(1, 500, None)]
+    path = [LineageSegment(0, -1, 500), LineageSegment(1, 500, None)]
     near = store.row_near("loss", path, 501)
     assert near is not None and (near.lineage, near.step, near.tokens) == (0, 500, 3_500)
     near = store.row_near("loss", path, 504)

@@ -11,24 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.metrics.chunks import ChunkWriter, Frame, Row, encode, read_frames
-from launcher.metrics.dedup import Seen
-from launcher.metrics.store import MEMORY, Metrics, usable_index
-from midwatch.metrics.m4_columns import Segment
+from launcher.metrics.chunks import MetricChunkWriter, MetricFrame, MetricRow, encode, read_frames
+from launcher.metrics.dedup import NumberRanges
+from launcher.metrics.store import MEMORY, MetricStore, usable_index
+from midwatch.metrics.m4_columns import LineageSegment
 
-PATH = [Segment(0, -1, None)]
+PATH = [LineageSegment(0, -1, None)]
 
 
-def frame(number: int, source: str = "rank0", step: int | None = None, value: float | None = None) -> Frame:
+def frame(number: int, source: str = "rank0", step: int | None = None, value: float | None = None) -> MetricFrame:
     step = number if step is None else step
-    return Frame(source, number, [Row(0, step, step, float(step), {"loss": float(step) if value is None else value})])
+    return MetricFrame(source, number, [MetricRow(0, step, step, float(step), {"loss": float(step) if value is None else value})])
 
 
-def opened(folder: Path, term: int | None = None) -> Metrics:
-    return Metrics.open(folder / "metrics", folder / "index.sqlite", term)
+def opened(folder: Path, term: int | None = None) -> MetricStore:
+    return MetricStore.open(folder / "metrics", folder / "index.sqlite", term)
 
 
-def steps(store: Metrics) -> list[int]:
+def steps(store: MetricStore) -> list[int]:
     found: list[int] = store.rows("loss", PATH, 0, 1 << 40, 1 << 40)["step"].tolist()
     return found
 
@@ -68,7 +68,7 @@ def test_the_index_is_rebuilt_from_the_chunks(tmp_path: Path, harm: str) -> None
 
 def test_an_index_behind_its_chunks_catches_up(tmp_path: Path) -> None:
     written(tmp_path, 100)
-    writer = ChunkWriter(tmp_path / "metrics", 2)  # a controller that died before its first flush
+    writer = MetricChunkWriter(tmp_path / "metrics", 2)  # a controller that died before its first flush
     for number in range(90, 150):
         writer.append(frame(number))
     writer.close()
@@ -82,7 +82,7 @@ def test_an_index_behind_its_chunks_catches_up(tmp_path: Path) -> None:
 def test_an_index_of_other_chunks_is_not_believed(tmp_path: Path) -> None:
     written(tmp_path, 100)
     (tmp_path / "metrics" / "000001.chunk").unlink()
-    written_elsewhere = ChunkWriter(tmp_path / "metrics", 1)
+    written_elsewhere = MetricChunkWriter(tmp_path / "metrics", 1)
     for number in range(200):
         written_elsewhere.append(frame(number, value=5.0))
     written_elsewhere.close()
@@ -126,7 +126,7 @@ def test_a_resend_changes_nothing(tmp_path: Path) -> None:
 
 def test_seen_numbers_are_exact_whatever_the_order() -> None:
     rng = np.random.default_rng(0)
-    seen, reference = Seen(), set()
+    seen, reference = NumberRanges(), set()
     for number in rng.integers(0, 500, 3_000).tolist():
         assert seen.add(number) == (number not in reference)
         reference.add(number)
@@ -236,7 +236,7 @@ def test_an_index_is_kept_where_it_can_be_and_else_in_memory(tmp_path: Path) -> 
 
 
 def test_an_index_in_memory_answers_as_one_on_disk_does(tmp_path: Path) -> None:
-    with contextlib.closing(Metrics.open(tmp_path / "metrics", MEMORY, 1)) as metrics:
+    with contextlib.closing(MetricStore.open(tmp_path / "metrics", MEMORY, 1)) as metrics:
         metrics.add(frame(1, step=1))
         metrics.flush()
         assert metrics.last("loss", 5) and not list(Path().glob(":memory:*"))

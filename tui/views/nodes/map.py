@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tui.chart.heatmap import CELL, HeatLine, HeatMap, Shape, Style, fits, shape
+from tui.chart.heatmap import CELL, HeatLine, HeatMap, HeatmapLayout, Style, fits, shape
 from tui.views.nodes.table import GRAVE, HIDDEN, MEANINGS, ORDER, STATES, Fleet, Floats, Ints, racks, rolled
 
 LEVELS: dict[str, tuple[Style, ...]] = {"GPUs": ("number", "digit"), "nodes": ("pair",), "racks": ("pair",)}
@@ -21,12 +21,12 @@ SIGNS = {letter: state for state, letter in STATES.items()}
 
 
 @dataclass(frozen=True)
-class Made:
+class NodeMap:
     """A map, what its cells are, and the room for the list of the worst: columns at the right, or rows beneath."""
 
     level: str
     heat: HeatMap
-    shape: Shape
+    shape: HeatmapLayout
     side: int
     below: int
     nodes: Ints
@@ -68,12 +68,12 @@ class Made:
         return line, max(0, min(cell, lines[line].cells - 1))
 
 
-class Plan(NamedTuple):
+class MapLayout(NamedTuple):
     """A way to lay the map out, before it is filled."""
 
     level: str
     style: Style
-    shape: Shape
+    shape: HeatmapLayout
     across: int  # cells of a line
     side: int
     below: int
@@ -82,7 +82,7 @@ class Plan(NamedTuple):
     fits: bool
 
 
-def arrange(fleet: Fleet, wanted: str, width: int, height: int) -> Made:
+def arrange(fleet: Fleet, wanted: str, width: int, height: int) -> NodeMap:
     """The map of the level asked for, or with none the finest that fits; scrolls where nothing does."""
     plans = list(_plans(fleet, wanted, width, height))
     plan = next((plan for plan in plans if plan.fits), plans[-1])
@@ -92,10 +92,10 @@ def arrange(fleet: Fleet, wanted: str, width: int, height: int) -> Made:
     elif plan.fits and below:
         below = min(MOST_BELOW, max(below, height - plan.shape.rows))
     heat, nodes, groups = _fill(fleet, plan)
-    return Made(plan.level, heat, plan.shape, side, below, nodes, groups, plan.fits)
+    return NodeMap(plan.level, heat, plan.shape, side, below, nodes, groups, plan.fits)
 
 
-def _plans(fleet: Fleet, wanted: str, width: int, height: int) -> Iterator[Plan]:
+def _plans(fleet: Fleet, wanted: str, width: int, height: int) -> Iterator[MapLayout]:
     """From the finest to the coarsest."""
     below = max(0, min(8, height // 4))
     rooms = [(width - SIDE - 2, height, SIDE, 0)] if width >= 100 else []
@@ -110,7 +110,7 @@ def _plans(fleet: Fleet, wanted: str, width: int, height: int) -> Iterator[Plan]
                 across = across // 8 * 8 or across
             lines = sum([-(-count // across) or 1 for count in counts])
             made = shape(max(1, lines), wide, min(across, longest), style, room, rows)
-            yield Plan(level, style, made, across, side, beneath, labels, counts, fits(made, room, rows))
+            yield MapLayout(level, style, made, across, side, beneath, labels, counts, fits(made, room, rows))
 
 
 def _groups(fleet: Fleet, level: str) -> tuple[list[str], list[int]]:
@@ -128,7 +128,7 @@ def _label(name: str) -> str:
     return name if len(name) <= LONGEST_LABEL else f"~{name[-LONGEST_LABEL + 1 :]}"
 
 
-def _fill(fleet: Fleet, plan: Plan) -> tuple[HeatMap, Ints, tuple[tuple[int, int], ...]]:
+def _fill(fleet: Fleet, plan: MapLayout) -> tuple[HeatMap, Ints, tuple[tuple[int, int], ...]]:
     level, style, labels, counts, across = plan.level, plan.style, plan.labels, plan.counts, plan.across
     if level == "GPUs":
         numbers = [fleet.short(value) if value == value else "" for value in fleet.values.tolist()] if style == "number" else []
@@ -173,7 +173,7 @@ def _rolled(fleet: Fleet, level: str, groups: int) -> tuple[Floats, Floats, np.n
     return found.mean_heat, found.worst_heat, marks, first
 
 
-def legend(made: Made, fleet: Fleet) -> str:
+def legend(made: NodeMap, fleet: Fleet) -> str:
     """What the characters in sight mean."""
     heat = made.heat
     parts = []

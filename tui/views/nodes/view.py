@@ -14,11 +14,11 @@ from tui.chart.heatmap import Heat
 from tui.chart.styles import Ink
 from tui.core.formatting import age, plural
 from tui.core.scene import Scene
-from tui.core.text_panel import Line, Panel, Rows, Run, cut, fit, joined
+from tui.core.text_panel import Line, LineWindow, Panel, Run, cut, fit, joined
 from tui.views.base import View
 from tui.views.nodes.faults import History, Trouble, counted, faults_of, state_trouble, straggler_words, troubles
 from tui.views.nodes.gpu_page import page
-from tui.views.nodes.map import LEVELS, Made, arrange, legend
+from tui.views.nodes.map import LEVELS, NodeMap, arrange, legend
 from tui.views.nodes.table import BY_KEY, GRAVE, Fleet, fleet_of, known_quantities, rack_of, rank_at
 
 
@@ -41,11 +41,11 @@ class NodesView(View):
         self._head, self._legend = Panel(id="fleet-head"), Panel(id="fleet-legend")
         self._heat = Heat(unicode=UNICODE)
         self._side, self._below = Panel(id="fleet-side"), Panel(id="fleet-below")
-        self._page = Rows(id="fleet-page")
+        self._page = LineWindow(id="fleet-page")
         self._history = History()
         self._scene: Scene | None = None
         self._fleet: Fleet | None = None
-        self._made: Made | None = None
+        self._made: NodeMap | None = None
         self._key = "utilisation"
         self._level = ""
         self._rack = ""
@@ -110,11 +110,11 @@ class NodesView(View):
             units = int((fleet.node_of == fleet.nodes.index(node)).sum())
             self._place = max(0, min(self._place, units - 1))
 
-    def _cursor(self, made: Made, fleet: Fleet) -> tuple[int, int] | None:
+    def _cursor(self, made: NodeMap, fleet: Fleet) -> tuple[int, int] | None:
         node = self.chosen
         return made.find(fleet.nodes.index(node), self._place, fleet) if node is not None and made.heat.lines else None
 
-    def _arrange(self, made: Made) -> None:
+    def _arrange(self, made: NodeMap) -> None:
         self._side.styles.width, self._side.display = made.side, made.side > 0
         self._below.styles.height, self._below.display = made.below, made.below > 0
 
@@ -141,7 +141,7 @@ class NodesView(View):
             parts.append([("no GPUs", Ink.FAINT)])
         return cut(joined(parts), width)
 
-    def _show_worst(self, fleet: Fleet, scene: Scene, made: Made) -> None:
+    def _show_worst(self, fleet: Fleet, scene: Scene, made: NodeMap) -> None:
         rows = self.size.height - 2 if made.side else made.below
         panel, width = (self._side, made.side) if made.side else (self._below, self.size.width)
         if rows <= 0:
@@ -218,7 +218,7 @@ class NodesView(View):
             self._go(made, fleet, *made.moved(*cursor, across, down))
         self._again()
 
-    def _go(self, made: Made, fleet: Fleet, line: int, cell: int) -> None:
+    def _go(self, made: NodeMap, fleet: Fleet, line: int, cell: int) -> None:
         number, self._place = made.node_at(line, cell)
         self._node = fleet.nodes[number].name
 
