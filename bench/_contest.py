@@ -145,7 +145,7 @@ def transformers(root: Path, steps: int) -> dict[str, Any]:
         max_steps=steps,
         learning_rate=stage.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=stage.warmup_steps,
+        warmup_steps=stage.resolved_warmup_steps,
         weight_decay=stage.weight_decay,
         adam_beta1=stage.betas[0],
         adam_beta2=stage.betas[1],

@@ -96,9 +96,9 @@ def batch(data: np.memmap, rows: int, context: int) -> tuple[Tensor, Tensor]:
 
 def rate(stage: Stage, step: int) -> float:
     """Linear warm-up, then a cosine down to a part of the peak."""
-    if step < stage.warmup_steps:
-        return stage.lr * (step + 1) / stage.warmup_steps
-    done = (step - stage.warmup_steps) / (stage.steps - stage.warmup_steps)
+    if step < stage.resolved_warmup_steps:
+        return stage.lr * (step + 1) / stage.resolved_warmup_steps
+    done = (step - stage.resolved_warmup_steps) / (stage.steps - stage.warmup_steps)
     return stage.lr * (stage.min_lr_ratio + (1 - stage.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
 
 

@@ -27,7 +27,7 @@ def learning_rate(stage: Stage, settings: dict[str, float], step: int, peak_of: 
 
     Loshchilov and Hutter 2017, equation 5, without restarts. peak_of: the setting that is the peak.
     """
-    peak, floor, warm = settings[peak_of], settings["min_lr_ratio"], stage.warmup_steps
+    peak, floor, warm = settings[peak_of], settings["min_lr_ratio"], stage.resolved_warmup_steps
     if step < warm:
         part = (step + 1) / warm
     else:

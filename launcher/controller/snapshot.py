@@ -214,7 +214,7 @@ class SnapshotBuilder:
             origin=origin,
             losses=self._stage_losses(stage, state) if record is not None else {},
             updates=stage.updates_drawn if stage.draws else 0,
-            kl_target=stage.rollout.kl_target if stage.draws else None,
+            kl_target=stage.rollout_settings.kl_target if stage.draws else None,
         )
 
     def _mixture(self, stage: Stage) -> dict[str, float]:

@@ -68,7 +68,7 @@ def _recomputing(case: Case) -> Iterator[Change]:
 
 
 def _tiles(case: Case) -> Iterator[Change]:
-    if case.stage.loss_tile > 1024:
+    if case.stage.loss_chunk_tokens > 1024:
         yield "loss_tile = 1024", case._replace(stage=replace(case.stage, loss_tile=1024))
 
 

@@ -39,7 +39,7 @@ def stage_settings(recipe: Recipe, stage: Stage) -> dict[str, float]:
         "lr_scale": 1.0,
         "min_lr_ratio": stage.min_lr_ratio,
         "weight_decay": stage.weight_decay,
-        "clip": stage.clip,
+        "clip": stage.max_grad_norm,
         "beta1": stage.betas[0],
         "beta2": stage.betas[1],
         "eval_every": stage.eval_every,
@@ -50,12 +50,12 @@ def stage_settings(recipe: Recipe, stage: Stage) -> dict[str, float]:
         if stage.dpo_loss == "sigmoid":
             settings["label_smoothing"] = stage.label_smoothing
     if stage.objective == "reward":
-        settings |= {"margin": stage.margin, "centre": stage.centre}
+        settings |= {"margin": stage.margin, "centre": stage.center_rewards}
     if stage.draws:
-        settings |= {"kl": stage.rollout.kl, "ratio_clip": stage.rollout.ratio_clip}
+        settings |= {"kl": stage.rollout_settings.kl_coef, "ratio_clip": stage.rollout_settings.ratio_clip}
     if stage.objective == "ppo":
-        value_lr = stage.lr if stage.rollout.value_lr is None else stage.rollout.value_lr
-        value_clip = MOST_VALUE_CLIP if stage.rollout.value_clip is None else stage.rollout.value_clip
+        value_lr = stage.lr if stage.rollout_settings.value_lr is None else stage.rollout_settings.value_lr
+        value_clip = MOST_VALUE_CLIP if stage.rollout_settings.value_clip is None else stage.rollout_settings.value_clip
         settings |= {"value_clip": value_clip, "value_lr": value_lr}
     settings |= {f"mixture.{name}": stage.mixture.get(name, 0.0) for name in stage.sources}
     return settings

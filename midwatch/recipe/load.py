@@ -315,9 +315,9 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         tokenizer = msgspec.structs.replace(tokenizer, template=place(tokenizer.template))
 
     def moved(stage: Stage) -> Stage:
-        if stage.policy is None:
+        if stage.rollout is None:
             return stage
-        return msgspec.structs.replace(stage, policy=msgspec.structs.replace(stage.policy, function=place(stage.policy.function)))
+        return msgspec.structs.replace(stage, rollout=msgspec.structs.replace(stage.rollout, function=place(stage.rollout.function)))
 
     stages = tuple(map(moved, recipe.stage))
     generate = msgspec.structs.replace(recipe.generate, weights=place(recipe.generate.weights))

@@ -72,7 +72,7 @@ def _first(recipe: Recipe, index: int) -> int:
 
 def _named(stage: Stage, names: Names) -> Stage:
     """With all names in it as they are from here on."""
-    policy = stage.policy
+    policy = stage.rollout
     if policy is not None and policy.reward is not None:
         policy = msgspec.structs.replace(policy, reward=names.get(policy.reward, policy.reward))
     return msgspec.structs.replace(

@@ -83,7 +83,7 @@ def fuzz_recipe(tmp_path: Path) -> Subject:
         recipe.digest()
         msgspec.json.encode(recipe)
         for stage in recipe.stage:
-            struct.pack("<qqq", stage.position_after(stage.steps), stage.warmup_steps, recipe.total_steps)
+            struct.pack("<qqq", stage.position_after(stage.steps), stage.resolved_warmup_steps, recipe.total_steps)
         try:
             msgspec.json.encode(plan_recipe(recipe, Assumptions()))
         except PlanError as error:

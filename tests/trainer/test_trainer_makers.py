@@ -13,7 +13,7 @@ from trainer_harness import Step, Told, same_bits, state, steer, tensors, write_
 from midwatch.protocol import Op
 from midwatch.recipe import Recipe, RecipeError, Source, Stage, parse_recipe
 from midwatch.recipe.repeat import expanded
-from midwatch.recipe.rollout import Policy
+from midwatch.recipe.rollout import Rollout
 from midwatch.recipe.stage import Repeat
 from shards.format.corpus import Corpus
 from shards.tokenization.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def dpo(name: str, source: str, **more: Any) -> Stage:
 
 
 def rejection(place: Path, steps: int = 3, **more: Any) -> Stage:
-    policy = Policy(tokens=8, responses=4, function=f"{place}/rewards.py:letters")
+    policy = Rollout(tokens=8, responses=4, function=f"{place}/rewards.py:letters")
     given = {"context": 96, "global_batch": 8, "mixture": {"prefer": 1.0}, "policy": policy}
     return Stage(name="rejection", objective="rejection", steps=steps, **(given | more))
 
@@ -172,7 +172,7 @@ def test_a_constitution_revises_and_judges(recipe: Recipe, tmp_path: Path) -> No
         global_batch=4,
         mixture={"prefer": 1.0},
         principles=principles,
-        policy=Policy(tokens=8),
+        policy=Rollout(tokens=8),
     )
     sources = [made(part, "constitution", part) for part in ("revisions", "pairs", "judged")]
     later = [dpo("dpo", "judged", context=512), dpo("dpo2", "pairs", context=512)]
@@ -269,8 +269,8 @@ def parsed(part: str = "pairs", responses: int = 2, repeat: str = "") -> Recipe:
 def test_a_recipe_says_what_its_stages_make() -> None:
     found = parsed()
     assert [source.name for source in found.build("/data").data.source] == ["asked"]
-    assert found.stage[1].policy is not None
-    assert found.stage[1].policy.function == "/rewards.py:f"
+    assert found.stage[1].rollout is not None
+    assert found.stage[1].rollout.function == "/rewards.py:f"
 
 
 def test_rounds_are_written_out_with_names_of_their_own() -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from launcher.plan.memory import Memory, memory
 from midwatch.protocol import Op, ProbeAsk, ProbeEnd, ProbeToken
 from midwatch.recipe import Recipe, Stage, load_recipe
-from midwatch.recipe.rollout import Policy
+from midwatch.recipe.rollout import Rollout
 from shards.sampling.batches import open_held_out
 from shards.tokenization.tokenizer import Tokenizer
 from trainer.huggingface.export import export
@@ -86,8 +86,8 @@ def built(recipe: Recipe, place: Path, name: str, *stages: Stage, every: int = 1
         held = open_held_out(data, "prefer", "prompt", 96)
         (place / "held.json").write_text(json.dumps([tokenizer.decode(ids) for ids in held.prompts(0, len(held))]))
     moved = [
-        msgspec.structs.replace(each, policy=msgspec.structs.replace(each.policy, function=each.policy.function.format(place)))
-        if each.policy is not None and each.policy.function is not None
+        msgspec.structs.replace(each, rollout=msgspec.structs.replace(each.rollout, function=each.rollout.function.format(place)))
+        if each.rollout is not None and each.rollout.function is not None
         else each
         for each in stages
     ]
@@ -96,8 +96,8 @@ def built(recipe: Recipe, place: Path, name: str, *stages: Stage, every: int = 1
 
 def ppo(steps: int, function: str | None = "letters", objective: Any = "ppo", **given: Any) -> Stage:
     place = None if function is None else f"{{}}/rewards.py:{function}"
-    own = {key: given.pop(key) for key in list(given) if key in Policy.__struct_fields__}
-    policy = Policy(**({"prompts": 32, "tokens": 8, "kl": 0.0, "epochs": 2, "function": place} | own))
+    own = {key: given.pop(key) for key in list(given) if key in Rollout.__struct_fields__}
+    policy = Rollout(**({"prompts": 32, "tokens": 8, "kl": 0.0, "epochs": 2, "function": place} | own))
     defaults = {"context": 96, "global_batch": 16, "micro_batch": 16, "lr": 1e-2, "warmup": 1, "min_lr_ratio": 1.0}
     more = {"mixture": {"prefer": 1.0}, "eval_every": 1000, "eval_samples": 2} | given
     return Stage(name="policy", objective=objective, steps=steps, policy=policy, **(defaults | more))

@@ -57,8 +57,8 @@ class Runner:
             decoder = Decoder(config, vocabulary)
         self.decoder = decoder.to(dtype).to_empty(device=device).requires_grad_(False)
         like = torch.empty(0, dtype=dtype, device=device)
-        self.pages = Pages(config.layers, config.key_value_heads, config.head, pages + 1, size, like)
-        self._slopes = alibi_slopes(config.heads, device) if config.position == "alibi" else None
+        self.pages = Pages(config.num_layers, config.key_value_heads, config.head, pages + 1, size, like)
+        self._slopes = alibi_slopes(config.num_heads, device) if config.position == "alibi" else None
         self._kernel = kernel_serves(device, dtype, config.head, size, self._slopes is not None) if kernel is None else kernel
         replays = self._kernel and device.type == "cuda" if replays is None else replays
         self._replayed = Replayed(self._by_tables, -(-context // size), context, device) if replays else None

@@ -188,7 +188,7 @@ def placed(
     untied: a model whose output layer is its embedding gets that table a second time, as an output layer of its own. A server
     that loads new weights into a running model needs it: vLLM keeps the old output layer where the file has none.
     """
-    if untied and model.tied and not stage.scalar:
+    if untied and model.tie_embeddings and not stage.scalar:
         model = msgspec.structs.replace(model, tied=False)
         tensors = tensors | {"head.weight": tensors["embedding.weight"]}
     parts = layout(model, family, vocabulary, stage.scalar)
@@ -198,7 +198,7 @@ def placed(
         rows = max(context, math.ceil(len(table) * stage.position_factor))
         tensors = tensors | {"positions.weight": partial(learned, table, torch.arange(rows), stage.position_factor)}
         pieces = (parts["positions.weight"].pieces[0]._replace(length=rows),)
-        parts["positions.weight"] = MappedParameter((rows, model.width), pieces)
+        parts["positions.weight"] = MappedParameter((rows, model.hidden_size), pieces)
     return parts, tensors
 
 

@@ -80,7 +80,7 @@ def _on_held_out(training: Training, source: str, stream: int) -> dict[str, floa
         training.hold_for_data(problem)
         training.evaluated = None
         return None
-    tokens = stage.rollout.tokens if stage.draws else min(stage.sample_tokens, stage.context - 1)
+    tokens = stage.rollout_settings.max_new_tokens if stage.draws else min(stage.sample_tokens, stage.context - 1)
     if not known or tokens < 1:
         return {}
     training.phase("sampling")

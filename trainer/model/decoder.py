@@ -95,10 +95,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.head, self.queries = config.head, config.heads // config.key_value_heads
+        self.head, self.queries = config.head, config.num_heads // config.key_value_heads
         bias = config.attention_biased
-        self.qkv = ColumnParallelLinear(config.width, (config.heads + 2 * config.key_value_heads) * self.head, bias=bias)
-        self.out = RowParallelLinear(config.heads * self.head, config.width, bias=bias)
+        self.qkv = ColumnParallelLinear(config.hidden_size, (config.num_heads + 2 * config.key_value_heads) * self.head, bias=bias)
+        self.out = RowParallelLinear(config.num_heads * self.head, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible, sharding: SequenceSharding) -> Tensor:
         qkv: Tensor = self.qkv(sharding.gather(x))
@@ -115,10 +115,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.kind, self.is_last = config.mlp, config.norm_place == "before"
-        self.gate = ColumnParallelLinear(config.width, config.hidden_width, bias=config.bias) if config.mlp == "swiglu" else None
-        self.up = ColumnParallelLinear(config.width, config.hidden_width, bias=config.bias)
-        self.down = RowParallelLinear(config.hidden_width, config.width, bias=config.bias)
+        self.kind, self.is_last = config.mlp, config.norm_place == "pre"
+        self.gate = ColumnParallelLinear(config.hidden_size, config.hidden_width, bias=config.bias) if config.mlp == "swiglu" else None
+        self.up = ColumnParallelLinear(config.hidden_size, config.hidden_width, bias=config.bias)
+        self.down = RowParallelLinear(config.hidden_width, config.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, sharding: SequenceSharding, tile: int | None = None) -> Tensor:
         """tile: tokens that pass through at a time, of which only what goes in is kept for the backward."""
@@ -149,7 +149,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.norm_after = config.norm_place == "after"
+        self.norm_after = config.norm_place == "post"
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
@@ -190,19 +190,19 @@ class Decoder(nn.Module):
         """scalar: a number for each token comes out, not what follows it: the head of reward and value models."""
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
-        self.part = part = PipelineChunk(0, config.layers) if part is None else part
+        self.part = part = PipelineChunk(0, config.num_layers) if part is None else part
         self.documents_masked, self.temperature = False, 1.0
         self.sharding, self.memory = SequenceSharding(), MemoryOptions()
-        if part.first or (part.last and config.tied and not scalar):
-            self.embedding = nn.Embedding(vocabulary, config.width)
+        if part.first or (part.last and config.tie_embeddings and not scalar):
+            self.embedding = nn.Embedding(vocabulary, config.hidden_size)
         learns = part.first and config.position == "learned"
-        self.positions = nn.Embedding(config.position_rows, config.width) if learns else None
+        self.positions = nn.Embedding(config.position_rows, config.hidden_size) if learns else None
         self.embedding_norm = make_norm(config) if part.first and config.embedding_norm else None
         # A dictionary, so that a block has the same name in whatever part it is.
         self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(part.start, part.stop)})
-        self.norm = make_norm(config) if part.last and config.norm_place == "before" else None
-        self.head = None if config.tied or scalar or not part.last else nn.Linear(config.width, vocabulary, bias=False)
-        self.score = nn.Linear(config.width, 1, bias=False) if scalar and part.last else None
+        self.norm = make_norm(config) if part.last and config.norm_place == "pre" else None
+        self.head = None if config.tie_embeddings or scalar or not part.last else nn.Linear(config.hidden_size, vocabulary, bias=False)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False) if scalar and part.last else None
         self.set_positions(config.rope, 1)
 
     def set_positions(self, rope: Rope, original_context: int, factor: float = 1.0) -> None:
@@ -259,7 +259,7 @@ class Decoder(nn.Module):
             x = x + learned(self.positions.weight, positions, self._factor)
         elif self.config.position == "sinusoidal":
             # Scaled as in Vaswani et al. 2017, section 3.4; sinusoids would drown an embedding that begins small.
-            x = x * math.sqrt(self.config.width) + sinusoids(positions / self._factor, self.config.width).to(x.dtype)
+            x = x * math.sqrt(self.config.hidden_size) + sinusoids(positions / self._factor, self.config.hidden_size).to(x.dtype)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def _visible(self, segments: Tensor, documents: Documents | None, dtype: torch.dtype) -> Visible:
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
         sharding, (batch, time), device = self.sharding, segments.shape, segments.device
         slopes = None
         if self.config.position == "alibi":
-            slopes = alibi_slopes(self.config.heads, device).chunk(sharding.tensor.size)[sharding.tensor.place]
+            slopes = alibi_slopes(self.config.num_heads, device).chunk(sharding.tensor.size)[sharding.tensor.place]
             if not sharding.ring:
                 slopes = slopes.chunk(sharding.context.size)[sharding.context.place]
         length = sharding.length(time)
@@ -305,9 +305,9 @@ class Decoder(nn.Module):
                 yield parameter, torch.full(parameter.shape, 0.0 if name.endswith(".bias") else 1.0)
                 continue
             residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
+            std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
             if name == "score.weight":
-                std = 1 / math.sqrt(self.config.width + 1)
+                std = 1 / math.sqrt(self.config.hidden_size + 1)
             generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(name.encode(), seed=seed % 2**64) % 2**63)
             yield parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
 
@@ -323,6 +323,6 @@ class Decoder(nn.Module):
         Of the whole decoder, also where this is a part. Tables that are only looked up take none.
         """
         config = self.config
-        looked_up = config.position_rows + (0 if config.tied else self.vocabulary)
-        dense = config.parameters(self.vocabulary) - looked_up * config.width
-        return 6.0 * dense + 12.0 * config.layers * config.heads * config.head * context
+        looked_up = config.position_rows + (0 if config.tie_embeddings else self.vocabulary)
+        dense = config.parameters(self.vocabulary) - looked_up * config.hidden_size
+        return 6.0 * dense + 12.0 * config.num_layers * config.num_heads * config.head * context

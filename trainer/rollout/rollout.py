@@ -40,16 +40,16 @@ SHOWN = 16
 def collect(training: Training) -> dict[str, float] | None:
     """Draws the next rollout into `training.experience`: its metrics; None where it was broken off or had to be put off."""
     stage, at = training.stage.stage, training.progress
-    policy = stage.rollout
+    policy = stage.rollout_settings
     training.reporter.flush()
     began = time.monotonic()
     prompts = _prompts(training, stage.prompts_drawn)
     if prompts is None:
         return None
     training.phase("generating")
-    every = [prompt for prompt in prompts for _ in range(policy.responses)]
-    seeds = [_seed(training, at.position * policy.responses + number) for number in range(len(every))]
-    drawn = sample_responses(training, every, policy.tokens, policy.temperature, seeds)
+    every = [prompt for prompt in prompts for _ in range(policy.num_generations)]
+    seeds = [_seed(training, at.position * policy.num_generations + number) for number in range(len(every))]
+    drawn = sample_responses(training, every, policy.max_new_tokens, policy.temperature, seeds)
     if drawn is None:
         return None
     generated = time.monotonic()
@@ -87,7 +87,7 @@ def score(training: Training, drawn: SampledResponses) -> Tensor | None:
     """
     stage, device = training.stage.stage, training.world.device
     written = on_device([bool(response) for response in drawn.responses], torch.bool, device)
-    if stage.rollout.function is not None:
+    if stage.rollout_settings.function is not None:
         found: list[list[float]] = []
         problem = together(lambda: found.append(by_function(training, drawn)), training.world, RewardError)
         if problem:
@@ -100,10 +100,10 @@ def score(training: Training, drawn: SampledResponses) -> Tensor | None:
         every = over_rows(training, training.roles.reward_model, rows, ShardedModel.scores)
         given = every.gather(1, score_places(rows)[:, None])[:, 0]
     ended = on_device(drawn.ended, torch.bool, device)
-    given = given - stage.rollout.missing_eos * (~ended).float()
+    given = given - stage.rollout_settings.missing_eos_penalty * (~ended).float()
     lacking = int((written & ~given.isfinite()).sum())
     if lacking and lacking == int(written.sum()):
-        who = stage.rollout.function or "the reward model"
+        who = stage.rollout_settings.function or "the reward model"
         training.hold_for_data(f"{who}: none of {lacking} responses has a score (correct it and resume)", retries=False)
         return None
     if lacking:
@@ -133,13 +133,13 @@ def _noted(training: Training, drawn: SampledResponses, given: Tensor) -> tuple[
     put off.
     """
     stage, drawn_at = training.stage.stage, training.progress.drawn
-    coefficient = training.progress.settings["kl"] * (drawn_at.kl_scale if stage.rollout.kl_target is not None else 1.0)
-    policy, written = stage.rollout, drawn.rows.mask
+    coefficient = training.progress.settings["kl"] * (drawn_at.kl_scale if stage.rollout_settings.kl_target is not None else 1.0)
+    policy, written = stage.rollout_settings, drawn.rows.mask
     old, entropy = log_probs_and_entropy(training, training.model, drawn)
     assert training.reference is not None
     reference = log_probs(training, training.reference, drawn)
     scored = given.isfinite()
-    learned = grpo.comparable(scored, policy.responses) if stage.objective == "grpo" else scored
+    learned = grpo.comparable(scored, policy.num_generations) if stage.objective == "grpo" else scored
     mask = written * learned[:, None]
     metrics = distances(old, reference, entropy, written) | _scores_of(given)
     metrics |= {
@@ -156,13 +156,13 @@ def _noted(training: Training, drawn: SampledResponses, given: Tensor) -> tuple[
     worth = real(_normalised(training, given, scored) if policy.normalise else given, scored)
     rows = drawn.rows._replace(mask=mask)
     if stage.objective == "grpo":
-        metrics["policy/groups_skipped"] = float((~learned.view(-1, policy.responses).any(-1)).sum())
-        advantages = grpo.advantages(worth, policy.responses, policy.advantage == "leave-one-out", scored)[:, None] * mask
+        metrics["policy/groups_skipped"] = float((~learned.view(-1, policy.num_generations).any(-1)).sum())
+        advantages = grpo.advantages(worth, policy.num_generations, policy.advantage == "leave-one-out", scored)[:, None] * mask
         return rows, Noted(old, advantages, reference=reference), metrics
     assert training.roles.critic is not None
     values = real(over_rows(training, training.roles.critic.model, drawn.rows, ShardedModel.scores), mask)
     rewards = token_rewards(worth, old - reference, mask, coefficient)
-    advantages, returns = gae(rewards, values, mask, policy.gamma, policy.lam)
+    advantages, returns = gae(rewards, values, mask, policy.gamma, policy.gae_lambda)
     if policy.whiten:
         advantages = whiten(advantages, mask)
     if policy.kl_target is not None:
@@ -174,7 +174,7 @@ def _noted(training: Training, drawn: SampledResponses, given: Tensor) -> tuple[
 
 def _mismatched(training: Training, mismatch: float) -> bool:
     """Says that engine and trainer differ; whether the rollout is put off for it: what a server drew is not learned from then."""
-    policy, local_engine = training.stage.stage.rollout, training.local_engine()
+    policy, local_engine = training.stage.stage.rollout_settings, training.local_engine()
     text = f"engine and trainer differ by {mismatch:.3g} nats a token about what was drawn"
     text = f"{text} (more than policy.mismatch {policy.mismatch:g}): their weights or positions are not the same"
     if not isinstance(local_engine, VllmRolloutEngine):

@@ -104,11 +104,11 @@ def _by_roles(tokenizer: Tokenizer, ids: Sequence[int]) -> Turns:
 
 
 def _asked(training: Training, conversations: Sequence[Turns], stream: int) -> SampledResponses | None:
-    policy, at, stage = training.stage.stage.rollout, training.progress, training.stage.stage
+    policy, at, stage = training.stage.stage.rollout_settings, training.progress, training.stage.stage
     seeds = [hash_of(training, at.position * 64 + stream, number) for number in range(len(conversations))]
     ids = [training.tokenizer.chat(turns)[0] for turns in conversations]
     training.phase("generating")
-    return sample_responses(training, ids, min(policy.tokens, stage.context - 1), policy.temperature, seeds)
+    return sample_responses(training, ids, min(policy.max_new_tokens, stage.context - 1), policy.temperature, seeds)
 
 
 def hash_of(training: Training, place: int, number: int) -> int:
@@ -137,7 +137,7 @@ def _answers(training: Training, drawn: SampledResponses) -> list[SampledAnswerR
 
 def rejection(training: Training, prompts: Sequence[SynthesisPrompt]) -> tuple[Made, dict[str, float]] | None:
     """Of the responses to each prompt the best, and the best beside the worst."""
-    count = training.stage.stage.rollout.responses
+    count = training.stage.stage.rollout_settings.num_generations
     drawn = _asked(training, [prompt.turns for prompt in prompts for _ in range(count)], 0)
     if drawn is None:
         return None
