@@ -126,10 +126,10 @@ def transformers(root: Path, steps: int) -> dict[str, Any]:
     set_seed(1)
     config = LlamaConfig(
         vocab_size=recipe.tokenizer.vocab,
-        hidden_size=model.width,
+        hidden_size=model.hidden_size,
         intermediate_size=model.hidden_width,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
         num_key_value_heads=model.key_value_heads,
         max_position_embeddings=stage.context,
         rms_norm_eps=model.norm_eps,
@@ -150,7 +150,7 @@ def transformers(root: Path, steps: int) -> dict[str, Any]:
         adam_beta1=stage.betas[0],
         adam_beta2=stage.betas[1],
         adam_epsilon=stage.eps,
-        max_grad_norm=stage.clip,
+        max_grad_norm=stage.max_grad_norm,
         optim="adamw_torch_fused",
         logging_steps=10,
         eval_strategy="no",

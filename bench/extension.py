@@ -152,7 +152,7 @@ def extend(ways: tuple[Way, ...], size: Size) -> Iterator[Outcome]:
 
 
 def _short(position: Any, text: Tensor, size: Size) -> Decoder:
-    config = Model(layers=size.layers, width=size.width, heads=max(2, size.width // 32), position=position)
+    config = Model(num_layers=size.layers, hidden_size=size.width, num_heads=max(2, size.width // 32), position=position)
     if position == "learned":
         config = msgspec.structs.replace(config, max_positions=size.context)
     model = Decoder(config, VOCABULARY)

@@ -102,7 +102,7 @@ class Clean(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """What is removed before anything is encoded. Without this table sources are taken as they are."""
 
     exact: bool = True  # documents whose text, but for case and white space, an earlier one of any source has
-    near: float = 0.8  # texts whose word 5-grams are this similar (Jaccard) to an earlier one's; 0: not looked for
+    near_dup_threshold: float = 0.8  # texts whose word 5-grams are this similar (Jaccard) to an earlier one's; 0: not looked for
     language: Language | None = None
     gopher_repetition: GopherRepetition | None = None
     gopher_quality: GopherQuality | None = None
@@ -118,8 +118,9 @@ class Clean(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def check(self, where: str) -> None:
         """Raise SpecError for what is well-formed but cannot work."""
-        if not (self.near == 0 or 0.5 <= self.near <= 1):
-            raise SpecError(f"{where}: near is {self.near} (use a similarity from 0.5 to 1, such as 0.8, or 0 for none)")
+        near = self.near_dup_threshold
+        if not (near == 0 or 0.5 <= near <= 1):
+            raise SpecError(f"{where}: near_dup_threshold is {near} (use a similarity from 0.5 to 1, such as 0.8, or 0 for none)")
         if not 1 << 10 <= self.chunk_bytes <= 1 << 30:
             raise SpecError(f"{where}: chunk_bytes is {self.chunk_bytes} (use 1024 to 1073741824)")
         for name in self.__struct_fields__:

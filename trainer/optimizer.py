@@ -104,7 +104,7 @@ class Optimizer:
         """Clips by the whole gradient's norm and steps; leaves everything as it is if the norm is not finite."""
         bad = (~torch.isfinite(norm)).float()
         self.skipped += bad
-        shrink = (settings["clip"] / (norm + 1e-6)).clamp(max=1.0)
+        shrink = (settings["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
         named = self._gradients()
         if named:
             place = named[0][1].device

@@ -59,7 +59,7 @@ def backend_of(recipe: Recipe, paths: RunPaths) -> Backend:
         from launcher.backends.slurm.backend import SlurmBackend
 
         return SlurmBackend(paths, recipe.cluster)
-    if recipe.cluster.backend == "agents":
+    if recipe.cluster.backend == "external":
         from launcher.backends.external import JoiningBackend
 
         return JoiningBackend()

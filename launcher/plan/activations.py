@@ -121,13 +121,13 @@ def mlp(model: Model, tensor: int = 1) -> int:
 
 
 def block(
-    model: Model, piece: MicrobatchShape, kernel: Kernel, checkpointing: Checkpointing = "none", mlp_tile: int | None = None
+    model: Model, piece: MicrobatchShape, kernel: Kernel, checkpointing: Checkpointing = "none", mlp_chunk_tokens: int | None = None
 ) -> BlockActivations:
     """What one block keeps, and what it computes again."""
-    each, tiled = compute_bytes(model), mlp_tile is not None
+    each, tiled = compute_bytes(model), mlp_chunk_tokens is not None
     inputs = each * model.hidden_size * (piece.inside - piece.between)  # gathered for the two linear layers behind the norms
     outer = 2 * (norm(model) * piece.between + inputs) + attention(model, piece, kernel)
-    inner = mlp(model, piece.tensor) * min(mlp_tile or piece.inside, piece.inside)
+    inner = mlp(model, piece.tensor) * min(mlp_chunk_tokens or piece.inside, piece.inside)
     begins = each * model.hidden_size * piece.between
     if checkpointing == "none":
         return BlockActivations(outer if tiled else outer + inner, 0, inner if tiled else 0)
@@ -206,12 +206,12 @@ def logits(vocabulary: int) -> int:
     return 4 * vocabulary
 
 
-def working(model: Model, piece: MicrobatchShape, kernel: Kernel, mlp_tile: int | None = None) -> int:
+def working(model: Model, piece: MicrobatchShape, kernel: Kernel, mlp_chunk_tokens: int | None = None) -> int:
     """What a block's backward makes beyond what it has freed by then: in the MLP, or in attention where torch has no kernel."""
     each, wide = compute_bytes(model), {"swiglu": 2, "gelu": 1, "relu": 1}[model.mlp] * model.hidden_width // piece.tensor
-    in_mlp = each * (wide * min(mlp_tile or piece.inside, piece.inside) + 2 * model.hidden_size * piece.inside)
+    in_mlp = each * (wide * min(mlp_chunk_tokens or piece.inside, piece.inside) + 2 * model.hidden_size * piece.inside)
     if not exchanges_heads(model, piece.tensor, piece.context_parallel):
-        behind = mlp(model, piece.tensor) * min(mlp_tile or piece.inside, piece.inside) + norm(model) * piece.between
+        behind = mlp(model, piece.tensor) * min(mlp_chunk_tokens or piece.inside, piece.inside) + norm(model) * piece.between
         return max(in_mlp, ring(model, piece) - behind)  # what is behind attention is freed by then
     scores = 2 * 4 * (model.num_heads // piece.tensor) * piece.context * piece.inside
     return max(in_mlp, scores if kernel == "scores" else 0)

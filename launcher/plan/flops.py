@@ -24,7 +24,7 @@ def block_matrices(model: Model) -> int:
 
 def block_parameters(model: Model) -> int:
     """All parameters of one block: those of a model of two, less those of a model of one."""
-    one, two = (msgspec.structs.replace(model, layers=layers).parameters(0) for layers in (1, 2))
+    one, two = (msgspec.structs.replace(model, num_layers=layers).parameters(0) for layers in (1, 2))
     return two - one
 
 

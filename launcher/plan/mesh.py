@@ -60,7 +60,12 @@ def mesh_of(parallel: Parallel, context: int, ranks: int) -> Mesh:
     """context: the stage's `context_parallel`. Raises PlanError for a number of ranks that does not divide so."""
     multiple = multiple_of(parallel, (context,))
     if ranks < 1 or ranks % multiple:
-        sizes = {"pipeline": parallel.pipeline, "tensor": parallel.tensor, "context": context, "shard": parallel.hsdp_shard_size or 1}
+        sizes = {
+            "pipeline": parallel.pipeline,
+            "tensor": parallel.tensor,
+            "context": context,
+            "shard": parallel.hsdp_shard_size or 1,
+        }
         needed = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         ways = " or ".join(str(n) for n in (ranks // multiple * multiple, -(-ranks // multiple) * multiple) if n)
         raise PlanError(f"{ranks} GPUs are not a multiple of {multiple}, for {needed} (use --gpus {ways})")

@@ -99,7 +99,7 @@ def _parallel(recipe: Recipe, assumed: Assumptions) -> Parallel:
         parallel = msgspec.structs.replace(parallel, pipeline=assumed.pipeline, schedule="1f1b")
     if assumed.virtual is not None:
         schedule: Literal["1f1b", "interleaved"] = "interleaved" if assumed.virtual > 1 else "1f1b"
-        parallel = msgspec.structs.replace(parallel, schedule=schedule, virtual=assumed.virtual)
+        parallel = msgspec.structs.replace(parallel, schedule=schedule, virtual_stages=assumed.virtual)
     for key, message in parallel.problems(recipe.model):
         raise PlanError(f"--{key}: {message}")
     return parallel

@@ -65,7 +65,7 @@ def limit_seconds(text: str) -> float | None:
 class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Nodes, ranks and how they are started."""
 
-    backend: Literal["local", "ssh", "slurm", "agents"] = "local"
+    backend: Literal["local", "ssh", "slurm", "external"] = "local"
     """`local`: this machine; `ssh`: `hosts`, by the operator's own ssh; `slurm`: an allocation; `agents`: nodes that join."""
     hosts: tuple[str, ...] = ()
     """For `ssh`: names that ssh knows, as `gpu-[01-16]`."""
@@ -157,5 +157,5 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         elif self.backend == "ssh" and hosts and low > hosts:
             found.append(("nodes", f"at least {low} nodes are asked for, and there are {hosts} hosts"))
         elif self.backend == "local" and (low, high) != (1, 1):
-            found.append(("nodes", 'the backend "local" has one node; for more use "ssh", "slurm" or "agents"'))
+            found.append(("nodes", 'the backend "local" has one node; for more use "ssh", "slurm" or "external"'))
         return found

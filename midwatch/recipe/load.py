@@ -22,6 +22,7 @@ from midwatch.recipe.model import Model
 from midwatch.recipe.parallel import Parallel, multiple_of
 from midwatch.recipe.pretrained import OriginError, fill_in
 from midwatch.recipe.probe import Probe
+from midwatch.recipe.renamed_keys import renamed
 from midwatch.recipe.repeat import RepeatError, expanded
 from midwatch.recipe.run import Checkpoint, Report, Run
 from midwatch.recipe.stage import PARTS, Stage
@@ -136,6 +137,8 @@ def parse_recipe(text: str, name: str = "recipe.toml", base: Path | None = None)
 
     for path, number in too_large(raw):
         raise RecipeError(f"{at(path)}: {'.'.join(map(str, path))}: {shown(number)} does not fit in 64 bits (use less than 2^63)")
+    if old := [f"{at(path)}: {message}" for path, message in renamed(raw)]:
+        raise RecipeError("\n".join(old))
     try:
         raw = fill_in(raw, base)
     except OriginError as error:
@@ -317,7 +320,9 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
     def moved(stage: Stage) -> Stage:
         if stage.rollout is None:
             return stage
-        return msgspec.structs.replace(stage, rollout=msgspec.structs.replace(stage.rollout, function=place(stage.rollout.function)))
+        return msgspec.structs.replace(
+            stage, rollout=msgspec.structs.replace(stage.rollout, function=place(stage.rollout.function))
+        )
 
     stages = tuple(map(moved, recipe.stage))
     generate = msgspec.structs.replace(recipe.generate, weights=place(recipe.generate.weights))

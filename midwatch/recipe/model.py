@@ -166,11 +166,12 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if found:
             return found
         if self.head_dim is None and self.hidden_size % self.num_heads:
-            down = self.hidden_size // self.num_heads * self.num_heads
+            heads = self.num_heads
+            down = self.hidden_size // heads * heads
             found.append(
                 (
                     "hidden_size",
-                    f"{self.hidden_size} does not divide among {self.num_heads} heads (use {down or self.num_heads} or {down + self.num_heads})",
+                    f"{self.hidden_size} does not divide among {heads} heads (use {down or heads} or {down + heads})",
                 )
             )
         elif self.position == "rope" and self.head % 2:
@@ -193,7 +194,12 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def _float8_problems(self) -> list[tuple[str, str]]:
         """The kernels take sizes by sixteens."""
         queries, keys = self.num_heads * self.head, self.key_value_heads * self.head
-        sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.hidden_width, "num_heads x head_dim": queries, "num_kv_heads x head_dim": keys}
+        sizes = {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.hidden_width,
+            "num_heads x head_dim": queries,
+            "num_kv_heads x head_dim": keys,
+        }
         wrong = [f"{name} is {size}" for name, size in sizes.items() if size % 16]
         return [("float8", f"needs sizes that are multiples of 16, and {', '.join(wrong)} (drop it)")] if wrong else []
 
@@ -202,7 +208,9 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.max_positions is not None and self.position != "learned":
             found.append(("max_positions", f'is for learned positions, these are "{self.position}" (drop it)'))
         if self.position == "sinusoidal" and self.hidden_size % 2:
-            found.append(("hidden_size", f"{self.hidden_size} is odd, and sinusoidal positions come in pairs (use {self.hidden_size + 1})"))
+            found.append(
+                ("hidden_size", f"{self.hidden_size} is odd, and sinusoidal positions come in pairs (use {self.hidden_size + 1})")
+            )
         if self.position != "rope":
             if self.rope != Rope():
                 found.append(("rope", f'is for rotary positions, these are "{self.position}" (drop it)'))

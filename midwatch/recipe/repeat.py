@@ -82,7 +82,7 @@ def _named(stage: Stage, names: Names) -> Stage:
         mixture=_mixture(stage.mixture, names),
         max_epochs=_mixture(stage.max_epochs, names),
         anneal=tuple(msgspec.structs.replace(each, mixture=_mixture(each.mixture, names)) for each in stage.anneal),
-        policy=policy,
+        rollout=policy,
     )
 
 

@@ -25,13 +25,13 @@ OBJECTIVE_DATA = {
     "dpo": ("preference",),
     "ppo": ("sft", "preference"),
     "grpo": ("sft", "preference"),
-    "rejection": ("sft", "preference"),
-    "constitution": ("sft", "preference"),
+    "rejection_sampling": ("sft", "preference"),
+    "constitutional": ("sft", "preference"),
 }
 """The kinds of source each objective reads."""
 PARTS = {
-    "rejection": {"best": "sft", "pairs": "preference"},
-    "constitution": {"revisions": "sft", "pairs": "preference", "judged": "preference"},
+    "rejection_sampling": {"best": "sft", "pairs": "preference"},
+    "constitutional": {"revisions": "sft", "pairs": "preference", "judged": "preference"},
 }
 """What the objectives make that make data, and of which kind each is."""
 
@@ -55,7 +55,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stage of the pipeline. Lengths are in optimizer steps, contexts in tokens, batches in samples."""
 
     name: str
-    objective: Literal["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "rejection", "constitution"]
+    objective: Literal["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "rejection_sampling", "constitutional"]
     steps: int
     context: int
     global_batch: int
@@ -74,9 +74,9 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base: str | None = msgspec.field(default=None, name="from")
     """Earlier stage whose product this one begins with; the one before it, past reward models, where it is left out."""
     rollout: Rollout | None = None
-    """PPO and GRPO: how responses are drawn and learned from. Rejection sampling and constitution: how they are drawn."""
+    """PPO and GRPO: how responses are drawn and learned from. The objectives that make data: how they are drawn."""
     principles: tuple[str, ...] = ()
-    """Constitution: what a response is held against, one principle at a time."""
+    """Objective `constitutional`: the principles that responses are revised by, one at a time."""
     repeat: Repeat | None = None
     """The stages since an earlier one, and this one, are taken several times."""
     micro_batch: int = 8
@@ -268,11 +268,13 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         elif self.rollout is not None:
             message = f"is for objectives that draw responses, and the objective is {self.objective} (drop it)"
             found.append(("rollout", message))
-        if (self.objective == "constitution") != bool(self.principles):
-            way = "give some" if self.objective == "constitution" else "drop them"
-            found.append(("principles", f"are what constitution holds responses against ({way})"))
+        if (self.objective == "constitutional") != bool(self.principles):
+            way = "give some" if self.objective == "constitutional" else "drop them"
+            found.append(("principles", f"are what constitutional revises responses by ({way})"))
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
-            found.append(("warmup_steps", f"{self.warmup_steps} steps do not fit into a stage of {self.steps} (use 0 to {self.steps})"))
+            found.append(
+                ("warmup_steps", f"{self.warmup_steps} steps do not fit into a stage of {self.steps} (use 0 to {self.steps})")
+            )
         return found
 
     def _rollout_problems(self) -> list[str]:
@@ -281,8 +283,9 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ways = f"{-(-drawn // self.global_batch) * self.global_batch // self.rollout_settings.num_generations} prompts"
             found.append(f"a rollout of {drawn} responses is not a multiple of global_batch {self.global_batch} (use {ways})")
         if self.rollout_settings.max_new_tokens >= self.context:
-            found.append(f"{self.rollout_settings.max_new_tokens} tokens of a response leave no room for a prompt in a context of {self.context}")
-        if self.objective in ("grpo", "rejection") and self.rollout_settings.num_generations < 2:
+            response = self.rollout_settings.max_new_tokens
+            found.append(f"{response} tokens of a response leave no room for a prompt in a context of {self.context}")
+        if self.objective in ("grpo", "rejection_sampling") and self.rollout_settings.num_generations < 2:
             found.append("responses to one prompt are held against each other (set num_generations to 2 or more)")
         return found
 

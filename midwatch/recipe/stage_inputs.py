@@ -35,7 +35,7 @@ def reward_model_stage(stages: Sequence[Stage], index: int, taken: Collection[st
 
 def judged(stage: Stage) -> bool:
     """Whether a reward model scores its responses."""
-    return (stage.draws or stage.objective == "rejection") and stage.rollout_settings.function is None
+    return (stage.draws or stage.objective == "rejection_sampling") and stage.rollout_settings.function is None
 
 
 def passed_over(stages: Sequence[Stage], index: int, taken: Collection[str]) -> str | None:
@@ -59,7 +59,7 @@ def problems(stages: Sequence[Stage], index: int) -> list[tuple[str, str]]:
     if judged(stage) and reward_model_stage(stages, index) is None:
         wanted = "" if stage.rollout_settings.reward is None else f'"{stage.rollout_settings.reward}" is none: '
         way = f"there are: {_listed(rewards)}" if rewards else "put one before it, or set policy.function"
-        found.append(("policy", f"{wanted}it needs an earlier stage with objective reward ({way})"))
+        found.append(("rollout", f"{wanted}it needs an earlier stage with objective reward ({way})"))
     return found
 
 

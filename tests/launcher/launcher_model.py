@@ -14,9 +14,9 @@ RECIPE = """
 [run]
 name = "talk"
 [model]
-layers = 1
-width = 16
-heads = 2
+num_layers = 1
+hidden_size = 16
+num_heads = 2
 [[data.source]]
 name = "text"
 kind = "text"

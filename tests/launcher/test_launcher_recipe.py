@@ -28,9 +28,9 @@ GOOD = """\
 name = "tiny"
 
 [model]
-layers = 2
-width = 64
-heads = 4
+num_layers = 2
+hidden_size = 64
+num_heads = 4
 
 [[data.source]]
 name = "text"
@@ -420,7 +420,7 @@ SPREAD = (
 [parallel]
 tensor = 4
 [cluster]
-backend = "agents"
+backend = "external"
 ranks_per_node = 2
 nodes = "12:16"
 """
@@ -438,7 +438,7 @@ nodes = "12:16"
         ),
         ('nodes = "12:16"', "nodes = 3", "nodes =", '3 nodes of 2 ranks cannot make .*use nodes = "3:4" or ranks_per_node = 4'),
         (
-            '"agents"\nranks_per_node = 2\nnodes = "12:16"',
+            '"external"\nranks_per_node = 2\nnodes = "12:16"',
             '"local"',
             "[cluster]",
             "1 node of 1 rank cannot make .*need .use ranks_per_node = 4.$",

@@ -48,9 +48,9 @@ RECIPE = """
 [run]
 name = "longer"
 [model]
-layers = 1
-width = 16
-heads = 2
+num_layers = 1
+hidden_size = 16
+num_heads = 2
 {model}
 [[data.source]]
 name = "topics"

@@ -19,24 +19,32 @@ from trainer.model import document_offsets
 from trainer.model.decoder import Decoder
 
 VOCABULARY = 61
-LLAMA = Model(layers=4, width=32, heads=8, kv_heads=4, hidden=48)
+LLAMA = Model(num_layers=4, hidden_size=32, num_heads=8, num_kv_heads=4, intermediate_size=48)
 MODELS = {
     "llama": LLAMA,
-    "untied": msgspec.structs.replace(LLAMA, tied=False),
-    "one key head": msgspec.structs.replace(LLAMA, kv_heads=1, hidden=40),
+    "untied": msgspec.structs.replace(LLAMA, tie_embeddings=False),
+    "one key head": msgspec.structs.replace(LLAMA, num_kv_heads=1, intermediate_size=40),
     "bloom": Model(
-        layers=3, width=32, heads=4, position="alibi", norm="layernorm", mlp="gelu", bias=True, embedding_norm=True, hidden=64
+        num_layers=3,
+        hidden_size=32,
+        num_heads=4,
+        position="alibi",
+        norm="layernorm",
+        mlp="gelu",
+        bias=True,
+        embedding_norm=True,
+        intermediate_size=64,
     ),
     "gpt": Model(
-        layers=3,
-        width=32,
-        heads=4,
+        num_layers=3,
+        hidden_size=32,
+        num_heads=4,
         position="learned",
         max_positions=64,
         norm="layernorm",
         mlp="relu",
         bias=True,
-        norm_place="after",
+        norm_place="post",
     ),
 }
 
@@ -177,14 +185,14 @@ LAYOUTS: dict[str, tuple[Parallel, int]] = {
     "pipeline": (Parallel(pipeline=2), 1),
     "interleaved": (Parallel(pipeline=2, schedule="interleaved"), 1),
     "context": (Parallel(), 4),
-    "hybrid": (Parallel(shard=2), 1),
+    "hybrid": (Parallel(hsdp_shard_size=2), 1),
     "tensor, data": (Parallel(tensor=2), 1),
     "tensor, pipeline": (Parallel(tensor=2, pipeline=2), 1),
     "tensor, interleaved": (Parallel(tensor=2, pipeline=2, schedule="interleaved"), 1),
     "tensor, context": (Parallel(tensor=2), 2),
     "pipeline, context": (Parallel(pipeline=2), 2),
     "context, data": (Parallel(), 2),
-    "context, hybrid": (Parallel(shard=2), 2),
+    "context, hybrid": (Parallel(hsdp_shard_size=2), 2),
     "offloaded": (Parallel(tensor=2, offload="parameters"), 1),
 }
 
@@ -214,7 +222,7 @@ def test_a_kernel_that_wants_documents_bounds_is_given_them_in_every_layout(tmp_
 
 def test_what_needs_less_memory_gives_the_same(tmp_path: Path) -> None:
     ways: list[dict[str, Any]] = [
-        {"activation_checkpointing": mode, "mlp_tile": tile, "loss_tile": 16}
+        {"activation_checkpointing": mode, "mlp_chunk_tokens": tile, "loss_chunk_tokens": 16}
         for mode in ("none", "selective", "block", "offloaded")
         for tile in (None, 11)
     ]

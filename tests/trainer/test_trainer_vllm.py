@@ -86,7 +86,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
 
 def run(recipe: Recipe, vllm: Vllm, place: Path, tied: bool, stage: Stage, by: Any = steered) -> tuple[Path, Ranks]:
     """A pretraining and then a stage that the server draws for; it has heads of 32, the least that vLLM has kernels for."""
-    model = msgspec.structs.replace(recipe.model, width=64, heads=2, kv_heads=1, tied=tied)
+    model = msgspec.structs.replace(recipe.model, hidden_size=64, num_heads=2, num_kv_heads=1, tie_embeddings=tied)
     root = built(msgspec.structs.replace(recipe, model=model), place, "run", stage, every=4)
     generate = Generate(engine="vllm", url=vllm.url, weights=str(place / "weights"), timeout=60)
     write_recipe(root, msgspec.structs.replace(load_recipe(root / "recipe.toml"), generate=generate))
@@ -128,14 +128,14 @@ def test_ppo_of_a_tied_model(recipe: Recipe, vllm: Vllm, tmp_path: Path) -> None
         assert ranks.wait(300) == [0], logs(root)
     finally:
         ranks.kill()
-    found = series(Told.read(root), "policy/mismatch")
+    found = series(Told.read(root), "policy/logprob_mismatch")
     assert len(found) == 8
     assert max(found) <= MISMATCH
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_grpo_of_an_untied_model(temperature: float, recipe: Recipe, vllm: Vllm, tmp_path: Path) -> None:
-    given = {"objective": "grpo", "prompts": 4, "responses": 4, "temperature": temperature}
+    given = {"objective": "grpo", "prompts": 4, "num_generations": 4, "temperature": temperature}
     root, ranks = run(recipe, vllm, tmp_path, False, ppo(8, **given, epochs=1, global_batch=16, micro_batch=4, lr=1e-3))
     try:
         if not vllm.runs:
@@ -144,7 +144,7 @@ def test_grpo_of_an_untied_model(temperature: float, recipe: Recipe, vllm: Vllm,
         assert ranks.wait(300) == [0], logs(root)
     finally:
         ranks.kill()
-    found = series(Told.read(root), "policy/mismatch")
+    found = series(Told.read(root), "policy/logprob_mismatch")
     assert len(found) == 8
     assert max(found) <= MISMATCH
     assert not [text for text in alarms(root) if "weights" in text]
@@ -172,6 +172,6 @@ def test_an_output_layer_that_was_not_taken_over_is_found_before_anything_is_lea
         until(lambda: any("answers with other weights than it was told to load" in text for text in alarms(root)))
     finally:
         ranks.kill()
-    found = series(Told.read(root), "policy/mismatch")
+    found = series(Told.read(root), "policy/logprob_mismatch")
     assert all(each <= MISMATCH for each in found)
     assert len(found) <= 1

@@ -189,7 +189,7 @@ def placed(
     that loads new weights into a running model needs it: vLLM keeps the old output layer where the file has none.
     """
     if untied and model.tie_embeddings and not stage.scalar:
-        model = msgspec.structs.replace(model, tied=False)
+        model = msgspec.structs.replace(model, tie_embeddings=False)
         tensors = tensors | {"head.weight": tensors["embedding.weight"]}
     parts = layout(model, family, vocabulary, stage.scalar)
     if stage.position_factor != 1.0 and family == "gpt2":

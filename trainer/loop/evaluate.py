@@ -112,7 +112,12 @@ def _gaps(scores: Tensor, rows: DeviceRows) -> Tensor:
 
 def exam_settings(stage: Stage) -> dict[str, float]:
     """What objectives need of a stage whose live settings are another's by now."""
-    return {"beta": stage.beta, "label_smoothing": stage.label_smoothing, "margin": stage.margin, "centre": stage.center_rewards}
+    return {
+        "beta": stage.beta,
+        "label_smoothing": stage.label_smoothing,
+        "margin": stage.margin,
+        "center_rewards": stage.center_rewards,
+    }
 
 
 def _as_reported(training: Training, task: EvalTask, found: dict[str, float]) -> dict[str, float]:

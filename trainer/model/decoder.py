@@ -37,9 +37,9 @@ class MemoryOptions:
     """What a forward does to need less memory."""
 
     recompute: Mode = "none"
-    mlp_tile: int | None = None
+    mlp_chunk_tokens: int | None = None
     """Tokens that pass through an MLP at a time."""
-    loss_tile: int = 4096
+    loss_chunk_tokens: int = 4096
     """Tokens whose logits are there at a time."""
 
 
@@ -116,7 +116,9 @@ class MLP(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.kind, self.is_last = config.mlp, config.norm_place == "pre"
-        self.gate = ColumnParallelLinear(config.hidden_size, config.hidden_width, bias=config.bias) if config.mlp == "swiglu" else None
+        self.gate = (
+            ColumnParallelLinear(config.hidden_size, config.hidden_width, bias=config.bias) if config.mlp == "swiglu" else None
+        )
         self.up = ColumnParallelLinear(config.hidden_size, config.hidden_width, bias=config.bias)
         self.down = RowParallelLinear(config.hidden_width, config.hidden_size, bias=config.bias)
 
@@ -171,10 +173,10 @@ class Block(nn.Module):
         def run(x: Tensor) -> Tensor:
             if self.norm_after:
                 x = self.attention_norm(x + self.attention(x, rotation, seen, sharding))
-                x = self.mlp_norm(x + self.mlp(x, sharding, memory.mlp_tile))
+                x = self.mlp_norm(x + self.mlp(x, sharding, memory.mlp_chunk_tokens))
             else:
                 x = x + self.attention(self.attention_norm(x), rotation, seen, sharding)
-                x = x + self.mlp(self.mlp_norm(x), sharding, memory.mlp_tile)
+                x = x + self.mlp(self.mlp_norm(x), sharding, memory.mlp_chunk_tokens)
             return x
 
         return recomputed(memory.recompute, run, x)
@@ -201,7 +203,9 @@ class Decoder(nn.Module):
         # A dictionary, so that a block has the same name in whatever part it is.
         self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(part.start, part.stop)})
         self.norm = make_norm(config) if part.last and config.norm_place == "pre" else None
-        self.head = None if config.tie_embeddings or scalar or not part.last else nn.Linear(config.hidden_size, vocabulary, bias=False)
+        self.head = (
+            None if config.tie_embeddings or scalar or not part.last else nn.Linear(config.hidden_size, vocabulary, bias=False)
+        )
         self.score = nn.Linear(config.hidden_size, 1, bias=False) if scalar and part.last else None
         self.set_positions(config.rope, 1)
 
@@ -250,7 +254,7 @@ class Decoder(nn.Module):
         x = x if self.temperature == 1.0 else x / self.temperature  # the same as of logits
         if targets is None:
             return sharding.whole(F.linear(x, weight).float(), time)
-        return sharding.whole(likelihood(x, weight, sharding.take(targets, mine), self.memory.loss_tile, entropy), time)
+        return sharding.whole(likelihood(x, weight, sharding.take(targets, mine), self.memory.loss_chunk_tokens, entropy), time)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first block takes, from tokens and positions [batch, time]."""

@@ -70,8 +70,8 @@ def collect(training: Training) -> dict[str, float] | None:
     training.phase("training")
     usage = training.local_engine().usage
     if slots := sum(each.slots for each in usage):
-        metrics["perf/kv_used"] = sum(each.tokens for each in usage) / slots
-        metrics["perf/kv_padded"] = sum(each.tokens for each in usage) / max(1, sum(each.padded for each in usage))
+        metrics["perf/kv_cache_utilization"] = sum(each.tokens for each in usage) / slots
+        metrics["perf/kv_padded_ratio"] = sum(each.tokens for each in usage) / max(1, sum(each.padded for each in usage))
     scored = time.monotonic()
     metrics |= {"perf/generate_seconds": generated - began, "perf/score_seconds": scored - generated}
     tokens = float(sum(map(len, drawn.responses)))
@@ -133,7 +133,9 @@ def _noted(training: Training, drawn: SampledResponses, given: Tensor) -> tuple[
     put off.
     """
     stage, drawn_at = training.stage.stage, training.progress.drawn
-    coefficient = training.progress.settings["kl"] * (drawn_at.kl_scale if stage.rollout_settings.kl_target is not None else 1.0)
+    coefficient = training.progress.settings["kl_coef"] * (
+        drawn_at.kl_scale if stage.rollout_settings.kl_target is not None else 1.0
+    )
     policy, written = stage.rollout_settings, drawn.rows.mask
     old, entropy = log_probs_and_entropy(training, training.model, drawn)
     assert training.reference is not None
@@ -143,15 +145,15 @@ def _noted(training: Training, drawn: SampledResponses, given: Tensor) -> tuple[
     mask = written * learned[:, None]
     metrics = distances(old, reference, entropy, written) | _scores_of(given)
     metrics |= {
-        "policy/truncated": 1 - sum(drawn.ended) / max(1, len(drawn.ended) - drawn.skipped),
+        "policy/truncated_fraction": 1 - sum(drawn.ended) / max(1, len(drawn.ended) - drawn.skipped),
         "policy/empty": float(drawn.skipped),
         "policy/unscored": float(len(scored) - drawn.skipped - int(scored.sum())),
         "policy/skipped": float(len(learned) - int(learned.sum())),
         "policy/kl_coefficient": coefficient,
-        "policy/mismatch": float((old - drawn.engine).abs().sum()) / max(1.0, float(written.sum())),
-        "policy/version": float(drawn.version),
+        "policy/logprob_mismatch": float((old - drawn.engine).abs().sum()) / max(1.0, float(written.sum())),
+        "policy/weights_step": float(drawn.version),
     }
-    if not metrics["policy/mismatch"] <= policy.mismatch and _mismatched(training, metrics["policy/mismatch"]):
+    if not metrics["policy/logprob_mismatch"] <= policy.mismatch and _mismatched(training, metrics["policy/logprob_mismatch"]):
         return None
     worth = real(_normalised(training, given, scored) if policy.normalise else given, scored)
     rows = drawn.rows._replace(mask=mask)
@@ -191,7 +193,7 @@ def _scores_of(given: Tensor) -> dict[str, float]:
     there = given[given.isfinite()]
     if not len(there):
         return {}
-    return {"policy/reward": float(there.mean()), "policy/reward_deviation": float(there.std()) if len(there) > 1 else 0.0}
+    return {"policy/reward": float(there.mean()), "policy/reward_std": float(there.std()) if len(there) > 1 else 0.0}
 
 
 def distances(policy: Tensor, reference: Tensor, entropy: Tensor, mask: Tensor) -> dict[str, float]:

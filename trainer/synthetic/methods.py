@@ -45,11 +45,11 @@ def step(training: Training) -> tuple[Made, dict[str, float]] | None:
     prompts = _prompts(training)
     found = None
     if prompts is not None:
-        found = rejection(training, prompts) if stage.objective == "rejection" else constitution(training, prompts)
+        found = rejection(training, prompts) if stage.objective == "rejection_sampling" else constitution(training, prompts)
     if found is None or prompts is None:
         return None
     made, metrics = found
-    return made, metrics | {"made/skipped": float(stage.global_batch - len(prompts))}
+    return made, metrics | {"synthetic/skipped": float(stage.global_batch - len(prompts))}
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,9 @@ def rejection(training: Training, prompts: Sequence[SynthesisPrompt]) -> tuple[M
         "policy/reward": sum(known) / max(1, len(known)),
         "policy/empty": float(sum(not answer.text for answer in answers)),
         "policy/unscored": float(len(scored) - drawn.skipped - len(known)),
-        "made/gain": sum(gained) / max(1, len(gained)),
-        "made/best": float(len(made["best"])),
-        "made/pairs": float(len(made["pairs"])),
+        "synthetic/gain": sum(gained) / max(1, len(gained)),
+        "synthetic/best": float(len(made["best"])),
+        "synthetic/pairs": float(len(made["pairs"])),
     }
     return made, metrics
 
@@ -215,10 +215,10 @@ def constitution(training: Training, prompts: Sequence[SynthesisPrompt]) -> tupl
             made["judged"].append(_pair(_messages(prompt.turns), better, worse) | told)
     changed = sum(a.text != b.text for a, b in zip(answers, revisions, strict=True))
     return made, {
-        "made/revisions": float(len(made["revisions"])),
-        "made/changed": changed / max(1, len(answers)),
-        "made/judged": float(len(made["judged"])),
-        "made/certainty": sum(abs(each) for each in sure) / max(1, len(sure)),
+        "synthetic/revisions": float(len(made["revisions"])),
+        "synthetic/changed": changed / max(1, len(answers)),
+        "synthetic/judged": float(len(made["judged"])),
+        "synthetic/certainty": sum(abs(each) for each in sure) / max(1, len(sure)),
     }
 
 

@@ -163,12 +163,12 @@ def _from_llama(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UnknownConfigError(str(error)) from None
     heads, width = config["num_attention_heads"], config["hidden_size"]
     keys: dict[str, Any] = {
-        "layers": config["num_hidden_layers"],
-        "width": width,
-        "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
-        "head_width": config.get("head_dim") or _share(width, heads, "heads"),
-        "hidden": config["intermediate_size"],
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": width,
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or _share(width, heads, "heads"),
+        "intermediate_size": config["intermediate_size"],
         "position": "rope",
         "norm": "rmsnorm",
         "norm_place": "pre",
@@ -179,7 +179,7 @@ def _from_llama(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention_bias": bool(config.get("attention_bias", False)),
         "rope_theta": theta,
         "rope": rope,
-        "tied": bool(config.get("tie_word_embeddings", False)),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "vocabulary": config["vocab_size"],
         "max_position_embeddings": config.get("max_position_embeddings", DEFAULT_POSITIONS),
     }
@@ -207,11 +207,11 @@ def _from_gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     width = config["n_embd"]
     return _biased(config["n_layer"], width, config["n_head"], config.get("layer_norm_epsilon", 1e-5)) | {
-        "hidden": config.get("n_inner") or 4 * width,
+        "intermediate_size": config.get("n_inner") or 4 * width,
         "position": "learned",
         "max_positions": config["n_positions"],
         "embedding_norm": False,
-        "tied": bool(config.get("tie_word_embeddings", True)),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
         "vocabulary": config["vocab_size"],
     }
 
@@ -222,21 +222,21 @@ def _from_bloom(config: Mapping[str, Any]) -> dict[str, Any]:
     layers = config.get("n_layer") or config["num_hidden_layers"]
     heads = config.get("n_head") or config["num_attention_heads"]
     return _biased(layers, width, heads, config.get("layer_norm_epsilon", 1e-5)) | {
-        "hidden": 4 * width,
+        "intermediate_size": 4 * width,
         "position": "alibi",
         "embedding_norm": True,
-        "tied": bool(config.get("tie_word_embeddings", True)),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
         "vocabulary": config["vocab_size"],
     }
 
 
 def _biased(layers: int, width: int, heads: int, eps: float) -> dict[str, Any]:
     return {
-        "layers": layers,
-        "width": width,
-        "heads": heads,
-        "kv_heads": heads,
-        "head_width": _share(width, heads, "heads"),
+        "num_layers": layers,
+        "hidden_size": width,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": _share(width, heads, "heads"),
         "norm": "layernorm",
         "norm_place": "pre",
         "norm_eps": float(eps),

@@ -50,7 +50,7 @@ def misfits(model: Model, family: Family) -> list[str]:
     found = []
     for name, value in want.items():
         if getattr(model, name) != value:
-            key = {"attention_biased": "attention_bias", "key_value_heads": "kv_heads"}.get(name, name)
+            key = {"attention_biased": "attention_bias", "key_value_heads": "num_kv_heads"}.get(name, name)
             found.append(f"{key} is {_shown(getattr(model, name))}, not {_shown(value)}")
     if family != "llama" and model.num_heads * model.head != model.hidden_size:
         found.append(f"its {model.num_heads} heads of {model.head} are not as wide as the model, {model.hidden_size}")
@@ -121,7 +121,9 @@ def _gpt2(model: Model, vocabulary: int) -> dict[str, MappedParameter]:
     for i in range(model.num_layers):
         ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
         found |= _normed(f"{ours}.attention_norm", f"{theirs}.ln_1", model.hidden_size)
-        found |= _linear(f"{ours}.attention.qkv", f"{theirs}.attn.c_attn", 3 * model.hidden_size, model.hidden_size, transposed=True)
+        found |= _linear(
+            f"{ours}.attention.qkv", f"{theirs}.attn.c_attn", 3 * model.hidden_size, model.hidden_size, transposed=True
+        )
         for kind in ("weight", "bias"):
             # GPT-2 has all queries, then all keys, then all values.
             pieces = tuple(
@@ -144,7 +146,9 @@ def _bloom(model: Model, vocabulary: int) -> dict[str, MappedParameter]:
     for i in range(model.num_layers):
         ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
         found |= _normed(f"{ours}.attention_norm", f"{theirs}.input_layernorm", model.hidden_size)
-        found |= _linear(f"{ours}.attention.qkv", f"{theirs}.self_attention.query_key_value", 3 * model.hidden_size, model.hidden_size)
+        found |= _linear(
+            f"{ours}.attention.qkv", f"{theirs}.self_attention.query_key_value", 3 * model.hidden_size, model.hidden_size
+        )
         found |= _linear(f"{ours}.attention.out", f"{theirs}.self_attention.dense", model.hidden_size, model.hidden_size)
         found |= _normed(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", model.hidden_size)
         found |= _linear(f"{ours}.mlp.up", f"{theirs}.mlp.dense_h_to_4h", model.hidden_width, model.hidden_size)
