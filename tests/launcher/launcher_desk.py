@@ -70,7 +70,7 @@ def write_checkpoint(root: Path, directory: str, id: str, generation: int = 1, *
     data = id.encode() * 100
     (place / "data.bin").write_bytes(data)
     manifest = {
-        "format": 2,
+        "format": 3,
         "id": id,
         "generation": generation,
         "files": {"data.bin": {"bytes": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)}},

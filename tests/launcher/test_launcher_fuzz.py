@@ -148,7 +148,7 @@ def fuzz_checkpoint(tmp_path: Path) -> Subject:
     content = bytes(1000)
     (place / "data.bin").write_bytes(content)
     manifest = {
-        "format": 2, "id": "a", "generation": 1, "files": {"data.bin": {"bytes": 1000, "xxh3": xxhash.xxh3_128_hexdigest(content)}},
+        "format": 3, "id": "a", "generation": 1, "files": {"data.bin": {"bytes": 1000, "xxh3": xxhash.xxh3_128_hexdigest(content)}},
         "tensors": {}, "state": {"step": 1}, "world": 1,
     }  # fmt: skip
 

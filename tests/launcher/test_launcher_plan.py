@@ -259,7 +259,7 @@ def test_what_only_flash_attn_computes_is_told() -> None:
 
     assert told() == []
     assert told(position="alibi") == ["pretrain, extend, dpo: ALiBi is reckoned with flash-attn"]
-    assert told(head_width=68) == ["dpo: masked documents are reckoned with flash-attn"]
+    assert told(head_dim=68) == ["dpo: masked documents are reckoned with flash-attn"]
 
 
 def test_a_recipe_for_processors_is_planned_on_them_with_its_threads() -> None:

@@ -64,7 +64,7 @@ def test_a_rank_of_a_pipeline_has_its_layers_and_the_ends_their_tables() -> None
 def test_the_parts_of_all_ranks_are_the_whole(tensor: int, pipeline: int, virtual: int, tied: bool) -> None:
     """Once, but for norms, which each tensor-parallel rank has, and a tied table, which both ends of a pipeline have."""
     model = msgspec.structs.replace(LLAMA, tie_embeddings=tied)
-    schedule = {"schedule": "interleaved", "virtual": virtual} if virtual > 1 else {}
+    schedule = {"schedule": "interleaved", "virtual_stages": virtual} if virtual > 1 else {}
     here = setting(msgspec.convert({"tensor": tensor, "pipeline": pipeline} | schedule, Parallel), stage(), 64, model)
     shares = [share_of(here.mesh, model, rank) for rank in range(pipeline)]
     assert sum(sum(share.layers) for share in shares) == 80

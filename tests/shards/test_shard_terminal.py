@@ -140,11 +140,11 @@ def test_closed_streams_are_as_if_nobody_listened(closed: str, tmp_path: Path) -
 
 BAR = """
 import time
-from shards.progress import Progress, Screen
+from shards.progress import ProgressReport, Screen
 
 def work():
     with Screen() as screen:
-        screen(Progress("verify", 1, 10, "bytes", 1.0, None, "shards"))
+        screen(ProgressReport("verify", 1, 10, "bytes", 1.0, None, "shards"))
         time.sleep(60)
     return 0
 """

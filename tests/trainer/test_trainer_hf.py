@@ -298,11 +298,11 @@ def test_a_recipe_learns_its_sizes_from_the_directory_and_keeps_them(source: Any
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("layers = 4", "[model] layers: 4 contradicts 3 of"),
-        ("tied = true", "[model] tied: True contradicts False of"),
+        ("num_layers = 4", "[model] num_layers: 4 contradicts 3 of"),
+        ("tie_embeddings = true", "[model] tie_embeddings: True contradicts False of"),
         ("rope = {kind = 'yarn', factor = 2}", "(set it in a stage)"),
         ("max_positions = 12", "[model] max_positions: the model of"),
-        ("layer = 4", "unknown key 'layer' (did you mean 'layers'?)"),
+        ("num_layer = 4", "unknown key 'num_layer' (did you mean 'num_layers'?)"),
     ],
 )
 def test_what_contradicts_the_directory_is_an_error_that_names_both(model: str, message: str, source: Any, tmp_path: Path) -> None:

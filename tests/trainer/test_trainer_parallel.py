@@ -66,7 +66,7 @@ class Case(msgspec.Struct):
     more: dict[str, Any] = {}
 
     def __str__(self) -> str:
-        sizes = {name: getattr(self.parallel, name) for name in ("tensor", "pipeline", "schedule", "shard", "offload")}
+        sizes = {name: getattr(self.parallel, name) for name in ("tensor", "pipeline", "schedule", "hsdp_shard_size", "offload")}
         return f"{self.model} {sizes} context {self.context} masked {self.masked} kernel {self.kernel} {self.more}"
 
 

@@ -213,7 +213,7 @@ from midwatch.recipe.model import Model
 from trainer_meter import SETTINGS, rows
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 from trainer.distributed.mesh import World
 
 torch.set_num_threads(1)
@@ -226,7 +226,7 @@ def resident(name):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 def train(config, vocabulary, count, time):
-    model = Network(config, vocabulary, world)
+    model = ShardedModel(config, vocabulary, world)
     model.initialise(0)
     optimizer = Optimizer(model.parameters(), world.device)
     for _ in range(2):

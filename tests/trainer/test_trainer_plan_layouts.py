@@ -53,7 +53,7 @@ def world() -> Iterator[MakeWorld]:
         ("bfloat16", {}, 4, {"context_parallel": 4}),
         ("one key head", {}, 2, {"context_parallel": 2, "context": 512}),
         ("bfloat16", {"tensor": 2}, 4, {"context_parallel": 2, "activation_checkpointing": "block"}),
-        ("llama", {"shard": 2}, 4, {"context_parallel": 2}),
+        ("llama", {"hsdp_shard_size": 2}, 4, {"context_parallel": 2}),
         ("llama", {"offload": "parameters"}, 2, {"activation_checkpointing": "offloaded"}),
         ("bfloat16", {}, 2, {"activation_checkpointing": "selective", "mlp_chunk_tokens": 64}),
         ("llama", {}, 4, {"mlp_chunk_tokens": 64, "loss_chunk_tokens": 64, "activation_checkpointing": "block"}),
@@ -114,7 +114,7 @@ LONG = """
 import gc, torch, torch.distributed as dist
 from midwatch.recipe import Model, Parallel
 from trainer_meter import SETTINGS, rows, stage
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
 from trainer.distributed.mesh import lay_out
@@ -128,7 +128,7 @@ def resident(name):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 def train(context):
-    model = Network(Model(num_layers=4, hidden_size=96, num_heads=2), 8000, world)
+    model = ShardedModel(Model(num_layers=4, hidden_size=96, num_heads=2), 8000, world)
     model.initialise(0)
     optimizer = Optimizer(model.parameters(), world.device)
     memory = {"activation_checkpointing": "block", "mlp_chunk_tokens": 256, "loss_chunk_tokens": 256}
