@@ -13,7 +13,7 @@ from launcher.controller.command_queue import Dispatch
 from launcher.controller.context import ControllerContext
 from launcher.controller.supervision.generations import Generations
 from launcher.controller.watch_rules import WatchRules
-from launcher.metrics.chunks import MetricFrame, MetricRow
+from launcher.metrics.chunks import MetricFrame, StepMetrics
 from midwatch import protocol as p
 from midwatch.journal import journal as j
 from midwatch.metrics.m4_columns import LineageSegment
@@ -67,7 +67,7 @@ class Reports:
         if not isinstance(row, p.Metrics):
             return False
         context = self._context
-        stored = MetricRow(lineage=row.lineage, step=row.step, tokens=row.tokens, time=row.time, values=row.values)
+        stored = StepMetrics(lineage=row.lineage, step=row.step, tokens=row.tokens, time=row.time, values=row.values)
         new = context.metrics.add(MetricFrame(source, message.number, [stored]))
         if new and row.lineage == context.ledger.lineage:
             self._see(row)

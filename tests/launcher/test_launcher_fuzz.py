@@ -161,7 +161,7 @@ def fuzz_checkpoint(tmp_path: Path) -> Subject:
 
 
 def fuzz_metrics(tmp_path: Path) -> Subject:
-    rows = [chunks.MetricRow(0, step, step * 10, 1.5, {"train/loss": 1.0 / step, "train/lr": 0.1}) for step in range(1, 20)]
+    rows = [chunks.StepMetrics(0, step, step * 10, 1.5, {"train/loss": 1.0 / step, "train/lr": 0.1}) for step in range(1, 20)]
     body = msgspec.msgpack.encode(chunks.MetricFrame("rank", 1, rows))
     folder, index = tmp_path / "metrics", tmp_path / "index"
     folder.mkdir()

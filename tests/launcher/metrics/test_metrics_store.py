@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.metrics.chunks import MetricChunkWriter, MetricFrame, MetricRow, encode, read_frames
+from launcher.metrics.chunks import MetricChunkWriter, MetricFrame, StepMetrics, encode, read_frames
 from launcher.metrics.dedup import NumberRanges
 from launcher.metrics.store import MEMORY, MetricStore, usable_index
 from midwatch.metrics.m4_columns import LineageSegment
@@ -21,7 +21,7 @@ PATH = [LineageSegment(0, -1, None)]
 
 def frame(number: int, source: str = "rank0", step: int | None = None, value: float | None = None) -> MetricFrame:
     step = number if step is None else step
-    return MetricFrame(source, number, [MetricRow(0, step, step, float(step), {"loss": float(step) if value is None else value})])
+    return MetricFrame(source, number, [StepMetrics(0, step, step, float(step), {"loss": float(step) if value is None else value})])
 
 
 def opened(folder: Path, term: int | None = None) -> MetricStore:
