@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from midwatch.protocol.base import Verb, StrictMessage
+from midwatch.protocol.base import StrictMessage, Verb
 
 # Screens, the command line and other clients.
 

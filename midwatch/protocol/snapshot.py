@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from midwatch.protocol.agents import NodeStats
-from midwatch.protocol.base import State, LenientMessage
+from midwatch.protocol.base import LenientMessage, State
 from midwatch.protocol.commands import CommandView
 from midwatch.protocol.queries import JournalLine
 from midwatch.protocol.ranks import Lineage
