@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from launcher.backends.choice import check_backend
 from launcher.backends.slurm.jobs import elsewhere
 from midwatch.journal.journal import JournalError, read_journal
 from midwatch.journal.run_state import Ledger
@@ -67,6 +68,10 @@ def make_run(recipe: Recipe, directory: Path | None) -> RunPaths:
 def check_recipe(recipe_file: Path) -> Recipe:
     """Loads a recipe and looks for the files that it names. Raises RecipeError."""
     recipe = load_recipe(recipe_file)
+    try:
+        check_backend(recipe)
+    except RecipeError as error:
+        raise RecipeError(f"{recipe_file}: {error}") from None
     for source in recipe.data.source:
         if source.path is not None and "://" not in source.path and not glob.glob(source.path, recursive=True):
             raise RecipeError(f'{recipe_file}: source "{source.name}": there is nothing at {source.path}')

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from launcher.backends import backend_of
+from launcher.backends.choice import backend_of
 from launcher.controller import recovery
 from launcher.controller.annotation.desk import Preferring
 from launcher.controller.checkpoints import Commits

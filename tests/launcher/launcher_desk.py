@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import xxhash
 
-from launcher.backends import Started
+from launcher.backends.base import Started
 from launcher.controller import __main__ as controller
 from launcher.controller import recovery
 from launcher.controller.context import ControllerContext

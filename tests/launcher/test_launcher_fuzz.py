@@ -13,8 +13,7 @@ import msgspec
 import pytest
 import xxhash
 
-from launcher.backends import StartError
-from launcher.backends.ssh import started
+from launcher.backends.base import StartError, started
 from launcher.controller.annotation import prompts, records, store
 from launcher.controller.rollout_samples import Samples, Written
 from launcher.metrics import chunks
