@@ -13,10 +13,10 @@ import msgspec
 from launcher.backends.choice import check_backend
 from launcher.backends.slurm.jobs import elsewhere
 from midwatch.journal.journal import JournalError, read_journal
+from midwatch.journal.run_identity import claim
 from midwatch.journal.run_state import Ledger
 from midwatch.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from midwatch.run_directory import PRIVATE_FILE, RunPaths, cache_directories, controller_lives, runtime_directory, write_atomically
-from midwatch.run_identity import claim
 from midwatch.transport.access import group_id
 from midwatch.transport.ssh_url import RemoteError, RemoteRun, parse_remote
 from shards.build.build import build_key, conflict, is_built

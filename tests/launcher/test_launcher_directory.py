@@ -19,10 +19,10 @@ from launcher.backends.local import LocalBackend
 from launcher.backends.slurm.jobs import Job, read_job, write_job
 from midwatch.directory_identity import DirectoryId, DirectoryWatch
 from midwatch.journal import journal as j
+from midwatch.journal.run_identity import claim, read_record, run_id
 from midwatch.processes import birth_of, lives
 from midwatch.recipe import Cluster
 from midwatch.run_directory import Address, RunPaths, find_controller, is_foreign, write_address
-from midwatch.run_identity import claim, read_record, run_id
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_a_place_is_one_agents_until_that_has_gone(paths: RunPaths, monkeypatch:
 async def test_a_copy_waits_until_it_is_resumed_and_leaves_the_originals_agents_and_commands_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launcher.controller.copies import settle_copy
+    from launcher.controller.core.copies import settle_copy
 
     async with desk_at(tmp_path / "run", monkeypatch, "training") as desk:
         command = desk.give("checkpoint")

@@ -15,7 +15,7 @@ import xxhash
 
 from launcher.backends.base import StartError, started
 from launcher.controller.annotation import prompts, records, store
-from launcher.controller.rollout_samples import Samples, Written
+from launcher.controller.core.rollout_samples import Samples, Written
 from launcher.metrics import chunks
 from launcher.metrics.store import MetricStore
 from launcher.plan import Assumptions, PlanError, plan_recipe

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from launcher_desk import Desk, desk_at, make_recipe, write_checkpoint
 
-from launcher.controller import recovery
-from launcher.controller.snapshot import SnapshotBuilder
+from launcher.controller.core import recovery
+from launcher.controller.core.snapshot import SnapshotBuilder
 from midwatch import protocol as p
 from midwatch.checkpoint_format import verify as files
 from midwatch.journal import journal as j

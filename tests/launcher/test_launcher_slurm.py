@@ -13,9 +13,9 @@ from launcher.backends.base import StartError
 from launcher.backends.external import JoiningBackend
 from launcher.backends.slurm.jobs import Job, JobState, SlurmError, elsewhere, read_job, script, write_job
 from midwatch.directory_identity import DirectoryId
+from midwatch.journal.run_identity import claim
 from midwatch.recipe import Cluster, Parallel, parse_recipe
 from midwatch.run_directory import Address, RunPaths
-from midwatch.run_identity import claim
 from midwatch.transport.node_join import NodeJoin, check_url, make_key, read_key_file, ways_to
 from midwatch.transport.tls_identity import KeysError
 from tests.system.harness import recipe_text

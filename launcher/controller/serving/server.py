@@ -18,14 +18,14 @@ from websockets.asyncio.server import Server, ServerConnection, unix_serve
 from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.annotation.desk import Preferring
-from launcher.controller.clients import Clients
-from launcher.controller.command_queue import Dispatch
-from launcher.controller.context import ControllerContext
+from launcher.controller.commands.clients import Clients
+from launcher.controller.commands.command_queue import Dispatch
+from launcher.controller.commands.rank_reports import Reports
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.queries import Queries
+from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.probe.sessions import Probing
-from launcher.controller.queries import Queries
-from launcher.controller.rank_reports import Reports
 from launcher.controller.serving.peers import Peer, Refusals, Rivals, Roles, quiet
-from launcher.controller.snapshot import SnapshotBuilder
 from launcher.controller.supervision.generations import Generations
 from midwatch import protocol as p
 from midwatch.journal import journal as j

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from launcher.controller import recovery
-from launcher.controller.checkpoints import Commits
-from launcher.controller.context import ControllerContext
-from launcher.controller.data_build import BuildError, Building, ShortageError
-from launcher.controller.recipechange import note_change
+from launcher.controller.core import recovery
+from launcher.controller.core.checkpoints import Commits
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.data_build import BuildError, Building, ShortageError
+from launcher.controller.core.recipe_change import note_change
 from launcher.controller.supervision.failure_attribution import first_failure, only_victims
 from launcher.controller.supervision.hangs import Hanging
 from launcher.controller.supervision.node_pool import Pool, Send, TooFewNodes

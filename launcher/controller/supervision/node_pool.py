@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launcher.backends.base import Backend, StartError
-from launcher.controller.context import ControllerContext, Node
+from launcher.controller.core.context import ControllerContext, Node
 from midwatch.journal import journal as j
 from midwatch.protocol import AgentHello, Message, NodeStats
 

@@ -14,11 +14,11 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.annotation.desk import Preferring, Question
-from launcher.controller.command_queue import Dispatch
-from launcher.controller.context import ControllerContext
+from launcher.controller.commands.command_queue import Dispatch
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.queries import Queries
+from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.probe.sessions import Probing
-from launcher.controller.queries import Queries
-from launcher.controller.snapshot import SnapshotBuilder
 from midwatch import protocol as p
 from midwatch.journal import journal as j
 

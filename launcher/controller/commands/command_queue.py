@@ -13,8 +13,8 @@ from typing import Any, Literal, cast
 
 import msgspec
 
-from launcher.controller.checkpoints import Commits
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.checkpoints import Commits
+from launcher.controller.core.context import ControllerContext
 from launcher.controller.supervision.generations import Generations
 from midwatch.commands import OPS, TABLE, Doing, check_arguments
 from midwatch.journal import journal as j

@@ -14,15 +14,15 @@ from typing import Literal
 
 import msgspec
 
-from launcher.controller.rollout_samples import Samples
+from launcher.controller.core.rollout_samples import Samples
 from launcher.metrics.store import MetricStore
 from midwatch.directory_identity import DirectoryWatch
 from midwatch.journal import journal as j
+from midwatch.journal.run_identity import claim
 from midwatch.journal.run_state import Ledger
 from midwatch.protocol import CommandView, NodeStats, Phase, State, Straggler
 from midwatch.recipe import Recipe
 from midwatch.run_directory import RunPaths, mount_of
-from midwatch.run_identity import claim
 
 log = logging.getLogger("launcher.controller")
 
