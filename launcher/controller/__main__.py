@@ -27,6 +27,7 @@ from launcher.controller.core.checkpoints import Commits
 from launcher.controller.core.context import ControllerContext
 from launcher.controller.core.copies import settle_copy
 from launcher.controller.core.data_build import Building
+from launcher.controller.core.events import GenerationBegan, RolledBack
 from launcher.controller.core.queries import Queries
 from launcher.controller.core.recipe_change import note_change, run_began
 from launcher.controller.core.snapshot import SnapshotBuilder
@@ -117,7 +118,7 @@ async def serve(paths: RunPaths) -> int:
             path=str(paths.root.resolve()),
         )
         write_address(paths.address, address)
-        term.generations.on_begun = lambda: _note_generation(paths, address, context.ledger.generation)
+        context.events.subscribe(GenerationBegan, lambda event: _note_generation(paths, address, event.generation))
         beats = asyncio.create_task(_beat(paths, address), name="beat")
         await term.run()
     except j.Ousted as error:
@@ -182,7 +183,7 @@ class Term:
         self.generations = Generations(context, commits, Building(context), pool)
         self.dispatch = Dispatch(context, commits, self.generations)
         self.watching = WatchRules(context.recipe.watch, self._rule_fires)
-        self.dispatch.on_rollback = self.watching.forget
+        context.events.subscribe(RolledBack, lambda _: self.watching.forget())
         view = SnapshotBuilder(context)
         reports = Reports(context, commits, self.dispatch, self.generations, self.watching)
         self.probing = Probing(context, commits)

@@ -179,7 +179,7 @@ def test_made_documents_are_the_same_however_the_build_runs(make_spec: Callable[
     [
         (Clean(quality=Quality()), "quality.good is not set"),
         (Clean(perplexity=Perplexity(reference="nowhere.txt")), "nowhere.txt: no such file"),
-        (Clean(near_dup_threshold=0.3), "near is 0.3"),
+        (Clean(near_dup_threshold=0.3), "near_dup_threshold is 0.3"),
         (Clean(language=Language(min_score=2)), "min_score is 2"),
     ],
     ids=["no path", "path", "near", "share"],

@@ -61,6 +61,8 @@ class ConnectionServer:
         probing: Probing,
         preferring: Preferring,
     ) -> None:
+        self._senders: dict[ServerConnection, asyncio.Task[None]] = {}
+        """What sends for each connection."""
         self._context, self._dispatch, self._generations = context, dispatch, generations
         self._reports = reports
         self._clients = Clients(context, dispatch, view, queries, probing, preferring)
@@ -166,7 +168,7 @@ class ConnectionServer:
                     await connection.send(await outbox.get())
 
         task = asyncio.create_task(work())
-        task_of[connection] = task
+        self._senders[connection] = task
         return lambda message: outbox.put_nowait(p.encode(message))
 
     # Ranks
@@ -212,7 +214,7 @@ class ConnectionServer:
         finally:
             if control:
                 self._dispatch.rank_went(send)
-            task_of.pop(connection).cancel()
+            self._senders.pop(connection).cancel()
 
     async def _take_control(self, connection: ServerConnection, hello: p.RankHello, send: Callable[[p.Message], None]) -> None:
         async for frame in connection:
@@ -288,8 +290,4 @@ class ConnectionServer:
                 self._generations.agent_told(hello.node, p.decode(frame))
         finally:
             self._generations.agent_went(hello.node, send)
-            task_of.pop(connection).cancel()
-
-
-task_of: dict[ServerConnection, asyncio.Task[None]] = {}
-"""What sends for each connection."""
+            self._senders.pop(connection).cancel()
