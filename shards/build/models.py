@@ -14,15 +14,15 @@ from typing import IO
 
 import msgspec
 
-from shards.format.seekable_zstd import sync_directory
-from shards.errors import ShardError, SpecError
 from shards.build.checksummed_files import hash_of, load_bytes, save_bytes
-from shards.build.workspace import Work
-from shards.readers.hidden import is_hidden
-from shards.tokenization.records import Document
 from shards.build.sources import Rejected, read_unit, units
-from shards.spec import Clean, Origin, Source
+from shards.build.workspace import Work
+from shards.errors import ShardError, SpecError
+from shards.format.seekable_zstd import sync_directory
 from shards.format.writer import kept_aside
+from shards.readers.hidden import is_hidden
+from shards.spec import Clean, Origin, Source
+from shards.tokenization.records import Document
 
 SEALED = ".seal"
 ASIDE = "rejected.jsonl"

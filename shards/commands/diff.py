@@ -73,7 +73,7 @@ def _said(value: Any) -> str:
 
 def _spec(a: Path, b: Path) -> list[Difference]:
     """Keys of the two specs, but for where they were built."""
-    from shards.build.build import read_marker
+    from shards.build.marker import read_marker
 
     plain = []
     for root in (a, b):

@@ -26,7 +26,7 @@ def directories(path: Path) -> list[Path]:
     found = sorted(file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{FILE_NAME}"))
     if not found:
         raise SpecError(f"{path}: no shards here (give the directory that was built, or one of a source in it)")
-    from shards.build.build import read_marker
+    from shards.build.marker import read_marker
 
     marker = read_marker(path)
     if marker is not None and not marker.done:

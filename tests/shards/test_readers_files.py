@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from shards.build.build import build, build_key
+from shards.build.build import build
+from shards.build.marker import build_key
 from shards.build.sources import ReadPosition, Rejected, broken, documents, fingerprint, read_unit, units
 from shards.errors import ShardError, SpecError
 from shards.readers.base import DAMAGED, NULS
@@ -286,7 +287,7 @@ def test_keys_that_do_not_fit_are_refused(change: dict[str, Any], message: str) 
 
 
 def test_keys_that_are_not_used_do_not_change_what_is_built() -> None:
-    """The first is what this spec is called since files are read as they are now (shards.build.build.READING)."""
+    """The first is what this spec is called since files are read as they are now (shards.build.marker.READING)."""
     assert build_key(Build(data=Data(source=(source("x", name="a"),)), out="o")) == "cf684e2a6b7d960e110f37785c405401"
     keys = {
         build_key(Build(data=Data(source=(source("x", **more),)), out="o"))

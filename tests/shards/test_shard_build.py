@@ -19,7 +19,8 @@ import psutil
 import pytest
 import zstandard
 
-from shards.build.build import build, build_key, is_built
+from shards.build.build import build
+from shards.build.marker import build_key, is_built
 from shards.build.sources import ReadPosition, Rejected, is_held_out
 from shards.errors import ShardError, SpecError
 from shards.format import manifest

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import xxhash
 
-from shards.build.build import build, build_key, conflict, is_built
+from shards.build.build import build
+from shards.build.marker import build_key, conflict, is_built
 from shards.errors import ShardError, SpecError
 from shards.format import manifest
 from shards.format.corpus import Corpus
@@ -151,7 +152,7 @@ def test_another_template_is_another_build(tmp_path: Path) -> None:
     assert is_built(spec)
     assert "tokenizer.template was" in conflict(spec_of(tmp_path, template="chatml"))
     file.write_text(GOOD + "\n\n.")
-    assert not is_built(spec) and "said something else" in conflict(spec)
+    assert not is_built(spec) and "had other content" in conflict(spec)
     moved = tmp_path / "moved.jinja"
     moved.write_text(GOOD)
     assert is_built(spec_of(tmp_path, template=str(moved))), "where the file lies does not count"
