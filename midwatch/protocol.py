@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from shards.decoding import UNDECODABLE, brief
+from shards.common.decoding import UNDECODABLE, brief
 
 VERSION = 2
 MAX_FRAME = 16 * 1024 * 1024

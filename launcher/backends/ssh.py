@@ -14,7 +14,7 @@ from midwatch.recipe import Cluster
 from midwatch.run_directory import RunPaths
 from midwatch.transport.ssh import SILENT, Ssh, SshError, remote_command
 from midwatch.transport.tls_identity import RunKeys
-from shards.decoding import Count, DecodeError, json_as
+from shards.common.decoding import Count, DecodeError, json_as
 
 START_SECONDS = 60.0
 

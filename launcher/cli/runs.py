@@ -19,7 +19,7 @@ from midwatch.run_identity import claim
 from midwatch.transport.access import group_id
 from midwatch.transport.ssh_url import RemoteError, RemoteRun, parse_remote
 from shards.build.marker import build_key, conflict, is_built
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.tokenization.tokenizer import check_template
 
 

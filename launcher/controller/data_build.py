@@ -20,8 +20,8 @@ from midwatch.signals import send_signal
 from shards.build.marker import is_built
 from shards.build.report import left_out
 from shards.commands import BUSY
-from shards.decoding import DecodeError, json_as
-from shards.errors import ShardError
+from shards.common.decoding import DecodeError, json_as
+from shards.common.errors import ShardError
 from shards.spec import Build
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from shards.decoding import UNDECODABLE, brief
+from shards.common.decoding import UNDECODABLE, brief
 
 FORMAT = 2
 """2: queries, keys and values of a group of heads lie together; one step count for all parameters."""

@@ -21,15 +21,15 @@ from pathlib import Path
 from shards.build import report as reporting
 from shards.build.marker import build_key, claim, is_built, write_marker
 from shards.build.runner import AFTER_TOKENIZER, BEFORE_TOKENIZER, begin, run
-from shards.build.sources import fingerprint
 from shards.build.streams import streams
 from shards.build.train_tokenizer import make_tokenizer
 from shards.build.workspace import Work
 from shards.build.write import write_source
-from shards.errors import BusyError, ShardError
+from shards.common.errors import BusyError, ShardError
+from shards.common.progress import ProgressMeter, Report
 from shards.format import manifest as manifests
 from shards.format.manifest import SPLITS
-from shards.progress import ProgressMeter, Report
+from shards.readers.sources import fingerprint
 from shards.spec import Build, check
 from shards.tokenization.encode import Workers
 from shards.tokenization.tokenizer import check_template

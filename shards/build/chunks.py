@@ -19,7 +19,7 @@ import xxhash
 import zstandard
 
 from shards.build.checksummed_files import damaged
-from shards.format.seekable_zstd import TEMPORARY
+from shards.common.files import TEMPORARY
 from shards.tokenization.records import Document, SampledAnswer
 
 FRAME_BYTES = 1 << 20  # of text in a frame

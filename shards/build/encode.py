@@ -19,9 +19,9 @@ import xxhash
 
 from shards.build.checksummed_files import lines, load_arrays, load_bytes, save_bytes
 from shards.build.chunks import DocumentChunk, StoredDocument
-from shards.build.sources import KEPT_ASIDE, Rejected
 from shards.build.workspace import Name, Work
-from shards.format.seekable_zstd import Array
+from shards.common.arrays import Array
+from shards.readers.sources import KEPT_ASIDE, Rejected
 from shards.tokenization.encode import Encoded, encode, notes, refusal
 from shards.tokenization.records import Document
 from shards.tokenization.templates import kept

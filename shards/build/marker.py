@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import xxhash
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
+from shards.common.files import TEMPORARY, write_atomically
 from shards.format import manifest as manifests
-from shards.format.seekable_zstd import TEMPORARY, write_atomically
 from shards.spec import STDLIB_KINDS, TEMPLATES, Build, Source
 from shards.tokenization.templates import DEFAULT, read
 

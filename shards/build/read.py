@@ -10,9 +10,9 @@ import msgspec
 
 from shards.build.checksummed_files import Sealed, save_bytes
 from shards.build.chunks import DocumentChunkWriter, size_of, stored
-from shards.build.sources import Rejected, broken, is_held_out, read_unit, unreadable
 from shards.build.workspace import Name, ReadUnit, Work
-from shards.errors import ShardError
+from shards.common.errors import ShardError
+from shards.readers.sources import Rejected, broken, is_held_out, read_unit, unreadable
 from shards.tokenization.records import Document
 
 CHUNK_DOCUMENTS = 16_384

@@ -12,7 +12,7 @@ from shards.build.models import beside
 from shards.build.read import refuse_broken
 from shards.build.steps import STEPS, BuildStep, do, forget, left
 from shards.build.workspace import Work
-from shards.progress import ProgressMeter
+from shards.common.progress import ProgressMeter
 from shards.tokenization.encode import Workers
 
 BEFORE_TOKENIZER = ("read", "sign", "exact", "near", "verify", "model", "clean", "make")

@@ -14,9 +14,9 @@ from typing import Any
 
 from shards.build import encode
 from shards.build.encode import EncodedDocument
-from shards.build.sources import ReadPosition, Rejected
-from shards.build.sources import documents as read_documents
 from shards.build.workspace import Work
+from shards.readers.sources import ReadPosition, Rejected
+from shards.readers.sources import documents as read_documents
 from shards.readers.splits import Records
 from shards.readers.stdlib import Wanted
 from shards.spec import Source

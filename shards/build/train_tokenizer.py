@@ -7,9 +7,9 @@ from pathlib import Path
 from shards.build.marker import read_marker, write_marker
 from shards.build.streams import documents
 from shards.build.workspace import Work
-from shards.errors import ShardError
-from shards.format.seekable_zstd import write_atomically
-from shards.progress import ProgressMeter
+from shards.common.errors import ShardError
+from shards.common.files import write_atomically
+from shards.common.progress import ProgressMeter
 from shards.readers.splits import divide
 from shards.tokenization.encode import Workers
 from shards.tokenization.records import Document

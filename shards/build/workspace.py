@@ -20,9 +20,9 @@ import numpy.typing as npt
 from shards.build import checksummed_files
 from shards.build.chunks import DocumentChunk
 from shards.build.filter_stats import Funnel, together
-from shards.build.sources import Unit, changed, fingerprint, units
-from shards.errors import ShardError
-from shards.format.seekable_zstd import write_atomically
+from shards.common.errors import ShardError
+from shards.common.files import write_atomically
+from shards.readers.sources import Unit, changed, fingerprint, units
 from shards.spec import Build, Clean, Source
 
 DIRECTORY = "work"

@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 
 from shards.build.encode import EncodedDocument, concatenated
-from shards.build.sources import KEPT_ASIDE, Rejected, changed, describe, fingerprint, unreadable
+from shards.build.split_writer import PROGRESS, SourceProgress, SplitWriter
 from shards.build.streams import RecordStream
 from shards.build.workspace import Work
+from shards.common.files import kept_if_written
+from shards.common.progress import ProgressMeter
 from shards.format import manifest as manifests
 from shards.format.manifest import SPLITS, SplitManifest
-from shards.format.writer import PROGRESS, SourceProgress, SplitWriter, kept_aside
-from shards.progress import ProgressMeter
+from shards.readers.sources import KEPT_ASIDE, Rejected, changed, describe, fingerprint, unreadable
 from shards.readers.splits import divide
 from shards.tokenization.encode import Encoded, Workers, notes, refusal
 from shards.tokenization.records import Document
@@ -59,7 +60,7 @@ def write_source(work: Work, stream: RecordStream, tokenizer: Tokenizer, pool: W
     with (
         SplitWriter(directory / "train", source, spec.data, tokenizer, progress, held_out=False) as train,
         SplitWriter(directory / "held_out", source, spec.data, tokenizer, progress, held_out=True) as held,
-        kept_aside(directory / "rejected.jsonl") as aside,
+        kept_if_written(directory / "rejected.jsonl") as aside,
     ):
         for encoded, batch in _encoded(stream, pool, _batches(work, stream, (train, held), tokenizer)):
             noted += batch.notes

@@ -11,11 +11,11 @@ import msgspec
 import numpy as np
 
 from shards.commands.output import working
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
+from shards.common.terminal import write_json, write_out
 from shards.format.corpus import Corpus, sources
 from shards.format.manifest import FILE_NAME as MANIFEST
 from shards.format.manifest import SPLITS, SplitManifest, load
-from shards.terminal import write_json, write_out
 from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
 CHUNK = 1024  # documents compared at a time

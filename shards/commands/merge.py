@@ -17,13 +17,13 @@ from pathlib import Path
 import msgspec
 
 from shards.commands.output import size, working
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
+from shards.common.progress import ProgressMeter
+from shards.common.terminal import write_json, write_out
 from shards.format.corpus import sources
 from shards.format.manifest import SPLITS, Shard, SplitManifest, load, verify
 from shards.format.seekable_zstd import ColumnFile
-from shards.progress import ProgressMeter
 from shards.spec import Build
-from shards.terminal import write_json, write_out
 from shards.tokenization.templates import FILE_NAME as TEMPLATE_FILE
 from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 

@@ -22,7 +22,7 @@ import pytest
 from shards.build import hashing
 from shards.build import report as reporting
 from shards.build.build import build
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.format.corpus import Corpus
 from shards.readers import stdlib
 from shards.spec import Build, Clean, Source, TokenizerSpec
@@ -202,7 +202,7 @@ def test_a_limited_source_is_read_as_far_by_a_resumed_build(
         if (tmp_path / "resumed/a/train/tokens-00001.zst").exists():
             raise Stop
 
-    monkeypatch.setattr("shards.progress.INTERVAL", 0.0)
+    monkeypatch.setattr("shards.common.progress.INTERVAL", 0.0)
     with pytest.raises(Stop):
         build(make_spec(tmp_path / "resumed", **data), stop, workers=0)
     assert (tmp_path / "resumed/a/progress.json").exists()

@@ -18,9 +18,9 @@ import zstandard
 
 from shards.build.build import build
 from shards.build.marker import build_key
-from shards.build.sources import ReadPosition, Rejected, broken, documents, fingerprint, read_unit, units
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
 from shards.readers.base import DAMAGED, NULS
+from shards.readers.sources import ReadPosition, Rejected, broken, documents, fingerprint, read_unit, units
 from shards.spec import Build, Data, Source, TokenizerSpec, check
 from shards.tokenization.records import Document
 
@@ -184,7 +184,7 @@ def test_empty_files_and_documents_are_told_of(tmp_path: Path) -> None:
 
 PEAK = """
 import json, sys
-from shards.build.sources import read_unit, units
+from shards.readers.sources import read_unit, units
 from shards.tokenization.records import Document
 from shards.spec import Source
 given = Source(name="a", kind="text", origin=sys.argv[2], path=sys.argv[1])

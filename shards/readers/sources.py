@@ -13,7 +13,7 @@ from types import ModuleType
 
 import xxhash
 
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
 from shards.readers import stdlib
 from shards.readers.base import KEPT_ASIDE, LONGEST_RECORD, NULS, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.compressed import COMPRESSED
