@@ -23,8 +23,8 @@ from midwatch.recipe.text import TextError, home_expanded, read_recipe_text
 from midwatch.recipe.toml import TomlError, dump_toml, parse_toml, too_large
 from midwatch.recipe.toml_lines import Path as KeyPath
 from midwatch.recipe.toml_lines import key_lines, line_of
-from shards.decoding import brief, shown
-from shards.errors import SpecError
+from shards.common.decoding import brief, shown
+from shards.common.errors import SpecError
 from shards.sampling.mixing import covers
 from shards.spec import TEMPLATES, Build, Data, Source
 from shards.spec import check as check_build

@@ -13,7 +13,7 @@ from midwatch.recipe.bounds import MOST_COUNT, MOST_STEPS, MOST_TOKENS, bounded
 from midwatch.recipe.mixture import Anneal
 from midwatch.recipe.model import Model, Rope
 from midwatch.recipe.rollout import Rollout
-from shards.decoding import LARGEST
+from shards.common.decoding import LARGEST
 from shards.sampling.mixing import Mixing, MixtureBy
 
 ObjectiveKind = Literal["text", "sft", "preference", "scored", "prompt"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import zstandard
 
-from shards.optional import need
+from shards.common.optional import need
 from shards.readers.base import DAMAGED, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.compressed import DAMAGE, LARGEST_WINDOW
 from shards.readers.files import stream

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.build.sources import Rejected, read_unit, units
+from shards.readers.sources import Rejected, read_unit, units
 from shards.readers.texlexer import lexed
 from shards.spec import Source
 from shards.tokenization.records import Document

@@ -12,10 +12,10 @@ import zstandard
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from shards.build.sources import Rejected, read_unit, units
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.readers.base import DAMAGED
 from shards.readers.code import language, of_path, of_text
+from shards.readers.sources import Rejected, read_unit, units
 from shards.spec import Source
 from shards.tokenization.records import Document
 

@@ -11,10 +11,10 @@ import pytest
 from shards.build import report as reporting
 from shards.build.build import build
 from shards.build.chunks import stored
-from shards.build.sources import Rejected
 from shards.format import manifest
 from shards.format.corpus import Corpus
 from shards.readers.layouts import documents
+from shards.readers.sources import Rejected
 from shards.spec import Build, Clean, Data, Source, TokenizerSpec
 from shards.tokenization.encode import encode, refusal
 from shards.tokenization.records import Document
