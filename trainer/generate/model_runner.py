@@ -94,8 +94,11 @@ class Runner:
     def _seen(self, chunks: Items[Chunk], slots: Tensor) -> Seen:
         device = self._device
         rows = rows_of(slots, self.config.key_value_heads, self.size)
-        if self._kernel:
+        if self._kernel:  # which reads nothing past a sequence's end
             return Seen(rows, tables=tables(chunks, device), slopes=self._slopes)
+        size = self.size
+        fresh = [page for chunk in chunks for page in chunk.sequence.pages[-(-chunk.start // size) : -(-chunk.stop // size)]]
+        begun = self._sent(fresh) if fresh else None
         single = [chunk for chunk in chunks if chunk.stop - chunk.start == 1]
         those = continued(single, self.size, self._slopes, self.config.key_value_heads, device)
         pieces, start = [], len(single)
@@ -104,7 +107,7 @@ class Runner:
             held = chunk.sequence.pages[: -(-chunk.stop // self.size)]
             pieces.append(Piece(start, stop, chunk.start, on_device(held, torch.int64, device)))
             start = stop
-        return Seen(rows, those, tuple(pieces), slopes=self._slopes)
+        return Seen(rows, those, tuple(pieces), slopes=self._slopes, begun=begun)
 
     def _forward(self, tokens: Tensor, positions: Tensor, seen: Seen) -> Tensor:
         """[1, tokens] -> [1, tokens, width]"""

@@ -241,12 +241,14 @@ class Decoder(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         if self.score is not None:
-            return spread.whole(self.score(x)[..., 0].float().clone(), time)
+            # In float32: scores of one size that differ by little would be the same number in bfloat16.
+            return spread.whole(F.linear(x.float(), self.score.weight.float())[..., 0].clone(), time)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        x = x if self.temperature == 1.0 else x / self.temperature  # the same as of logits
         if targets is None:
-            return spread.whole(F.linear(x, weight).float(), time)
-        return spread.whole(likelihood(x, weight, spread.take(targets, mine), self.thrift.loss_tile, entropy), time)
+            logits = F.linear(x, weight).float()
+            return spread.whole(logits if self.temperature == 1.0 else logits / self.temperature, time)
+        wanted = spread.take(targets, mine)
+        return spread.whole(likelihood(x, weight, wanted, self.thrift.loss_tile, entropy, self.temperature), time)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first block takes, from tokens and positions [batch, time]."""
