@@ -263,8 +263,11 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.draws or self.makes:
             found += [(f"policy.{key}", message) for key, message in self.rollout.problems()]
             found += [("policy", message) for message in self._rollout_problems()]
-            if self.objective != "grpo" and self.rollout.normalisation != "token":
-                found.append(("policy.normalisation", f'is for objective "grpo", this stage\'s is "{self.objective}" (drop it)'))
+            for key, objective in self.rollout.of_one_objective():
+                if objective != self.objective:
+                    found.append(
+                        (f"policy.{key}", f'is for objective "{objective}", this stage\'s is "{self.objective}" (drop it)')
+                    )
         elif self.policy is not None:
             message = f"is for objectives that draw responses, and the objective is {self.objective} (drop it)"
             found.append(("policy", message))

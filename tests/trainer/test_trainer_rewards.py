@@ -320,10 +320,15 @@ def test_grpo_weighs_by_responses_where_the_recipe_says_so(build: Build) -> None
     assert series(by_response, "train/tokens")[12] == series(by_token, "train/tokens")[12]
 
 
-def test_a_recipes_normalisation_is_checked(recipe: Recipe) -> None:
+def test_what_a_recipes_policy_says_is_checked(recipe: Recipe) -> None:
     for stage, says in (
         (ppo(1, normalisation="sequence"), 'policy.normalisation: is for objective "grpo", this stage\'s is "ppo" (drop it)'),
         (ppo(1, objective="grpo", responses=2, normalisation="batch"), "normalisation"),
+        (ppo(1, advantage="leave-one-out"), 'policy.advantage: is for objective "grpo", this stage\'s is "ppo" (drop it)'),
+        # Read by nobody, the coefficient stays as it is.
+        (ppo(1, objective="grpo", responses=2, kl_target=6.0), 'policy.kl_target: is for objective "ppo", this stage\'s is "grpo"'),
+        (ppo(1, objective="grpo", responses=2, value_clip=0.2), 'policy.value_clip: is for objective "ppo"'),
+        (ppo(1, objective="grpo", responses=2, gamma=0.99), 'policy.gamma: is for objective "ppo"'),
         (ppo(1, temperature=0.001), "policy.temperature: must lie between 0.01 and 100"),
     ):
         text = dump_recipe(msgspec.structs.replace(recipe, stage=(recipe.stage[0], stage))).replace("{}/rewards", "/tmp/rewards")
