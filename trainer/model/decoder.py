@@ -7,7 +7,7 @@ seed and the parameter's name: whatever the number of ranks, the model is the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,16 @@ class Linear(nn.Linear):
         return out if bias is None else out + bias
 
 
+def of_all_tokens(x: Tensor, spread: Spread, *layers: Linear) -> list[Tensor]:
+    """What each layer gives of the tokens of all tensor-parallel ranks, from this rank's, [batch, time, inward]."""
+    plain = all(layer.product is F.linear for layer in layers)
+    if spread.tensor.size == 1 or not plain or torch.compiler.is_compiling():
+        x = spread.gather(x)
+        return [layer(x) for layer in layers]
+    biases = [None if layer.bias is None else held(layer.bias) for layer in layers]
+    return list(spread.gathered_products(x, [held(layer.weight) for layer in layers], biases))
+
+
 class Joining(nn.Module):
     """A linear layer whose inputs are divided among tensor-parallel ranks; the sum comes out, to each rank of its own tokens."""
 
@@ -101,7 +111,7 @@ class Attention(nn.Module):
         self.out = Joining(config.heads * self.head, config.width, bias=bias)
 
     def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible, spread: Spread) -> Tensor:
-        qkv: Tensor = self.qkv(spread.gather(x))
+        (qkv,) = of_all_tokens(x, spread, self.qkv)
         grouped = qkv.view(*qkv.shape[:2], -1, self.queries + 2, self.head)
         q, k, v = (each.flatten(2, 3).transpose(1, 2) for each in torch.split(grouped, [self.queries, 1, 1], dim=-2))
         if rotation is not None:
@@ -122,12 +132,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, spread: Spread, tile: int | None = None) -> Tensor:
         """tile: tokens that pass through at a time, of which only what goes in is kept for the backward."""
-        gathered = spread.gather(x)
-        if tile is None or gathered.shape[0] * gathered.shape[1] <= tile:
-            inner = self._inner(gathered)
+        if tile is None or x.shape[0] * x.shape[1] * spread.tensor.size <= tile:
+            inner = self._inner(of_all_tokens(x, spread, *self._inward))
             with passing(self.is_last):
                 out: Tensor = self.down(inner, spread)
             return out
+        gathered = spread.gather(x)
         with passing():
             parts = [again(self._partial, part) for part in torch.split(gathered.flatten(0, 1), tile)]
         with passing(self.is_last):
@@ -135,14 +145,17 @@ class MLP(nn.Module):
         return summed if self.down.bias is None else summed + held(self.down.bias, partial=True)
 
     def _partial(self, x: Tensor) -> Tensor:
-        return self.down.partial(self._inner(x))
+        return self.down.partial(self._inner([layer(x) for layer in self._inward]))
 
-    def _inner(self, x: Tensor) -> Tensor:
-        if self.gate is not None:
-            gate: Tensor = self.gate(x)
-            up: Tensor = self.up(x)
-            return F.silu(gate) * up
-        up = self.up(x)
+    @property
+    def _inward(self) -> list[Linear]:
+        return [self.up] if self.gate is None else [self.gate, self.up]
+
+    def _inner(self, found: Sequence[Tensor]) -> Tensor:
+        """From what `_inward` gives."""
+        *gates, up = found
+        if gates:
+            return F.silu(gates[0]) * up
         return F.gelu(up, approximate="tanh") if self.kind == "gelu" else F.relu(up)
 
 
