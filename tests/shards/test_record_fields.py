@@ -133,6 +133,17 @@ def test_a_record_that_means_something_else_is_rejected_by_its_field(more: dict[
         assert read(own | more) == reason
 
 
+@pytest.mark.parametrize("value", ["off", "on", "Off", True, False])
+@pytest.mark.parametrize("name", ["reasoning", "thinking"])
+def test_a_flag_that_says_whether_an_answer_reasons_is_no_reasoning(name: str, value: Any) -> None:
+    """As NVIDIA's Nemotron post-training data have it; where it is on, the reasoning is in the content."""
+    answer = ANSWER | {"content": "<think>two and two</think>4"}
+    for turns in ([ASK, answer], [ASK, answer | {name: value}]):
+        found = read({"messages": turns, name: value, "system_prompt": f"detailed thinking {value}"})
+        assert isinstance(found, Document)
+        assert found.parts == (f"detailed thinking {value}", "2+2?", answer["content"]) and not found.unread
+
+
 def test_what_a_judge_says_of_a_pair_does_not_reject_it() -> None:
     pair = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
     found = read(pair | {"label": False, "reasoning": "5 is wrong"}, "preference")
