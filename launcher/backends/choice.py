@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from launcher.backends.base import Backend
-from midwatch.extensions import ExtensionError
 from midwatch.recipe import Recipe, RecipeError
 from midwatch.recipe.cluster import BACKENDS
 from midwatch.run_directory import RunPaths
+from shards.common.extensions import ExtensionError
 
 
 def backend_of(recipe: Recipe, paths: RunPaths) -> Backend:

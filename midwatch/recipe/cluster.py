@@ -7,10 +7,10 @@ from typing import Literal
 
 import msgspec
 
-from midwatch.extensions import Registry
 from midwatch.recipe.bounds import MOST_COUNT, bounded
 from midwatch.recipe.hosts import expand
 from shards.common.decoding import shown
+from shards.common.extensions import Registry
 
 
 class Sbatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,4 +1,16 @@
-"""What all readers share: the unit that is read as one, how far it was read, and what is rejected."""
+"""What all readers share: the unit that is read as one, how far it was read, and what is rejected.
+
+A reader is a module with
+
+    SUFFIXES                       endings of the files that are read in a directory
+    KINDS                          kinds of source that it can be: text, sft, preference
+    OPTIONS                        keys of a source that it takes, of `shards.spec.build_spec.NOT_FOR_ALL`
+    read(source, unit, reading)    a unit's records in order: `Document` or `Rejected`; moves `reading.done`
+
+and, where it wants them, `units(source, files)` (what is read as one, if not a file), `wanted(name)` (in place of endings),
+`check(source)` (raises SpecError where a library is missing) and `DOTTED_ARE_HIDDEN = False`. A package can bring one by the entry
+point `midwatch.readers`.
+"""
 
 from __future__ import annotations
 

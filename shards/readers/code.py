@@ -15,6 +15,8 @@ from shards.spec import Source
 from shards.tokenization.records import Document
 
 SUFFIXES = tuple(LANGUAGES)
+KINDS = ("text",)
+OPTIONS = ("suffixes", "repository")
 DOTTED_ARE_HIDDEN = False  # .eslintrc.js and .github are code; what is none among them is counted as vendored
 LONGEST_FILE = 1 << 20  # bytes; longer files are data, as a rule
 LONG_LINE = 1000  # characters; of code a line in thousands, of data and of what is minified all

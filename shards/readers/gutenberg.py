@@ -12,6 +12,8 @@ from shards.spec import Source
 from shards.tokenization.records import Document
 
 SUFFIXES = (".txt",)
+KINDS = ("text",)
+OPTIONS = ("suffixes",)
 HEADER = 60_000  # characters in which a header ends; small prints of the 1990s have some 12,000
 _START = re.compile(
     # Since 2000; a long title goes on in the next line.

@@ -14,6 +14,8 @@ from shards.readers.layouts import Placed, documents
 from shards.spec import Source
 
 SUFFIXES = (".jsonl", ".ndjson")
+KINDS = ("text", "sft", "preference")
+OPTIONS = ("layout", "suffixes")
 _BOM = b"\xef\xbb\xbf"
 
 

@@ -21,6 +21,8 @@ from shards.spec import Source
 from shards.tokenization.records import Document
 
 SUFFIXES = (".tex", ".ltx", ".tar", ".tgz", ".gz")
+KINDS = ("text",)
+OPTIONS = ()
 SOURCES = (".tex", ".ltx", ".latex", ".txt")
 LARGEST_SOURCE = LONGEST_RECORD // 2  # bytes of all a paper's .tex files
 DEEPEST = 16  # levels of \input

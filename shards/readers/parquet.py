@@ -13,6 +13,8 @@ from shards.readers.layouts import Placed, documents
 from shards.spec import Source
 
 SUFFIXES = (".parquet",)
+KINDS = ("text", "sft", "preference")
+OPTIONS = ("layout", "suffixes")
 BATCH_BYTES = 8 << 20  # of rows decoded at once, by the row group's mean
 BATCH_ROWS = 1024
 

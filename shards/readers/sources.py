@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from types import ModuleType
 
 import xxhash
 
 from shards.common.errors import ShardError, SpecError
+from shards.common.extensions import ExtensionError
 from shards.readers import stdlib
 from shards.readers.base import KEPT_ASIDE, LONGEST_RECORD, NULS, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.compressed import COMPRESSED
 from shards.readers.files import InputFile, find
-from shards.spec import STDLIB_KINDS, Source
+from shards.spec import NOT_READ, READERS, STDLIB_KINDS, Source
 from shards.tokenization.records import Document
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "broken", "changed", "describe", "documents", "files", "fingerprint", "is_held_out", "read_unit", "units", "unreadable",
 ]  # fmt: skip
 
-READERS = ("jsonl", "text", "parquet", "code", "warc", "wet", "wikipedia", "stackexchange", "latex", "gutenberg")
 NAMED = 5  # broken files that an error names
 
 
@@ -36,9 +35,13 @@ def is_held_out(key: str, share: float, seed: int) -> bool:
 
 
 def _reader(source: Source) -> ModuleType:
-    if source.origin not in READERS:
+    if source.origin in NOT_READ:
         raise SpecError(f'source "{source.name}": origin {source.origin} is not read from files (the run makes it)')
-    return import_module(f"shards.readers.{source.origin}")
+    try:
+        module: ModuleType = READERS.load(source.origin)
+    except ExtensionError as error:
+        raise SpecError(f'source "{source.name}": origin: {error}') from None
+    return module
 
 
 def files(source: Source) -> list[InputFile]:

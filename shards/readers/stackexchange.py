@@ -22,6 +22,8 @@ from shards.spec import Source
 from shards.tokenization.records import Document
 
 SUFFIXES = ("posts.xml",)
+KINDS = ("text", "sft", "preference")
+OPTIONS = ("suffixes", "score_margin")
 QUESTION, ANSWER = "1", "2"  # PostTypeId
 _TABLE = "CREATE TABLE posts (question INTEGER, answer INTEGER, score INTEGER, accepted INTEGER, title TEXT, body TEXT)"
 _ORDERED = "SELECT * FROM posts ORDER BY question, answer > 0, score DESC, answer"

@@ -12,6 +12,8 @@ from shards.spec import Source
 from shards.tokenization.records import Document
 
 SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
+KINDS = ("text",)
+OPTIONS = ("suffixes",)
 PIECE = LONGEST_RECORD // 4  # bytes after which a document ends at the next line end
 
 

@@ -16,6 +16,8 @@ from shards.spec import Source
 from shards.tokenization.records import Document
 
 SUFFIXES = (".warc",)
+KINDS = ("text",)
+OPTIONS = ("suffixes",)
 LONGEST_PAGE = 8 << 20  # bytes of HTML
 PAGES = ("text/html", "application/xhtml+xml")
 _MARKUP = re.compile(rb"<(?:!doctype\s+html|html|head|body|title)\b", re.IGNORECASE)

@@ -10,8 +10,10 @@ from shards.readers.warc import address, check, content, records
 from shards.spec import Source
 from shards.tokenization.records import Document
 
-__all__ = ["SUFFIXES", "check", "read"]
+__all__ = ["KINDS", "OPTIONS", "SUFFIXES", "check", "read"]
 SUFFIXES = (".wet", ".warc.wet")
+KINDS = ("text",)
+OPTIONS = ("suffixes",)
 
 
 def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:

@@ -13,6 +13,8 @@ from shards.spec import Source
 from shards.tokenization.records import Document
 
 SUFFIXES = (".xml",)
+KINDS = ("text",)
+OPTIONS = ("suffixes",)
 FILE, CATEGORY, MEDIA = "6", "14", "-2"  # numbers of namespaces, the same in every language's wiki
 
 

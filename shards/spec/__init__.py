@@ -1,6 +1,8 @@
 """What to build, as structs: the sources, the tokenizer, how shards are cut, what is removed."""
 
 from shards.spec.build_spec import (
+    NOT_READ,
+    READERS,
     STDLIB_KINDS,
     TEMPLATES,
     Build,
@@ -16,6 +18,8 @@ from shards.spec.build_spec import (
 )
 
 __all__ = [
+    "NOT_READ",
+    "READERS",
     "STDLIB_KINDS",
     "TEMPLATES",
     "Build",

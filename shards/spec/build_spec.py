@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
+from shards.common.decoding import shown
 from shards.common.errors import SpecError
+from shards.common.extensions import ExtensionError, Registry
 from shards.filters.heuristics.settings import C4, FineWeb, GopherQuality, GopherRepetition, UniqueWords
 from shards.filters.settings import Contamination, Language, Perplexity, Pii, Quality, Toxicity
 
 Kind = Literal["text", "sft", "preference"]
-Origin = Literal[
-    "stdlib-code", "stdlib-docs", "stdlib-topics", "stdlib-sft", "stdlib-preference", "jsonl", "text", "stage",
-    "parquet", "code", "warc", "wet", "wikipedia", "stackexchange", "latex", "gutenberg", "made",
-]  # fmt: skip
+Origin = str
+"""One of STDLIB_KINDS, `stage`, `made`, or a reader of files."""
 Layout = Literal["auto", "plain", "messages", "alpaca", "sharegpt", "dolly", "oasst", "lima", "flan", "hh"]
 
 Made = Literal["related", "conversations", "tasks"]
@@ -29,29 +29,29 @@ STDLIB_KINDS: dict[str, Kind] = {
     "stdlib-sft": "sft",
     "stdlib-preference": "preference",
 }
-RECORDS = ("jsonl", "parquet")
-"""Origins of records with fields, which can be of every kind."""
-KINDS: dict[str, tuple[Kind, ...]] = {
-    **dict.fromkeys((*RECORDS, "stackexchange", "stage"), ("text", "sft", "preference")),
-    "made": ("text", "sft"),
-    **dict.fromkeys(("text", "code", "warc", "wet", "wikipedia", "latex", "gutenberg"), ("text",)),
-}
+READERS = Registry(
+    "midwatch.readers",
+    "reader",
+    {
+        name: f"shards.readers.{name}"
+        for name in (
+            "jsonl", "csv", "parquet", "text", "code", "warc", "wet", "wikipedia", "stackexchange", "latex", "gutenberg",
+        )
+    },
+)  # fmt: skip
+"""Modules that read files of one format; `shards.readers.base` says what such a module has."""
+NOT_READ = (*STDLIB_KINDS, "stage", "made")
+"""Origins that are no readers of files."""
 LAYOUT_KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys(("auto", "plain"), ("text", "sft", "preference")),
     **dict.fromkeys(("messages", "alpaca", "sharegpt", "dolly", "lima", "flan"), ("sft",)),
     "oasst": ("sft", "preference"),
     "hh": ("preference",),
 }
-FITTING: dict[str, tuple[str, ...]] = {
-    "layout": RECORDS,
-    "suffixes": ("jsonl", "text", "parquet", "code", "warc", "wet", "wikipedia", "stackexchange", "gutenberg"),
-    "repository": ("code",),
-    "score_margin": ("stackexchange",),
-    "made": ("made",),
-    "of": ("made",),
-    "characters": ("made",),
-}
-"""Keys that only these origins have."""
+OPTIONS: dict[str, tuple[str, ...]] = {"made": ("made", "of", "characters")}
+"""By origin that is no reader: keys that not every origin takes, and it does."""
+NOT_FOR_ALL = ("layout", "suffixes", "repository", "score_margin", "made", "of", "characters")
+"""Keys that a source may have only where its origin takes them."""
 TEMPLATES = ("midwatch", "llama2", "llama3", "chatml", "zephyr", "own")
 """Chat templates that have a name; any other is a Jinja file's path."""
 RESERVED = ("build.json", "models", "report.json", "tokenizer.model", "tokenizer.template", "work")
@@ -243,6 +243,20 @@ def check(build: Build, where: str = "data") -> None:
         raise SpecError(f"{where}: seed is {build.seed} (use 0 or more, below 2^63)")
 
 
+def _reader(source: Source, where: str) -> Any:
+    """The module that reads it. Raises SpecError."""
+    try:
+        return READERS.load(source.origin)
+    except ExtensionError as error:
+        raise SpecError(f"{where}: origin: {error}") from None
+
+
+def _origins_with(key: str) -> list[str]:
+    """Origins that take a key: built-in ones, since of others a broken one must not stop what does not ask for it."""
+    read = [name for name in READERS.built_in if key in READERS.load(name).OPTIONS]
+    return read + [name for name, keys in OPTIONS.items() if key in keys]
+
+
 def _check_source(source: Source, where: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", source.name):
         raise SpecError(f"{where}: a name is up to 100 letters, digits, `_`, `-` or `.`, and does not begin with `.`")
@@ -258,10 +272,16 @@ def _check_source(source: Source, where: str) -> None:
             raise SpecError(f"{where}: origin stage needs the stage's name as stage and what it makes as part, and no path")
     elif source.origin == "made":
         _check_made(source, where)
+    elif not READERS.knows(source.origin):
+        origins = ", ".join((*NOT_READ, *READERS.names()))
+        raise SpecError(f"{where}: origin must be one of {origins}, but it is {shown(source.origin)}")
     elif source.path is None:
         raise SpecError(f"{where}: origin {source.origin} needs a path (a file, a directory, a glob or a URL)")
-    if source.origin in KINDS and source.kind not in KINDS[source.origin]:
-        raise SpecError(f'{where}: origin {source.origin} is of kind "text" (use jsonl or parquet for {source.kind})')
+    if source.origin not in NOT_READ:
+        kinds = _reader(source, where).KINDS
+        if source.kind not in kinds:
+            fitting = " or ".join(f'"{kind}"' for kind in kinds)
+            raise SpecError(f"{where}: origin {source.origin} is of kind {fitting} (use jsonl or parquet for {source.kind})")
     _check_fitting(source, where)
     if source.origin != "stage" and (source.stage is not None or source.part is not None):
         raise SpecError(f"{where}: stage and part are for origin stage (drop them)")
@@ -277,6 +297,8 @@ def _check_made(source: Source, where: str) -> None:
         raise SpecError(f"{where}: origin made needs made (related, conversations or tasks) and of (names of sources), and no path")
     if (source.made == "conversations") != (source.kind == "sft"):
         raise SpecError(f'{where}: made conversations are of kind "sft", related documents and tasks of kind "text"')
+    if source.kind == "preference":
+        raise SpecError(f'{where}: origin made is of kind "text" or "sft"')
     if source.characters < 1000:
         raise SpecError(f"{where}: characters is {source.characters} (use at least 1000)")
 
@@ -298,9 +320,10 @@ def _check_made_of(data: Data, where: str) -> None:
 
 def _check_fitting(source: Source, where: str) -> None:
     defaults = Source(name="", kind="text", origin="text")
-    for key, origins in FITTING.items():
-        if getattr(source, key) != getattr(defaults, key) and source.origin not in origins:
-            raise SpecError(f"{where}: {key} is for origin {', '.join(origins)} (drop it)")
+    taken: tuple[str, ...] = OPTIONS.get(source.origin, ()) if source.origin in NOT_READ else _reader(source, where).OPTIONS
+    for key in NOT_FOR_ALL:
+        if getattr(source, key) != getattr(defaults, key) and key not in taken:
+            raise SpecError(f"{where}: {key} is for origin {', '.join(_origins_with(key))} (drop it)")
     kinds = LAYOUT_KINDS[source.layout]
     if source.kind not in kinds:
         raise SpecError(f'{where}: layout "{source.layout}" is of kind {" or ".join(kinds)}, not {source.kind}')

@@ -268,7 +268,7 @@ def test_units_come_in_order_can_be_sent_to_workers_and_change_with_their_files(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"origin": "text", "layout": "alpaca"}, "layout is for origin jsonl, parquet"),
+        ({"origin": "text", "layout": "alpaca"}, "layout is for origin jsonl, csv, parquet"),
         ({"layout": "alpaca"}, 'layout "alpaca" is of kind sft, not text'),
         ({"repository": True}, "repository is for origin code"),
         ({"origin": "latex", "suffixes": (".tex",)}, "suffixes is for origin"),

@@ -31,7 +31,7 @@ class Registry:
     kind: str
     """In messages: `backend`."""
     built_in: Mapping[str, str]
-    """Name to `module:attribute`. Built-in parts are found by name too, so that a package's metadata may be older than its code."""
+    """Name to `module:attribute`, or to a module. Found without metadata, which may be older than the code."""
 
     def names(self) -> tuple[str, ...]:
         """All names, built-in ones first."""
@@ -44,7 +44,8 @@ class Registry:
         """The part of that name, imported. Raises ExtensionError."""
         if name in self.built_in:
             module, _, attribute = self.built_in[name].partition(":")
-            return getattr(importlib.import_module(module), attribute)
+            loaded = importlib.import_module(module)
+            return getattr(loaded, attribute) if attribute else loaded
         found = [each for each in self._outside() if each.name == name]
         if not found:
             raise ExtensionError(f'there is no {self.kind} "{name}" (there are: {", ".join(self.names())})')
