@@ -15,7 +15,7 @@ from launcher_desk import Desk, desk_at, make_recipe, write_checkpoint
 from launcher.controller import recovery
 from launcher.controller.snapshot import SnapshotBuilder
 from midwatch import protocol as p
-from midwatch.checkpoint_format import verify as files
+from midwatch.checkpoint_format import directory as files
 from midwatch.journal import journal as j
 from midwatch.recipe import Watch
 from midwatch.run_directory import PUBLIC_FILE, Address, RunPaths, write_address, write_atomically

@@ -28,7 +28,7 @@ from midwatch.checkpoint_format.manifest import (
     FILE_NAME,
     PIECE,
     CheckpointError,
-    File,
+    FileEntry,
     Manifest,
     TensorChunk,
     TensorEntry,
@@ -52,7 +52,7 @@ class _Written(msgspec.Struct, frozen=True):
     """What a rank tells of one chunk it has written, and of the file it is in."""
 
     chunk: TensorChunk
-    file: File
+    file: FileEntry
 
 
 class Writer(StorageWriter):
@@ -119,11 +119,11 @@ class Writer(StorageWriter):
                 chunks.append((index, chunk))
                 size += count
             sink.finish(size)
-        known = File(size, whole.hexdigest())
+        known = FileEntry(size, whole.hexdigest())
         return [WriteResult(index, chunk.bytes, _Written(chunk, known)) for index, chunk in chunks]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files: dict[str, File] = {}
+        files: dict[str, FileEntry] = {}
         chunks: dict[str, list[TensorChunk]] = {name: [] for name in metadata.state_dict_metadata}
         for result in (result for of_rank in results for result in of_rank):
             written: _Written = result.storage_data
