@@ -15,7 +15,8 @@ from midwatch.checkpoint_format import verify
 from midwatch.checkpoint_format.manifest import CheckpointError
 from midwatch.journal import journal as j
 from midwatch.protocol import CheckpointReady, CheckpointView, CommitRefused, Committed
-from midwatch.run_directory import PUBLIC_FILE, write_atomically
+from midwatch.run_directory import PUBLIC_FILE
+from shards.common.files import write_atomically
 
 log = logging.getLogger("launcher.controller")
 

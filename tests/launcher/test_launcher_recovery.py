@@ -18,7 +18,8 @@ from midwatch import protocol as p
 from midwatch.checkpoint_format import directory as files
 from midwatch.journal import journal as j
 from midwatch.recipe import Watch
-from midwatch.run_directory import PUBLIC_FILE, Address, RunPaths, write_address, write_atomically
+from midwatch.run_directory import PUBLIC_FILE, Address, RunPaths, write_address
+from shards.common.files import write_atomically
 
 
 class Storage:

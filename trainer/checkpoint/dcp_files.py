@@ -34,6 +34,7 @@ from midwatch.checkpoint_format.manifest import (
     TensorEntry,
     read_chunk,
 )
+from shards.common.files import sync_directory
 from trainer.checkpoint.direct_io import BLOCK, Sink, blocks
 
 
@@ -218,15 +219,6 @@ class DcpFileReader(StorageReader):
         buffer = torch.empty(chunk.bytes, dtype=torch.uint8)
         read_chunk(self._directory, chunk, buffer.numpy().data)
         return buffer
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes names in a directory last through a loss of power."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
