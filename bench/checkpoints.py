@@ -226,7 +226,7 @@ def measure_alone(root: Path) -> dict[str, Any]:
 
 def measure(root: Path) -> dict[str, Any]:
     """All figures, in seconds."""
-    from midwatch.checkpoint_format.manifest import verify
+    from midwatch.checkpoint_format.verify import problems as damage
 
     _prepare(root)
     run_ranks(root, "measure")
@@ -236,7 +236,7 @@ def measure(root: Path) -> dict[str, Any]:
     for _ in range(ROUNDS):
         forget(root / "checkpoints" / "8-1")
         began = time.monotonic()
-        if problems := verify(root / "checkpoints" / "8-1"):
+        if problems := damage(root / "checkpoints" / "8-1"):
             raise SystemExit("; ".join(problems))
         found["verify"].append(time.monotonic() - began)
     return found

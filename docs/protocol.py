@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from midwatch.commands import STATES, TABLE, Doing
-from midwatch.run_directory import write_atomically
+from shards.common.files import write_atomically
 
 PAGE = Path(__file__).with_name("protocol.md")
 BEGIN, END = "<!-- table: python -m docs.protocol -->", "<!-- end of table -->"

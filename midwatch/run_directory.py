@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import os
 import pwd
-import secrets
 import socket
 import stat
 import tempfile
@@ -21,6 +20,7 @@ import msgspec
 
 from midwatch.directory_identity import DirectoryId
 from shards.common.decoding import DecodeError, json_as
+from shards.common.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ def read_address(file: Path) -> Address | None:
         return None
 
 
+SECRET_FILE = 0o600
+"""Mode of files that their owner alone may read."""
 PRIVATE_FILE = 0o640
 """Mode of files that may hold secrets, in directories whose group is the operators'."""
 PUBLIC_FILE = 0o666
@@ -170,26 +172,6 @@ def is_foreign(paths: RunPaths, address: Address) -> bool:
         return not (address.path == str(paths.root.resolve()) and address.directory.inode == here.inode)
     except OSError:
         return False
-
-
-def write_atomically(file: Path, content: bytes, mode: int = 0o600) -> None:
-    """Replaces a file so that a reader sees the old or the new content, and nothing between. mode: less what the umask takes.
-
-    Makes its directory and nothing above that: a run directory that was deleted or moved must not be made again.
-    """
-    file.parent.mkdir(exist_ok=True)
-    name = file.parent / f".{file.name}.{secrets.token_hex(6)}"
-    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(name, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def write_address(file: Path, address: Address) -> None:

@@ -7,7 +7,8 @@ import os
 import sys
 import traceback
 
-from trainer.process.bootstrap import call_itself, guard, redirect
+from shards.common.linux import name_process
+from trainer.process.bootstrap import guard, redirect
 
 CERTAIN_STATUS = 78
 """`midwatch.protocol`'s: the next start would end in the same way."""
@@ -15,7 +16,7 @@ CERTAIN_STATUS = 78
 
 def rank(arguments: list[str]) -> int:
     """One rank from its first line to its last; the exit status."""
-    call_itself(f"rank-{os.environ.get('RANK', '0')}")
+    name_process(f"rank-{os.environ.get('RANK', '0')}")
     redirect()
     guard()
     try:

@@ -16,11 +16,19 @@ from midwatch.journal.journal import JournalError, read_journal
 from midwatch.journal.run_identity import claim
 from midwatch.journal.run_state import Ledger
 from midwatch.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from midwatch.run_directory import PRIVATE_FILE, RunPaths, cache_directories, controller_lives, runtime_directory, write_atomically
+from midwatch.run_directory import (
+    PRIVATE_FILE,
+    SECRET_FILE,
+    RunPaths,
+    cache_directories,
+    controller_lives,
+    runtime_directory,
+)
 from midwatch.transport.access import group_id
 from midwatch.transport.ssh_url import RemoteError, RemoteRun, parse_remote
 from shards.build.marker import build_key, conflict, is_built
 from shards.common.errors import ShardError
+from shards.common.files import write_atomically
 from shards.tokenization.tokenizer import check_template
 
 
@@ -55,7 +63,7 @@ def make_run(recipe: Recipe, directory: Path | None) -> RunPaths:
         ) from None
     try:
         paths.create(operators)
-        write_atomically(paths.recipe, text, PRIVATE_FILE if operators is not None else 0o600)
+        write_atomically(paths.recipe, text, PRIVATE_FILE if operators is not None else SECRET_FILE)
         if operators is not None:
             os.chown(paths.recipe, -1, operators)
         claim(paths, ())
@@ -118,7 +126,7 @@ def remember(root: Path) -> None:
     for place in cache_directories():
         with contextlib.suppress(OSError):
             (place / "runs").mkdir(parents=True, exist_ok=True)
-            write_atomically(place / "runs" / paths.key, str(paths.root).encode())
+            write_atomically(place / "runs" / paths.key, str(paths.root).encode(), SECRET_FILE)
             return
 
 

@@ -28,7 +28,7 @@ from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.serving.peers import Roles, quiet
 from launcher.metrics.store import MetricStore
 from midwatch import protocol as p
-from midwatch.checkpoint_format import verify as files
+from midwatch.checkpoint_format.directory import listed
 from midwatch.journal import journal as j
 from midwatch.journal.run_identity import run_id
 from midwatch.recipe import load_recipe
@@ -73,7 +73,7 @@ class Archive:
         metrics = MetricStore.read(paths.metrics, found[0] if found else Path(index))
         self.context = _ArchiveContext(paths, recipe, journal, metrics, clock=lambda: self._newest, run=run_id(paths))
         self.context.restore()
-        there = files.listed(paths.checkpoints) or frozenset()
+        there = listed(paths.checkpoints) or frozenset()
         self.context.ledger.missing = frozenset(id for id in self.context.ledger.checkpoints if id not in there)
         self.context.live.step = max(self.context.live.step, _last_step(journal.entries))
         self._view = SnapshotBuilder(self.context)

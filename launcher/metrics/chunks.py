@@ -23,6 +23,7 @@ import msgspec
 import xxhash
 
 from shards.common.decoding import UNDECODABLE, Count, Int64, brief
+from shards.common.files import sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +106,7 @@ class MetricChunkWriter:
         self._file = self.path.open("xb", buffering=1 << 20)
         self.offset = 0
         self._synced = 0
-        folder_descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(folder_descriptor)  # the file's name must survive too
-        finally:
-            os.close(folder_descriptor)
+        sync_directory(folder)  # the file's name must survive too
 
     def append(self, frame: MetricFrame) -> FrameEnd:
         """Writes without syncing. Raises ValueError for a frame over the limit."""

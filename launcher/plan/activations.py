@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from launcher.plan.flops import compute_bytes, rows_of_a_sample
+from launcher.plan.flops import compute_bytes
 from launcher.plan.mesh import Mesh
 from midwatch.recipe import Model, Stage
 
@@ -60,7 +60,7 @@ class BlockActivations(msgspec.Struct, frozen=True):
 
 
 def piece_of(mesh: Mesh, stage: Stage, micro_batch: int) -> MicrobatchShape:
-    return MicrobatchShape(rows_of_a_sample(stage) * micro_batch, stage.context, mesh.tensor, mesh.context)
+    return MicrobatchShape(stage.rows_per_sample * micro_batch, stage.context, mesh.tensor, mesh.context)
 
 
 def attention_kernel(model: Model, stage: Stage, on_cpu: bool) -> Kernel:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from launcher.plan import flops
 from midwatch.recipe import Model, Stage
 from midwatch.recipe.generate import Generate
+from midwatch.recipe.kv_cache import kv_cache_pages
 from midwatch.recipe.stage_inputs import judged
 
 PAGE = 16
@@ -33,7 +34,7 @@ def beside(model: Model, vocabulary: int, stage: Stage, generate: Generate, weig
     if not (stage.draws or stage.makes):
         return Beside(frozen, critic, 0)
     page = generate.block_size or PAGE
-    most = -(-stage.context // page) * page * flops.kv_cache_bytes_per_token(model)
-    cache = max(most, min(most * generate.max_num_seqs, generate.cache_mb << 20))
+    token = flops.kv_cache_bytes_per_token(model)
+    cache = kv_cache_pages(stage.context, page, generate.max_num_seqs, generate.cache_mb << 20, token) * page * token
     noted = stage.prompts_drawn * stage.rollout_settings.num_generations * stage.context * NOTED_BYTES if stage.draws else 0
     return Beside(frozen, critic, model.parameters(vocabulary) * flops.compute_bytes(model) + cache + noted)

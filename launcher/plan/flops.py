@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from midwatch.recipe import Model, Stage
+from midwatch.recipe.kv_cache import kv_bytes_per_token
 from midwatch.recipe.stage_inputs import judged
 
 FORWARD_AND_BACKWARD = 3
@@ -59,14 +60,9 @@ def passes(stage: Stage) -> float:
     return learners + forward * (2 + learners + judged(stage)) / stage.rollout_settings.epochs
 
 
-def rows_of_a_sample(stage: Stage) -> int:
-    """A preference pair is two rows: the chosen response and the rejected one."""
-    return 2 if stage.pairs else 1
-
-
 def kv_cache_bytes_per_token(model: Model) -> int:
-    """Keys and values of one token in all layers, in the compute type (Shazeer 2019; Ainslie et al. 2023 for fewer heads)."""
-    return 2 * model.num_layers * model.key_value_heads * model.head * compute_bytes(model)
+    """Keys and values of one token in all layers, in the compute type."""
+    return kv_bytes_per_token(model.num_layers, model.key_value_heads, model.head, compute_bytes(model))
 
 
 def compute_bytes(model: Model) -> int:

@@ -137,7 +137,7 @@ def _stage(
     micro_batches: int | None,
     generate: Generate,
 ) -> StagePlan:
-    rows = flops.rows_of_a_sample(stage)
+    rows = stage.rows_per_sample
     tokens = stage.global_batch * rows * stage.context
     per_token = flops.flops_per_token(model, vocabulary, stage.context)
     mesh = mesh_of(parallel, stage.context_parallel, machine.ranks)

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: manifests, and whether the files are what they say."""
+"""Checkpoints on disk: their manifests, whether their files are those that were written, and their directories."""

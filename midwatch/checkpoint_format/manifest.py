@@ -1,14 +1,15 @@
-"""What a checkpoint's manifest says, how it is read without trusting it, and how the files it names are checked.
+"""A checkpoint's manifest: which files there must be, which tensors lie in them, and the state of the run.
 
-No torch here: whoever only looks at checkpoints needs none. The format is described in `trainer.checkpoint.storage`.
+`manifest.msgpack` is a map: format, id, generation, world, files {name: {bytes, xxh3}}, tensors, state. Its own xxh3-128 is the
+checkpoint's digest, which the journal keeps. It is read without torch, checked before it is used, and nothing in it is run.
+`trainer.checkpoint.storage` describes the data files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import xxhash
@@ -23,6 +24,7 @@ OTHER_FORMAT = "go on with the release that wrote it, or export the model there 
 FILE_NAME = "manifest.msgpack"
 PIECE = 8 * 1024 * 1024
 """Bytes read, hashed or written at a time."""
+NOT_AS_WRITTEN = "its content is not what was written"
 
 ITEM_BYTES = {
     "float32": 4,
@@ -68,45 +70,109 @@ class TensorEntry(msgspec.Struct, frozen=True):
     chunks: tuple[TensorChunk, ...]
 
 
-class File(msgspec.Struct, frozen=True):
+class FileEntry(msgspec.Struct, frozen=True):
+    """A file of the checkpoint, as it was written."""
+
     bytes: int
     xxh3: str
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class CheckpointPosition(msgspec.Struct, frozen=True):
+    """The part of the state that says where in the run the checkpoint was made."""
+
+    lineage: int = 1
+    step: int = 0
+    stage_name: str = ""
+    stage_step: int = 0
+    ended: bool = False
+    settings: dict[str, float] = {}
+
+
+class ManifestHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """A manifest without its tensors, which take long to read where there are many: enough to check and to list checkpoints."""
+
     format: int
-    files: dict[str, File]
-    tensors: dict[str, TensorEntry]
-    state: dict[str, Any]
-    generation: int
     id: str
+    generation: int
+    files: dict[str, FileEntry]
+    state: dict[str, Any] = {}
+
+    @property
+    def position(self) -> CheckpointPosition:
+        """Raises msgspec.ValidationError for a state of other types; `read_header` has checked it."""
+        return msgspec.convert(self.state, CheckpointPosition)
+
+
+class Manifest(ManifestHeader, frozen=True, kw_only=True):
+    """All of it."""
+
+    tensors: dict[str, TensorEntry]
     world: int
 
 
-def read(directory: Path) -> tuple[Manifest, str]:
-    """The manifest and its digest. Raises CheckpointError naming the file; runs nothing of what it reads."""
-    file = directory / FILE_NAME
+Header = TypeVar("Header", bound=ManifestHeader)
+
+
+def read(directory: Path, digest: str | None = None) -> tuple[Manifest, str]:
+    """The manifest and its digest. Raises CheckpointError naming the file, also where the digest is not the one asked for."""
+    manifest, found = _read(directory, Manifest, digest)
+    for name, entry in manifest.tensors.items():
+        if problem := _problem(entry, manifest.files):
+            raise CheckpointError(f"{directory / FILE_NAME}: tensor {name!r}: {problem} (use another checkpoint)")
+    return manifest, found
+
+
+def read_header(directory: Path, digest: str | None = None) -> ManifestHeader:
+    """As `read`, without the tensors."""
+    header, _ = _read(directory, ManifestHeader, digest)
     try:
-        raw = file.read_bytes()
+        _ = header.position
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{directory / FILE_NAME}: not a manifest: state: {error} (use another checkpoint)") from None
+    return header
+
+
+def digest_of(directory: Path) -> str:
+    """The digest of a manifest, whatever it says. Raises CheckpointError."""
+    return xxhash.xxh3_128_hexdigest(_content(directory / FILE_NAME))
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror} (use another checkpoint)") from None
+
+
+def _read(directory: Path, kind: type[Header], digest: str | None) -> tuple[Header, str]:
+    file = directory / FILE_NAME
+    raw = _content(file)
+    found = xxhash.xxh3_128_hexdigest(raw)
+    if digest is not None and found != digest:
+        raise CheckpointError(f"{file}: is not what was committed (hash {found}, journal {digest}; use another checkpoint)")
     try:
-        manifest = msgspec.msgpack.decode(raw, type=Manifest)
+        version = msgspec.msgpack.decode(raw, type=_Version).format
+        if version != FORMAT:
+            raise CheckpointError(f"{file}: format {version}, this release reads format {FORMAT} ({OTHER_FORMAT})")
+        manifest = msgspec.msgpack.decode(raw, type=kind)
     except UNDECODABLE as error:
-        raise CheckpointError(f"{file}: is not a manifest: {error} (use another checkpoint)") from None
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"{file}: format {manifest.format}, this release reads format {FORMAT} ({OTHER_FORMAT})")
-    for name, entry in manifest.tensors.items():
-        problem = _problem(entry, manifest.files)
-        if problem:
-            raise CheckpointError(f"{file}: tensor {name!r}: {problem} (use another checkpoint)")
+        raise CheckpointError(f"{file}: not a manifest: {error} (use another checkpoint)") from None
     for name in manifest.files:
-        if "/" in name or "\\" in name or name.startswith(".") or "\0" in name:
-            raise CheckpointError(f"{file}: names a file outside its directory: {name!r}")
-    return manifest, xxhash.xxh3_128_hexdigest(raw)
+        if not _is_plain_name(name):
+            raise CheckpointError(f"{file}: names a file outside its directory: {name!r} (use another checkpoint)")
+    return manifest, found
 
 
-def _problem(entry: TensorEntry, files: dict[str, File]) -> str | None:
+class _Version(msgspec.Struct):
+    format: int
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether it is a visible file's own name, on any system."""
+    return 0 < len(name) < 256 and not name.startswith(".") and not any(letter in "/\\\0" for letter in name)
+
+
+def _problem(entry: TensorEntry, files: dict[str, FileEntry]) -> str | None:
     item = ITEM_BYTES.get(entry.dtype)
     if item is None:
         return f"its type is {entry.dtype!r}"
@@ -128,21 +194,8 @@ def _problem(entry: TensorEntry, files: dict[str, File]) -> str | None:
     return None
 
 
-def hash_file(file: Path, stop: Callable[[], bool] = lambda: False) -> tuple[int, str]:
-    """Bytes and xxh3_128 of a file, read in pieces. `stop` is asked between pieces; CheckpointError when it says so."""
-    digest = xxhash.xxh3_128()
-    size = 0
-    with file.open("rb", buffering=0) as source:
-        while piece := source.read(PIECE):
-            if stop():
-                raise CheckpointError(f"{file}: no longer needed")
-            digest.update(piece)
-            size += len(piece)
-    return size, digest.hexdigest()
-
-
 def read_chunk(directory: Path, chunk: TensorChunk, into: memoryview) -> None:
-    """Fills `into`, bytes as many as the chunk's, with what was written. Raises CheckpointError where that is no longer there."""
+    """Fills `into`, of as many bytes as the chunk has. Raises CheckpointError where they are not those that were written."""
     file = directory / chunk.file
     digest = xxhash.xxh3_128()
     try:
@@ -152,31 +205,10 @@ def read_chunk(directory: Path, chunk: TensorChunk, into: memoryview) -> None:
             while at < chunk.bytes:
                 count = source.readinto(into[at : at + PIECE])
                 if not count:
-                    raise CheckpointError(f"{file}: ends early, it was cut short (use another checkpoint)")
+                    raise CheckpointError(f"{file}: corrupted: it ends early (use another checkpoint)")
                 digest.update(into[at : at + count])
                 at += count
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror} (use another checkpoint)") from None
     if digest.hexdigest() != chunk.xxh3:
-        raise CheckpointError(f"{file}: its content is not what was written (use another checkpoint)")
-
-
-def verify(directory: Path) -> list[str]:
-    """Reads everything and names each file that is not as it was written, and why. Empty: all is well."""
-    try:
-        manifest, _ = read(directory)
-    except CheckpointError as error:
-        return [str(error)]
-    found = []
-    for name, known in sorted(manifest.files.items()):
-        file = directory / name
-        try:
-            size, digest = hash_file(file)
-        except OSError as error:
-            found.append(f"{file}: cannot be read: {error.strerror}")
-            continue
-        if size != known.bytes:
-            found.append(f"{file}: {size} bytes where {known.bytes} were written")
-        elif digest != known.xxh3:
-            found.append(f"{file}: its content is not what was written")
-    return found
+        raise CheckpointError(f"{file}: corrupted: {NOT_AS_WRITTEN} (use another checkpoint)")

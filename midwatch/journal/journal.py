@@ -21,6 +21,7 @@ import msgspec
 
 from midwatch.protocol import Lineage
 from midwatch.run_directory import PRIVATE_FILE
+from shards.common.files import sync_directory
 
 
 class _Entry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -341,7 +342,7 @@ class Journal:
         except OSError as error:
             raise JournalError(f"{self._file}: {error.strerror}") from None
         try:
-            _sync_directory(directory)
+            sync_directory(directory)
             older = read_journal(directory, floors.term)  # after the claim: from now on the term before can append no more
             del older.lengths[self._file.name]
             self.entries: list[tuple[int, Entry]] = older.entries
@@ -552,11 +553,3 @@ def _what_to_do(error: OSError) -> str:
     if error.errno == errno.EDQUOT:
         return f"{error.strerror}; free some space of your quota, or have it raised"
     return f"{error.strerror}; the storage is at fault, not full"
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,8 +14,9 @@ import msgspec
 
 from midwatch.directory_identity import DirectoryId
 from midwatch.journal import journal as j
-from midwatch.run_directory import PUBLIC_FILE, RunPaths, write_atomically
+from midwatch.run_directory import PUBLIC_FILE, RunPaths
 from shards.common.decoding import DecodeError, json_as
+from shards.common.files import write_atomically
 
 
 class RunRecord(msgspec.Struct, frozen=True):

@@ -15,8 +15,7 @@ from midwatch.recipe.model import Model, Rope
 from midwatch.recipe.rollout import Rollout
 from shards.common.decoding import LARGEST
 from shards.sampling.mixing import Mixing, MixtureBy
-
-ObjectiveKind = Literal["text", "sft", "preference", "scored", "prompt"]
+from shards.spec import ObjectiveKind
 
 OBJECTIVE_DATA = {
     "pretrain": ("text",),
@@ -198,6 +197,10 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def pairs(self) -> bool:
         """Whether a sample is two rows: the chosen response and the rejected one."""
         return self.objective in ("reward", "dpo")
+
+    @property
+    def rows_per_sample(self) -> int:
+        return 2 if self.pairs else 1
 
     @property
     def rollout_settings(self) -> Rollout:

@@ -20,8 +20,9 @@ from typing import IO, TYPE_CHECKING, Literal, cast
 
 import msgspec
 
-from midwatch.run_directory import RunPaths, write_atomically
+from midwatch.run_directory import SECRET_FILE, RunPaths
 from shards.common.decoding import DecodeError, json_as
+from shards.common.files import write_atomically
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -141,7 +142,7 @@ def _make(directory: Path) -> None:
     try:
         directory.parent.mkdir(exist_ok=True)
         mine = Path(tempfile.mkdtemp(prefix=".keys.", dir=directory.parent))  # 0700
-        write_atomically(mine / AUTHORITY_FILE, _identity(key, certificate, certificate).encode())
+        write_atomically(mine / AUTHORITY_FILE, _identity(key, certificate, certificate).encode(), SECRET_FILE)
     except OSError as error:
         raise KeysError(f"{directory}: the run's keys cannot be made: {error.strerror}") from None
     try:
@@ -185,7 +186,7 @@ def _identity(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, au
 def store_identity(identity: TlsIdentity, file: Path) -> None:
     """Writes a file that its owner alone can read, whole or not at all."""
     try:
-        write_atomically(file, identity.encode(), mode=0o600)
+        write_atomically(file, identity.encode(), SECRET_FILE)
     except OSError as error:
         raise KeysError(f"{file}: the identity cannot be kept there: {error.strerror}") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from shards.common.arrays import Array
 from shards.common.errors import ShardError, SpecError
+from shards.common.linux import kill_with_parent
 from shards.spec import Kind
 from shards.tokenization.chat import Message
 from shards.tokenization.records import Document, SampledAnswer
@@ -30,7 +30,6 @@ from shards.tokenization.templates import DEFAULT, Template
 from shards.tokenization.tokenizer import Tokenizer, token_dtype, train
 
 _STOPPING = {signal.SIGINT, signal.SIGTERM}
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -286,9 +285,11 @@ class Workers:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent does, in the middle of a task: what it still wrote could meet the next build."""
-    with suppress(OSError, AttributeError):  # not Linux: then it ends after its task, which reads the end of the pipe
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Ends this process with its parent, even within a task: its files could get in the way of the next build.
+
+    Where the system cannot do that, it ends after its task, when it reads the end of its pipe.
+    """
+    kill_with_parent()
     if os.getppid() != parent:
         os._exit(1)
 

@@ -22,7 +22,7 @@ from launcher.controller.core import recovery
 from launcher.controller.core.context import ControllerContext
 from launcher.metrics.store import MetricStore
 from midwatch import protocol as p
-from midwatch.checkpoint_format.verify import MANIFEST
+from midwatch.checkpoint_format.manifest import FILE_NAME
 from midwatch.directory_identity import DirectoryId
 from midwatch.journal import journal as j
 from midwatch.journal.run_identity import RunRecord
@@ -78,7 +78,7 @@ def write_checkpoint(root: Path, directory: str, id: str, generation: int = 1, *
         "state": {"lineage": 1, "step": 0, "stage_name": "first", "stage_step": 0, "ended": False, **state},
     }
     content = msgspec.msgpack.encode(manifest)
-    (place / MANIFEST).write_bytes(content)
+    (place / FILE_NAME).write_bytes(content)
     return xxhash.xxh3_128_hexdigest(content)
 
 

@@ -11,17 +11,9 @@ import pytest
 import xxhash
 from launcher_desk import write_checkpoint
 
-from midwatch.checkpoint_format.verify import (
-    MANIFEST,
-    CheckpointError,
-    check_sizes,
-    commit,
-    mark_golden,
-    read_manifest,
-    remove,
-    sweep,
-    verify,
-)
+from midwatch.checkpoint_format.directory import commit, mark_golden, remove, sweep
+from midwatch.checkpoint_format.manifest import FILE_NAME, CheckpointError, read, read_header
+from midwatch.checkpoint_format.verify import check_sizes, verify
 
 
 @pytest.fixture
@@ -31,8 +23,8 @@ def there(tmp_path: Path) -> tuple[Path, str]:
 
 
 def rewritten(directory: Path, **changes: Any) -> str:
-    content = msgspec.msgpack.encode(msgspec.msgpack.decode((directory / MANIFEST).read_bytes()) | changes)
-    (directory / MANIFEST).write_bytes(content)
+    content = msgspec.msgpack.encode(msgspec.msgpack.decode((directory / FILE_NAME).read_bytes()) | changes)
+    (directory / FILE_NAME).write_bytes(content)
     return xxhash.xxh3_128_hexdigest(content)
 
 
@@ -48,14 +40,14 @@ def test_a_truncated_a_flipped_and_a_missing_file_are_named(there: tuple[Path, s
     file = directory / "data.bin"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match=f"{file}: 99 bytes, 100"):
+    with pytest.raises(CheckpointError, match=f"{file}: corrupted: 99 bytes, 100"):
         check_sizes(directory, digest)
     file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     check_sizes(directory, digest)
     with pytest.raises(CheckpointError, match=f"{file}: corrupted"):
         verify(directory, digest)
     file.unlink()
-    with pytest.raises(CheckpointError, match=f"{file}: No such file"):
+    with pytest.raises(CheckpointError, match=f"{file}: cannot be read: No such file"):
         verify(directory, digest)
     file.mkdir()
     with pytest.raises(CheckpointError, match=str(file)):
@@ -70,12 +62,13 @@ def test_another_manifest_than_the_journals_is_refused(there: tuple[Path, str]) 
     verify(directory)
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", ".", "", "a/b", "nul\0"])
-def test_a_path_that_leads_elsewhere_is_refused(name: str, there: tuple[Path, str]) -> None:
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", ".", "", "a/b", "nul\0", ".hidden", "a\\b", "x" * 300])
+def test_a_path_that_leads_elsewhere_is_refused_by_the_controller_and_by_the_ranks(name: str, there: tuple[Path, str]) -> None:
     directory, _ = there
-    digest = rewritten(directory, files={name: {"bytes": 1, "xxh3": "0"}})
-    with pytest.raises(CheckpointError, match="outside its directory"):
-        verify(directory, digest)
+    digest = rewritten(directory, files={name: {"bytes": 1, "xxh3": "0"}}, tensors={}, world=1)
+    for reader in (verify, read):
+        with pytest.raises(CheckpointError, match="outside its directory"):
+            reader(directory, digest)
 
 
 class Trap:
@@ -88,7 +81,7 @@ class Trap:
         return (Path.touch, (self._mark,))
 
 
-@pytest.mark.parametrize("name", [MANIFEST, "data.bin", ".metadata"])
+@pytest.mark.parametrize("name", [FILE_NAME, "data.bin", ".metadata"])
 def test_a_booby_trapped_checkpoint_runs_nothing(name: str, there: tuple[Path, str], tmp_path: Path) -> None:
     directory, digest = there
     mark = tmp_path / "sprung"
@@ -107,15 +100,25 @@ def test_a_booby_trapped_checkpoint_runs_nothing(name: str, there: tuple[Path, s
 @pytest.mark.parametrize("content", [b"", b"\xc1", b"\x91" * 100_000, b"\x81\xa2id\xa1\xff", b"\x80"])
 def test_what_is_no_manifest_is_said_to_be_none(content: bytes, there: tuple[Path, str]) -> None:
     directory, _ = there
-    (directory / MANIFEST).write_bytes(content)
+    (directory / FILE_NAME).write_bytes(content)
     with pytest.raises(CheckpointError, match="not a manifest"):
-        read_manifest(directory)
+        read_header(directory)
 
 
-def test_a_format_of_the_future_is_refused(there: tuple[Path, str]) -> None:
-    rewritten(there[0], format=3)
-    with pytest.raises(CheckpointError, match="format 3"):
-        read_manifest(there[0])
+@pytest.mark.parametrize("changes", [{"format": 3}, {"format": 1, "files": ["a", "b"]}], ids=["future", "past"])
+def test_another_format_is_refused_with_the_way_out_whatever_else_it_holds(
+    changes: dict[str, Any], there: tuple[Path, str]
+) -> None:
+    rewritten(there[0], **changes)
+    for reader in (read_header, read):
+        with pytest.raises(CheckpointError, match=rf"format {changes['format']}, .* \(use another checkpoint, or the release"):
+            reader(there[0])
+
+
+def test_a_state_that_is_none_is_refused(there: tuple[Path, str]) -> None:
+    rewritten(there[0], state={"step": "seven"})
+    with pytest.raises(CheckpointError, match=r"not a manifest: state: .*step"):
+        read_header(there[0])
 
 
 def test_committing_twice_is_harmless(tmp_path: Path) -> None:
@@ -147,7 +150,7 @@ def test_sweeping_takes_what_is_unfinished_and_nothing_else(tmp_path: Path) -> N
     write_checkpoint(tmp_path, "whole", "whole")
     for name in (".writing-a", ".deleting-b", ".writing-whole"):
         write_checkpoint(tmp_path, name, "x")
-    (tmp_path / ".writing-a" / MANIFEST).unlink()
+    (tmp_path / ".writing-a" / FILE_NAME).unlink()
     assert sorted(sweep(tmp_path)) == [".deleting-b", ".writing-a"]
     assert sweep(tmp_path) == []
     assert sorted(d.name for d in tmp_path.iterdir()) == [".writing-whole", "home", "whole"]

@@ -19,7 +19,8 @@ from launcher.controller import __main__ as controller
 from launcher.preflight.logout import kills_at_logout
 from midwatch.journal import journal as j
 from midwatch.recipe import RecipeError
-from midwatch.run_directory import RunPaths, runtime_directory, write_atomically
+from midwatch.run_directory import RunPaths, runtime_directory
+from shards.common.files import write_atomically
 from tui.script import ScriptError, ScriptStep, parse_script
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from launcher_desk import NODE, Desk, InstantData, desk_at, make_recipe, write_c
 from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.supervision import node_pool as pool_module
 from midwatch import protocol as p
-from midwatch.checkpoint_format import verify as files
+from midwatch.checkpoint_format import verify
 from midwatch.commands import OPS, STATES, TABLE, VERBS, Doing, check_arguments, describe
 from midwatch.journal import journal as j
 from midwatch.recipe import Watch
@@ -305,14 +305,14 @@ async def test_a_checkpoint_that_a_waiting_rollback_names_is_not_pruned(name: st
 
 async def test_a_checkpoint_that_is_being_verified_is_not_pruned(at: At, monkeypatch: pytest.MonkeyPatch) -> None:
     async with at("training") as desk:
-        reading, go, real = threading.Event(), threading.Event(), files.verify
+        reading, go, real = threading.Event(), threading.Event(), verify.verify
 
         def slowly(*words: Any) -> Any:
             reading.set()
             assert go.wait(5)
             return real(*words)
 
-        monkeypatch.setattr(files, "verify", slowly)
+        monkeypatch.setattr(verify, "verify", slowly)
         check = asyncio.create_task(desk.term._commits.verify(desk.ledger.checkpoints["a"]))
         await desk.until(reading.is_set)
         for step in (26, 27, 28):

@@ -23,6 +23,7 @@ from launcher.preflight import checks
 from launcher.preflight.node_report import look
 from midwatch import protocol
 from midwatch.checkpoint_format import verify
+from midwatch.checkpoint_format.manifest import FILE_NAME, CheckpointError
 from midwatch.journal import journal
 from midwatch.journal.run_state import Ledger
 from midwatch.metrics.m4_columns import LineageSegment
@@ -152,11 +153,11 @@ def fuzz_checkpoint(tmp_path: Path) -> Subject:
     }  # fmt: skip
 
     def load(raw: bytes) -> None:
-        (place / verify.MANIFEST).write_bytes(raw)
+        (place / FILE_NAME).write_bytes(raw)
         verify.verify(place)
 
     seeds = [msgspec.msgpack.encode(manifest)]
-    return Subject("checkpoint", seeds, load, (verify.CheckpointError,), "msgpack", names=str(place))
+    return Subject("checkpoint", seeds, load, (CheckpointError,), "msgpack", names=str(place))
 
 
 def fuzz_metrics(tmp_path: Path) -> Subject:

@@ -16,10 +16,11 @@ from launcher.controller.core import recovery
 from launcher.controller.core.events import CommandEnded, NodesToSpare
 from launcher.controller.core.snapshot import SnapshotBuilder
 from midwatch import protocol as p
-from midwatch.checkpoint_format import verify as files
+from midwatch.checkpoint_format import directory as files
 from midwatch.journal import journal as j
 from midwatch.recipe import Watch
-from midwatch.run_directory import PUBLIC_FILE, Address, RunPaths, write_address, write_atomically
+from midwatch.run_directory import PUBLIC_FILE, Address, RunPaths, write_address
+from shards.common.files import write_atomically
 
 
 class Storage:

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from shards.common.errors import ShardError
 from shards.format.corpus import Corpus
 from shards.format.seekable_zstd import ColumnReader
-from shards.sampling.batches import BatchFeed, ObjectiveKind, open_held_out
+from shards.sampling.batches import BatchFeed, open_held_out
 from shards.sampling.packing import best_fit, make, plan
 from shards.sampling.prefetch import Prefetcher
+from shards.spec import ObjectiveKind
 
 TEXT = {"code": 2.0, "topics": 1.0}
 RESTARTING = {(True, None), (True, True), (False, True)}

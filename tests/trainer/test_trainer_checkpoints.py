@@ -32,15 +32,14 @@ from trainer_harness import (
     train_plain,
 )
 
-from midwatch.checkpoint_format import manifest
-from midwatch.checkpoint_format import verify as checkpoints
+from midwatch.checkpoint_format import manifest, verify
 from midwatch.checkpoint_format.manifest import FORMAT, CheckpointError, Manifest
 from midwatch.protocol import Op
 from trainer.checkpoint import storage
 from trainer.checkpoint.direct_io import BLOCK, Sink, block_tensor, blocks
 from trainer.control.standalone import committed, newest, prune, sweep
 
-HEAD = Manifest(FORMAT, {}, {}, {"step": 7}, 1, "7-1", 1)
+HEAD = Manifest(format=FORMAT, id="7-1", generation=1, files={}, state={"step": 7}, tensors={}, world=1)
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +83,14 @@ def test_what_is_loaded_is_what_was_saved(saved: tuple[Path, dict[str, Tensor]],
     targets = blank(content)
     load(directory, targets, alone)
     assert all(torch.equal(targets[name], tensor) for name, tensor in content.items())
-    assert manifest.verify(directory) == []
+    assert verify.problems(directory) == []
 
 
 def test_the_format_is_as_described(saved: tuple[Path, dict[str, Tensor]]) -> None:
     directory, content = saved
     assert sorted(path.name for path in directory.iterdir()) == ["manifest.msgpack", "rank-00000.bin"]
     raw = msgspec.msgpack.decode((directory / "manifest.msgpack").read_bytes())
-    assert FORMAT == checkpoints.FORMAT, "which the controller reads"
+    assert manifest.read_header(directory).files == manifest.read(directory)[0].files, "which the controller reads"
     assert (raw["format"], raw["id"], raw["generation"], raw["world"], raw["state"]) == (2, "7-1", 1, 1, {"step": 7})
     assert all(chunk["start"] % 64 == 0 for entry in raw["tensors"].values() for chunk in entry["chunks"])
     entry = raw["tensors"].pop("half")
@@ -182,7 +181,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_changes_nothing(
     with pytest.raises(CheckpointError, match=bad):
         load(directory, targets, alone)
     assert untouched(targets)
-    assert any(bad in problem for problem in manifest.verify(directory))
+    assert any(bad in problem for problem in verify.problems(directory))
     assert not (directory / "sprung").exists()
 
 
@@ -194,7 +193,7 @@ def test_every_flipped_bit_is_noticed(saved: tuple[Path, dict[str, Tensor]], alo
         changed = bytearray(whole)
         changed[at] ^= 1
         file.write_bytes(changed)
-        assert manifest.verify(directory)
+        assert verify.problems(directory)
         targets = blank(content)
         try:
             load(directory, targets, alone)
@@ -290,7 +289,7 @@ def test_a_full_disk_fails_one_checkpoint_and_training_goes_on(quiet: Path, stop
     assert any(body["level"] == "alarm" and "cannot end" in body["text"] for body in told.all("Note"))
     assert [path.name for path in sorted((root / "checkpoints").iterdir())] == whole
     for name, content in before.items():
-        assert manifest.verify(root / "checkpoints" / name) == []
+        assert verify.problems(root / "checkpoints" / name) == []
         assert (root / "checkpoints" / name / "manifest.msgpack").read_bytes() == content
 
 

@@ -128,7 +128,8 @@ def test_a_checkpoint_goes_into_moments_that_are_fetched(tmp_path: Path) -> None
         group = cast(dist.ProcessGroup, dist.group.WORLD)
         directory, content = tmp_path / "checkpoint", plain.tensors() | theirs
         parts = {name: tensor.detach() for name, tensor in content.items()}
-        storage.save(directory, parts, parts, Manifest(FORMAT, {}, {}, {"step": 2}, 1, "2-1", 1), group, lambda: False)
+        head = Manifest(format=FORMAT, id="2-1", generation=1, files={}, state={"step": 2}, tensors={}, world=1)
+        storage.save(directory, parts, parts, head, group, lambda: False)
         targets = {name: tensor.detach() for name, tensor in (streamed.tensors() | ours).items()}
         storage.load(directory, manifest.read(directory)[0], targets, lambda problem: problem, group)
     finally:

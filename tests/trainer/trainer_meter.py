@@ -25,7 +25,6 @@ from trainer.model import pipeline_stage
 from trainer.model.sharded_model import ShardedModel
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
-from trainer.stage.stage import rows_of_a_sample
 
 VOCABULARY = 500
 SETTINGS = {"max_grad_norm": 1.0, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "beta": 0.1, "label_smoothing": 0.0}
@@ -107,7 +106,7 @@ def peak_of_a_step(config: Model, vocabulary: int, world: World, where: Stage) -
             if each is not None:
                 each.configure_stage(where, where.context)
     samples, size = filled(-(-where.global_batch // model.replicas), where.micro_batch, world.pipeline.size)
-    batch = rows(size * rows_of_a_sample(where), where.context)
+    batch = rows(size * where.rows_per_sample, where.context)
     for _ in range(2):
         alive.peak = 0
         with alive:

@@ -245,7 +245,15 @@ class Checkpointer:
         self._write(save, tensors, parts)
 
     def _write(self, save: Save, tensors: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
-        head = Manifest(FORMAT, {}, {}, plain(save.progress), self._generation, save.id, self._world.size)
+        head = Manifest(
+            format=FORMAT,
+            id=save.id,
+            generation=self._generation,
+            files={},
+            state=plain(save.progress),
+            tensors={},
+            world=self._world.size,
+        )
         try:
             save.digest, save.bytes = storage.save(
                 save.directory, tensors, parts, head, self._world.checkpoint, self._abandoned.is_set

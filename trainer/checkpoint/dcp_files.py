@@ -28,12 +28,13 @@ from midwatch.checkpoint_format.manifest import (
     FILE_NAME,
     PIECE,
     CheckpointError,
-    File,
+    FileEntry,
     Manifest,
     TensorChunk,
     TensorEntry,
     read_chunk,
 )
+from shards.common.files import sync_directory
 from trainer.checkpoint.direct_io import BLOCK, Sink, blocks
 
 
@@ -52,7 +53,7 @@ class _Written(msgspec.Struct, frozen=True):
     """What a rank tells of one chunk it has written, and of the file it is in."""
 
     chunk: TensorChunk
-    file: File
+    file: FileEntry
 
 
 class Writer(StorageWriter):
@@ -119,11 +120,11 @@ class Writer(StorageWriter):
                 chunks.append((index, chunk))
                 size += count
             sink.finish(size)
-        known = File(size, whole.hexdigest())
+        known = FileEntry(size, whole.hexdigest())
         return [WriteResult(index, chunk.bytes, _Written(chunk, known)) for index, chunk in chunks]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files: dict[str, File] = {}
+        files: dict[str, FileEntry] = {}
         chunks: dict[str, list[TensorChunk]] = {name: [] for name in metadata.state_dict_metadata}
         for result in (result for of_rank in results for result in of_rank):
             written: _Written = result.storage_data
@@ -218,15 +219,6 @@ class DcpFileReader(StorageReader):
         buffer = torch.empty(chunk.bytes, dtype=torch.uint8)
         read_chunk(self._directory, chunk, buffer.numpy().data)
         return buffer
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes names in a directory last through a loss of power."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

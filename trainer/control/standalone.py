@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import shutil
 from collections.abc import Callable
@@ -12,15 +11,15 @@ from typing import Any, TextIO
 
 import msgspec
 
-from midwatch.checkpoint_format import manifest
+from midwatch.checkpoint_format import directory as files
+from midwatch.checkpoint_format import manifest, verify
+from midwatch.checkpoint_format.directory import GOLDEN
 from midwatch.protocol import CheckpointReady, CommitRefused, Committed, Metrics, Order, RankBody
 
 log = logging.getLogger("trainer")
 
 SUSPECT = "suspect"
 """File in a checkpoint whose step's loss or gradient was not finite."""
-GOLDEN = "GOLDEN"
-"""File in a checkpoint that is never pruned."""
 
 
 class LogLink:
@@ -56,17 +55,12 @@ class LogLink:
         self._log.close()
 
     def _commit(self, body: CheckpointReady) -> None:
-        place, target = self._checkpoints / body.directory, self._checkpoints / body.id
+        place = self._checkpoints / body.directory
         try:
             if body.suspect:
                 (place / SUSPECT).touch()
-            os.rename(place, target)
-            descriptor = os.open(self._checkpoints, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
+            files.commit(self._checkpoints, body.directory, body.id)
+        except (OSError, manifest.CheckpointError) as error:
             self._answers.put(CommitRefused(id=body.id, reason=str(error)))
             return
         self._answers.put(Committed(id=body.id))
@@ -92,10 +86,7 @@ def prune(checkpoints: Path, keep: int) -> None:
     """Deletes all but the newest `keep`, stage ends, and goldens."""
     passing = [directory for directory, state in committed(checkpoints) if not state["ended"] and not (directory / GOLDEN).exists()]
     for directory in passing[:-keep]:
-        # Renamed first, so that what is half deleted is not taken for a checkpoint.
-        doomed = directory.with_name(f".deleted-{directory.name}")
-        os.rename(directory, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        files.remove(checkpoints, directory.name)
 
 
 def newest(checkpoints: Path, show: Callable[[str], None] = log.warning) -> str | None:
@@ -104,7 +95,7 @@ def newest(checkpoints: Path, show: Callable[[str], None] = log.warning) -> str 
         if (directory / SUSPECT).exists():
             show(f"checkpoint {directory.name} is suspect: its step's loss was not finite; going back to an earlier one")
             continue
-        problems = manifest.verify(directory)
+        problems = verify.problems(directory)
         if not problems:
             return str(directory.name)
         show(f"checkpoint {directory.name} is damaged, going back to an earlier one: " + "; ".join(problems))
@@ -114,5 +105,5 @@ def newest(checkpoints: Path, show: Callable[[str], None] = log.warning) -> str 
 def sweep(checkpoints: Path) -> None:
     """Removes what earlier generations left unfinished."""
     for directory in checkpoints.iterdir() if checkpoints.is_dir() else ():
-        if directory.name.startswith((".g", ".deleted-")):
+        if directory.name.startswith((".g", ".deleting-")):
             shutil.rmtree(directory, ignore_errors=True)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from midwatch.checkpoint_format import manifest
+from midwatch.checkpoint_format import manifest, verify
 from midwatch.checkpoint_format.manifest import CheckpointError, TensorEntry
 from midwatch.recipe import Recipe, RecipeError, Rope, Stage, load_recipe
 from midwatch.recipe.huggingface.config import config_of, family_of
@@ -85,7 +85,7 @@ def export(run: Path, id: str, to: Path, dtype: str = "float32", file_bytes: int
     known, digest = manifest.read(directory)
     progress = from_manifest(known.state, str(directory), recipe)
     tokenizer = _tokenizer(recipe, run, progress)
-    for problem in manifest.verify(directory):
+    for problem in verify.problems(directory):
         raise CheckpointError(f"{problem} (use another checkpoint)")
     stage = recipe.stage[progress.stage]
     context = max(each.context for each in recipe.stage[: progress.stage + 1])

@@ -6,12 +6,12 @@ stage finds has `_before` behind its name, and its own name as well where no ear
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
+from midwatch.metrics.wilson import wilson_interval
 from midwatch.recipe import Stage
 from shards.common.errors import ShardError
 from shards.sampling.batches import Batch
@@ -138,16 +138,8 @@ def _means(task: EvalTask, sums: Tensor) -> dict[str, float]:
     for name, value in zip(task.objective.metrics, metrics, strict=True):
         found[f"eval/{task.name}/{_SHORT[name]}"] = value / weight
     if task.pairs:
-        low, high = interval(found[f"eval/{task.name}/accuracy"], weight)
+        low, high = wilson_interval(found[f"eval/{task.name}/accuracy"], weight)
         found |= {f"eval/{task.name}/accuracy_low": low, f"eval/{task.name}/accuracy_high": high}
     if any(bins):
         found[f"eval/{task.name}/calibration_error"] = sum(map(abs, bins)) / (2 * weight)
     return found
-
-
-def interval(share: float, count: float) -> tuple[float, float]:
-    """In which a share seen in so many lies, 19 times in 20: Wilson 1927's score interval."""
-    z = 1.959964
-    middle, sharding = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return (middle - sharding) / scale, (middle + sharding) / scale

@@ -13,7 +13,6 @@ from trainer.batches import DeviceRows, filled, may_trim, micro_batches, samples
 from trainer.distributed.mesh import first_problem, reduce
 from trainer.rollout import rollout
 from trainer.stage.reference_logprobs import prepare
-from trainer.stage.stage import rows_of_a_sample
 from trainer.stage.training import Training
 
 
@@ -65,7 +64,7 @@ def _read(training: Training) -> TrainBatch | None:
         return None
     samples, size = filled(samples_a_replica(stage.global_batch, model.replicas), stage.micro_batch, world.pipeline.size)
     trims = may_trim(training.recipe, stage)
-    parts = list(micro_batches(batch, rows_of_a_sample(stage), samples, size, world.device, trims))
+    parts = list(micro_batches(batch, stage.rows_per_sample, samples, size, world.device, trims))
     fixed, sums = training.reference if stage.needs_reference else None, training.sums
     if sums is not None:
         held: list[Any] = [sums.of(batch.samples[at * size :], part, "train") for at, part in enumerate(parts)]
@@ -86,7 +85,7 @@ def _counted(training: Training, batch: Batch | None) -> tuple[int, ...]:
         return (int(batch is None), 0, 0, 0, *(0 for _ in stage.sources))
     named = training.stage.feed.named
     read = Counter(named.get(source, source) for source, _, _ in batch.samples)
-    empty = int((~batch.mask.any(-1).reshape(rows_of_a_sample(stage), -1).all(0)).sum())
+    empty = int((~batch.mask.any(-1).reshape(stage.rows_per_sample, -1).all(0)).sum())
     return (0, int(objective.weight(batch.mask)), int(batch.mask.sum()), empty, *(read[name] for name in stage.sources))
 
 

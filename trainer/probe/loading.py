@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 
 from midwatch.checkpoint_format import manifest
+from midwatch.checkpoint_format.directory import GOLDEN
 from midwatch.checkpoint_format.manifest import CheckpointError
 from midwatch.protocol import ProbeAsk, ProbeTurn
 from midwatch.recipe import Recipe, Stage
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer
-from trainer.control.standalone import GOLDEN, committed
+from trainer.control.standalone import committed
 from trainer.generate import Engine, Request
 from trainer.probe.weights import Weights
 from trainer.progress import TrainProgress, from_manifest

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import threading
 from collections.abc import Mapping
 
-_PR_SET_NAME = 15
 AGENT_DIED = 70
 """Exit status of a rank whose agent is gone."""
-
-
-def call_itself(name: str) -> None:
-    """Sets the name of this process that `top` and `ps -o comm` show, of at most 15 characters, where the system has one."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def redirect(environment: Mapping[str, str] = os.environ) -> None:

@@ -9,27 +9,23 @@ and the agent starts another; when its agent or it itself dies, so do its childr
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import logging
 import os
 import selectors
-import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.process.bootstrap import call_itself
+from shards.common.linux import kill_with_parent, name_process
 
 MOST_BYTES = 1 << 20
 OURS = ("trainer", "midwatch", "shards")
 NAME = "rank-forks"
 """What `top` and `ps -o comm` call it."""
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def serve(handle: int, rank: Callable[[list[str]], int]) -> int:
@@ -38,7 +34,7 @@ def serve(handle: int, rank: Callable[[list[str]], int]) -> int:
     `rank` is called in each child, with its arguments, and gives its exit status.
     """
     agent = socket.socket(fileno=handle)
-    call_itself(NAME)
+    name_process(NAME)
     import trainer.process.rank  # noqa: F401  # for what it imports
 
     for module in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"):
@@ -94,7 +90,7 @@ def _become(
     """In the child: a rank, which does not return."""
     status = 1
     try:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        kill_with_parent()
         os.setsid()
         selector.close()
         agent.close()

@@ -12,6 +12,7 @@ import msgspec
 import torch.distributed as dist
 
 from midwatch.recipe import Recipe, Stage
+from midwatch.recipe.kv_cache import kv_bytes_per_token, kv_cache_pages
 from shards.tokenization.tokenizer import Tokenizer
 from trainer.batches import share
 from trainer.distributed.mesh import World, gather, reduce
@@ -30,9 +31,8 @@ class LocalRolloutEngine:
         config, given = recipe.model, recipe.generate
         page = given.block_size or page_tokens(world.device)
         size = 2 if config.dtype == "bfloat16" else 4
-        bytes_a_page = 2 * config.num_layers * config.key_value_heads * config.head * page * size
-        most = -(-stage.context // page)
-        pages = max(most, min(most * given.max_num_seqs, (given.cache_mb << 20) // bytes_a_page))
+        token = kv_bytes_per_token(config.num_layers, config.key_value_heads, config.head, size)
+        pages = kv_cache_pages(stage.context, page, given.max_num_seqs, given.cache_mb << 20, token)
         self.engine = Engine(
             config,
             model.vocabulary,

@@ -10,9 +10,10 @@ from typing import Any, TypedDict
 from midwatch.recipe import Recipe, Stage
 from midwatch.recipe.mixture import declared
 from shards.common.errors import ShardError
-from shards.sampling.batches import BatchFeed, HeldOut, ObjectiveKind, open_held_out
+from shards.sampling.batches import BatchFeed, HeldOut, open_held_out
 from shards.sampling.mixing import Mixing, parts
 from shards.sampling.prefetch import Prefetcher
+from shards.spec import ObjectiveKind
 from trainer.objectives import OBJECTIVES, Objective, objective_of
 
 
@@ -43,10 +44,6 @@ class StageRun:
 
     def close(self) -> None:
         self.reader.close()
-
-
-def rows_of_a_sample(stage: Stage) -> int:
-    return 2 if stage.pairs else 1
 
 
 def open_stage(

@@ -7,7 +7,6 @@ that led there become shards, in a directory of the stage's product, which the c
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from midwatch.recipe.stage import PARTS
 from shards.build.build import build
 from shards.build.report import left_out
 from shards.common.errors import ShardError
+from shards.common.files import write_atomically
 from shards.spec import Build, Source
 from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -45,12 +45,7 @@ def keep(training: Training, made: Mapping[str, list[dict[str, Any]]]) -> bool:
             for part in PARTS[stage.objective]:
                 body = b"".join(msgspec.json.encode(record) + b"\n" for record in made.get(part, ()))
                 file = place / _name(part, number, at.lineage)
-                temporary = file.with_name(f".{file.name}.{os.getpid()}")
-                with temporary.open("wb") as target:
-                    target.write(body)
-                    target.flush()
-                    os.fsync(target.fileno())
-                temporary.rename(file)
+                write_atomically(file, body)
         except OSError as error:
             raise ShardError(f"{error.filename or place}: {error.strerror} (make room or access)") from None
 

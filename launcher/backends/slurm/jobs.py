@@ -18,10 +18,11 @@ import msgspec
 
 from midwatch.directory_identity import DirectoryId
 from midwatch.recipe import Recipe
-from midwatch.run_directory import PUBLIC_FILE, RunPaths, host_name, read_address, write_atomically
+from midwatch.run_directory import PUBLIC_FILE, SECRET_FILE, RunPaths, host_name, read_address
 from midwatch.transport.discovery import Looks
 from midwatch.transport.ssh_url import RemoteRun
 from shards.common.decoding import DecodeError, json_as
+from shards.common.files import write_atomically
 
 ASK_SECONDS = 30.0
 """That Slurm's commands have; a controller that is busy answers late."""
@@ -127,7 +128,7 @@ def write_job(paths: RunPaths, job: Job) -> None:
 def submit(paths: RunPaths, recipe: Recipe, *, resume: str = "") -> Job:
     """Writes the script and hands it to sbatch; `resume` names who asks that a run that was stopped go on. Raises SlurmError."""
     paths.logs.mkdir(exist_ok=True)
-    write_atomically(paths.batch_script, script(paths.root.resolve(), recipe).encode())  # its lines may hold secrets
+    write_atomically(paths.batch_script, script(paths.root.resolve(), recipe).encode(), SECRET_FILE)  # its lines may hold secrets
     said = _ask("sbatch", "--parsable", str(paths.batch_script), *([f"resume={resume}"] if resume else []))
     job = Job(said.split()[-1].partition(";")[0] if said.split() else "")
     if not job.id.isdigit():

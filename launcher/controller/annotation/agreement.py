@@ -5,11 +5,11 @@ A pair's label is `first`, `second` or `neither` (a tie, or both bad); who skipp
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from launcher.controller.annotation.records import Decision
+from midwatch.metrics.wilson import wilson_interval
 from midwatch.protocol import Agreement, Share
 
 
@@ -72,11 +72,5 @@ def reward_model(decisions: Iterable[Decision]) -> Share:
 
 
 def share(hits: int, count: int) -> Share:
-    """With the interval in which the share lies 19 times in 20: Wilson 1927's score interval."""
-    if not count:
-        return Share(0, 0, None, None)
-    z, p = 1.959964, hits / count
-    middle = p + z * z / (2 * count)
-    spread = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return Share(hits, count, (middle - spread) / scale, (middle + spread) / scale)
+    """A share with its 95 % interval; without one where nothing was counted."""
+    return Share(hits, count, *wilson_interval(hits / count, count)) if count else Share(0, 0, None, None)

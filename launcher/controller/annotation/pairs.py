@@ -10,7 +10,8 @@ import msgspec
 
 from launcher.controller.annotation.records import Decision
 from launcher.controller.annotation.store import EXPORTED, all_decisions
-from midwatch.run_directory import PUBLIC_FILE, write_atomically
+from midwatch.run_directory import PUBLIC_FILE
+from shards.common.files import write_atomically
 
 
 def export(directory: Path, to: Path | None = None) -> Counter[str]:

@@ -16,6 +16,7 @@ import msgspec
 
 from launcher.controller.annotation.records import NAME, Decision, Pair, Record, Undo, standing
 from shards.common.decoding import UNDECODABLE
+from shards.common.files import sync_directory
 
 DRAWN = "pairs-drawn.jsonl"
 EXPORTED = "pairs.jsonl"
@@ -76,7 +77,7 @@ class AppendOnlyFile:
                 self.notes.append(f"{file}: its last line was torn by a kill; it is put aside in {aside.name}")
             self._size = found.whole
             os.ftruncate(self._handle, self._size)
-            _sync(file.parent)
+            sync_directory(file.parent)
         except BaseException:
             os.close(self._handle)
             raise
@@ -211,12 +212,3 @@ def _take(file: Path, annotator: str, holder: str) -> int:
     os.ftruncate(handle, 0)
     os.pwrite(handle, holder.encode(), 0)
     return handle
-
-
-def _sync(directory: Path) -> None:
-    """A new file's name survives a loss of power only with its directory."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,10 +10,13 @@ import msgspec
 
 from launcher.controller.core import recovery
 from launcher.controller.core.context import ControllerContext
-from midwatch.checkpoint_format import verify as files
+from midwatch.checkpoint_format import directory as files
+from midwatch.checkpoint_format import verify
+from midwatch.checkpoint_format.manifest import CheckpointError
 from midwatch.journal import journal as j
 from midwatch.protocol import CheckpointReady, CheckpointView, CommitRefused, Committed
-from midwatch.run_directory import PUBLIC_FILE, write_atomically
+from midwatch.run_directory import PUBLIC_FILE
+from shards.common.files import write_atomically
 
 log = logging.getLogger("launcher.controller")
 
@@ -34,19 +37,19 @@ class Commits:
         root = context.paths.checkpoints
         try:
             if ready.generation != ledger.generation:
-                raise files.CheckpointError(f"{ready.id}: written by generation {ready.generation}, which is over")
+                raise CheckpointError(f"{ready.id}: written by generation {ready.generation}, which is over")
             if "/" in ready.directory or "/" in ready.id or ready.id.startswith("."):
-                raise files.CheckpointError(f"{ready.id!r}: not a checkpoint's name")
+                raise CheckpointError(f"{ready.id!r}: not a checkpoint's name")
             if fault := recovery.look_now(context):  # what is there instead of the storage would hide it when that is back
-                raise files.CheckpointError(fault)
+                raise CheckpointError(fault)
             written = ready.directory if (root / ready.directory).exists() else ready.id
-            manifest = files.check_sizes(root / written, ready.digest)
+            manifest = verify.check_sizes(root / written, ready.digest)
             if manifest.id != ready.id:
-                raise files.CheckpointError(f"{ready.directory}: its manifest says {manifest.id}")
+                raise CheckpointError(f"{ready.directory}: its manifest says {manifest.id}")
             committed = self._entry(ready, report)
             self._leave_record(root / written, committed)
             files.commit(root, ready.directory, ready.id)
-        except files.CheckpointError as error:
+        except CheckpointError as error:
             self._answer(ready, False, str(error))
             context.note("alarm", f"checkpoint {ready.id} is refused: {error}", ready.step, report)
             return CommitRefused(id=ready.id, reason=str(error))
@@ -174,8 +177,8 @@ class Commits:
         context.live.verifying.add(view.id)
         try:
             digest = context.ledger.digests.get(view.id)
-            await asyncio.to_thread(files.verify, context.paths.checkpoints / view.id, digest)
-        except files.CheckpointError as error:
+            await asyncio.to_thread(verify.verify, context.paths.checkpoints / view.id, digest)
+        except CheckpointError as error:
             return str(error)
         finally:
             context.live.verifying.discard(view.id)

@@ -15,13 +15,14 @@ from launcher.controller.core.context import ControllerContext
 from midwatch.journal import journal as j
 from midwatch.recipe import Recipe
 from midwatch.recipe.data_sufficiency import shortages
-from midwatch.run_directory import write_atomically
+from midwatch.run_directory import SECRET_FILE
 from midwatch.signals import send_signal
 from shards.build.marker import is_built
 from shards.build.report import left_out
 from shards.commands import BUSY
 from shards.common.decoding import DecodeError, json_as
 from shards.common.errors import ShardError
+from shards.common.files import write_atomically
 from shards.spec import Build
 
 
@@ -82,7 +83,7 @@ class Building:
     async def _built(self, build: Build) -> bool:
         """Builds; False where somebody else is at it. Raises BuildError."""
         spec = Path(tempfile.mkdtemp(prefix="midwatch-")) / "build.json"
-        write_atomically(spec, msgspec.json.encode(build))
+        write_atomically(spec, msgspec.json.encode(build), SECRET_FILE)
         try:
             return await self._run(spec)
         finally:

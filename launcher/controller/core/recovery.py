@@ -20,7 +20,9 @@ from typing import NamedTuple
 import msgspec
 
 from launcher.controller.core.context import ControllerContext
-from midwatch.checkpoint_format import verify as files
+from midwatch.checkpoint_format import directory as files
+from midwatch.checkpoint_format import verify
+from midwatch.checkpoint_format.manifest import CheckpointError, ManifestHeader, digest_of, read_header
 from midwatch.journal import journal as j
 from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.run_directory import RunPaths, mount_of, read_address
@@ -44,10 +46,10 @@ def floors(paths: RunPaths) -> j.Floors:
     lineage = 0
     for name in files.listed(paths.checkpoints) or ():
         try:
-            manifest = files.read_manifest(paths.checkpoints / name)
-        except files.CheckpointError:
+            manifest = read_header(paths.checkpoints / name)
+        except CheckpointError:
             continue
-        generation, lineage = max(generation, manifest.generation), max(lineage, manifest.state.lineage)
+        generation, lineage = max(generation, manifest.generation), max(lineage, manifest.position.lineage)
     return j.Floors(term=term, generation=generation, lineage=lineage)
 
 
@@ -144,22 +146,22 @@ async def _adopt_one(context: ControllerContext, name: str) -> None:
     if hidden and (ledger.generation_live or files.unfinished(root, name)):
         return
     try:
-        manifest = files.read_manifest(root / name)
+        manifest = read_header(root / name)
         if hidden and (manifest.generation != ledger.generation or name != f".g{manifest.generation}-{manifest.id}"):
-            raise files.CheckpointError(f"it is of generation {manifest.generation}")
+            raise CheckpointError(f"it is of generation {manifest.generation}")
         if not hidden and manifest.id != name:
-            raise files.CheckpointError(f"its manifest says {manifest.id}")
-        if (name, digest := files.digest_of(root / name)) in context.rejected:
+            raise CheckpointError(f"its manifest says {manifest.id}")
+        if (name, digest := digest_of(root / name)) in context.rejected:
             return
         try:
-            await asyncio.to_thread(files.verify, root / name)
-        except files.CheckpointError:
+            await asyncio.to_thread(verify.verify, root / name)
+        except CheckpointError:
             context.rejected.add((name, digest))
             raise
         if manifest.id not in ledger.checkpoints:
             files.commit(root, name, manifest.id)
             _record(context, manifest)
-    except files.CheckpointError as error:
+    except CheckpointError as error:
         if not hidden:  # a checkpoint's directory stays where it is
             context.note_once(f"{root / name} is not in the journal and cannot be taken into it: {error}")
             return
@@ -167,9 +169,9 @@ async def _adopt_one(context: ControllerContext, name: str) -> None:
         await asyncio.to_thread(files.discard, root, name)
 
 
-def _record(context: ControllerContext, manifest: files.Manifest) -> None:
-    root, state = context.paths.checkpoints, manifest.state
-    digest, size = files.digest_of(root / manifest.id), sum(record.bytes for record in manifest.files.values())
+def _record(context: ControllerContext, manifest: ManifestHeader) -> None:
+    root, state = context.paths.checkpoints, manifest.position
+    digest, size = digest_of(root / manifest.id), sum(record.bytes for record in manifest.files.values())
     known = _own_record(context, manifest.id, digest)
     loss, finite = _metrics(context, state.lineage, state.step)
     entry = known or j.CheckpointCommitted(

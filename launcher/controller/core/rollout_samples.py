@@ -22,8 +22,9 @@ import msgspec
 
 from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.protocol import Sampled, SampleQuery, SampleReply, SampleView
-from midwatch.run_directory import PRIVATE_FILE, write_atomically
+from midwatch.run_directory import PRIVATE_FILE
 from shards.common.decoding import UNDECODABLE, Int64
+from shards.common.files import write_atomically
 
 log = logging.getLogger(__name__)
 

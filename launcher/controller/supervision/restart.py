@@ -6,7 +6,8 @@ from launcher.controller.core import recovery
 from launcher.controller.core.checkpoints import Commits
 from launcher.controller.core.context import ControllerContext
 from launcher.controller.core.versions import installed_versions
-from midwatch.checkpoint_format import verify as files
+from midwatch.checkpoint_format.manifest import CheckpointError
+from midwatch.checkpoint_format.verify import check_sizes
 from midwatch.journal import journal as j
 from midwatch.protocol import Lineage, Start
 
@@ -20,9 +21,9 @@ async def check_restart_point(context: ControllerContext, commits: Commits, *, t
         return f"the journal does not say any more which checkpoint this run was at: roll back to the one to go on from ({found})"
     while (view := context.ledger.restart_point()) is not None:
         try:
-            files.check_sizes(context.paths.checkpoints / view.id, context.ledger.digests.get(view.id))
+            check_sizes(context.paths.checkpoints / view.id, context.ledger.digests.get(view.id))
             problem = await commits.verify(view) if thorough else ""
-        except files.CheckpointError as error:
+        except CheckpointError as error:
             problem = str(error)
         if not problem:
             return ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from midwatch.checkpoint_format.verify import CheckpointError, verify
+from midwatch.checkpoint_format.manifest import CheckpointError
+from midwatch.checkpoint_format.verify import verify
 from midwatch.journal import journal as j
 from midwatch.journal.run_state import Ledger
 from tests.system.harness import Run
