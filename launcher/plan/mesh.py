@@ -84,13 +84,11 @@ def share_of(mesh: Mesh, model: Model, rank: int) -> PipelineShare:
 def batches_of(mesh: Mesh, stage: Stage, count: int | None = None) -> Batches:
     """count: micro-batches instead of the stage's own.
 
-    In a pipeline all micro-batches are of one size, and interleaved they are a multiple of its ranks.
+    As `trainer.batches.filled` makes them: in a pipeline all micro-batches are of one size, and as many as its ranks or a multiple.
     """
     samples = -(-stage.global_batch // mesh.replicas)
-    micro_batch = min(stage.micro_batch, samples)
-    found = -(-samples // micro_batch)
-    if mesh.parts > 1:
-        found = -(-found // mesh.pipeline) * mesh.pipeline
+    micro_batch = min(stage.micro_batch, -(-samples // mesh.pipeline))
+    found = -(-samples // (micro_batch * mesh.pipeline)) * mesh.pipeline
     if mesh.pipeline > 1:
         samples = found * micro_batch
     return Batches(samples, micro_batch, count if count is not None else found)

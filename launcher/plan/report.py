@@ -230,7 +230,7 @@ def _batch_notes(stage: Stage, planned: StagePlan) -> Iterator[str]:
     mesh, batches = planned.mesh, batches_of(planned.mesh, stage)
     filled = batches.samples * mesh.replicas
     if filled != stage.global_batch:
-        every = filled // batches.count * (mesh.pipeline if mesh.parts > 1 else 1) if mesh.pipeline > 1 else mesh.replicas
+        every = filled // batches.count * mesh.pipeline if mesh.pipeline > 1 else mesh.replicas
         text = f"{stage.global_batch} samples are filled up to {filled}, the same for each rank"
         yield f"{text} (use a global_batch that is a multiple of {every})"
     if planned.memory_per_gpu.gradients_whole and mesh.ranks > 1 and mesh.pipeline == 1:

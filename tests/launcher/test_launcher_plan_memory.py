@@ -329,7 +329,7 @@ def test_a_recipes_own_mesh_is_planned_on_as_many_nodes_as_it_can_use() -> None:
     assert (first.mesh.pipeline, first.mesh.data, first.mesh.tensor, first.mesh.replicas) == (4, 4, 4, 4)
     assert (extend.mesh.context, extend.mesh.replicas) == (2, 2)
     assert first.bubble is not None and first.bubble.micro_batches == 128
-    assert extend.bubble is not None and extend.bubble.share_of_step == pytest.approx(3 / 33)
+    assert extend.bubble is not None and extend.bubble.share_of_step == pytest.approx(3 / 35), "30 are filled up to 32"
     assert plan_recipe(recipe(), Assumptions(pipeline=2)).stages[0].mesh.data == 8
 
 

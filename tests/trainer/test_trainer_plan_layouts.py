@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from trainer_meter import VOCABULARY, MakeWorld, fake_worlds, peak_of_a_step, st
 
 from launcher.plan.flops import block_parameters
 from launcher.plan.memory import Setting, memory, rank_memory
-from launcher.plan.mesh import batches_of, mesh_of
+from launcher.plan.mesh import Mesh, batches_of, mesh_of
 from midwatch.recipe import Model, Parallel
+from trainer.batches import filled, samples_a_replica
 
 LLAMA = Model(num_layers=4, hidden_size=96, num_heads=8, num_kv_heads=4, tie_embeddings=False)
 MODELS = {
@@ -72,6 +74,17 @@ def test_the_peak_of_a_rank_is_that_of_a_real_step(
     assert planned.peak_bytes - planned.staging_bytes == pytest.approx(measured, rel=0.06)
 
 
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_plan_has_the_micro_batches_of_a_step(pipeline: int, parts: int) -> None:
+    """In number and size: memory, bubble and hours follow from them. A pipeline of 4 was planned with 1 where a step has 4."""
+    for rows, size, data in itertools.product((2, 6, 8, 10, 32), (1, 2, 3, 8), (1, 2)):
+        where = stage(64, rows, size)
+        planned = batches_of(Mesh(pipeline, data, 1, 1, data, parts if pipeline > 1 else 1), where)
+        samples, most = filled(samples_a_replica(rows, data), size, pipeline)
+        assert (planned.samples, planned.micro_batch, planned.count) == (samples, min(most, samples), -(-samples // most))
+
+
 @pytest.mark.parametrize(("kept", "ranks"), [(False, 2), (2, 4)])
 def test_blocks_that_stay_gathered_after_their_forward_are_planned(kept: bool | int, ranks: int, world: MakeWorld) -> None:
     """At the most: they are dropped one by one in backward, whose peak may come when most of them are gone."""
@@ -113,6 +126,7 @@ def test_the_peak_of_a_rank_of_a_pipeline_is_that_of_a_real_step(
 LONG = """
 import gc, torch, torch.distributed as dist
 from midwatch.recipe import Model, Parallel
+from trainer.batches import filled, samples_a_replica
 from trainer_meter import SETTINGS, rows, stage
 from trainer.model.sharded_model import ShardedModel
 from trainer.objectives import OBJECTIVES
