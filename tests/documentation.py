@@ -51,7 +51,10 @@ def spans(file: Path) -> tuple[Span, ...]:
         elif line.startswith("    ") and not before.strip():
             found.append(Span(name, number, "indented", line))
         else:
-            found += [Span(name, number, "", match[1] or match[2]) for match in re.finditer(r"`` (.+?) ``|`([^`]+)`", line)]
+            texts = [match[1] or match[2] for match in re.finditer(r"`` (.+?) ``|`([^`]+)`", line)]
+            if line.startswith("|"):
+                texts = [text.replace("\\|", "|") for text in texts]
+            found += [Span(name, number, "", text) for text in texts]
         before = line
     assert block is None, f"{name}: a block that begins at line {began} does not end"
     return tuple(found)

@@ -97,6 +97,25 @@ def test_every_block_is_fenced_and_names_its_language() -> None:
     assert [f"{span}: {span.language}" for span in all_spans() if span.language and span.language not in LANGUAGES] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_row_of_a_table_has_its_columns(page: Path) -> None:
+    wrong, columns = [], 0
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.startswith("|"):
+            columns = 0
+            continue
+        cells = len(re.findall(r"(?<!\\)\|", line)) - 1
+        columns = columns or cells
+        if cells != columns:
+            wrong.append(f"{page.name}:{number}: {cells} cells for {columns} columns")
+    assert wrong == []
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES if page.parent != ROOT and f": {page.name}\n" not in navigation] == []
+
+
 def test_every_command_line_parses() -> None:
     found = [command for command in commands() if command.program == "midwatch"]
     assert len(found) > 80
