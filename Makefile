@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test soak bench picture docs setup clean
+.PHONY: demo test soak bench picture recording docs setup clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Midwatch needs Python 3.11 or newer (PYTHON=python3.12 make ...)"; exit 2; }
@@ -34,6 +34,9 @@ bench: $(STAMP)
 
 picture: $(STAMP)
 	@$(BIN)/python -m docs.picture
+
+recording: $(STAMP)
+	@$(BIN)/python -m docs.recording
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(STAMP)
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
