@@ -26,11 +26,11 @@ from shards.spec import Build
 PEAK = 989e12
 """Dense bfloat16 operations a second of an H200."""
 VOCABULARY = 128_256
-LLAMA_1B: dict[str, Any] = {"layers": 16, "width": 2048, "heads": 32, "kv_heads": 8, "hidden": 8192}
-SHALLOW = {"layers": 4, "width": 4096, "heads": 32, "kv_heads": 8, "hidden": 14336}
-NARROW = {"layers": 24, "width": 1024, "heads": 16, "kv_heads": 16, "hidden": 2816}
-TINY = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "hidden": 128}
-LONG = {"activation_checkpointing": "offloaded", "mlp_tile": 16384, "loss_tile": 4096}
+LLAMA_1B: dict[str, Any] = {"num_layers": 16, "hidden_size": 2048, "num_heads": 32, "num_kv_heads": 8, "intermediate_size": 8192}
+SHALLOW = {"num_layers": 4, "hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8, "intermediate_size": 14336}
+NARROW = {"num_layers": 24, "hidden_size": 1024, "num_heads": 16, "num_kv_heads": 16, "intermediate_size": 2816}
+TINY = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 128}
+LONG = {"activation_checkpointing": "offloaded", "mlp_chunk_tokens": 16384, "loss_chunk_tokens": 4096}
 CONTEXTS = [1 << 17, 1 << 18, 1 << 19, 1 << 20, 3 << 19, 1 << 21]
 FEWEST_LONG_STEPS = 2
 
@@ -63,7 +63,7 @@ def long(context: int) -> Setting:
 def small(setting: Setting) -> Setting:
     """The same way through the code, for a rehearsal."""
     time = min(setting.context, 64)
-    stage = setting.stage | ({"mlp_tile": 16, "loss_tile": 16} if "mlp_tile" in setting.stage else {})
+    stage = setting.stage | ({"mlp_chunk_tokens": 16, "loss_chunk_tokens": 16} if "mlp_chunk_tokens" in setting.stage else {})
     return setting._replace(
         model=TINY | {key: value for key, value in setting.model.items() if key == "float8"},
         context=time,
@@ -81,7 +81,7 @@ class Device:
 
     def recipe(self, setting: Setting) -> Recipe:
         setting = small(setting) if self.rehearse else setting
-        stage = {"name": "pretrain", "objective": "pretrain", "steps": 1000, "warmup": 100, "eval_every": 1_000_000}
+        stage = {"name": "pretrain", "objective": "pretrain", "steps": 1000, "warmup_steps": 100, "eval_every": 1_000_000}
         stage |= {"context": setting.context, "global_batch": setting.samples, "micro_batch": setting.micro_batch}
         sections: dict[str, Any] = {
             "run": {"name": "gpu"},

@@ -23,10 +23,10 @@ LOG_EVERY = 10
 class Attention(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.sizes = [model.heads * model.head, model.key_value_heads * model.head, model.key_value_heads * model.head]
-        self.head, self.grouped = model.head, model.heads != model.key_value_heads
-        self.qkv = nn.Linear(model.width, sum(self.sizes), bias=False)
-        self.out = nn.Linear(self.sizes[0], model.width, bias=False)
+        self.sizes = [model.num_heads * model.head, model.key_value_heads * model.head, model.key_value_heads * model.head]
+        self.head, self.grouped = model.head, model.num_heads != model.key_value_heads
+        self.qkv = nn.Linear(model.hidden_size, sum(self.sizes), bias=False)
+        self.out = nn.Linear(self.sizes[0], model.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, time, _ = x.shape
@@ -45,12 +45,12 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(model.width, model.norm_eps)
+        self.attention_norm = nn.RMSNorm(model.hidden_size, model.norm_eps)
         self.attention = Attention(model)
-        self.mlp_norm = nn.RMSNorm(model.width, model.norm_eps)
-        self.gate = nn.Linear(model.width, model.hidden_width, bias=False)
-        self.up = nn.Linear(model.width, model.hidden_width, bias=False)
-        self.down = nn.Linear(model.hidden_width, model.width, bias=False)
+        self.mlp_norm = nn.RMSNorm(model.hidden_size, model.norm_eps)
+        self.gate = nn.Linear(model.hidden_size, model.hidden_width, bias=False)
+        self.up = nn.Linear(model.hidden_size, model.hidden_width, bias=False)
+        self.down = nn.Linear(model.hidden_width, model.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin)
@@ -66,9 +66,9 @@ class Llama(nn.Module):
 
     def __init__(self, model: Model, vocabulary: int, context: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, model.width)
-        self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
-        self.norm = nn.RMSNorm(model.width, model.norm_eps)
+        self.embedding = nn.Embedding(vocabulary, model.hidden_size)
+        self.blocks = nn.ModuleList(Block(model) for _ in range(model.num_layers))
+        self.norm = nn.RMSNorm(model.hidden_size, model.norm_eps)
         frequency = model.rope_theta ** -(torch.arange(0, model.head, 2) / model.head)
         angle = torch.outer(torch.arange(context), frequency)
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -76,7 +76,7 @@ class Llama(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 residual = name.endswith(("attention.out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * model.layers) if residual else 0.02)
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * model.num_layers) if residual else 0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -96,9 +96,9 @@ def batch(data: np.memmap, rows: int, context: int) -> tuple[Tensor, Tensor]:
 
 def rate(stage: Stage, step: int) -> float:
     """Linear warm-up, then a cosine down to a part of the peak."""
-    if step < stage.warmup_steps:
-        return stage.lr * (step + 1) / stage.warmup_steps
-    done = (step - stage.warmup_steps) / (stage.steps - stage.warmup_steps)
+    if step < stage.resolved_warmup_steps:
+        return stage.lr * (step + 1) / stage.resolved_warmup_steps
+    done = (step - stage.resolved_warmup_steps) / (stage.steps - stage.warmup_steps)
     return stage.lr * (stage.min_lr_ratio + (1 - stage.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -121,7 +121,7 @@ def train(
         for _ in range(parts):
             loss = network(*batch(data, stage.micro_batch, stage.context)) / parts
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), stage.clip)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), stage.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         last = loss.detach() * parts

@@ -82,7 +82,7 @@ def flops(training: Training, causal: bool) -> float:
     """A token's operations, as the trainer counts them, or with the half of attention that a causal mask leaves."""
     model, context = training.recipe.model, training.stage.stage.context
     whole = training.model.flops_per_token(context)
-    return whole - 6.0 * model.layers * model.heads * model.head * context if causal else whole
+    return whole - 6.0 * model.num_layers * model.num_heads * model.head * context if causal else whole
 
 
 def alone(root: Path, steps: int) -> dict[str, Any]:

@@ -131,10 +131,10 @@ def trl(objective: str, root: Path, steps: int) -> dict[str, Any]:
     network = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=own.vocab,
-            hidden_size=model.width,
+            hidden_size=model.hidden_size,
             intermediate_size=model.hidden_width,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.heads,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_heads,
             num_key_value_heads=model.key_value_heads,
             max_position_embeddings=stage.context,
             rms_norm_eps=model.norm_eps,
@@ -151,7 +151,7 @@ def trl(objective: str, root: Path, steps: int) -> dict[str, Any]:
         "max_steps": steps,
         "learning_rate": stage.lr,
         "weight_decay": stage.weight_decay,
-        "max_grad_norm": stage.clip,
+        "max_grad_norm": stage.max_grad_norm,
         "optim": "adamw_torch_fused",
         "logging_steps": 10,
         "save_strategy": "no",

@@ -28,7 +28,7 @@ from trainer.generate import Engine, Request
 from trainer.generate.engine import STEP_TOKENS
 from trainer.model.decoder import Decoder
 
-MODEL, VOCABULARY, CONTEXT = Model(layers=6, width=256, heads=8, kv_heads=8, hidden=688), 2048, 256
+MODEL, VOCABULARY, CONTEXT = Model(num_layers=6, hidden_size=256, num_heads=8, num_kv_heads=8, intermediate_size=688), 2048, 256
 REQUESTS, SHORTEST, LONGEST = 64, 8, 128
 PADDED = (16, 32, 64)
 """Batches of transformers' `generate`; the fastest counts."""

@@ -162,7 +162,7 @@ def rank(root: Path) -> None:
 
 def small(recipe: Recipe, data: Path) -> Recipe:
     """The recipe's first stage alone, without end, evaluations or checkpoints."""
-    stage = msgspec.structs.replace(recipe.stage[0], steps=1_000_000, eval_every=1_000_000, warmup=100)
+    stage = msgspec.structs.replace(recipe.stage[0], steps=1_000_000, eval_every=1_000_000, warmup_steps=100)
     return msgspec.structs.replace(
         recipe,
         stage=(stage,),

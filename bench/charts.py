@@ -34,7 +34,7 @@ TARGETS = (4.0, 10.0, 120.0)  # per cent of a core, kB/s, MB
 
 def controller() -> None:
     """Answers, for each line `WIDTH` on stdin, twelve length-prefixed columns; each answer is a step later."""
-    from launcher.metrics.chunks import MetricFrame, MetricRow
+    from launcher.metrics.chunks import MetricFrame, StepMetrics
     from launcher.metrics.store import MetricStore
     from midwatch.metrics.m4_columns import LineageSegment
     from midwatch.metrics.m4_nodes import ROW
@@ -51,7 +51,7 @@ def controller() -> None:
         store.load_rows(name, 0, rows)
     path, step = [LineageSegment(0, -1, None)], POINTS
     for line in sys.stdin:
-        row = MetricRow(0, step, step, float(step), {name: 2 + float(random.normal(0, 0.05)) for name in names})
+        row = StepMetrics(0, step, step, float(step), {name: 2 + float(random.normal(0, 0.05)) for name in names})
         store.add(MetricFrame("rank0", step, [row]))
         step += 1
         for name in names:

@@ -41,10 +41,10 @@ RECIPE = """
 [run]
 name = "checkpoints"
 [model]
-layers = 8
-width = 640
-heads = 10
-hidden = 1728
+num_layers = 8
+hidden_size = 640
+num_heads = 10
+intermediate_size = 1728
 [tokenizer]
 vocab = 1024
 sample_bytes = 200000
@@ -61,7 +61,7 @@ steps = 100000
 context = 32
 global_batch = 2
 micro_batch = 1
-warmup = 10
+warmup_steps = 10
 mixture = {topics = 1}
 """
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from midwatch.recipe.model import Model, Rope
-from shards.build.sources import ReadPosition
+from shards.readers.sources import ReadPosition
 from shards.readers.splits import split
 from shards.spec import Source
 from shards.tokenization.records import Document
@@ -152,7 +152,7 @@ def extend(ways: tuple[Way, ...], size: Size) -> Iterator[Outcome]:
 
 
 def _short(position: Any, text: Tensor, size: Size) -> Decoder:
-    config = Model(layers=size.layers, width=size.width, heads=max(2, size.width // 32), position=position)
+    config = Model(num_layers=size.layers, hidden_size=size.width, num_heads=max(2, size.width // 32), position=position)
     if position == "learned":
         config = msgspec.structs.replace(config, max_positions=size.context)
     model = Decoder(config, VOCABULARY)

@@ -129,7 +129,7 @@ def _start_controller(
 ) -> psutil.Process:
     paths = RunPaths(root)
     paths.create()
-    cluster = f'backend = "agents"\nnodes = {count}\nranks_per_node = 8'
+    cluster = f'backend = "external"\nnodes = {count}\nranks_per_node = 8'
     text = recipe_text(place / "shards", steps=1_000_000, batch=8 * count).replace("ranks_per_node = 2", cluster)
     paths.recipe.write_text(text)
     paths.recipe.write_text(dump_recipe(load_recipe(paths.recipe)))

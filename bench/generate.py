@@ -39,10 +39,10 @@ BASE = """
 [run]
 name = "bench"
 [model]
-layers = 4
-width = {width}
-heads = {heads}
-kv_heads = {kv_heads}
+num_layers = 4
+hidden_size = {width}
+num_heads = {heads}
+num_kv_heads = {kv_heads}
 [tokenizer]
 vocab = 2048
 sample_bytes = 1000000
@@ -73,7 +73,7 @@ steps = {steps}
 context = {context}
 global_batch = {batch}
 micro_batch = {micro}
-warmup = 1
+warmup_steps = 1
 mixture = {{ {source} = 1 }}
 eval_every = 1000000
 eval_samples = 1
@@ -202,7 +202,7 @@ def phases(root: Path, rollouts: int = 4) -> dict[str, Any]:
         "perf/score_seconds",
         "perf/update_seconds",
         "perf/generated_tokens_per_second",
-        "perf/kv_used",
+        "perf/kv_cache_utilization",
     )
     series = {name: [values[name] for values in told if name in values] for name in names}
     return {name: statistics.median(values[1:]) for name, values in series.items() if values[1:]}

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from launcher.metrics.chunks import MetricFrame, MetricRow
+from launcher.metrics.chunks import MetricFrame, StepMetrics
 from launcher.metrics.store import MetricStore
 from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.metrics.m4_nodes import ROW, Table
@@ -62,7 +62,7 @@ def ingest_rate(folder: Path, series: int, steps: int) -> float:
     store = MetricStore.open(folder / "metrics", folder / "index.sqlite", term=1)
     names = [f"gpu/{number}/utilisation" for number in range(series)]
     frames = [
-        MetricFrame("rank0", number, [MetricRow(0, step, step, float(step), dict.fromkeys(names, step * 0.5)) for step in block])
+        MetricFrame("rank0", number, [StepMetrics(0, step, step, float(step), dict.fromkeys(names, step * 0.5)) for step in block])
         for number, block in enumerate(np.arange(steps).reshape(-1, 100).tolist())
     ]
     begin = time.perf_counter()

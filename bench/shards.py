@@ -121,7 +121,7 @@ def resident(code: str) -> float:
 def feed_memory(root: Path) -> float:
     """MB over its imports that a feed holds after 2,000 rows of 1,024 tokens."""
     imports = "from shards.sampling.batches import Feed\n"
-    read = f"f = Feed({str(root)!r}, 'train', 'text', 1024, {{'code': 1}}, 0)\nfor p in range(0, 2000, 8): f.read(p, p + 8)"
+    read = f"f = BatchFeed({str(root)!r}, 'train', 'text', 1024, {{'code': 1}}, 0)\nfor p in range(0, 2000, 8): f.read(p, p + 8)"
     return resident(imports + read) - resident(imports)
 
 

@@ -40,17 +40,31 @@ from shards.spec import Build
 WARM = 6
 """First steps of a turn, which are not timed."""
 SIZES = {
-    "4 layers, width 256, context 256, batch 8": {"layers": 4, "width": 256, "heads": 8, "kv_heads": 8, "context": 256, "batch": 8},
-    "4 layers, width 128, context 128, batch 8": {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "context": 128, "batch": 8},
+    "4 layers, width 256, context 256, batch 8": {
+        "num_layers": 4,
+        "hidden_size": 256,
+        "num_heads": 8,
+        "num_kv_heads": 8,
+        "context": 256,
+        "batch": 8,
+    },
+    "4 layers, width 128, context 128, batch 8": {
+        "num_layers": 4,
+        "hidden_size": 128,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "context": 128,
+        "batch": 8,
+    },
 }
 RECIPE = """
 [run]
 name = "contest"
 [model]
-layers = {layers}
-width = {width}
-heads = {heads}
-kv_heads = {kv_heads}
+num_layers = {layers}
+hidden_size = {width}
+num_heads = {heads}
+num_kv_heads = {kv_heads}
 [tokenizer]
 vocab = 2048
 sample_bytes = 1000000
@@ -71,7 +85,7 @@ steps = 1000
 context = {context}
 global_batch = {batch}
 micro_batch = {batch}
-warmup = 100
+warmup_steps = 100
 mixture = {{docs = 1}}
 eval_every = 1000000
 """

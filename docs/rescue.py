@@ -141,7 +141,7 @@ class Night(Stage):
             "latest": latest,
             "events": tuple(self.journal[-12:]),
             "alarms": alarms,
-            "settings": {"lr": 3e-4, "lr_scale": 1.0, "clip": 1.0},
+            "settings": {"lr": 3e-4, "lr_scale": 1.0, "max_grad_norm": 1.0},
         }
 
 

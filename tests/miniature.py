@@ -38,9 +38,9 @@ def miniature(
 
     def stage(whole: Stage) -> Stage:
         small = replace(whole, context=whole.context // length, rope=rope(whole.rope), steps=steps, global_batch=batch)
-        small = replace(small, micro_batch=1, lr=whole.lr * rate, warmup=0, eval_every=eval_every, eval_samples=2)
-        tile = whole.mlp_tile and max(1, whole.mlp_tile // length)
-        small = replace(small, mlp_tile=tile, loss_tile=max(1, whole.loss_tile // length))
+        small = replace(small, micro_batch=1, lr=whole.lr * rate, warmup_steps=0, eval_every=eval_every, eval_samples=2)
+        tile = whole.mlp_chunk_tokens and max(1, whole.mlp_chunk_tokens // length)
+        small = replace(small, mlp_chunk_tokens=tile, loss_chunk_tokens=max(1, whole.loss_chunk_tokens // length))
         return replace(small, context_parallel=min(2, whole.context_parallel))
 
     return replace(

@@ -27,7 +27,7 @@ def learning_rate(stage: Stage, settings: dict[str, float], step: int, peak_of: 
 
     Loshchilov and Hutter 2017, equation 5, without restarts. peak_of: the setting that is the peak.
     """
-    peak, floor, warm = settings[peak_of], settings["min_lr_ratio"], stage.warmup_steps
+    peak, floor, warm = settings[peak_of], settings["min_lr_ratio"], stage.resolved_warmup_steps
     if step < warm:
         part = (step + 1) / warm
     else:
@@ -104,7 +104,7 @@ class Optimizer:
         """Clips by the whole gradient's norm and steps; leaves everything as it is if the norm is not finite."""
         bad = (~torch.isfinite(norm)).float()
         self.skipped += bad
-        shrink = (settings["clip"] / (norm + 1e-6)).clamp(max=1.0)
+        shrink = (settings["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
         named = self._gradients()
         if named:
             place = named[0][1].device

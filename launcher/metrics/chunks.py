@@ -22,7 +22,7 @@ from typing import NamedTuple
 import msgspec
 import xxhash
 
-from shards.decoding import UNDECODABLE, Count, Int64, brief
+from shards.common.decoding import UNDECODABLE, Count, Int64, brief
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ HEADER = struct.Struct("<II")
 MAX_BODY = 64 << 20  # a larger length is damage, not data
 
 
-class MetricRow(msgspec.Struct, array_like=True, frozen=True, gc=False):
+class StepMetrics(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The metrics of one step. `time` is Unix seconds; `tokens` counts from the run's first step."""
 
     lineage: Int64
@@ -45,7 +45,7 @@ class MetricFrame(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     source: str
     number: Count
-    rows: list[MetricRow]
+    rows: list[StepMetrics]
 
 
 def encode(frame: MetricFrame) -> bytes:

@@ -32,8 +32,8 @@ def beside(model: Model, vocabulary: int, stage: Stage, generate: Generate, weig
     critic = 2 * weights + moments if stage.objective == "ppo" else 0
     if not (stage.draws or stage.makes):
         return Beside(frozen, critic, 0)
-    page = generate.page or PAGE
+    page = generate.block_size or PAGE
     most = -(-stage.context // page) * page * flops.kv_cache_bytes_per_token(model)
-    cache = max(most, min(most * generate.running, generate.cache_mb << 20))
-    noted = stage.prompts_drawn * stage.rollout.responses * stage.context * NOTED_BYTES if stage.draws else 0
+    cache = max(most, min(most * generate.max_num_seqs, generate.cache_mb << 20))
+    noted = stage.prompts_drawn * stage.rollout_settings.num_generations * stage.context * NOTED_BYTES if stage.draws else 0
     return Beside(frozen, critic, model.parameters(vocabulary) * flops.compute_bytes(model) + cache + noted)

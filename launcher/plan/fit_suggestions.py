@@ -68,8 +68,8 @@ def _recomputing(case: Case) -> Iterator[Change]:
 
 
 def _tiles(case: Case) -> Iterator[Change]:
-    if case.stage.loss_tile > 1024:
-        yield "loss_tile = 1024", case._replace(stage=replace(case.stage, loss_tile=1024))
+    if case.stage.loss_chunk_tokens > 1024:
+        yield "loss_chunk_tokens = 1024", case._replace(stage=replace(case.stage, loss_chunk_tokens=1024))
 
 
 def _contexts(case: Case) -> Iterator[Change]:

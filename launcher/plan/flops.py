@@ -18,24 +18,24 @@ FORWARD_AND_BACKWARD = 3
 
 def block_matrices(model: Model) -> int:
     """Weights of one block's matrices: query, key, value, output, and the MLP's three (SwiGLU) or two."""
-    attention = 2 * model.width * model.head * (model.heads + model.key_value_heads)
-    return attention + (3 if model.mlp == "swiglu" else 2) * model.width * model.hidden_width
+    attention = 2 * model.hidden_size * model.head * (model.num_heads + model.key_value_heads)
+    return attention + (3 if model.mlp == "swiglu" else 2) * model.hidden_size * model.hidden_width
 
 
 def block_parameters(model: Model) -> int:
     """All parameters of one block: those of a model of two, less those of a model of one."""
-    one, two = (msgspec.structs.replace(model, layers=layers).parameters(0) for layers in (1, 2))
+    one, two = (msgspec.structs.replace(model, num_layers=layers).parameters(0) for layers in (1, 2))
     return two - one
 
 
 def matrix_parameters(model: Model, vocabulary: int) -> int:
     """Weights that each token is multiplied with: all matrices and the output layer. Looking an embedding up is none."""
-    return model.layers * block_matrices(model) + vocabulary * model.width
+    return model.num_layers * block_matrices(model) + vocabulary * model.hidden_size
 
 
 def attention_flops_per_token(model: Model, context: int) -> float:
     """Forward and backward of scores and their weighted sum: 12 layers x heads x head width x context (PaLM, appendix B)."""
-    return 4.0 * FORWARD_AND_BACKWARD * model.layers * model.heads * model.head * context
+    return 4.0 * FORWARD_AND_BACKWARD * model.num_layers * model.num_heads * model.head * context
 
 
 def flops_per_token(model: Model, vocabulary: int, context: int) -> float:
@@ -51,12 +51,12 @@ def passes(stage: Stage) -> float:
     """
     forward = 1.0 / FORWARD_AND_BACKWARD
     if stage.makes:
-        return forward * (1 + judged(stage)) * stage.rollout.responses
+        return forward * (1 + judged(stage)) * stage.rollout_settings.num_generations
     if not stage.draws:
         return 1.0 + forward if stage.needs_reference else 1.0
     learners = 2 if stage.objective == "ppo" else 1
     # Drawn; then the policy, the reference, the value model and the reward model, as far as there are any.
-    return learners + forward * (2 + learners + judged(stage)) / stage.rollout.epochs
+    return learners + forward * (2 + learners + judged(stage)) / stage.rollout_settings.epochs
 
 
 def rows_of_a_sample(stage: Stage) -> int:
@@ -66,7 +66,7 @@ def rows_of_a_sample(stage: Stage) -> int:
 
 def kv_cache_bytes_per_token(model: Model) -> int:
     """Keys and values of one token in all layers, in the compute type (Shazeer 2019; Ainslie et al. 2023 for fewer heads)."""
-    return 2 * model.layers * model.key_value_heads * model.head * compute_bytes(model)
+    return 2 * model.num_layers * model.key_value_heads * model.head * compute_bytes(model)
 
 
 def compute_bytes(model: Model) -> int:

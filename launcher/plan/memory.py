@@ -101,7 +101,7 @@ class Setting(NamedTuple):
         """Activations of one micro-batch in one block."""
         kind = self.stage.activation_checkpointing
         there = "block" if kind == "offloaded" and self.on_cpu else kind
-        return activations.block(self.model, self.piece, self.kernel, there, self.stage.mlp_tile)
+        return activations.block(self.model, self.piece, self.kernel, there, self.stage.mlp_chunk_tokens)
 
 
 class RankParameters(NamedTuple):
@@ -186,17 +186,17 @@ def kept_blocks(setting: Setting, held: RankParameters, layers: int) -> int:
 def rank_parameters(setting: Setting, share: PipelineShare) -> RankParameters:
     """Biases behind a block's two outward matrices are the same on each tensor-parallel rank, as its norms are."""
     model = setting.model
-    queries, keys = model.heads * model.head, model.key_value_heads * model.head
+    queries, keys = model.num_heads * model.head, model.key_value_heads * model.head
     divided = block_matrices(model) + (queries + 2 * keys if model.attention_biased else 0)
     divided += (2 if model.mlp == "swiglu" else 1) * model.hidden_width if model.bias else 0
     block = divided // setting.mesh.tensor + block_parameters(model) - divided
-    norm, table = model.width * (2 if model.norm == "layernorm" and model.bias else 1), setting.vocabulary * model.width
+    norm, table = model.hidden_size * (2 if model.norm == "layernorm" and model.bias else 1), setting.vocabulary * model.hidden_size
     root = 0
     if share.first:
-        root += table + model.position_rows * model.width + (norm if model.embedding_norm else 0)
+        root += table + model.position_rows * model.hidden_size + (norm if model.embedding_norm else 0)
     if share.last:
-        root += (norm if model.norm_place == "before" else 0) + (0 if share.first and model.tied else table)
-    both = 3 if model.tied else 2
+        root += (norm if model.norm_place == "pre" else 0) + (0 if share.first and model.tie_embeddings else table)
+    both = 3 if model.tie_embeddings else 2
     tables = both if share.first and share.last else 1 if share.first or share.last else 0
     return RankParameters(block, root, table if share.last else 0, tables * table)
 
@@ -215,7 +215,7 @@ def _shape(setting: Setting, share: PipelineShare, held: RankParameters, part: i
     model, stage, piece, block = setting.model, setting.stage, setting.piece, setting.block
     kept = [part_bytes(setting, share, n) - block.host_bytes * share.layers[n] for n in range(setting.mesh.parts)]
     last = share.last and part == setting.mesh.parts - 1
-    each, tile = compute_bytes(model), min(piece.between, stage.loss_tile)
+    each, tile = compute_bytes(model), min(piece.between, stage.loss_chunk_tokens)
     return OptimizerShape(
         shards=0 if setting.to_host == "parameters" else setting.mesh.shard,
         alone=setting.alone,
@@ -230,13 +230,13 @@ def _shape(setting: Setting, share: PipelineShare, held: RankParameters, part: i
         accumulates=setting.batches.count > 1,
         saved_bytes=kept[part],
         saved_bytes_per_block=block.device_bytes,
-        saved_bytes_after=piece.between * activations.norm(model) if last and model.norm_place == "before" else 0,
+        saved_bytes_after=piece.between * activations.norm(model) if last and model.norm_place == "pre" else 0,
         again_bytes=block.again_bytes,
         waiting_bytes=sum(kept[n] for n in waiting) - kept[part],
         logits_bytes=tile * activations.logits(setting.vocabulary) if last else 0,
         tiled=last and tile < piece.between,
-        hidden_bytes=each * model.width * piece.between,
-        working_bytes=activations.working(model, piece, setting.kernel, stage.mlp_tile),
+        hidden_bytes=each * model.hidden_size * piece.between,
+        working_bytes=activations.working(model, piece, setting.kernel, stage.mlp_chunk_tokens),
         pipelined=setting.mesh.pipeline > 1,
         steady=setting.batches.count * setting.mesh.parts > len(waiting),
     )

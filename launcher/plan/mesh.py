@@ -60,18 +60,23 @@ def mesh_of(parallel: Parallel, context: int, ranks: int) -> Mesh:
     """context: the stage's `context_parallel`. Raises PlanError for a number of ranks that does not divide so."""
     multiple = multiple_of(parallel, (context,))
     if ranks < 1 or ranks % multiple:
-        sizes = {"pipeline": parallel.pipeline, "tensor": parallel.tensor, "context": context, "shard": parallel.shard or 1}
+        sizes = {
+            "pipeline": parallel.pipeline,
+            "tensor": parallel.tensor,
+            "context": context,
+            "shard": parallel.hsdp_shard_size or 1,
+        }
         needed = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         ways = " or ".join(str(n) for n in (ranks // multiple * multiple, -(-ranks // multiple) * multiple) if n)
         raise PlanError(f"{ranks} GPUs are not a multiple of {multiple}, for {needed} (use --gpus {ways})")
     data = ranks // parallel.model_ranks
-    return Mesh(parallel.pipeline, data, parallel.tensor, context, parallel.shard or data, parallel.parts)
+    return Mesh(parallel.pipeline, data, parallel.tensor, context, parallel.hsdp_shard_size or data, parallel.parts)
 
 
 def share_of(mesh: Mesh, model: Model, rank: int) -> PipelineShare:
     """Of a pipeline rank: part k of the layers is on rank k % pipeline; where they are uneven the first parts have one more."""
     parts = mesh.pipeline * mesh.parts
-    fewest, more = divmod(model.layers, parts)
+    fewest, more = divmod(model.num_layers, parts)
     layers = tuple(fewest + (part < more) for part in range(rank, parts, mesh.pipeline))
     return PipelineShare(layers, rank == 0, rank == mesh.pipeline - 1)
 

@@ -99,7 +99,7 @@ def _parallel(recipe: Recipe, assumed: Assumptions) -> Parallel:
         parallel = msgspec.structs.replace(parallel, pipeline=assumed.pipeline, schedule="1f1b")
     if assumed.virtual is not None:
         schedule: Literal["1f1b", "interleaved"] = "interleaved" if assumed.virtual > 1 else "1f1b"
-        parallel = msgspec.structs.replace(parallel, schedule=schedule, virtual=assumed.virtual)
+        parallel = msgspec.structs.replace(parallel, schedule=schedule, virtual_stages=assumed.virtual)
     for key, message in parallel.problems(recipe.model):
         raise PlanError(f"--{key}: {message}")
     return parallel
@@ -111,7 +111,7 @@ def _vocabulary(recipe: Recipe) -> tuple[int, list[str]]:
     if recipe.tokenizer.path is not None and not Path(recipe.tokenizer.path).is_file():
         notes.append(f"{recipe.tokenizer.path} is not here: a tokenizer of {ids:,} ids is assumed")
     elif recipe.tokenizer.path is not None:
-        from shards.errors import ShardError
+        from shards.common.errors import ShardError
         from shards.tokenization.templates import read
         from shards.tokenization.tokenizer import Tokenizer, read_model
 
@@ -124,7 +124,7 @@ def _vocabulary(recipe: Recipe) -> tuple[int, list[str]]:
 
 
 def _parameters(model: Model, vocabulary: int) -> ParameterCounts:
-    total, blocks = model.parameters(vocabulary), model.layers * flops.block_parameters(model)
+    total, blocks = model.parameters(vocabulary), model.num_layers * flops.block_parameters(model)
     return ParameterCounts(total, blocks, total - blocks, flops.matrix_parameters(model, vocabulary))
 
 
@@ -195,7 +195,7 @@ def _factors(model: Model, vocabulary: int, on_cpu: bool, before: Stage, after: 
 def _kept(model: Model, stage: Stage, on_cpu: bool) -> int:
     """Activations of one row, in bytes, over all the ranks that have a part of it."""
     piece, kernel = MicrobatchShape(1, stage.context), attention_kernel(model, stage, on_cpu)
-    blocks = model.layers * block(model, piece, kernel, stage.activation_checkpointing, stage.mlp_tile).kept_bytes
+    blocks = model.num_layers * block(model, piece, kernel, stage.activation_checkpointing, stage.mlp_chunk_tokens).kept_bytes
     return blocks + ends(model, piece, first=True, last=True) + alibi_costs(model, stage, piece, kernel)
 
 
@@ -248,7 +248,7 @@ def _attention_notes(model: Model, stage: Stage, planned: StagePlan) -> Iterator
         text = "ALiBi is reckoned with flash-attn" if model.position == "alibi" else "masked documents are reckoned with flash-attn"
         yield f"{text} (install the extra `gpu`; without it attention keeps far more)"
     if mesh.context > 1 and not exchanges_heads(model, mesh.tensor, mesh.context):
-        heads = math.gcd(model.heads // mesh.tensor, model.key_value_heads // mesh.tensor)
+        heads = math.gcd(model.num_heads // mesh.tensor, model.key_value_heads // mesh.tensor)
         text = f"context_parallel = {mesh.context} does not divide a rank's heads, so keys and values go round in a ring"
         yield f"{text} (up to {heads} ranks could swap tokens for heads)" if heads > 1 else text
 
@@ -257,6 +257,6 @@ def _pipeline_notes(model: Model, planned: StagePlan) -> Iterator[str]:
     idle = planned.bubble
     if idle is None or idle.share_of_step <= IDLE:
         return
-    ways = ['schedule = "interleaved"'] if idle.virtual == 1 and model.layers >= 2 * idle.pipeline else []
+    ways = ['schedule = "interleaved"'] if idle.virtual == 1 and model.num_layers >= 2 * idle.pipeline else []
     ways += ["a smaller micro_batch, a larger global_batch or fewer pipeline ranks"]
     yield f"the pipeline idles {idle.share_of_step:.0%} of a step (use {', '.join(ways)})".replace("%", " %")

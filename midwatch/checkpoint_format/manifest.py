@@ -13,10 +13,13 @@ from typing import Any
 import msgspec
 import xxhash
 
-from shards.decoding import UNDECODABLE, brief
+from shards.common.decoding import UNDECODABLE, brief
 
-FORMAT = 2
-"""2: queries, keys and values of a group of heads lie together; one step count for all parameters."""
+FORMAT = 3
+"""3: live settings and recipe keys have the field's names.
+
+2: queries, keys and values of a group of heads lie together; one step count for all parameters."""
+OTHER_FORMAT = "go on with the release that wrote it, or export the model there and start from it with [model] from"
 FILE_NAME = "manifest.msgpack"
 PIECE = 8 * 1024 * 1024
 """Bytes read, hashed or written at a time."""
@@ -92,7 +95,7 @@ def read(directory: Path) -> tuple[Manifest, str]:
     except UNDECODABLE as error:
         raise CheckpointError(f"{file}: is not a manifest: {error} (use another checkpoint)") from None
     if manifest.format != FORMAT:
-        raise CheckpointError(f"{file}: format {manifest.format}, this release reads format {FORMAT}")
+        raise CheckpointError(f"{file}: format {manifest.format}, this release reads format {FORMAT} ({OTHER_FORMAT})")
     for name, entry in manifest.tensors.items():
         problem = _problem(entry, manifest.files)
         if problem:

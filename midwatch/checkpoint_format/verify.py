@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from shards.decoding import UNDECODABLE, brief
+from shards.common.decoding import UNDECODABLE, brief
 
 MANIFEST = "manifest.msgpack"
 RECORD = "record.json"
@@ -22,8 +22,9 @@ RECORD = "record.json"
 GOLDEN = "GOLDEN"
 _CHUNK = 8 * 1024 * 1024
 
-FORMAT = 2
+FORMAT = 3
 """Of a checkpoint's directory, as the trainer writes it."""
+OTHER_FORMAT = "go on with the release that wrote it, or export the model there and start from it with [model] from"
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -74,7 +75,7 @@ def read_manifest(directory: Path, digest: str | None = None) -> Manifest:
     except UNDECODABLE as error:
         raise CheckpointError(f"{file}: not a manifest: {error}") from None
     if manifest.format != FORMAT:
-        raise CheckpointError(f"{file}: format {manifest.format} is not known to this version")
+        raise CheckpointError(f"{file}: format {manifest.format}, this release reads format {FORMAT} ({OTHER_FORMAT})")
     for name in manifest.files:
         if "/" in name or "\0" in name or name in ("", ".", ".."):
             raise CheckpointError(f"{file}: names a file outside its directory: {name!r}")

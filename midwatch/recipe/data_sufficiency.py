@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from midwatch.recipe.load import Recipe
-from shards.errors import ShardError
+from midwatch.recipe.recipe import Recipe
+from shards.common.errors import ShardError
 from shards.sampling.mixing import covers, named
 
 

@@ -16,13 +16,13 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     engine: Literal["own", "vllm"] = "own"
     """"vllm": a server that speaks its protocol, which the user runs."""
-    running: int = 64
+    max_num_seqs: int = 64
     """Sequences that a rank continues at a time; requests to a server under way at a time."""
-    step_tokens: int = 2048
+    max_num_batched_tokens: int = 2048
     """Tokens that pass through the model at a time."""
     cache_mb: int = 1024
     """Megabytes of a rank's KV cache at the most; never less than one whole sequence needs."""
-    page: int | None = None
+    block_size: int | None = None
     """Tokens of a page of the KV cache: 16, or 256 on a GPU, where it is left out."""
     url: str | None = None
     """Of the server: `http://HOST:PORT`."""
@@ -34,8 +34,8 @@ class Generate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds for the server to answer a request, or to load the weights."""
 
     def problems(self) -> list[tuple[str, str]]:
-        found = bounded(self, 1, MOST_COUNT, ("running", "page"))
-        found += bounded(self, 1, MOST_TOKENS, ("step_tokens", "cache_mb"))
+        found = bounded(self, 1, MOST_COUNT, ("max_num_seqs", "block_size"))
+        found += bounded(self, 1, MOST_TOKENS, ("max_num_batched_tokens", "cache_mb"))
         if not 0 < self.timeout < math.inf:
             found.append(("timeout", "must be greater than 0 and finite"))
         if self.engine == "own":

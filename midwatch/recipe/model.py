@@ -8,12 +8,12 @@ from typing import Literal
 import msgspec
 
 MOST = {
-    "layers": 10_000,
-    "width": 1 << 24,
-    "heads": 1 << 14,
-    "kv_heads": 1 << 14,
-    "head_width": 1 << 20,
-    "hidden": 1 << 28,
+    "num_layers": 10_000,
+    "hidden_size": 1 << 24,
+    "num_heads": 1 << 14,
+    "num_kv_heads": 1 << 14,
+    "head_dim": 1 << 20,
+    "intermediate_size": 1 << 28,
     "max_positions": 1 << 40,
     "max_position_embeddings": 1 << 40,
     "vocabulary": (1 << 31) - 1,
@@ -49,7 +49,7 @@ class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """LongRoPE: a divisor for each pair of dimensions, for rows within the original context."""
     long_factor: tuple[float, ...] = ()
     """LongRoPE: the same for longer rows."""
-    rotary_part: float = 1.0
+    partial_rotary_factor: float = 1.0
     """Proportional: part of the head's dimensions that turn."""
 
     def problems(self, head: int) -> list[str]:
@@ -75,7 +75,7 @@ class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     found.append(f"{key} needs {head // 2} numbers above 0, one for each pair of a head's {head} dimensions")
         if self.kind in ("ntk", "dynamic") and head < 4:
             found.append(f"{self.kind} needs heads at least 4 wide (use linear)")
-        if self.kind == "proportional" and not 0 < self.rotary_part <= 1:
+        if self.kind == "proportional" and not 0 < self.partial_rotary_factor <= 1:
             found.append("rotary_part must lie above 0 and not above 1")
         return found
 
@@ -83,23 +83,23 @@ class Rope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A decoder of blocks, each of causal self-attention and an MLP; by default as Llama's are."""
 
-    layers: int
-    width: int
+    num_layers: int
+    hidden_size: int
     """Size of the residual stream."""
-    heads: int
-    kv_heads: int | None = None
-    """Key and value heads, shared by groups of query heads (1: multi-query); as many as `heads` where it is left out."""
-    head_width: int | None = None
-    """Dimensions of a head; `width` over `heads` where it is left out."""
-    hidden: int | None = None
-    """Width inside the MLP; where it is left out 4 times `width`, for SwiGLU 8/3 of it, rounded up to a multiple of 64."""
+    num_heads: int
+    num_kv_heads: int | None = None
+    """Key and value heads, shared by groups of query heads (1: multi-query); as many as `num_heads` where it is left out."""
+    head_dim: int | None = None
+    """Dimensions of a head; `hidden_size` over `num_heads` where it is left out."""
+    intermediate_size: int | None = None
+    """Width inside the MLP; where it is left out 4 times `hidden_size`, for SwiGLU 8/3 of it, rounded up to a multiple of 64."""
     position: Literal["rope", "alibi", "sinusoidal", "learned", "none"] = "rope"
     max_positions: int | None = None
     """Rows of the learned table; the first stage's context where it is left out."""
     max_position_embeddings: int | None = None
     """Positions that the model is made for, which an export says at the least; the longest rows where it is left out."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_place: Literal["before", "after"] = "before"
+    norm_place: Literal["pre", "post"] = "pre"
     """Before attention and MLP, with one more at the end; or after each, on the residual stream."""
     norm_eps: float = 1e-5
     embedding_norm: bool = False
@@ -113,7 +113,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rope_theta: float = 10_000.0
     rope: Rope = Rope()
     """Stretching of rotary positions in stages that set none of their own."""
-    tied: bool = True
+    tie_embeddings: bool = True
     """The output layer shares the embedding's weights."""
     vocabulary: int | None = None
     """Rows of the embedding, where there are to be more than the tokenizer has ids."""
@@ -130,18 +130,18 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def key_value_heads(self) -> int:
-        return self.kv_heads if self.kv_heads is not None else self.heads
+        return self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
 
     @property
     def head(self) -> int:
         """Dimensions of a head."""
-        return self.head_width if self.head_width is not None else self.width // self.heads
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
 
     @property
     def hidden_width(self) -> int:
-        if self.hidden is not None:
-            return self.hidden
-        return -(-self.width * 8 // 3 // 64) * 64 if self.mlp == "swiglu" else 4 * self.width
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return -(-self.hidden_size * 8 // 3 // 64) * 64 if self.mlp == "swiglu" else 4 * self.hidden_size
 
     @property
     def attention_biased(self) -> bool:
@@ -161,27 +161,28 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 found.append((key, "must be at least 1"))
             elif value is not None and value > most:
                 found.append((key, f"{value} is more than any model has (at most {most:,})"))
-        if not found and self.layers * self.heads > MOST_HEADS:
-            found.append(("heads", f"{self.heads} in each of {self.layers} layers are more than any model has"))
+        if not found and self.num_layers * self.num_heads > MOST_HEADS:
+            found.append(("num_heads", f"{self.num_heads} in each of {self.num_layers} layers are more than any model has"))
         if found:
             return found
-        if self.head_width is None and self.width % self.heads:
-            down = self.width // self.heads * self.heads
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            heads = self.num_heads
+            down = self.hidden_size // heads * heads
             found.append(
                 (
-                    "width",
-                    f"{self.width} does not divide among {self.heads} heads (use {down or self.heads} or {down + self.heads})",
+                    "hidden_size",
+                    f"{self.hidden_size} does not divide among {heads} heads (use {down or heads} or {down + heads})",
                 )
             )
         elif self.position == "rope" and self.head % 2:
-            key = "heads" if self.head_width is None else "head_width"
+            key = "num_heads" if self.head_dim is None else "head_dim"
             found.append((key, f"a head is {self.head} wide, and rotary positions need an even width"))
-        if self.key_value_heads < 1 or self.heads % self.key_value_heads:
-            ways = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+        if self.key_value_heads < 1 or self.num_heads % self.key_value_heads:
+            ways = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             found.append(
                 (
-                    "kv_heads",
-                    f"{self.kv_heads} does not divide {self.heads} heads (use one of {', '.join(map(str, ways))})",
+                    "num_kv_heads",
+                    f"{self.num_kv_heads} does not divide {self.num_heads} heads (use one of {', '.join(map(str, ways))})",
                 )
             )
         if self.float8 != "none":
@@ -192,8 +193,13 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def _float8_problems(self) -> list[tuple[str, str]]:
         """The kernels take sizes by sixteens."""
-        queries, keys = self.heads * self.head, self.key_value_heads * self.head
-        sizes = {"width": self.width, "hidden": self.hidden_width, "heads x head_width": queries, "kv_heads x head_width": keys}
+        queries, keys = self.num_heads * self.head, self.key_value_heads * self.head
+        sizes = {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.hidden_width,
+            "num_heads x head_dim": queries,
+            "num_kv_heads x head_dim": keys,
+        }
         wrong = [f"{name} is {size}" for name, size in sizes.items() if size % 16]
         return [("float8", f"needs sizes that are multiples of 16, and {', '.join(wrong)} (drop it)")] if wrong else []
 
@@ -201,8 +207,10 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         found: list[tuple[str, str]] = []
         if self.max_positions is not None and self.position != "learned":
             found.append(("max_positions", f'is for learned positions, these are "{self.position}" (drop it)'))
-        if self.position == "sinusoidal" and self.width % 2:
-            found.append(("width", f"{self.width} is odd, and sinusoidal positions come in pairs (use {self.width + 1})"))
+        if self.position == "sinusoidal" and self.hidden_size % 2:
+            found.append(
+                ("hidden_size", f"{self.hidden_size} is odd, and sinusoidal positions come in pairs (use {self.hidden_size + 1})")
+            )
         if self.position != "rope":
             if self.rope != Rope():
                 found.append(("rope", f'is for rotary positions, these are "{self.position}" (drop it)'))
@@ -213,15 +221,15 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def parameters(self, vocabulary: int) -> int:
         """Number of trained parameters with a vocabulary of that many ids."""
-        queries, keys = self.heads * self.head, self.key_value_heads * self.head
-        attention = self.width * (2 * queries + 2 * keys)
+        queries, keys = self.num_heads * self.head, self.key_value_heads * self.head
+        attention = self.hidden_size * (2 * queries + 2 * keys)
         if self.attention_biased:
-            attention += queries + 2 * keys + self.width
+            attention += queries + 2 * keys + self.hidden_size
         inward = 2 if self.mlp == "swiglu" else 1
-        mlp = (inward + 1) * self.width * self.hidden_width
+        mlp = (inward + 1) * self.hidden_size * self.hidden_width
         if self.bias:
-            mlp += inward * self.hidden_width + self.width
-        norm = self.width * (2 if self.norm == "layernorm" and self.bias else 1)
-        norms = 2 * self.layers + (self.norm_place == "before") + self.embedding_norm
-        embeddings = (vocabulary * (1 if self.tied else 2) + self.position_rows) * self.width
-        return self.layers * (attention + mlp) + norms * norm + embeddings
+            mlp += inward * self.hidden_width + self.hidden_size
+        norm = self.hidden_size * (2 if self.norm == "layernorm" and self.bias else 1)
+        norms = 2 * self.num_layers + (self.norm_place == "pre") + self.embedding_norm
+        embeddings = (vocabulary * (1 if self.tie_embeddings else 2) + self.position_rows) * self.hidden_size
+        return self.num_layers * (attention + mlp) + norms * norm + embeddings

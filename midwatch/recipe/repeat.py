@@ -6,14 +6,10 @@ speak of their own; what comes after the last round speaks of that.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 
+from midwatch.recipe.recipe import Recipe
 from midwatch.recipe.stage import Stage
-
-if TYPE_CHECKING:
-    from midwatch.recipe.load import Recipe
 
 MOST_TIMES = 1000
 """Each round has stages and sources of its own, and a recipe is read in a moment."""
@@ -72,7 +68,7 @@ def _first(recipe: Recipe, index: int) -> int:
 
 def _named(stage: Stage, names: Names) -> Stage:
     """With all names in it as they are from here on."""
-    policy = stage.policy
+    policy = stage.rollout
     if policy is not None and policy.reward is not None:
         policy = msgspec.structs.replace(policy, reward=names.get(policy.reward, policy.reward))
     return msgspec.structs.replace(
@@ -82,7 +78,7 @@ def _named(stage: Stage, names: Names) -> Stage:
         mixture=_mixture(stage.mixture, names),
         max_epochs=_mixture(stage.max_epochs, names),
         anneal=tuple(msgspec.structs.replace(each, mixture=_mixture(each.mixture, names)) for each in stage.anneal),
-        policy=policy,
+        rollout=policy,
     )
 
 

@@ -12,8 +12,8 @@ from midwatch.recipe import mixture as mixtures
 from midwatch.recipe.bounds import MOST_COUNT, MOST_STEPS, MOST_TOKENS, bounded
 from midwatch.recipe.mixture import Anneal
 from midwatch.recipe.model import Model, Rope
-from midwatch.recipe.rollout import Policy
-from shards.decoding import LARGEST
+from midwatch.recipe.rollout import Rollout
+from shards.common.decoding import LARGEST
 from shards.sampling.mixing import Mixing, MixtureBy
 
 ObjectiveKind = Literal["text", "sft", "preference", "scored", "prompt"]
@@ -25,13 +25,13 @@ OBJECTIVE_DATA = {
     "dpo": ("preference",),
     "ppo": ("sft", "preference"),
     "grpo": ("sft", "preference"),
-    "rejection": ("sft", "preference"),
-    "constitution": ("sft", "preference"),
+    "rejection_sampling": ("sft", "preference"),
+    "constitutional": ("sft", "preference"),
 }
 """The kinds of source each objective reads."""
 PARTS = {
-    "rejection": {"best": "sft", "pairs": "preference"},
-    "constitution": {"revisions": "sft", "pairs": "preference", "judged": "preference"},
+    "rejection_sampling": {"best": "sft", "pairs": "preference"},
+    "constitutional": {"revisions": "sft", "pairs": "preference", "judged": "preference"},
 }
 """What the objectives make that make data, and of which kind each is."""
 
@@ -55,7 +55,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stage of the pipeline. Lengths are in optimizer steps, contexts in tokens, batches in samples."""
 
     name: str
-    objective: Literal["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "rejection", "constitution"]
+    objective: Literal["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "rejection_sampling", "constitutional"]
     steps: int
     context: int
     global_batch: int
@@ -73,10 +73,10 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Mixtures to come."""
     base: str | None = msgspec.field(default=None, name="from")
     """Earlier stage whose product this one begins with; the one before it, past reward models, where it is left out."""
-    policy: Policy | None = None
-    """PPO and GRPO: how responses are drawn and learned from. Rejection sampling and constitution: how they are drawn."""
+    rollout: Rollout | None = None
+    """PPO and GRPO: how responses are drawn and learned from. The objectives that make data: how they are drawn."""
     principles: tuple[str, ...] = ()
-    """Constitution: what a response is held against, one principle at a time."""
+    """Objective `constitutional`: the principles that responses are revised by, one at a time."""
     repeat: Repeat | None = None
     """The stages since an earlier one, and this one, are taken several times."""
     micro_batch: int = 8
@@ -85,12 +85,12 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
     """Where the cosine ends, as a part of the peak."""
-    warmup: int | None = None
+    warmup_steps: int | None = None
     """Steps of linear warm-up: 2,000, or 1 % of a shorter stage, where it is left out."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Largest norm of the whole gradient."""
     masked_documents: bool | None = None
     """Documents packed into one row do not see each other: so for fine-tuning, not for pretraining, unless said here."""
@@ -101,9 +101,9 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_checkpointing: Literal["none", "selective", "block", "offloaded"] = "none"
     """What is computed again for the backward. `selective`: all but matrix products and attention; `block`: whole blocks;
     `offloaded`: whole blocks, whose inputs wait in the host's memory."""
-    mlp_tile: int | None = None
+    mlp_chunk_tokens: int | None = None
     """Tokens that pass through an MLP at a time; all, where left out."""
-    loss_tile: int = 4096
+    loss_chunk_tokens: int = 4096
     """Tokens whose logits are there at a time."""
     rope: Rope | None = None
     """How rotary positions are stretched in this stage; as the model's `rope` where it is left out."""
@@ -128,7 +128,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """DPO: without a reference, as if one gave all responses the same probability."""
     margin: float = 0.0
     """Reward model: by how much the chosen response is to score higher than the rejected one."""
-    centre: float = 0.0
+    center_rewards: float = 0.0
     """Reward model: weight of the squared sum of a pair's scores, which keeps them about 0."""
     prompts: tuple[str, ...] = ()
     """Prompts whose continuations are shown at the end of the stage."""
@@ -136,9 +136,9 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tokens of each such continuation at the most."""
 
     @property
-    def warmup_steps(self) -> int:
-        if self.warmup is not None:
-            return self.warmup
+    def resolved_warmup_steps(self) -> int:
+        if self.warmup_steps is not None:
+            return self.warmup_steps
         return min(2000, max(1, self.steps // 100))
 
     @property
@@ -200,14 +200,14 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.objective in ("reward", "dpo")
 
     @property
-    def rollout(self) -> Policy:
+    def rollout_settings(self) -> Rollout:
         """How it draws its responses."""
-        return self.policy or Policy()
+        return self.rollout or Rollout()
 
     @property
     def temperature(self) -> float:
         """At which its log-probabilities are taken: that of the responses that it learns from."""
-        return self.rollout.temperature if self.draws else 1.0
+        return self.rollout_settings.temperature if self.draws else 1.0
 
     @property
     def needs_reference(self) -> bool:
@@ -217,28 +217,28 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def prompts_drawn(self) -> int:
         """Prompts of one rollout."""
-        return self.rollout.prompts or max(1, self.global_batch // self.rollout.responses)
+        return self.rollout_settings.prompts or max(1, self.global_batch // self.rollout_settings.num_generations)
 
     @property
     def updates_drawn(self) -> int:
         """Updates that one rollout is good for."""
-        return self.prompts_drawn * self.rollout.responses // self.global_batch * self.rollout.epochs
+        return self.prompts_drawn * self.rollout_settings.num_generations // self.global_batch * self.rollout_settings.epochs
 
     def problems(self) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out) for each impossible setting."""
         found: list[tuple[str, str]] = []
         found += bounded(self, 1, MOST_STEPS, ("steps", "eval_every"))
-        found += bounded(self, 1, MOST_TOKENS, ("context", "global_batch", "micro_batch", "mlp_tile", "loss_tile"))
+        found += bounded(self, 1, MOST_TOKENS, ("context", "global_batch", "micro_batch", "mlp_chunk_tokens", "loss_chunk_tokens"))
         found += bounded(self, 1, MOST_COUNT, ("context_parallel",))
         found += bounded(self, 0, MOST_COUNT, ("eval_samples", "sample_tokens"))
         if not found and 2 * self.steps * self.global_batch * self.context > LARGEST:
             found.append(("steps", "its tokens (steps x global_batch x context, twice for pairs) do not fit in 64 bits"))
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", self.name):
             found.append(("name", "is up to 100 letters, digits, `_`, `-` or `.`, and does not begin with `.`"))
-        for key in ("lr", "clip", "eps"):
+        for key in ("lr", "max_grad_norm", "eps"):
             if not 0 < getattr(self, key) < math.inf:
                 found.append((key, "must be greater than 0 and finite"))
-        for key in ("weight_decay", "beta", "centre"):
+        for key in ("weight_decay", "beta", "center_rewards"):
             if not 0 <= getattr(self, key) < math.inf:
                 found.append((key, "must not be negative, and finite"))
         for key in ("min_lr_ratio", "label_smoothing"):
@@ -261,29 +261,35 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.reference_cached and not (self.objective == "dpo" and self.needs_reference):
             found.append(("reference_cached", "is for dpo with a reference (drop it)"))
         if self.draws or self.makes:
-            found += [(f"policy.{key}", message) for key, message in self.rollout.problems()]
-            found += [("policy", message) for message in self._rollout_problems()]
-            if self.objective != "grpo" and self.rollout.normalisation != "token":
-                found.append(("policy.normalisation", f'is for objective "grpo", this stage\'s is "{self.objective}" (drop it)'))
-        elif self.policy is not None:
+            found += [(f"rollout.{key}", message) for key, message in self.rollout_settings.problems()]
+            found += [("rollout", message) for message in self._rollout_problems()]
+            for key, objective in self.rollout_settings.of_one_objective():
+                if objective != self.objective:
+                    found.append(
+                        (f"rollout.{key}", f'is for objective "{objective}", this stage\'s is "{self.objective}" (drop it)')
+                    )
+        elif self.rollout is not None:
             message = f"is for objectives that draw responses, and the objective is {self.objective} (drop it)"
-            found.append(("policy", message))
-        if (self.objective == "constitution") != bool(self.principles):
-            way = "give some" if self.objective == "constitution" else "drop them"
-            found.append(("principles", f"are what constitution holds responses against ({way})"))
-        if self.warmup is not None and not 0 <= self.warmup <= self.steps:
-            found.append(("warmup", f"{self.warmup} steps do not fit into a stage of {self.steps} (use 0 to {self.steps})"))
+            found.append(("rollout", message))
+        if (self.objective == "constitutional") != bool(self.principles):
+            way = "give some" if self.objective == "constitutional" else "drop them"
+            found.append(("principles", f"are what constitutional revises responses by ({way})"))
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
+            found.append(
+                ("warmup_steps", f"{self.warmup_steps} steps do not fit into a stage of {self.steps} (use 0 to {self.steps})")
+            )
         return found
 
     def _rollout_problems(self) -> list[str]:
-        drawn, found = self.prompts_drawn * self.rollout.responses, []
+        drawn, found = self.prompts_drawn * self.rollout_settings.num_generations, []
         if self.draws and self.global_batch > 0 and drawn % self.global_batch:
-            ways = f"{-(-drawn // self.global_batch) * self.global_batch // self.rollout.responses} prompts"
+            ways = f"{-(-drawn // self.global_batch) * self.global_batch // self.rollout_settings.num_generations} prompts"
             found.append(f"a rollout of {drawn} responses is not a multiple of global_batch {self.global_batch} (use {ways})")
-        if self.rollout.tokens >= self.context:
-            found.append(f"{self.rollout.tokens} tokens of a response leave no room for a prompt in a context of {self.context}")
-        if self.objective in ("grpo", "rejection") and self.rollout.responses < 2:
-            found.append("responses to one prompt are held against each other (set responses to 2 or more)")
+        if self.rollout_settings.max_new_tokens >= self.context:
+            response = self.rollout_settings.max_new_tokens
+            found.append(f"{response} tokens of a response leave no room for a prompt in a context of {self.context}")
+        if self.objective in ("grpo", "rejection_sampling") and self.rollout_settings.num_generations < 2:
+            found.append("responses to one prompt are held against each other (set num_generations to 2 or more)")
         return found
 
     def position_problems(self, model: Model) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ def reward_model_stage(stages: Sequence[Stage], index: int, taken: Collection[st
     if not judged(stage):
         return None
     for earlier in reversed(range(index)):
-        name, wanted = stages[earlier].name, stage.rollout.reward
+        name, wanted = stages[earlier].name, stage.rollout_settings.reward
         if stages[earlier].scalar and (name == wanted or (wanted is None and (taken is None or name in taken))):
             return earlier
     return None
@@ -35,13 +35,13 @@ def reward_model_stage(stages: Sequence[Stage], index: int, taken: Collection[st
 
 def judged(stage: Stage) -> bool:
     """Whether a reward model scores its responses."""
-    return (stage.draws or stage.objective == "rejection") and stage.rollout.function is None
+    return (stage.draws or stage.objective == "rejection_sampling") and stage.rollout_settings.function is None
 
 
 def passed_over(stages: Sequence[Stage], index: int, taken: Collection[str]) -> str | None:
     """Why a stage cannot begin when only these were taken before it."""
     stage = stages[index]
-    for needed in (stage.base, stage.rollout.reward if judged(stage) else None):
+    for needed in (stage.base, stage.rollout_settings.reward if judged(stage) else None):
         if needed is not None and needed not in taken:
             return f'"{stage.name}" rests on "{needed}", which was passed over (advance to "{needed}" first)'
     if judged(stage) and reward_model_stage(stages, index, taken) is None:
@@ -57,9 +57,9 @@ def problems(stages: Sequence[Stage], index: int) -> list[tuple[str, str]]:
     if stage.base is not None and stage.base not in models:
         found.append(("from", f'"{stage.base}" is not an earlier stage with a language model (there are: {_listed(models)})'))
     if judged(stage) and reward_model_stage(stages, index) is None:
-        wanted = "" if stage.rollout.reward is None else f'"{stage.rollout.reward}" is none: '
+        wanted = "" if stage.rollout_settings.reward is None else f'"{stage.rollout_settings.reward}" is none: '
         way = f"there are: {_listed(rewards)}" if rewards else "put one before it, or set policy.function"
-        found.append(("policy", f"{wanted}it needs an earlier stage with objective reward ({way})"))
+        found.append(("rollout", f"{wanted}it needs an earlier stage with objective reward ({way})"))
     return found
 
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from shards.build import hashing
 from shards.build.checksummed_files import map_array, save_array
-from shards.build.minhash_signatures import BAND, EXACT
 from shards.build.chunks import DocumentChunk
+from shards.build.minhash_signatures import BAND, EXACT
 from shards.build.workspace import DOCUMENT_BITS, Ids, Work
 
 RANGE = 4_000_000  # hashes looked at in one task, on average
@@ -87,7 +87,7 @@ class Near:
     about = "finding near duplicates"
 
     def tasks(self, work: Work) -> list[tuple[int, int]]:
-        if work.clean.near <= 0:
+        if work.clean.near_dup_threshold <= 0:
             return []
         return [(band, part) for band in range(hashing.BANDS) for part in range(ranges(work))]
 
@@ -131,7 +131,7 @@ class Verify:
     about = "comparing texts"
 
     def tasks(self, work: Work) -> list[tuple[int]]:
-        if work.clean.near <= 0:
+        if work.clean.near_dup_threshold <= 0:
             return []
         return [(number,) for number in range(len(work.chunks)) if work.sources[work.chunks[number].source].kind == "text"]
 
@@ -153,7 +153,7 @@ class Verify:
             if later in gone:
                 continue
             similarity = hashing.jaccard(texts.ngrams(later), texts.ngrams(earlier))
-            if similarity >= work.clean.near:
+            if similarity >= work.clean.near_dup_threshold:
                 gone.add(later)
                 found.append((later, earlier, similarity))
         save_array(self.output(work, task), np.array(sorted(found), VERIFIED))
@@ -202,7 +202,7 @@ def exact(work: Work, number: int) -> Duplicates:
 
 def near(work: Work, number: int) -> Duplicates:
     """Documents of a chunk, by place, that say nearly what an earlier one says."""
-    if work.clean.near <= 0 or work.sources[work.chunks[number].source].kind != "text":
+    if work.clean.near_dup_threshold <= 0 or work.sources[work.chunks[number].source].kind != "text":
         return {}
     found = map_array(work.path("verify", work.chunks[number], ".npy")).tolist()
     return {later & MASK: (f"{similarity:.2f} of the same n-grams", earlier) for later, earlier, similarity in found}

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shards.errors import SpecError
-from shards.scripts import apart
+from shards.common.errors import SpecError
+from shards.filters.scripts import apart
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -87,7 +87,7 @@ def signatures(sets: Sequence[Hashes]) -> npt.NDArray[np.uint32]:
     try:
         from rensa import RMinHash
     except ImportError:
-        raise SpecError("finding near duplicates needs rensa (pip install 'midwatch[data]', or near = 0)") from None
+        raise SpecError("finding near duplicates needs rensa (pip install 'midwatch[data]', or near_dup_threshold = 0)") from None
     offsets = np.zeros(len(sets) + 1, np.uint64)
     np.cumsum([len(each) for each in sets], out=offsets[1:])
     flat = np.concatenate([np.empty(0, np.uint64), *sets])

@@ -38,7 +38,7 @@ class Sign:
     def do(self, work: Work, task: Task) -> None:
         number = task[0]
         kind = work.sources[work.chunks[number].source].kind
-        near = kind == "text" and work.clean.near > 0
+        near = kind == "text" and work.clean.near_dup_threshold > 0
         chunk = work.chunk(number)
         keys = np.empty(len(chunk), EXACT)
         found = [np.empty((hashing.BANDS, 0), np.uint64)]

@@ -16,27 +16,27 @@ import msgspec
 import pytest
 import xxhash
 
-from launcher.backends import Started
+from launcher.backends.base import Started
 from launcher.controller import __main__ as controller
-from launcher.controller import recovery
-from launcher.controller.context import ControllerContext
+from launcher.controller.core import recovery
+from launcher.controller.core.context import ControllerContext
 from launcher.metrics.store import MetricStore
 from midwatch import protocol as p
 from midwatch.checkpoint_format.verify import MANIFEST
 from midwatch.directory_identity import DirectoryId
 from midwatch.journal import journal as j
+from midwatch.journal.run_identity import RunRecord
 from midwatch.recipe import Recipe, Watch, dump_recipe, parse_recipe
 from midwatch.run_directory import RunPaths
-from midwatch.run_identity import RunRecord
 
 RECIPE = """
 [run]
 name = "desk"
 restarts = 1
 [model]
-layers = 1
-width = 8
-heads = 2
+num_layers = 1
+hidden_size = 8
+num_heads = 2
 [[data.source]]
 name = "text"
 kind = "text"
@@ -70,7 +70,7 @@ def write_checkpoint(root: Path, directory: str, id: str, generation: int = 1, *
     data = id.encode() * 100
     (place / "data.bin").write_bytes(data)
     manifest = {
-        "format": 2,
+        "format": 3,
         "id": id,
         "generation": generation,
         "files": {"data.bin": {"bytes": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)}},

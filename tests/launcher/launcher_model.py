@@ -14,9 +14,9 @@ RECIPE = """
 [run]
 name = "talk"
 [model]
-layers = 1
-width = 16
-heads = 2
+num_layers = 1
+hidden_size = 16
+num_heads = 2
 [[data.source]]
 name = "text"
 kind = "text"
@@ -69,7 +69,7 @@ def write_model(recipe: Recipe, root: Path, directory: str, id: str, step: int, 
     (place / "rank-00000.bin").write_bytes(data)
     files = {"rank-00000.bin": {"bytes": len(data), "xxh3": xxhash.xxh3_128_hexdigest(bytes(data))}}
     state = {"lineage": 1, "step": step, "stage": 0, "stage_name": "first", "stage_step": step, "ended": False}
-    manifest = {"format": 2, "id": id, "generation": 1, "world": 1, "files": files, "tensors": tensors, "state": state}
+    manifest = {"format": 3, "id": id, "generation": 1, "world": 1, "files": files, "tensors": tensors, "state": state}
     content = msgspec.msgpack.encode(manifest)
     (place / "manifest.msgpack").write_bytes(content)
     return xxhash.xxh3_128_hexdigest(content)

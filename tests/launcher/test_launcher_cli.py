@@ -27,9 +27,9 @@ GOOD = """
 [run]
 name = "cli"
 [model]
-layers = 1
-width = 8
-heads = 2
+num_layers = 1
+hidden_size = 8
+num_heads = 2
 [[data.source]]
 name = "text"
 kind = "text"

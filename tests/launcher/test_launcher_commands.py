@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from launcher_desk import NODE, Desk, InstantData, desk_at, make_recipe, write_checkpoint
 
-from launcher.controller.snapshot import SnapshotBuilder
+from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.supervision import node_pool as pool_module
 from midwatch import protocol as p
 from midwatch.checkpoint_format import verify as files
@@ -750,9 +750,11 @@ def test_a_command_is_described_as_it_is_typed() -> None:
 async def test_a_rollback_promises_the_settings_of_the_checkpoint_and_tells_what_it_undid(at: At) -> None:
     async with at("training") as desk:
         digest = write_checkpoint(desk.paths.checkpoints, ".writing-mine", "mine", desk.ledger.generation)
-        desk.says(desk.ready("mine", 30, digest, settings={"lr": 0.02, "clip": 1.0, "lr_scale": 0.5}))
+        desk.says(desk.ready("mine", 30, digest, settings={"lr": 0.02, "max_grad_norm": 1.0, "lr_scale": 0.5}))
         desk.row(40)
-        desk.context.record(j.SettingsInForce(time=1.0, lineage=1, step=40, settings={"lr": 0.01, "clip": 1.0, "lr_scale": 0.5}))
+        desk.context.record(
+            j.SettingsInForce(time=1.0, lineage=1, step=40, settings={"lr": 0.01, "max_grad_norm": 1.0, "lr_scale": 0.5})
+        )
         reply = await desk.term.door._clients._queries.answer(p.UndoQuery(id=1, checkpoint="mine", lr_scale=0.5))
         assert isinstance(reply, p.UndoReply)
         assert reply.settings == ("lr 0.01 -> 0.02", "lr_scale 0.5 -> 0.25"), "not the recipe's"

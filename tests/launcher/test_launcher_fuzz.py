@@ -13,10 +13,9 @@ import msgspec
 import pytest
 import xxhash
 
-from launcher.backends import StartError
-from launcher.backends.ssh import started
+from launcher.backends.base import StartError, started
 from launcher.controller.annotation import prompts, records, store
-from launcher.controller.rollout_samples import Samples, Written
+from launcher.controller.core.rollout_samples import Samples, Written
 from launcher.metrics import chunks
 from launcher.metrics.store import MetricStore
 from launcher.plan import Assumptions, PlanError, plan_recipe
@@ -83,7 +82,7 @@ def fuzz_recipe(tmp_path: Path) -> Subject:
         recipe.digest()
         msgspec.json.encode(recipe)
         for stage in recipe.stage:
-            struct.pack("<qqq", stage.position_after(stage.steps), stage.warmup_steps, recipe.total_steps)
+            struct.pack("<qqq", stage.position_after(stage.steps), stage.resolved_warmup_steps, recipe.total_steps)
         try:
             msgspec.json.encode(plan_recipe(recipe, Assumptions()))
         except PlanError as error:
@@ -148,7 +147,7 @@ def fuzz_checkpoint(tmp_path: Path) -> Subject:
     content = bytes(1000)
     (place / "data.bin").write_bytes(content)
     manifest = {
-        "format": 2, "id": "a", "generation": 1, "files": {"data.bin": {"bytes": 1000, "xxh3": xxhash.xxh3_128_hexdigest(content)}},
+        "format": 3, "id": "a", "generation": 1, "files": {"data.bin": {"bytes": 1000, "xxh3": xxhash.xxh3_128_hexdigest(content)}},
         "tensors": {}, "state": {"step": 1}, "world": 1,
     }  # fmt: skip
 
@@ -161,7 +160,7 @@ def fuzz_checkpoint(tmp_path: Path) -> Subject:
 
 
 def fuzz_metrics(tmp_path: Path) -> Subject:
-    rows = [chunks.MetricRow(0, step, step * 10, 1.5, {"train/loss": 1.0 / step, "train/lr": 0.1}) for step in range(1, 20)]
+    rows = [chunks.StepMetrics(0, step, step * 10, 1.5, {"train/loss": 1.0 / step, "train/lr": 0.1}) for step in range(1, 20)]
     body = msgspec.msgpack.encode(chunks.MetricFrame("rank", 1, rows))
     folder, index = tmp_path / "metrics", tmp_path / "index"
     folder.mkdir()

@@ -168,7 +168,7 @@ def test_settings_are_listed_and_not_set_again_after_a_rollback() -> None:
     ledger.apply(1, opened(2, 1, "a", 10, "rollback"))
     assert ledger.replays(10) == ()
     assert ledger.asked == {"lr": 4.0}
-    ledger.apply(1, j.SettingsInForce(time=1.0, lineage=2, step=10, settings={"lr": 1.0, "clip": 2.0}))
+    ledger.apply(1, j.SettingsInForce(time=1.0, lineage=2, step=10, settings={"lr": 1.0, "max_grad_norm": 2.0}))
     assert ledger.asked == {"lr": 4.0}
     for entry in setting(3, 12, "lr", 4.0):
         ledger.apply(1, entry)

@@ -37,7 +37,7 @@ from midwatch.transport.rank_client import RankLink, Spool
 from midwatch.transport.tls_identity import ANY_NODE, RunKeys, TlsIdentity, client_context, store_identity
 
 Open = Callable[..., Any]
-LOOPBACK = Cluster(backend="agents", interface="lo")
+LOOPBACK = Cluster(backend="external", interface="lo")
 
 
 class Remote:
@@ -405,7 +405,7 @@ async def test_hundreds_of_agents_are_served_at_once_and_none_is_taken_for_a_str
 
 
 def test_refusals_are_all_counted_and_the_first_few_told(caplog: pytest.LogCaptureFixture) -> None:
-    from launcher.controller.context import LiveState
+    from launcher.controller.core.context import LiveState
 
     now, live = [0.0], LiveState()
     refusals = Refusals(live, clock=lambda: now[0])
@@ -428,18 +428,18 @@ async def test_the_recipes_interface_and_port_are_used_and_what_is_wrong_with_th
     identity = RunKeys.ensure(RunPaths(tmp_path)).issue("controller", "head")
 
     def listener() -> Listener:
-        from launcher.controller.context import LiveState
+        from launcher.controller.core.context import LiveState
 
         return Listener(identity, lambda *_: asyncio.sleep(0), Refusals(LiveState()))
 
     with pytest.raises(ListenError, match=r"\[cluster\] interface: .*nosuch0.*lo"):
-        await listener().open(Cluster(backend="agents", interface="nosuch0"))
+        await listener().open(Cluster(backend="external", interface="nosuch0"))
     first = listener()
     url = (await first.open(LOOPBACK))[0]
     assert url.startswith("wss://127.0.0.1:")
     port = urlsplit(url).port or 0
     second = listener()
-    opening = asyncio.create_task(second.open(Cluster(backend="agents", interface="lo", port=port)))
+    opening = asyncio.create_task(second.open(Cluster(backend="external", interface="lo", port=port)))
     await asyncio.sleep(0.3)
     assert not opening.done(), "the port of a controller that is leaving is waited for"
     await first.close()
@@ -448,10 +448,10 @@ async def test_the_recipes_interface_and_port_are_used_and_what_is_wrong_with_th
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listener_module, "BIND_SECONDS", 0.1)
         with pytest.raises(ListenError, match=rf"\[cluster\] port: {port}.*in use.*name another"):
-            await third.open(Cluster(backend="agents", interface="lo", port=port))
+            await third.open(Cluster(backend="external", interface="lo", port=port))
     await second.close()
     every = listener()
-    announced = urlsplit((await every.open(Cluster(backend="agents")))[0])
+    announced = urlsplit((await every.open(Cluster(backend="external")))[0])
     assert announced.hostname and announced.hostname != "127.0.0.1"
     with socket.create_connection(("127.0.0.1", announced.port or 0)):
         pass

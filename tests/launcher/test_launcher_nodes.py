@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from launcher_desk import Desk, desk_at, make_recipe
 
-from launcher.backends import Started, StartError
+from launcher.backends.base import Started, StartError
 from launcher.controller.supervision import generations as generations_module
 from launcher.controller.supervision import node_pool as pool_module
 from midwatch import protocol as p
@@ -77,7 +77,7 @@ async def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pyte
     monkeypatch.setattr(generations_module, "GROW_SECONDS", 0.01)
     monkeypatch.setattr(pool_module, "PATIENCE_SECONDS", 0.3)
     recipe = make_recipe(restarts=10)
-    spread = msgspec.structs.replace(recipe.cluster, backend="agents", nodes=nodes, ranks_per_node=2, env={"A": "1"})
+    spread = msgspec.structs.replace(recipe.cluster, backend="external", nodes=nodes, ranks_per_node=2, env={"A": "1"})
     recipe = msgspec.structs.replace(recipe, cluster=spread, parallel=parallel)
     async with desk_at(tmp_path / "run", monkeypatch, None, recipe) as desk:
         yield Cluster(desk)
@@ -289,7 +289,7 @@ def notes(cluster: Cluster) -> list[str]:
     return [e.text for _, e in cluster.desk.journal.entries if isinstance(e, j.Noted)]
 
 
-@pytest.mark.parametrize("cluster", [("2:4", Parallel(tensor=2, shard=2))], indirect=True)
+@pytest.mark.parametrize("cluster", [("2:4", Parallel(tensor=2, hsdp_shard_size=2))], indirect=True)
 async def test_ranks_are_a_multiple_of_the_models_and_a_node_beyond_is_a_spare(cluster: Cluster) -> None:
     desk = cluster.desk
     cluster.come("n1", "n2", "n3")

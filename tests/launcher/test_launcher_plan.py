@@ -21,17 +21,19 @@ from launcher.plan.units import count, factor, money, parse_count, size, span
 from midwatch.recipe import Cluster, Model, Recipe, Stage, parse_recipe
 
 ROOT = Path(__file__).parents[2]
-LLAMA_8B = Model(layers=32, width=4096, heads=32, kv_heads=8, hidden=14336, tied=False, dtype="bfloat16")
+LLAMA_8B = Model(
+    num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, intermediate_size=14336, tie_embeddings=False, dtype="bfloat16"
+)
 LONG = """
 [run]
 name = "long"
 [model]
-layers = 32
-width = 4096
-heads = 32
-kv_heads = 8
-hidden = 14336
-tied = false
+num_layers = 32
+hidden_size = 4096
+num_heads = 32
+num_kv_heads = 8
+intermediate_size = 14336
+tie_embeddings = false
 dtype = "bfloat16"
 [tokenizer]
 vocab = 100000
@@ -117,7 +119,7 @@ def test_flops_are_palms_six_a_parameter_and_attentions_twelve() -> None:
 
 
 def test_a_head_of_its_own_width_and_an_mlp_of_two_matrices_are_counted() -> None:
-    wide = Model(layers=1, width=64, heads=4, head_width=64, hidden=128, mlp="gelu")
+    wide = Model(num_layers=1, hidden_size=64, num_heads=4, head_dim=64, intermediate_size=128, mlp="gelu")
     assert attention_flops_per_token(wide, 100) == 12 * 4 * 64 * 100
     assert flops_per_token(wide, 1000, 100) == 6 * (64 * 256 * 4 + 2 * 64 * 128 + 64_000) + 12 * 256 * 100
 
@@ -135,7 +137,7 @@ def test_state_is_sharded_over_the_ranks_until_micro_batches_accumulate() -> Non
 
 
 def test_a_checkpoints_copy_is_the_hosts_and_on_a_cpu_that_is_the_ranks_own() -> None:
-    model, stage = Model(layers=2, width=64, heads=2), recipe().stage[0]
+    model, stage = Model(num_layers=2, hidden_size=64, num_heads=2), recipe().stage[0]
     gpu, cpu = (memory(model, 1000, stage, 64, on_cpu) for on_cpu in (False, True))
     assert gpu.staging_bytes == cpu.staging_bytes == gpu.weights_bytes + gpu.optimizer_bytes
     assert cpu.peak_bytes == gpu.peak_bytes + gpu.staging_bytes
@@ -257,7 +259,7 @@ def test_what_only_flash_attn_computes_is_told() -> None:
 
     assert told() == []
     assert told(position="alibi") == ["pretrain, extend, dpo: ALiBi is reckoned with flash-attn"]
-    assert told(head_width=68) == ["dpo: masked documents are reckoned with flash-attn"]
+    assert told(head_dim=68) == ["dpo: masked documents are reckoned with flash-attn"]
 
 
 def test_a_recipe_for_processors_is_planned_on_them_with_its_threads() -> None:

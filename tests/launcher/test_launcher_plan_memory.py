@@ -17,7 +17,9 @@ from launcher.plan.memory import Memory, Setting, memory, part_bytes, rank_memor
 from launcher.plan.mesh import batches_of, mesh_of, share_of, waiting_forwards
 from midwatch.recipe import Model, Parallel, Recipe, Stage, parse_recipe
 
-LLAMA = Model(layers=80, width=8192, heads=64, kv_heads=8, hidden=28672, tied=False, dtype="bfloat16")
+LLAMA = Model(
+    num_layers=80, hidden_size=8192, num_heads=64, num_kv_heads=8, intermediate_size=28672, tie_embeddings=False, dtype="bfloat16"
+)
 VOCABULARY = 128_256
 MATRICES = 8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672  # of a block: qkv, out, and the MLP's three
 TABLE = VOCABULARY * 8192
@@ -61,8 +63,8 @@ def test_a_rank_of_a_pipeline_has_its_layers_and_the_ends_their_tables() -> None
 @pytest.mark.parametrize(("tensor", "pipeline", "virtual"), [(1, 1, 1), (8, 1, 1), (1, 4, 1), (2, 8, 2), (8, 8, 5)])
 def test_the_parts_of_all_ranks_are_the_whole(tensor: int, pipeline: int, virtual: int, tied: bool) -> None:
     """Once, but for norms, which each tensor-parallel rank has, and a tied table, which both ends of a pipeline have."""
-    model = msgspec.structs.replace(LLAMA, tied=tied)
-    schedule = {"schedule": "interleaved", "virtual": virtual} if virtual > 1 else {}
+    model = msgspec.structs.replace(LLAMA, tie_embeddings=tied)
+    schedule = {"schedule": "interleaved", "virtual_stages": virtual} if virtual > 1 else {}
     here = setting(msgspec.convert({"tensor": tensor, "pipeline": pipeline} | schedule, Parallel), stage(), 64, model)
     shares = [share_of(here.mesh, model, rank) for rank in range(pipeline)]
     assert sum(sum(share.layers) for share in shares) == 80
@@ -77,7 +79,7 @@ def test_the_parts_of_all_ranks_are_the_whole(tensor: int, pipeline: int, virtua
 
 
 def test_biases_that_follow_a_sum_over_ranks_are_on_each_of_them() -> None:
-    model = Model(layers=1, width=64, heads=4, hidden=128, mlp="gelu", norm="layernorm", bias=True)
+    model = Model(num_layers=1, hidden_size=64, num_heads=4, intermediate_size=128, mlp="gelu", norm="layernorm", bias=True)
     here = setting(Parallel(tensor=4), stage(global_batch=1), 4, model)
     split = 4 * 64 * 64 + 3 * 64 + 2 * 64 * 128 + 128
     assert rank_parameters(here, share_of(here.mesh, model, 0)).block == split // 4 + 64 + 64 + 2 * 2 * 64
@@ -88,14 +90,14 @@ def test_biases_that_follow_a_sum_over_ranks_are_on_each_of_them() -> None:
     [(80, 1, [(20,)] * 4), (10, 1, [(3,), (3,), (2,), (2,)]), (10, 2, [(2, 1), (2, 1), (1, 1), (1, 1)])],
 )
 def test_layers_are_spread_evenly_and_in_order(layers: int, parts: int, of_ranks: list[tuple[int, ...]]) -> None:
-    mesh = mesh_of(Parallel(pipeline=4, schedule="interleaved" if parts > 1 else "1f1b", virtual=parts), 1, 4)
-    model = msgspec.structs.replace(LLAMA, layers=layers)
+    mesh = mesh_of(Parallel(pipeline=4, schedule="interleaved" if parts > 1 else "1f1b", virtual_stages=parts), 1, 4)
+    model = msgspec.structs.replace(LLAMA, num_layers=layers)
     assert [share_of(mesh, model, rank).layers for rank in range(4)] == of_ranks
 
 
 def test_hybrid_sharding_holds_as_much_as_that_many_ranks_would() -> None:
     where = stage(global_batch=64)
-    part, few = held(Parallel(shard=8), where), held(Parallel(), msgspec.structs.replace(where, global_batch=8), 8)
+    part, few = held(Parallel(hsdp_shard_size=8), where), held(Parallel(), msgspec.structs.replace(where, global_batch=8), 8)
     assert part.weights_bytes == few.weights_bytes == 4 * LLAMA.parameters(VOCABULARY) // 8
     assert part.peak_bytes == few.peak_bytes
 
@@ -192,8 +194,8 @@ def test_with_checkpointed_blocks_what_is_kept_grows_with_the_context_and_no_fas
 
 def test_logits_are_there_a_tile_at_a_time() -> None:
     assert held(Parallel(), stage()).logits_bytes == 2 * 4 * 4096 * VOCABULARY
-    assert held(Parallel(), stage(loss_tile=512)).logits_bytes == 2 * 4 * 512 * VOCABULARY
-    assert held(Parallel(tensor=8), stage(loss_tile=4096, global_batch=8)).logits_bytes == 2 * 4 * 1024 * VOCABULARY
+    assert held(Parallel(), stage(loss_chunk_tokens=512)).logits_bytes == 2 * 4 * 512 * VOCABULARY
+    assert held(Parallel(tensor=8), stage(loss_chunk_tokens=4096, global_batch=8)).logits_bytes == 2 * 4 * 1024 * VOCABULARY
 
 
 # Pipelines
@@ -214,7 +216,7 @@ def test_the_first_ranks_of_a_pipeline_hold_the_most_micro_batches() -> None:
 
 def test_interleaved_parts_hold_more_of_them_for_less_idling() -> None:
     """On the first of 4 ranks with 2 parts each, 11 forwards wait: 4 of part 0, 4 of part 1, 3 of part 0."""
-    parallel = Parallel(pipeline=4, tensor=8, schedule="interleaved", virtual=2)
+    parallel = Parallel(pipeline=4, tensor=8, schedule="interleaved", virtual_stages=2)
     here = setting(parallel, stage(), 64)
     share = share_of(here.mesh, LLAMA, 0)
     parts = [part_bytes(here, share, part) for part in range(2)]
@@ -228,7 +230,7 @@ def test_interleaved_parts_hold_more_of_them_for_less_idling() -> None:
 def test_no_more_forwards_wait_than_there_are_micro_batches() -> None:
     mesh = mesh_of(Parallel(pipeline=8), 1, 64)
     assert [waiting_forwards(mesh, rank, 3) for rank in (0, 5, 6, 7)] == [3, 3, 2, 1]
-    interleaved = mesh_of(Parallel(pipeline=4, schedule="interleaved", virtual=3), 1, 4)
+    interleaved = mesh_of(Parallel(pipeline=4, schedule="interleaved", virtual_stages=3), 1, 4)
     assert waiting_forwards(interleaved, 0, 4) == 12
     assert batches_of(interleaved, stage(global_batch=6)).count == 8, "a multiple of the pipeline's ranks"
 
@@ -246,8 +248,8 @@ def test_no_more_forwards_wait_than_there_are_micro_batches() -> None:
         ({}, {"activation_checkpointing": "selective"}),
         ({}, {"activation_checkpointing": "block"}),
         ({}, {"activation_checkpointing": "offloaded"}),
-        ({}, {"mlp_tile": 4096}),
-        ({}, {"loss_tile": 1024, "activation_checkpointing": "offloaded"}),
+        ({}, {"mlp_chunk_tokens": 4096}),
+        ({}, {"loss_chunk_tokens": 1024, "activation_checkpointing": "offloaded"}),
         ({"offload": "optimizer"}, {}),
         ({"offload": "parameters"}, {}),
     ],
@@ -275,12 +277,12 @@ TEXT = """
 [run]
 name = "long"
 [model]
-layers = 80
-width = 8192
-heads = 64
-kv_heads = 8
-hidden = 28672
-tied = false
+num_layers = 80
+hidden_size = 8192
+num_heads = 64
+num_kv_heads = 8
+intermediate_size = 28672
+tie_embeddings = false
 dtype = "bfloat16"
 [parallel]
 pipeline = 4
@@ -292,7 +294,7 @@ name = "text"
 kind = "text"
 origin = "stdlib-topics"
 [cluster]
-backend = "agents"
+backend = "external"
 nodes = "7:9"
 ranks_per_node = 8
 [[stage]]

@@ -296,9 +296,9 @@ RECIPE = """
 [run]
 name = "r"
 [model]
-layers = 1
-width = 8
-heads = 2
+num_layers = 1
+hidden_size = 8
+num_heads = 2
 [data]
 held_out = 0.5
 [[data.source]]

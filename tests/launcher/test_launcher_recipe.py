@@ -28,9 +28,9 @@ GOOD = """\
 name = "tiny"
 
 [model]
-layers = 2
-width = 64
-heads = 4
+num_layers = 2
+hidden_size = 64
+num_heads = 4
 
 [[data.source]]
 name = "text"
@@ -72,23 +72,29 @@ def line_with(text: str, part: str) -> int:
 
 BAD: list[tuple[str, str, str, str, str]] = [
     # what is wrong, text that is replaced, its replacement, what stands in the line named, what the message must say
-    ("unknown key", "heads = 4", "heads = 4\nhaeds = 4", "haeds", "did you mean 'heads'"),
+    ("unknown key", "num_heads = 4", "num_heads = 4\nnum_haeds = 4", "num_haeds", "did you mean 'num_heads'"),
     ("unknown key of a stage", "steps = 10", "steps = 10\nstepz = 3", "stepz", "did you mean 'steps'"),
     ("unknown section", "[model]", "[modle]\nx = 1\n[model]", "[modle]", "did you mean 'model'"),
-    ("unknown key with no neighbour", "layers = 2", "layers = 2\nzzz = 1", "zzz", "known here: "),
+    ("unknown key with no neighbour", "num_layers = 2", "num_layers = 2\nzzz = 1", "zzz", "known here: "),
     ("wrong type", "steps = 10", 'steps = "ten"', 'steps = "ten"', "expected `int`"),
     ("wrong type of a weight", "{ text = 1.0 }", '{ text = "much" }', '"much"', "but it is {'text': 'much'}"),
     ("unknown choice", 'objective = "pretrain"', 'objective = "pretrian"', "pretrian", "'pretrain'"),
-    ("width that does not divide", "width = 64", "width = 65", "width = 65", "use 64 or 68"),
-    ("odd heads", "width = 64", "width = 12", "heads = 4", "even width"),
-    ("key-value heads that do not divide", "heads = 4", "heads = 4\nkv_heads = 3", "kv_heads", "use one of 1, 2, 4"),
-    ("no layers", "layers = 2", "layers = 0", "layers = 0", "at least 1"),
+    ("width that does not divide", "hidden_size = 64", "hidden_size = 65", "hidden_size = 65", "use 64 or 68"),
+    ("odd heads", "hidden_size = 64", "hidden_size = 12", "num_heads = 4", "even width"),
+    (
+        "key-value heads that do not divide",
+        "num_heads = 4",
+        "num_heads = 4\nnum_kv_heads = 3",
+        "num_kv_heads",
+        "use one of 1, 2, 4",
+    ),
+    ("no layers", "num_layers = 2", "num_layers = 0", "num_layers = 0", "at least 1"),
     ("no steps", "steps = 10", "steps = 0", "steps = 0", "at least 1"),
     ("infinite rate", "lr = 1e-5", "lr = inf", "lr = inf", "lr"),
     ("a rate that is no number", "lr = 1e-5", "lr = nan", "lr = nan", "greater than 0"),
     ("weight that is no number", "{ ask = 1.0 }", "{ ask = nan }", "nan", "mixture"),
     ("negative decay", "lr = 1e-5", "weight_decay = -1", "weight_decay", "negative"),
-    ("warm-up longer than its stage", "lr = 1e-5", "warmup = 9", "warmup", "use 0 to 5"),
+    ("warm-up longer than its stage", "lr = 1e-5", "warmup_steps = 9", "warmup_steps", "use 0 to 5"),
     ("unknown source", "{ ask = 1.0 }", "{ aks = 1.0 }", "aks", 'did you mean "ask"'),
     ("wrong kind of source", "{ ask = 1.0 }", "{ text = 2.0 }", "text = 2.0", "sft reads sft sources"),
     ("a part of no source", "{ ask = 1.0 }", '{ "aks.en" = 1.0 }', "aks.en", "lacks"),
@@ -117,9 +123,15 @@ BAD: list[tuple[str, str, str, str, str]] = [
     ("rule without a condition", "sigma = 6", "", "spike", "exactly one of"),
     ("rule with two", "sigma = 6", "sigma = 6\nabove = 3", "spike", "exactly one of"),
     ("missing key", "steps = 10\n", "", "[[stage]]", "'steps' is missing"),
-    ("not TOML", "layers = 2", "layers = = 2", "layers = =", "not valid TOML"),
-    ("key given twice", "layers = 2", "layers = 2\nlayers = 2", "", "not valid TOML"),
-    ("section where a table of another kind stands", "[model]\nlayers = 2\nwidth = 64\nheads = 4", "", "", "'model' is missing"),
+    ("not TOML", "num_layers = 2", "num_layers = = 2", "num_layers = =", "not valid TOML"),
+    ("key given twice", "num_layers = 2", "num_layers = 2\nnum_layers = 2", "", "not valid TOML"),
+    (
+        "section where a table of another kind stands",
+        "[model]\nnum_layers = 2\nhidden_size = 64\nnum_heads = 4",
+        "",
+        "",
+        "'model' is missing",
+    ),
 ]
 
 
@@ -157,7 +169,11 @@ def test_a_bad_recipe_names_file_line_and_way_out(old: str, new: str, place: str
 
 
 def test_every_problem_is_told_at_once() -> None:
-    text = GOOD.replace("width = 64", "width = 65").replace("steps = 10", "steps = 0").replace("{ ask = 1.0 }", "{ aks = 1.0 }")
+    text = (
+        GOOD.replace("hidden_size = 64", "hidden_size = 65")
+        .replace("steps = 10", "steps = 0")
+        .replace("{ ask = 1.0 }", "{ aks = 1.0 }")
+    )
     with pytest.raises(RecipeError) as error:
         parse_recipe(text)
     assert len(str(error.value).splitlines()) == 3
@@ -322,7 +338,7 @@ stages = st.builds(
     global_batch=sizes,
     mixture=st.just({"text": 1.0}) | st.just({"text": 0.25}),
     lr=positive,
-    warmup=st.none() | st.integers(0, 20),
+    warmup_steps=st.none() | st.integers(0, 20),
     betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
     masked_documents=st.none() | st.booleans(),
     rope=st.builds(Rope, kind=st.sampled_from(["none", "yarn"]), factor=positive, original_context=st.none() | sizes),
@@ -351,14 +367,14 @@ def test_live_settings_stay_within_their_bounds() -> None:
     recipe = parse_recipe(GOOD)
     stage = recipe.stage[0]
     known = stage_settings(recipe, stage)
-    assert {"lr", "clip", "beta1", "checkpoint_every", "mixture.text"} <= known.keys()
+    assert {"lr", "max_grad_norm", "beta1", "checkpoint_every", "mixture.text"} <= known.keys()
     assert all(check_setting(recipe, stage, key, value) == value for key, value in known.items())
     wrong: list[tuple[str, float, str]] = [
         ("learning_rate", 1.0, "it has: lr"),
         ("lr", -1.0, "between"),
         ("beta1", 1.0, "between"),
         ("lr", math.nan, "not a number"),
-        ("clip", math.inf, "not a number"),
+        ("max_grad_norm", math.inf, "not a number"),
         ("checkpoint_every", 2.5, "whole"),
         ("mixture.ask", 1.0, "no setting"),
         ("beta", 0.1, "no setting"),
@@ -420,7 +436,7 @@ SPREAD = (
 [parallel]
 tensor = 4
 [cluster]
-backend = "agents"
+backend = "external"
 ranks_per_node = 2
 nodes = "12:16"
 """
@@ -432,13 +448,13 @@ nodes = "12:16"
     [
         (
             "tensor = 4",
-            "tensor = 4\nshard = 9",
+            "tensor = 4\nhsdp_shard_size = 9",
             "nodes =",
             '12 to 16 nodes of 2 ranks cannot make a multiple of 36 ranks.*use nodes = "12:18" or',
         ),
         ('nodes = "12:16"', "nodes = 3", "nodes =", '3 nodes of 2 ranks cannot make .*use nodes = "3:4" or ranks_per_node = 4'),
         (
-            '"agents"\nranks_per_node = 2\nnodes = "12:16"',
+            '"external"\nranks_per_node = 2\nnodes = "12:16"',
             '"local"',
             "[cluster]",
             "1 node of 1 rank cannot make .*need .use ranks_per_node = 4.$",
@@ -471,7 +487,7 @@ def test_what_becomes_of_blocks_after_their_forward_is_a_setting(kept: str, neig
     ("value", "says"),
     [
         ("1", "1 must be at least 2 .or true, false or .auto."),
-        ("3\nshard = 4", "3 must be a divisor of shard, 4, at least 2"),
+        ("3\nhsdp_shard_size = 4", "3 must be a divisor of hsdp_shard_size, 4, at least 2"),
         ('"always"', "reshard_after_forward"),
     ],
 )
@@ -522,3 +538,38 @@ def test_a_time_limit_that_leaves_no_time_to_train_is_refused_with_its_line(sbat
     assert problem in str(error.value)
     line = next(n for n, each in enumerate(text.splitlines(), 1) if each.startswith(sbatch.splitlines()[-1]))
     assert str(error.value).startswith(f"recipe.toml:{line}: [cluster] sbatch.")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_layers = 2", "layers = 2", "[model] layers is named num_layers now"),
+        ("hidden_size = 64", "width = 64", "[model] width is named hidden_size now"),
+        ("lr = 1e-5", "lr = 1e-5\nwarmup = 1", "[[stage]] warmup is named warmup_steps now"),
+        ("lr = 1e-5", "lr = 1e-5\npolicy = { tokens = 4 }", "[[stage]] policy is named rollout now"),
+        ("lr = 1e-5", "lr = 1e-5\nrollout = { tokens = 4 }", "[stage.rollout] tokens is named max_new_tokens now"),
+        (
+            'objective = "sft"',
+            'objective = "rejection_sampling"',
+            '[[stage]] objective = "rejection_sampling" is "rejection_sampling" now',
+        ),
+    ],
+)
+def test_an_old_key_is_refused_with_its_new_name(old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    text = GOOD.replace(old, new, 1)
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text)
+    line = text[: text.index(new.splitlines()[-1])].count("\n") + 1
+    assert f"recipe.toml:{line}: {message}" in str(caught.value)
+
+
+def test_a_rule_on_a_renamed_metric_is_refused() -> None:
+    with pytest.raises(RecipeError, match='"policy/logprob_mismatch" is "policy/logprob_mismatch" now'):
+        parse_recipe(GOOD + '[[watch]]\nname = "far"\nmetric = "policy/logprob_mismatch"\nabove = 1\n')
+
+
+def test_a_setting_by_its_old_name_is_refused_with_the_new_one() -> None:
+    recipe = parse_recipe(GOOD)
+    with pytest.raises(ValueError, match="clip is named max_grad_norm now"):
+        check_setting(recipe, recipe.stage[0], "clip", 1.0)

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from launcher.controller.watch_rules import WatchRules
+from launcher.controller.core.watch_rules import WatchRules
 from midwatch.protocol import Metrics
 from midwatch.recipe import Recipe, Watch, dump_recipe, parse_recipe
 from midwatch.recipe.watch import Condition
@@ -20,9 +20,9 @@ RECIPE = """
 [run]
 name = "r"
 [model]
-layers = 1
-width = 8
-heads = 2
+num_layers = 1
+hidden_size = 8
+num_heads = 2
 [[data.source]]
 name = "text"
 kind = "text"
@@ -64,11 +64,11 @@ def course(**changed: Series) -> Callable[[int], dict[str, float]]:
     noise = random.normal(0, 1, (1300, 6))
     metrics: dict[str, Series] = {
         "policy_reward": lambda step: 0.5 + 0.001 * step + 0.05 * noise[step, 0],
-        "policy_reward_deviation": lambda step: 0.9 + 0.03 * noise[step, 1],
+        "policy_reward_std": lambda step: 0.9 + 0.03 * noise[step, 1],
         "policy_kl_sequence": lambda step: 3 + 0.2 * noise[step, 2],
         "policy_entropy": lambda step: 2.4 + 0.05 * noise[step, 3],
-        "policy_truncated": lambda step: abs(0.02 * noise[step, 4]),
-        "policy_ratio_outside": lambda step: abs(0.002 * noise[step, 5]),
+        "policy_truncated_fraction": lambda step: abs(0.02 * noise[step, 4]),
+        "policy_ratio_outlier_fraction": lambda step: abs(0.002 * noise[step, 5]),
         "eval_questions_reward": lambda step: 0.5 + 0.001 * step,
     }
     metrics |= changed
@@ -99,9 +99,9 @@ WRONG: list[tuple[str, dict[str, Series], int, int]] = [
     # a rule, the metrics that go wrong from step 600 on, and between which steps it fires first
     ("entropy-collapse", {"policy_entropy": late(2.4, 0.8)}, 796, 800),
     ("far-from-reference", {"policy_kl_sequence": lambda step: 3 + 0.1 * (step % 3) + 2 * (step >= 600)}, 600, 600),
-    ("cut-off", {"policy_truncated": late(0.0, 0.3)}, 616, 616),
-    ("ratio", {"policy_ratio_outside": late(0.0, 0.05)}, 602, 602),
-    ("reward-spread", {"policy_reward_deviation": late(0.9, 0.9 * 3**0.5 * 1.01)}, 620, 660),
+    ("cut-off", {"policy_truncated_fraction": late(0.0, 0.3)}, 616, 616),
+    ("ratio", {"policy_ratio_outlier_fraction": late(0.0, 0.05)}, 602, 602),
+    ("reward-spread", {"policy_reward_std": late(0.9, 0.9 * 3**0.5 * 1.01)}, 620, 660),
     (
         "hacking",
         {"policy_reward": rising(1.1, 0.003), "eval_questions_reward": FLAT, "policy_kl_sequence": rising(3, 0.01)},

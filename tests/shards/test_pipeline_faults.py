@@ -21,13 +21,13 @@ from shards.build import checksummed_files
 from shards.build import report as reporting
 from shards.build.build import build
 from shards.build.encode import LONGEST_LABEL
-from shards.build.sources import Unit
 from shards.build.workspace import ReadUnit, Work, gathered
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
+from shards.common.progress import ProgressReport
 from shards.filters.heuristics.settings import GopherQuality, UniqueWords
 from shards.filters.settings import Contamination, Language, Perplexity
-from shards.progress import ProgressReport
 from shards.readers import stdlib
+from shards.readers.sources import Unit
 from shards.spec import Build, Clean, Source, TokenizerSpec
 from shards.tokenization.tokenizer import FILE_NAME
 
@@ -89,7 +89,7 @@ def test_a_source_cannot_be_called_like_a_part_of_another(make: Make, tmp_path: 
         build(make({"web": path, "web.en": path}, Clean(language=Language()), split_by="language"), workers=0)
 
 
-def test_records_left_out_of_a_split_source_of_which_nothing_stays_are_kept_aside(make: Make, tmp_path: Path) -> None:
+def test_records_left_out_of_a_split_source_of_which_nothing_stays_are_kept_if_written(make: Make, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", ["tiny"], "{broken", '{"title": "no text"}')
     out = build(make({"web": path}, Clean(gopher_quality=GopherQuality()), split_by="label"), workers=0)
     assert len((out / "web" / "rejected.jsonl").read_bytes().splitlines()) == 2
@@ -153,7 +153,7 @@ def test_a_reference_without_texts_is_refused_with_the_reason(make: Make, tmp_pa
         build(make({"web": jsonl(tmp_path / "a.jsonl", prose(3))}, clean), workers=0)
 
 
-def test_records_of_a_reference_that_are_no_text_are_kept_aside(make: Make, tmp_path: Path) -> None:
+def test_records_of_a_reference_that_are_no_text_are_kept_if_written(make: Make, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "exam.jsonl", prose(2), '{"question": "What is the capital of France, and since when?"}')
     clean = Clean(contamination=Contamination(sets={"exam": path}))
     out = build(make({"web": jsonl(tmp_path / "a.jsonl", prose(3))}, clean), workers=0)
@@ -263,11 +263,11 @@ def test_thousands_of_small_files_are_few_tasks_and_the_same_shards(make: Make, 
     texts = [f"{number}: {text[:300]}" for number, text in enumerate(prose(40) * 50)]
     for number, text in enumerate(texts):
         (directory / f"{number:05d}.txt").write_text(text)
-    spec = make({"web": str(directory)}, Clean(near=0), origin="text")
+    spec = make({"web": str(directory)}, Clean(near_dup_threshold=0), origin="text")
     stop_at(spec, "encoding")
     assert len(list(Path(spec.out, "work", "clean").glob("*.docs"))) < 5
     alone = build(spec, workers=0)
-    together = build(make({"web": jsonl(tmp_path / "a.jsonl", texts)}, Clean(near=0), "one"), workers=0)
+    together = build(make({"web": jsonl(tmp_path / "a.jsonl", texts)}, Clean(near_dup_threshold=0), "one"), workers=0)
     for name in ("train/tokens-00000.zst", "held_out/tokens-00000.zst"):
         assert (alone / "web" / name).read_bytes() == (together / "web" / name).read_bytes()
 
@@ -301,7 +301,7 @@ def shards(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_build_that_is_not_done_is_told_from_one_that_is(make: Make, tmp_path: Path) -> None:
-    spec = make({name: jsonl(tmp_path / f"{name}.jsonl", prose(5)) for name in "ab"}, Clean(near=0, exact=False))
+    spec = make({name: jsonl(tmp_path / f"{name}.jsonl", prose(5)) for name in "ab"}, Clean(near_dup_threshold=0, exact=False))
     stop_at(spec, "b", "encode")
     merged = shards("merge", str(tmp_path / "merged"), spec.out)
     assert merged.returncode == 2 and "its build is not done" in merged.stderr

@@ -236,7 +236,7 @@ def test_diff_names_what_differs_down_to_the_first_document(built: Path, others:
 
 
 def test_merge_makes_one_directory_of_builds_whose_sources_differ_that_runs_take(built: Path, others, tmp_path: Path) -> None:
-    from shards.build.build import is_built, read_marker
+    from shards.build.marker import is_built, read_marker
 
     done = merged(tmp_path / "all", built, others[1])
     assert done.returncode == 0, done.stderr
@@ -325,7 +325,7 @@ def test_report_shows_what_was_removed_and_why(tmp_path: Path, make_spec: Callab
     (tmp_path / "a.jsonl").write_text("\n".join(texts * 5))
     source = Source(name="a", kind="text", origin="jsonl", path=str(tmp_path / "a.jsonl"))
     code = Source(name="code", kind="text", origin="stdlib-code", max_documents=20)
-    out = build(make_spec(tmp_path / "out", source=(source, code), clean=Clean(near=0)), workers=0)
+    out = build(make_spec(tmp_path / "out", source=(source, code), clean=Clean(near_dup_threshold=0)), workers=0)
     shown = shards("report", out)
     assert shown.returncode == 0 and "exact duplicate" in shown.stdout and "a.jsonl:3" in shown.stdout
     found = json.loads(shards("report", out, "--json").stdout)

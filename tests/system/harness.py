@@ -32,9 +32,9 @@ seed = 3
 restarts = {restarts}
 
 [model]
-layers = 1
-width = 32
-heads = 2
+num_layers = 1
+hidden_size = 32
+num_heads = 2
 
 [tokenizer]
 vocab = 512

@@ -12,12 +12,12 @@ from midwatch.recipe import Checkpoint, Cluster, Data, Model, Probe, Report, Rop
 from midwatch.recipe.generate import Generate
 from midwatch.recipe.live_settings import stage_settings
 from midwatch.recipe.load import load_recipe
-from midwatch.recipe.rollout import Policy
+from midwatch.recipe.rollout import Rollout
 
 ROOT = Path(__file__).parents[2]
 
 
-STRUCTS = [Run, Model, TokenizerSpec, Data, Source, Stage, Rope, Policy, Generate, Cluster, Checkpoint, Report, Probe, Watch]
+STRUCTS = [Run, Model, TokenizerSpec, Data, Source, Stage, Rope, Rollout, Generate, Cluster, Checkpoint, Report, Probe, Watch]
 
 
 @pytest.mark.parametrize("struct", STRUCTS)

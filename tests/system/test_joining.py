@@ -35,7 +35,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 
 def joining(data: Path, nodes: str, **options: int) -> str:
-    cluster = f'backend = "agents"\nport = {PORT}\nnodes = "{nodes}"\nranks_per_node = 1'
+    cluster = f'backend = "external"\nport = {PORT}\nnodes = "{nodes}"\nranks_per_node = 1'
     return recipe_text(data, **options).replace("ranks_per_node = 2", cluster)
 
 

@@ -23,11 +23,11 @@ RECIPE = """
 [run]
 name = "tiny"
 [model]
-layers = 2
-width = 32
-heads = 4
-kv_heads = 2
-hidden = 64
+num_layers = 2
+hidden_size = 32
+num_heads = 4
+num_kv_heads = 2
+intermediate_size = 64
 [tokenizer]
 vocab = 512
 sample_bytes = 150000
@@ -63,7 +63,7 @@ context = 32
 global_batch = 6
 micro_batch = 2
 lr = 1e-2
-warmup = 2
+warmup_steps = 2
 eval_samples = 4
 eval_every = 5
 mixture = {topics = 2, docs = 1}

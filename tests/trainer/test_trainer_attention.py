@@ -28,7 +28,7 @@ from trainer.model.sharded_model import ShardedModel
 
 KINDS: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope"},
-    "rope, grouped": {"position": "rope", "kv_heads": 2},
+    "rope, grouped": {"position": "rope", "num_kv_heads": 2},
     "alibi": {"position": "alibi"},
 }
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def install(kernel: FlashAttn | TorchsVarlen, patch: pytest.MonkeyPatch) -> None
 def test_the_varlen_kernel_gives_what_a_mask_gives(
     kind: str, masked: bool, kernel: FlashAttn | TorchsVarlen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = Decoder(Model(layers=2, width=32, heads=4, **KINDS[kind]), VOCABULARY)
+    model = Decoder(Model(num_layers=2, hidden_size=32, num_heads=4, **KINDS[kind]), VOCABULARY)
     model.initialise(3)
     model.to(torch.bfloat16)
     model.documents_masked = masked
@@ -135,7 +135,7 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("way", [{}, {"activation_checkpointing": "selective"}, {"mlp_tile": 16, "loss_tile": 16}])
+@pytest.mark.parametrize("way", [{}, {"activation_checkpointing": "selective"}, {"mlp_chunk_tokens": 16, "loss_chunk_tokens": 16}])
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_backward_never_ask_what_the_device_computed(
     kind: str, way: dict[str, Any], kernel: FlashAttn | TorchsVarlen, monkeypatch: pytest.MonkeyPatch
@@ -146,7 +146,9 @@ def test_forward_and_backward_never_ask_what_the_device_computed(
     install(kernel, monkeypatch)
     make: MakeWorld
     with fake_worlds() as make:
-        network = ShardedModel(Model(layers=2, width=32, heads=4, dtype="bfloat16", **KINDS[kind]), VOCABULARY, make(1))
+        network = ShardedModel(
+            Model(num_layers=2, hidden_size=32, num_heads=4, dtype="bfloat16", **KINDS[kind]), VOCABULARY, make(1)
+        )
         network.initialise(3)
         network.configure_stage(stage(24, 6, 3, masked_documents=True, **way), 24)
         parts = list(micro_batches(batch(), 1, 6, 3, CPU))

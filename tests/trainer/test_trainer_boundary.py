@@ -46,7 +46,7 @@ def test_a_long_generation_remembers_its_newest_commands_and_applies_none_twice(
     boundary.ask = asked.append
     count = 3 * module.REMEMBERED
     for number in range(1, count + 1):
-        link.waiting.append(Order(number=number, op=Op.SET, arguments={"key": "clip", "value": float(number)}))
+        link.waiting.append(Order(number=number, op=Op.SET, arguments={"key": "max_grad_norm", "value": float(number)}))
         order = boundary.next()
         assert order is not None and order.arguments["value"] == number
         if number % 2:

@@ -49,14 +49,14 @@ def settings(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         recipe,
         "settings",
         Step(Op.PAUSE, after=3),
-        Step(Op.SET, {"key": "clip", "value": 0.5}, looks=10, again=True),
+        Step(Op.SET, {"key": "max_grad_norm", "value": 0.5}, looks=10, again=True),
         Step(Op.CHECKPOINT),
         Step(Op.RESUME),
-        Step(Op.SET, {"key": "clip", "value": -1}, after=5),
+        Step(Op.SET, {"key": "max_grad_norm", "value": -1}, after=5),
         Step(Op.SET, {"key": "bet", "value": 1}),
         Step(Op.SET, {"key": "lr_scale", "value": 0.25}),
         Step(Op.SET, {"key": "mixture.docs", "value": 0}, after=8),
-        Step(Op.SET, {"key": "clip", "value": 2.0}, after=9, number=2),
+        Step(Op.SET, {"key": "max_grad_norm", "value": 2.0}, after=9, number=2),
     )
 
 
@@ -145,8 +145,8 @@ def test_a_changed_setting_makes_another_checkpoint_of_the_same_step(settings: t
     root, told = settings
     ids = [body["id"] for body in told.all("CheckpointReady")]
     assert ids[:2] == ["4-1", "4-1.1"]
-    assert state(root / "checkpoints" / "4-1")["settings"]["clip"] == 1.0
-    assert state(root / "checkpoints" / "4-1.1")["settings"]["clip"] == 0.5
+    assert state(root / "checkpoints" / "4-1")["settings"]["max_grad_norm"] == 1.0
+    assert state(root / "checkpoints" / "4-1.1")["settings"]["max_grad_norm"] == 0.5
 
 
 def test_what_is_saved_after_a_restart_is_not_taken_for_an_older_checkpoint_of_that_step(
@@ -156,14 +156,14 @@ def test_what_is_saved_after_a_restart_is_not_taken_for_an_older_checkpoint_of_t
     told = steer(
         root,
         Step(Op.CHECKPOINT, number=21),
-        Step(Op.SET, {"key": "clip", "value": 0.7}),
+        Step(Op.SET, {"key": "max_grad_norm", "value": 0.7}),
         Step(Op.CHECKPOINT),
         Step(Op.STOP_NOW),
         start=fresh(checkpoint="4-1.1", generation=2, applied=20, paused=True),
     )
     assert told.outcome(21)["detail"] == {"checkpoint": "4-1.1"}
     assert [body["id"] for body in told.all("CheckpointReady")] == ["4-1.2"]
-    assert state(root / "checkpoints" / "4-1.2")["settings"]["clip"] == 0.7
+    assert state(root / "checkpoints" / "4-1.2")["settings"]["max_grad_norm"] == 0.7
 
 
 def test_rollback_takes_the_same_steps_again(rolled_back: tuple[Path, Told]) -> None:
@@ -253,8 +253,8 @@ def test_set_out_of_bounds_is_refused_with_what_is_possible(settings: tuple[Path
 
 def test_an_order_sent_twice_is_applied_once(settings: tuple[Path, Told]) -> None:
     _, told = settings
-    assert told.outcome(2)["detail"] == {"key": "clip", "old": 1.0, "new": 0.5}
-    assert [body["settings"]["clip"] for body in told.all("Phase")][-1] == 0.5
+    assert told.outcome(2)["detail"] == {"key": "max_grad_norm", "old": 1.0, "new": 0.5}
+    assert [body["settings"]["max_grad_norm"] for body in told.all("Phase")][-1] == 0.5
 
 
 def test_settings_are_replayed_at_their_steps(settings: tuple[Path, Told], make_run: MakeRun) -> None:
@@ -281,7 +281,7 @@ def test_orders_are_obeyed_while_paused_and_it_stays_paused(make_run: MakeRun) -
     told = steer(
         make_run(stages=2),
         Step(Op.PAUSE, after=3),
-        Step(Op.SET, {"key": "clip", "value": 2.0}, looks=3),
+        Step(Op.SET, {"key": "max_grad_norm", "value": 2.0}, looks=3),
         Step(Op.ADVANCE, looks=3),
         Step(Op.STOP, looks=10),
     )

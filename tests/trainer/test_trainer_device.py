@@ -40,11 +40,11 @@ from trainer.rollout.buffer import RolloutBuffer
 from trainer.stage.model_roles import TrainableModel
 
 ACCELERATOR = torch.device("meta")
-CONFIG = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=64)
+CONFIG = Model(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=64)
 VOCABULARY, CONTEXT = 64, 24
 SETTINGS = {
-    "clip": 1.0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "ratio_clip": 0.2, "value_clip": 0.3, "kl": 0.1,
-    "beta": 0.3, "label_smoothing": 0.1, "margin": 0.2, "centre": 0.05,
+    "max_grad_norm": 1.0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "ratio_clip": 0.2, "value_clip": 0.3, "kl_coef": 0.1,
+    "beta": 0.3, "label_smoothing": 0.1, "margin": 0.2, "center_rewards": 0.05,
 }  # fmt: skip
 
 WAITS = {

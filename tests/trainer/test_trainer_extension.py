@@ -48,9 +48,9 @@ RECIPE = """
 [run]
 name = "longer"
 [model]
-layers = 1
-width = 16
-heads = 2
+num_layers = 1
+hidden_size = 16
+num_heads = 2
 {model}
 [[data.source]]
 name = "topics"
@@ -113,7 +113,7 @@ def test_a_stage_may_set_each_way(model: str, stage: str) -> None:
         ("", "rope = {kind = 'yarn', beta_fast = 1, beta_slow = 32}", "beta_fast not less than it"),
         ("max_positions = 64", "", '[model] max_positions: is for learned positions, these are "rope"'),
         ("position = 'alibi'\nrope = {kind = 'yarn', factor = 2}", "", "[model] rope: is for rotary positions"),
-        ("head_width = 7", "", "[model] head_width: a head is 7 wide"),
+        ("head_dim = 7", "", "[model] head_dim: a head is 7 wide"),
     ],
 )
 def test_what_cannot_be_set_is_named_with_the_way_out(model: str, stage: str, message: str) -> None:

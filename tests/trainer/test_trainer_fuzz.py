@@ -73,7 +73,7 @@ def fuzz_manifest(place: Path) -> Subject:
     (place / "rank-0.bin").write_bytes(content)
     chunk = {"offsets": [0, 0], "sizes": [10, 100], "file": "rank-0.bin", "start": 0, "bytes": 4000, "xxh3": digest}
     said = {
-        "format": 2, "id": "a", "generation": 1, "world": 1, "files": {"rank-0.bin": {"bytes": 4000, "xxh3": digest}},
+        "format": 3, "id": "a", "generation": 1, "world": 1, "files": {"rank-0.bin": {"bytes": 4000, "xxh3": digest}},
         "tensors": {"w": {"shape": [10, 100], "dtype": "float32", "chunks": [chunk]}}, "state": {"step": 1, "stage": {"name": "x"}},
     }  # fmt: skip
 

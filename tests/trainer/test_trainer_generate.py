@@ -23,7 +23,7 @@ from trainer.generate.sampling import uniform
 from trainer.model import attention
 from trainer.model.decoder import Decoder
 
-CONFIG = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=64)
+CONFIG = Model(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=64)
 VOCABULARY, CONTEXT, STOPS = 61, 96, frozenset(range(2, 8))
 CPU = torch.device("cpu")
 torch.set_num_threads(1)
@@ -143,11 +143,29 @@ def test_a_response_says_which_weights_drew_it() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        Model(layers=2, width=32, heads=4, kv_heads=4, hidden=64),
-        Model(layers=2, width=32, heads=4, kv_heads=1, hidden=64, position="alibi"),
-        Model(layers=2, width=32, heads=4, kv_heads=2, hidden=64, position="learned", max_positions=CONTEXT, norm="layernorm"),
-        Model(layers=2, width=32, heads=4, kv_heads=2, hidden=64, position="sinusoidal", mlp="gelu", tied=False),
-        Model(layers=2, width=32, heads=4, kv_heads=2, hidden=64, position="none", norm_place="after"),
+        Model(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=4, intermediate_size=64),
+        Model(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=1, intermediate_size=64, position="alibi"),
+        Model(
+            num_layers=2,
+            hidden_size=32,
+            num_heads=4,
+            num_kv_heads=2,
+            intermediate_size=64,
+            position="learned",
+            max_positions=CONTEXT,
+            norm="layernorm",
+        ),
+        Model(
+            num_layers=2,
+            hidden_size=32,
+            num_heads=4,
+            num_kv_heads=2,
+            intermediate_size=64,
+            position="sinusoidal",
+            mlp="gelu",
+            tie_embeddings=False,
+        ),
+        Model(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=64, position="none", norm_place="post"),
     ],
     ids=["mha", "alibi", "learned", "sinusoidal", "no positions"],
 )
@@ -166,7 +184,7 @@ def test_stretched_positions_are_those_of_the_stage() -> None:
 
 
 def test_bfloat16_follows_a_model_in_bfloat16() -> None:
-    config = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=64, dtype="bfloat16")
+    config = Model(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=64, dtype="bfloat16")
     model = decoder(config).bfloat16()
     (response,) = answered(engine(config, model), [Request(tuple(range(3, 30)), limit=8, temperature=0)])
     every = logits(model, [*range(3, 30), *response.tokens]).log_softmax(-1)
@@ -200,7 +218,7 @@ def test_a_kernel_that_follows_pages_is_told_where_everything_lies(
     position: Any, replays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "flash_attn_varlen_func", following_kernel)
-    config = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=64, position=position)
+    config = Model(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=64, position=position)
     requests, model = ragged(24, seed=5), decoder(config)
     made = engine(config, model, page=8, running=11, pages=40, step_tokens=32, kernel=True, replays=replays)
     assert [each.tokens for each in answered(made, requests)] == [naive(model, each.prompt, each.limit) for each in requests]

@@ -283,7 +283,12 @@ def foreign_tokenizer(place: Path, size: int) -> None:
 def test_a_recipe_learns_its_sizes_from_the_directory_and_keeps_them(source: Any, tmp_path: Path) -> None:
     place = source("llama")
     recipe = parse_recipe(RECIPE.format(source="source", model='dtype = "float32"', tokenizer="", lr=1), base=tmp_path)
-    assert (recipe.model.layers, recipe.model.width, recipe.model.kv_heads, recipe.model.vocabulary) == (3, 48, 2, 520)
+    assert (recipe.model.num_layers, recipe.model.hidden_size, recipe.model.num_kv_heads, recipe.model.vocabulary) == (
+        3,
+        48,
+        2,
+        520,
+    )
     assert recipe.model.rope.kind == "llama3" and recipe.model.rope_theta == 20_000.0
     assert recipe.tokenizer.path == str(place / "tokenizer.model")
     shutil.rmtree(place)
@@ -293,11 +298,11 @@ def test_a_recipe_learns_its_sizes_from_the_directory_and_keeps_them(source: Any
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("layers = 4", "[model] layers: 4 contradicts 3 of"),
-        ("tied = true", "[model] tied: True contradicts False of"),
+        ("num_layers = 4", "[model] num_layers: 4 contradicts 3 of"),
+        ("tie_embeddings = true", "[model] tie_embeddings: True contradicts False of"),
         ("rope = {kind = 'yarn', factor = 2}", "(set it in a stage)"),
         ("max_positions = 12", "[model] max_positions: the model of"),
-        ("layer = 4", "unknown key 'layer' (did you mean 'layers'?)"),
+        ("num_layer = 4", "unknown key 'num_layer' (did you mean 'num_layers'?)"),
     ],
 )
 def test_what_contradicts_the_directory_is_an_error_that_names_both(model: str, message: str, source: Any, tmp_path: Path) -> None:
@@ -408,7 +413,7 @@ def test_only_what_fits_a_family_is_exported(recipe: Recipe, quiet: Path, tmp_pa
     for changes, message in (
         ({"position": "sinusoidal"}, 'no Hugging Face model has these positions: position is "sinusoidal"'),
         ({"norm": "layernorm"}, "LlamaForCausalLM is the nearest, but norm is layernorm, not rmsnorm"),
-        ({"norm_place": "after", "mlp": "relu"}, "norm_place is after, not before; mlp is relu, not swiglu"),
+        ({"norm_place": "post", "mlp": "relu"}, "norm_place is post, not pre; mlp is relu, not swiglu"),
         ({"position": "alibi"}, "BloomForCausalLM is the nearest, but norm is rmsnorm, not layernorm; mlp is swiglu, not gelu"),
     ):
         changed = msgspec.structs.replace(recipe.model, **changes)  # type: ignore[arg-type]
@@ -486,7 +491,7 @@ def test_an_export_is_never_made_for_fewer_positions_than_the_model_came_with(
 ) -> None:
     from midwatch.recipe.huggingface.config import config_of
 
-    model = Model(layers=1, width=16, heads=2, max_position_embeddings=declared)
+    model = Model(num_layers=1, hidden_size=16, num_heads=2, max_position_embeddings=declared)
     stage = Rope(kind=kind) if kind == "none" else Rope(kind=kind, factor=4.0, original_context=4096)
     config = config_of(model, "llama", stage, 4096, context, 100)
     assert config["max_position_embeddings"] == positions
@@ -501,7 +506,7 @@ def test_a_stages_rope_goes_into_the_configuration_and_comes_back(rope: str) -> 
     from midwatch.recipe.model import Rope
     from trainer.model.rope import frequencies
 
-    model = Model(layers=1, width=64, heads=4)
+    model = Model(num_layers=1, hidden_size=64, num_heads=4)
     stage = Rope(kind=rope, factor=4.0, theta=30_000.0)  # type: ignore[arg-type]
     _, keys = model_keys(config_of(model, "llama", stage, 64, 256, 100))
     back = msgspec.convert(keys, Model)
@@ -512,7 +517,7 @@ def test_a_stages_rope_goes_into_the_configuration_and_comes_back(rope: str) -> 
 
 
 def test_a_table_that_is_read_between_its_rows_is_written_out_as_transformers_reads_it(recipe: Recipe, tmp_path: Path) -> None:
-    shape = msgspec.structs.replace(recipe.model, kv_heads=None, position="learned", max_positions=32, norm="layernorm")
+    shape = msgspec.structs.replace(recipe.model, num_kv_heads=None, position="learned", max_positions=32, norm="layernorm")
     model = msgspec.structs.replace(shape, mlp="gelu", bias=True)
     first, second = (msgspec.structs.replace(stage, steps=2, rope=None, prompts=()) for stage in recipe.stage[:2])
     stages = (first, msgspec.structs.replace(second, position_factor=2.0))

@@ -19,7 +19,7 @@ LEGS: list[tuple[int, int, Parallel, int]] = [
     (8, 4, Parallel(), 4),
     (14, 2, Parallel(pipeline=2), 1),
     (20, 4, Parallel(tensor=2), 2),
-    (26, 4, Parallel(shard=2, offload="parameters"), 1),
+    (26, 4, Parallel(hsdp_shard_size=2, offload="parameters"), 1),
     (29, 4, Parallel(pipeline=2), 2),
     (30, 1, Parallel(), 1),
 ]
@@ -28,7 +28,7 @@ LEGS: list[tuple[int, int, Parallel, int]] = [
 
 def lay_out(recipe: Recipe, ranks: int, parallel: Parallel, context: int) -> Recipe:
     stages = tuple(
-        msgspec.structs.replace(stage, context_parallel=context, activation_checkpointing="block", loss_tile=50)
+        msgspec.structs.replace(stage, context_parallel=context, activation_checkpointing="block", loss_chunk_tokens=50)
         for stage in recipe.stage
     )
     cluster = msgspec.structs.replace(recipe.cluster, ranks_per_node=ranks)

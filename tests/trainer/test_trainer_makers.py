@@ -13,7 +13,7 @@ from trainer_harness import Step, Told, same_bits, state, steer, tensors, write_
 from midwatch.protocol import Op
 from midwatch.recipe import Recipe, RecipeError, Source, Stage, parse_recipe
 from midwatch.recipe.repeat import expanded
-from midwatch.recipe.rollout import Policy
+from midwatch.recipe.rollout import Rollout
 from midwatch.recipe.stage import Repeat
 from shards.format.corpus import Corpus
 from shards.tokenization.tokenizer import Tokenizer
@@ -35,9 +35,9 @@ def dpo(name: str, source: str, **more: Any) -> Stage:
 
 
 def rejection(place: Path, steps: int = 3, **more: Any) -> Stage:
-    policy = Policy(tokens=8, responses=4, function=f"{place}/rewards.py:letters")
-    given = {"context": 96, "global_batch": 8, "mixture": {"prefer": 1.0}, "policy": policy}
-    return Stage(name="rejection", objective="rejection", steps=steps, **(given | more))
+    rollout = Rollout(max_new_tokens=8, num_generations=4, function=f"{place}/rewards.py:letters")
+    given = {"context": 96, "global_batch": 8, "mixture": {"prefer": 1.0}, "rollout": rollout}
+    return Stage(name="rejection", objective="rejection_sampling", steps=steps, **(given | more))
 
 
 def run(recipe: Recipe, place: Path, name: str, sources: list[Source], *stages: Stage, every: int = 1000) -> Path:
@@ -77,7 +77,7 @@ def test_the_best_of_several_responses_is_kept_and_the_worst_beside_it(rejected:
     for pair in pairs:
         assert pair["chosen_reward"] == pytest.approx(pair["chosen"].count("e") / len(pair["chosen"]), abs=0.1)
         assert pair["chosen_reward"] > pair["rejected_reward"]
-    rewards = [values["policy/reward"] for values in values_of(rejected[1]) if "made/gain" in values]
+    rewards = [values["policy/reward"] for values in values_of(rejected[1]) if "synthetic/gain" in values]
     kept = sum(record["reward"] for record in best) / len(best)
     assert kept > 1.3 * sum(rewards) / len(rewards)
 
@@ -166,13 +166,13 @@ def test_a_constitution_revises_and_judges(recipe: Recipe, tmp_path: Path) -> No
     principles = ("Say what it does, not how.", "Be brief.")
     stage = Stage(
         name="constitution",
-        objective="constitution",
+        objective="constitutional",
         steps=2,
         context=512,
         global_batch=4,
         mixture={"prefer": 1.0},
         principles=principles,
-        policy=Policy(tokens=8),
+        rollout=Rollout(max_new_tokens=8),
     )
     sources = [made(part, "constitution", part) for part in ("revisions", "pairs", "judged")]
     later = [dpo("dpo", "judged", context=512), dpo("dpo2", "pairs", context=512)]
@@ -222,9 +222,9 @@ MADE = """
 [run]
 name = "x"
 [model]
-layers = 1
-width = 8
-heads = 1
+num_layers = 1
+hidden_size = 8
+num_heads = 1
 [data]
 [[data.source]]
 name = "asked"
@@ -245,12 +245,12 @@ global_batch = 1
 mixture = {{asked = 1}}
 [[stage]]
 name = "rejection"
-objective = "rejection"
+objective = "rejection_sampling"
 steps = 1
 context = 64
 global_batch = 1
 mixture = {{asked = 1}}
-policy = {{tokens = 8, responses = {responses}, function = "rewards.py:f"}}
+rollout = {{max_new_tokens = 8, num_generations = {responses}, function = "rewards.py:f"}}
 [[stage]]
 name = "dpo"
 objective = "dpo"
@@ -269,8 +269,8 @@ def parsed(part: str = "pairs", responses: int = 2, repeat: str = "") -> Recipe:
 def test_a_recipe_says_what_its_stages_make() -> None:
     found = parsed()
     assert [source.name for source in found.build("/data").data.source] == ["asked"]
-    assert found.stage[1].policy is not None
-    assert found.stage[1].policy.function == "/rewards.py:f"
+    assert found.stage[1].rollout is not None
+    assert found.stage[1].rollout.function == "/rewards.py:f"
 
 
 def test_rounds_are_written_out_with_names_of_their_own() -> None:
@@ -285,7 +285,7 @@ def test_rounds_are_written_out_with_names_of_their_own() -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"part": "best"}, 'rejection makes "best" of kind "sft", "pairs" of kind "preference", not "best" of kind "preference"'),
-    ({"responses": 1}, "responses to one prompt are held against each other"),
+    ({"num_generations": 1}, "responses to one prompt are held against each other"),
     ({"repeat": 'repeat = {times = 2, since = "nowhere"}'}, '"nowhere" is not an earlier stage'),
     ({"repeat": 'repeat = {times = 0, since = "rejection"}'}, "repeat.times must be 1 to 1000"),
 ]

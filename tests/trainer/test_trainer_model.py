@@ -17,7 +17,7 @@ from trainer.model.logprobs import log_probs
 from trainer.model.positions import learned
 from trainer.model.rope import frequencies
 
-CONFIG = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=48)
+CONFIG = Model(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=48)
 
 
 def decoder(config: Model = CONFIG, seed: int = 0, vocabulary: int = 64) -> Decoder:
@@ -100,7 +100,7 @@ def test_no_logit_depends_on_what_follows() -> None:
 
 def every_model() -> Iterator[Model]:
     """All combinations of the recipe's choices, tiny."""
-    shapes: tuple[dict[str, Any], ...] = ({}, {"kv_heads": 1}, {"kv_heads": 2, "head_width": 6}, {"hidden": 20})
+    shapes: tuple[dict[str, Any], ...] = ({}, {"num_kv_heads": 1}, {"num_kv_heads": 2, "head_dim": 6}, {"intermediate_size": 20})
     for position, norm, place, mlp, bias, tied in itertools.product(
         ("rope", "alibi", "sinusoidal", "learned", "none"),
         ("rmsnorm", "layernorm"),
@@ -114,7 +114,7 @@ def every_model() -> Iterator[Model]:
         choices: dict[str, Any] = {"position": position, "norm": norm, "norm_place": place, "mlp": mlp, "bias": bias, "tied": tied}
         odd = (len(position) + len(norm) + len(place) + len(mlp)) % 2 == 1
         extras = {"embedding_norm": odd, "attention_bias": not bias if odd else None, "max_positions": rows}
-        yield Model(layers=2, width=16, heads=4, **choices, **extras, **more)
+        yield Model(num_layers=2, hidden_size=16, num_heads=4, **choices, **extras, **more)
 
 
 def test_the_recipe_counts_the_parameters_there_are_in_every_model() -> None:
@@ -132,7 +132,7 @@ def test_no_model_lets_a_document_or_the_future_show() -> None:
     others[:, :5], others[:, 14:] = (others[:, :5] + 7) % 40, (others[:, 14:] + 7) % 40
     later[:, 10:] = (later[:, 10:] + 7) % 40
     for config in every_model():
-        if not config.tied:
+        if not config.tie_embeddings:
             continue
         model = decoder(config, vocabulary=40)
         model.documents_masked = True
@@ -152,7 +152,7 @@ def test_every_model_but_one_without_positions_tells_orders_apart() -> None:
     swapped[0, 1], swapped[0, 3] = tokens[0, 3], tokens[0, 1]
     for config in every_model():
         if config.norm == "rmsnorm" and config.mlp == "relu" and not config.bias:
-            model = decoder(msgspec.structs.replace(config, layers=1), vocabulary=40)
+            model = decoder(msgspec.structs.replace(config, num_layers=1), vocabulary=40)
             with torch.no_grad():
                 model.blocks["0"].attention.qkv.weight.mul_(20)
                 last, other = (model(row, positions, segments)[0, -1] for row in (tokens, swapped))
@@ -171,7 +171,7 @@ def test_a_stage_changes_how_positions_are_read_without_changing_a_parameter() -
     tokens = torch.randint(0, 40, (1, 20), generator=torch.Generator().manual_seed(1))
     for position, rope, factor in (("rope", Rope(kind="linear", factor=2.0), 1.0), ("learned", Rope(), 2.0)):
         rows_of = 10 if position == "learned" else None
-        model = decoder(Model(layers=1, width=16, heads=2, position=position, max_positions=rows_of), vocabulary=40)  # type: ignore[arg-type]
+        model = decoder(Model(num_layers=1, hidden_size=16, num_heads=2, position=position, max_positions=rows_of), vocabulary=40)  # type: ignore[arg-type]
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         plain = model(tokens, positions, segments)
         model.set_positions(rope, 10, factor)
@@ -185,11 +185,11 @@ def test_a_stage_changes_how_positions_are_read_without_changing_a_parameter() -
 
 
 def test_flops_count_matrix_products_and_not_what_is_looked_up() -> None:
-    plain = decoder(Model(layers=2, width=16, heads=4), vocabulary=40)
-    untied = decoder(Model(layers=2, width=16, heads=4, tied=False), vocabulary=40)
-    table = decoder(Model(layers=2, width=16, heads=4, position="learned", max_positions=64), vocabulary=40)
+    plain = decoder(Model(num_layers=2, hidden_size=16, num_heads=4), vocabulary=40)
+    untied = decoder(Model(num_layers=2, hidden_size=16, num_heads=4, tie_embeddings=False), vocabulary=40)
+    table = decoder(Model(num_layers=2, hidden_size=16, num_heads=4, position="learned", max_positions=64), vocabulary=40)
     assert plain.flops_per_token(64) == untied.flops_per_token(64) == table.flops_per_token(64)
-    wide = decoder(Model(layers=2, width=16, heads=4, head_width=8), vocabulary=40)
+    wide = decoder(Model(num_layers=2, hidden_size=16, num_heads=4, head_dim=8), vocabulary=40)
     dense = wide.config.parameters(40)
     assert wide.flops_per_token(64) == 6 * dense + 12 * 2 * 32 * 64
 
@@ -202,7 +202,7 @@ def test_the_seed_alone_decides_the_weights() -> None:
 
 
 def test_layers_that_write_to_the_residual_stream_begin_smaller() -> None:
-    model = decoder(Model(layers=8, width=64, heads=4))
+    model = decoder(Model(num_layers=8, hidden_size=64, num_heads=4))
     block = model.blocks["0"]
     assert float(block.attention.qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
     assert float(block.attention.out.weight.detach().std()) == pytest.approx(0.02 / 4, rel=0.1)

@@ -183,8 +183,8 @@ def test_learned_positions_are_those_of_gpt2(tied: bool) -> None:
 def test_norms_after_are_those_of_the_first_gpt() -> None:
     settings = transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_positions=40, n_embd=48, n_layer=3, n_head=4)
     theirs = roughen(transformers.OpenAIGPTLMHeadModel(settings))
-    shape = Model(layers=3, width=48, heads=4, position="learned", max_positions=40)
-    config = msgspec.structs.replace(shape, norm="layernorm", norm_place="after", mlp="gelu", bias=True)
+    shape = Model(num_layers=3, hidden_size=48, num_heads=4, position="learned", max_positions=40)
+    config = msgspec.structs.replace(shape, norm="layernorm", norm_place="post", mlp="gelu", bias=True)
     model, tensors = Decoder(config, VOCABULARY), theirs.state_dict()
     names = {"attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
     names |= {"attention_norm": "ln_1", "mlp_norm": "ln_2"}

@@ -17,8 +17,8 @@ from midwatch.recipe import Stage
 from trainer.checkpoint import storage
 from trainer.optimizer import STREAMED, Optimizer, learning_rate
 
-SETTINGS = {"lr": 0.1, "lr_scale": 1.0, "min_lr_ratio": 0.1, "weight_decay": 0.1, "clip": 1e9, "beta1": 0.9, "beta2": 0.95}
-STAGE = Stage(name="s", objective="pretrain", steps=110, context=8, global_batch=1, mixture={"a": 1}, warmup=10)
+SETTINGS = {"lr": 0.1, "lr_scale": 1.0, "min_lr_ratio": 0.1, "weight_decay": 0.1, "max_grad_norm": 1e9, "beta1": 0.9, "beta2": 0.95}
+STAGE = Stage(name="s", objective="pretrain", steps=110, context=8, global_batch=1, mixture={"a": 1}, warmup_steps=10)
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -57,7 +57,7 @@ def test_clipping_shrinks_the_whole_gradient() -> None:
     norm = torch.cat([p.grad.flatten() for p in ours.values() if p.grad is not None]).norm()
     optimizer = Optimizer(ours, torch.device("cpu"))
     assert float(optimizer.squared_norm().sqrt()) == pytest.approx(float(norm), rel=1e-6)
-    update(optimizer, SETTINGS | {"clip": 0.5})
+    update(optimizer, SETTINGS | {"max_grad_norm": 0.5})
     first = torch.cat([t.flatten() for name, t in optimizer.tensors().items() if name.startswith("optimizer.first")])
     assert float(first.norm()) == pytest.approx(0.1 * 0.5, rel=1e-4)
 
@@ -110,7 +110,7 @@ def test_moments_that_are_fetched_for_an_update_give_the_same_bits() -> None:
                 next(iter(named.values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
             if step == 4:
                 optimizer.reset()
-            update(optimizer, SETTINGS | {"clip": 0.5})
+            update(optimizer, SETTINGS | {"max_grad_norm": 0.5})
         assert all(torch.equal(parameter, theirs[name]) for name, parameter in ours.items())
         assert all(torch.equal(tensor, plain.tensors()[name]) for name, tensor in streamed.tensors().items())
     assert float(streamed.skipped) == 1

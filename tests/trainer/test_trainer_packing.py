@@ -22,7 +22,7 @@ TIME = sum(DOCUMENTS) + PADDING
 IDS = 40
 KINDS: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope"},
-    "rope, grouped": {"position": "rope", "kv_heads": 2},
+    "rope, grouped": {"position": "rope", "num_kv_heads": 2},
     "alibi": {"position": "alibi"},
     "sinusoidal": {"position": "sinusoidal"},
     "learned": {"position": "learned", "max_positions": TIME},
@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def model_of(kind: str, masked: bool) -> Decoder:
-    model = Decoder(Model(layers=2, width=32, heads=4, **KINDS[kind]), IDS)
+    model = Decoder(Model(num_layers=2, hidden_size=32, num_heads=4, **KINDS[kind]), IDS)
     model.initialise(3)
     for parameter in model.parameters():
         parameter.data.mul_(4)  # far from zero, so that what is seen shows

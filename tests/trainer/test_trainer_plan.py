@@ -31,25 +31,33 @@ from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
 from trainer.stage.model_roles import model_tensors
 
-LLAMA = Model(layers=2, width=64, heads=4, kv_heads=2, hidden=136)
+LLAMA = Model(num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, intermediate_size=136)
 GPT = Model(
-    layers=3, width=48, heads=4, norm="layernorm", mlp="gelu", bias=True, position="learned", max_positions=512, norm_place="after"
+    num_layers=3,
+    hidden_size=48,
+    num_heads=4,
+    norm="layernorm",
+    mlp="gelu",
+    bias=True,
+    position="learned",
+    max_positions=512,
+    norm_place="post",
 )
 BLOOM = Model(
-    layers=2,
-    width=96,
-    heads=6,
-    kv_heads=2,
-    hidden=160,
+    num_layers=2,
+    hidden_size=96,
+    num_heads=6,
+    num_kv_heads=2,
+    intermediate_size=160,
     position="alibi",
     norm="layernorm",
     mlp="relu",
     embedding_norm=True,
-    tied=False,
+    tie_embeddings=False,
 )
-WIDE = Model(layers=2, width=64, heads=4, kv_heads=1, head_width=32, position="sinusoidal", tied=False)
-DEEP = Model(layers=8, width=128, heads=4, kv_heads=2, tied=False)
-SHALLOW = Model(layers=2, width=256, heads=8)
+WIDE = Model(num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=1, head_dim=32, position="sinusoidal", tie_embeddings=False)
+DEEP = Model(num_layers=8, hidden_size=128, num_heads=4, num_kv_heads=2, tie_embeddings=False)
+SHALLOW = Model(num_layers=2, hidden_size=256, num_heads=8)
 SHAPES = {"llama": LLAMA, "gpt": GPT, "bloom": BLOOM, "wide": WIDE, "deep": DEEP, "shallow": SHALLOW}
 
 
@@ -205,7 +213,7 @@ from midwatch.recipe.model import Model
 from trainer_meter import SETTINGS, rows
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 from trainer.distributed.mesh import World
 
 torch.set_num_threads(1)
@@ -218,7 +226,7 @@ def resident(name):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 def train(config, vocabulary, count, time):
-    model = Network(config, vocabulary, world)
+    model = ShardedModel(config, vocabulary, world)
     model.initialise(0)
     optimizer = Optimizer(model.parameters(), world.device)
     for _ in range(2):
@@ -226,9 +234,9 @@ def train(config, vocabulary, count, time):
         model.backward([batch], lambda number, policy: OBJECTIVES["pretrain"].loss(policy, batch, SETTINGS, None)[0])
         optimizer.update(SETTINGS, 1e-3, 1e-8, optimizer.squared_norm().sqrt())
 
-train(Model(layers=1, width=64, heads=2), 500, 1, 16)
+train(Model(num_layers=1, hidden_size=64, num_heads=2), 500, 1, 16)
 before = resident("VmRSS")
-train(Model(layers=6, width=256, heads=4, kv_heads=2), 4000, 4, 256)
+train(Model(num_layers=6, hidden_size=256, num_heads=4, num_kv_heads=2), 4000, 4, 256)
 print(resident("VmHWM") - before)
 """
 
@@ -259,7 +267,7 @@ def test_the_peak_is_what_a_process_takes_of_the_machine() -> None:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": f"{here.parents[1]}:{here}"}
     done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    config = Model(layers=6, width=256, heads=4, kv_heads=2)
+    config = Model(num_layers=6, hidden_size=256, num_heads=4, num_kv_heads=2)
     planned = memory(config, 4000, stage(256, 4, 4), 1, True)
     assert planned.peak_bytes - planned.staging_bytes == pytest.approx(int(done.stdout), rel=0.1)
 
@@ -273,6 +281,6 @@ def test_a_rank_that_has_settled_keeps_its_room_and_takes_little_more() -> None:
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     took, cleared = map(int, done.stdout.split())
-    planned = memory(Model(layers=6, width=256, heads=4, kv_heads=2), 4000, stage(256, 4, 4), 1, True)
+    planned = memory(Model(num_layers=6, hidden_size=256, num_heads=4, num_kv_heads=2), 4000, stage(256, 4, 4), 1, True)
     assert took < 1.2 * (planned.peak_bytes - planned.staging_bytes)
     assert cleared < 2 * 2**24 * 4 / 4096, "of twenty such tensors fewer than two's pages"

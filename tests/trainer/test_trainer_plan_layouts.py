@@ -18,21 +18,21 @@ from launcher.plan.memory import Setting, memory, rank_memory
 from launcher.plan.mesh import batches_of, mesh_of
 from midwatch.recipe import Model, Parallel
 
-LLAMA = Model(layers=4, width=96, heads=8, kv_heads=4, tied=False)
+LLAMA = Model(num_layers=4, hidden_size=96, num_heads=8, num_kv_heads=4, tie_embeddings=False)
 MODELS = {
     "llama": LLAMA,
     "bfloat16": msgspec.structs.replace(LLAMA, dtype="bfloat16"),
-    "one key head": msgspec.structs.replace(LLAMA, kv_heads=1),
+    "one key head": msgspec.structs.replace(LLAMA, num_kv_heads=1),
     "gpt": Model(
-        layers=3,
-        width=96,
-        heads=8,
+        num_layers=3,
+        hidden_size=96,
+        num_heads=8,
         norm="layernorm",
         mlp="gelu",
         bias=True,
         position="learned",
         max_positions=512,
-        norm_place="after",
+        norm_place="post",
     ),
 }
 
@@ -53,11 +53,11 @@ def world() -> Iterator[MakeWorld]:
         ("bfloat16", {}, 4, {"context_parallel": 4}),
         ("one key head", {}, 2, {"context_parallel": 2, "context": 512}),
         ("bfloat16", {"tensor": 2}, 4, {"context_parallel": 2, "activation_checkpointing": "block"}),
-        ("llama", {"shard": 2}, 4, {"context_parallel": 2}),
+        ("llama", {"hsdp_shard_size": 2}, 4, {"context_parallel": 2}),
         ("llama", {"offload": "parameters"}, 2, {"activation_checkpointing": "offloaded"}),
-        ("bfloat16", {}, 2, {"activation_checkpointing": "selective", "mlp_tile": 64}),
-        ("llama", {}, 4, {"mlp_tile": 64, "loss_tile": 64, "activation_checkpointing": "block"}),
-        ("llama", {"tensor": 2}, 2, {"objective": "dpo", "micro_batch": 1, "loss_tile": 64}),
+        ("bfloat16", {}, 2, {"activation_checkpointing": "selective", "mlp_chunk_tokens": 64}),
+        ("llama", {}, 4, {"mlp_chunk_tokens": 64, "loss_chunk_tokens": 64, "activation_checkpointing": "block"}),
+        ("llama", {"tensor": 2}, 2, {"objective": "dpo", "micro_batch": 1, "loss_chunk_tokens": 64}),
     ],
 )
 def test_the_peak_of_a_rank_is_that_of_a_real_step(
@@ -114,7 +114,7 @@ LONG = """
 import gc, torch, torch.distributed as dist
 from midwatch.recipe import Model, Parallel
 from trainer_meter import SETTINGS, rows, stage
-from trainer.model.sharded_model import Network
+from trainer.model.sharded_model import ShardedModel
 from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
 from trainer.distributed.mesh import lay_out
@@ -128,10 +128,11 @@ def resident(name):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 def train(context):
-    model = Network(Model(layers=4, width=96, heads=2), 8000, world)
+    model = ShardedModel(Model(num_layers=4, hidden_size=96, num_heads=2), 8000, world)
     model.initialise(0)
     optimizer = Optimizer(model.parameters(), world.device)
-    model.configure_stage(stage(context, 1, 1, activation_checkpointing="block", mlp_tile=256, loss_tile=256), context)
+    memory = {"activation_checkpointing": "block", "mlp_chunk_tokens": 256, "loss_chunk_tokens": 256}
+    model.configure_stage(stage(context, 1, 1, **memory), context)
     batch = rows(1, context)
     model.backward([batch], lambda number, policy: OBJECTIVES["pretrain"].loss(policy, batch, SETTINGS, None)[0])
     optimizer.update(SETTINGS, 1e-3, 1e-8, optimizer.squared_norm().sqrt())
@@ -154,9 +155,9 @@ def test_what_a_process_takes_grows_with_the_context_as_planned() -> None:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": f"{here.parents[1]}:{here}"}
     done = subprocess.run([sys.executable, "-c", LONG], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    config, planned = Model(layers=4, width=96, heads=2), []
+    config, planned = Model(num_layers=4, hidden_size=96, num_heads=2), []
     for context in (1024, 2048, 4096):
-        where = stage(context, 1, 1, activation_checkpointing="block", mlp_tile=256, loss_tile=256)
+        where = stage(context, 1, 1, activation_checkpointing="block", mlp_chunk_tokens=256, loss_chunk_tokens=256)
         held = memory(config, 8000, where, 1, True)
         planned.append(held.peak_bytes - held.staging_bytes)
     measured = [int(line) for line in done.stdout.split()]

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from launcher.plan.memory import Memory, memory
 from midwatch.protocol import Op, ProbeAsk, ProbeEnd, ProbeToken
 from midwatch.recipe import Recipe, Stage, load_recipe
-from midwatch.recipe.rollout import Policy
+from midwatch.recipe.rollout import Rollout
 from shards.sampling.batches import open_held_out
 from shards.tokenization.tokenizer import Tokenizer
 from trainer.huggingface.export import export
@@ -86,8 +86,8 @@ def built(recipe: Recipe, place: Path, name: str, *stages: Stage, every: int = 1
         held = open_held_out(data, "prefer", "prompt", 96)
         (place / "held.json").write_text(json.dumps([tokenizer.decode(ids) for ids in held.prompts(0, len(held))]))
     moved = [
-        msgspec.structs.replace(each, policy=msgspec.structs.replace(each.policy, function=each.policy.function.format(place)))
-        if each.policy is not None and each.policy.function is not None
+        msgspec.structs.replace(each, rollout=msgspec.structs.replace(each.rollout, function=each.rollout.function.format(place)))
+        if each.rollout is not None and each.rollout.function is not None
         else each
         for each in stages
     ]
@@ -96,15 +96,23 @@ def built(recipe: Recipe, place: Path, name: str, *stages: Stage, every: int = 1
 
 def ppo(steps: int, function: str | None = "letters", objective: Any = "ppo", **given: Any) -> Stage:
     place = None if function is None else f"{{}}/rewards.py:{function}"
-    own = {key: given.pop(key) for key in list(given) if key in Policy.__struct_fields__}
-    policy = Policy(**({"prompts": 32, "tokens": 8, "kl": 0.0, "epochs": 2, "function": place} | own))
-    defaults = {"context": 96, "global_batch": 16, "micro_batch": 16, "lr": 1e-2, "warmup": 1, "min_lr_ratio": 1.0}
+    own = {key: given.pop(key) for key in list(given) if key in Rollout.__struct_fields__}
+    rollout = Rollout(**({"prompts": 32, "max_new_tokens": 8, "kl_coef": 0.0, "epochs": 2, "function": place} | own))
+    defaults = {"context": 96, "global_batch": 16, "micro_batch": 16, "lr": 1e-2, "warmup_steps": 1, "min_lr_ratio": 1.0}
     more = {"mixture": {"prefer": 1.0}, "eval_every": 1000, "eval_samples": 2} | given
-    return Stage(name="policy", objective=objective, steps=steps, policy=policy, **(defaults | more))
+    return Stage(name="policy", objective=objective, steps=steps, rollout=rollout, **(defaults | more))
 
 
 REWARD = Stage(
-    name="reward", objective="reward", steps=4, context=96, global_batch=8, micro_batch=4, lr=3e-3, mixture={"prefer": 1}, warmup=1
+    name="reward",
+    objective="reward",
+    steps=4,
+    context=96,
+    global_batch=8,
+    micro_batch=4,
+    lr=3e-3,
+    mixture={"prefer": 1},
+    warmup_steps=1,
 )
 
 
@@ -126,7 +134,7 @@ def test_ppo_finds_the_best_answer(learned: Told) -> None:
 
 
 def test_a_larger_kl_coefficient_drifts_less(build: Build, learned: Told) -> None:
-    tied = steer(build(ppo(24, lr=2e-2, kl=1.0)), size=1)
+    tied = steer(build(ppo(24, lr=2e-2, kl_coef=1.0)), size=1)
     at = len(series(tied, "policy/kl_sequence")) - 1
     assert series(tied, "policy/kl_sequence")[at] < 0.5 * series(learned, "policy/kl_sequence")[at]
 
@@ -141,7 +149,7 @@ def test_hacking_shows_as_a_reward_that_rises_on_training_prompts_alone(build: B
 
 def test_grpo_finds_it_too_by_groups_and_by_leaving_one_out(build: Build) -> None:
     for advantage in ("group", "leave-one-out"):
-        stage = ppo(32, objective="grpo", prompts=8, responses=4, epochs=1, advantage=advantage, lr=2e-2)
+        stage = ppo(32, objective="grpo", prompts=8, num_generations=4, epochs=1, advantage=advantage, lr=2e-2)
         found = series(steer(build(stage, name=advantage), size=1), "policy/reward")
         assert found[-1] > 2.5 * found[0]
 
@@ -155,7 +163,16 @@ def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def judged(steps: int = 10) -> Stage:
     return ppo(
-        steps, None, prompts=16, global_batch=8, micro_batch=4, lr=1e-3, normalise=True, kl=0.1, kl_target=0.01, kl_horizon=50.0
+        steps,
+        None,
+        prompts=16,
+        global_batch=8,
+        micro_batch=4,
+        lr=1e-3,
+        normalise=True,
+        kl_coef=0.1,
+        kl_target=0.01,
+        kl_horizon=50.0,
     )
 
 
@@ -245,7 +262,7 @@ def test_a_reward_model_learns_a_preference_and_says_how_sure_it_may_be(build: B
 
 
 def test_the_engine_and_the_trainer_agree(whole: tuple[Path, Told]) -> None:
-    assert max(series(whole[1], "policy/mismatch")) < 1e-4
+    assert max(series(whole[1], "policy/logprob_mismatch")) < 1e-4
     assert [note for note in whole[1].all("Note") if "engine" in note["text"]] == []
 
 
@@ -312,7 +329,7 @@ def test_an_exported_reward_model_scores_in_transformers_as_it_does_here(whole: 
 
 
 def test_prompts_without_room_for_a_response_are_left_out_and_counted(build: Build) -> None:
-    stage = ppo(4, context=64, tokens=24, prompts=16, global_batch=16, lr=1e-3)
+    stage = ppo(4, context=64, max_new_tokens=24, prompts=16, global_batch=16, lr=1e-3)
     told = steer(build(stage), size=1)
     skipped = series(told, "policy/skipped")
     assert all(0 < count < 16 for count in skipped)
@@ -362,7 +379,7 @@ def stopping_when_paused(root: Path, says: str) -> None:
 
 
 def test_a_pause_holds_while_responses_are_written_and_changes_no_bit(build: Build) -> None:
-    quiet, held = (build(ppo(3, lr=1e-3, tokens=60), name=name) for name in ("quiet", "held"))
+    quiet, held = (build(ppo(3, lr=1e-3, max_new_tokens=60), name=name) for name in ("quiet", "held"))
     steer(quiet)
     told = steer(held, Step(Op.PAUSE, phase="generating"), Step(Op.RESUME, looks=10))
     assert told.outcome(1)["ok"]

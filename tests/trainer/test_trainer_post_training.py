@@ -142,7 +142,7 @@ def test_grpos_loss_with_its_kl(given: dict[str, Any], said: dict[str, Any]) -> 
     policy = given["log_probs"].requires_grad_()
     sharding = given["advantages"][:, None] * given["mask"]
     extra = RolloutData(given["old"], sharding, reference=given["reference"])
-    settings = {"ratio_clip": given["clip"], "kl": given["beta"]}
+    settings = {"ratio_clip": given["clip"], "kl_coef": given["beta"]}
     found, _ = mean(grpo.loss(policy, rows_of(given["mask"]), settings, extra, given["normalisation"]))
     near(found, said["loss"])
     near(gradient(found, policy), said["gradient_log_probs"])
@@ -224,7 +224,7 @@ def everything(layout: str) -> dict[str, Tensor]:
     """Every function of tokens on the same responses, laid out so, with NaN at all tokens that do not count."""
     (new, mask), (old, _), (rewards, _), (values, _) = (laid(ragged(seed, 0.5), layout) for seed in range(4))
     scores = torch.tensor([1.0, -0.5, 100.0, 2.0], dtype=torch.float64)
-    settings = {"ratio_clip": 0.2, "value_clip": 0.3, "beta": 0.1, "kl": 0.1, "label_smoothing": 0.0}
+    settings = {"ratio_clip": 0.2, "value_clip": 0.3, "beta": 0.1, "kl_coef": 0.1, "label_smoothing": 0.0}
     found, returns = gae(rewards, values, mask, 0.9, 0.8)
     extra = RolloutData(old, found, returns, rewards, values)
     plain = ppo.policy_loss(new, old, rewards, mask, 0.2)[0]
@@ -257,7 +257,15 @@ def test_empty_responses_weigh_nothing() -> None:
     mask = torch.zeros(2, 5)
     policy = torch.randn(2, 5).requires_grad_()
     extra = RolloutData(*(torch.randn(2, 5) for _ in range(5)))
-    settings = {"ratio_clip": 0.2, "value_clip": 0.2, "beta": 0.1, "kl": 0.1, "label_smoothing": 0.0, "margin": 1.0, "centre": 1.0}
+    settings = {
+        "ratio_clip": 0.2,
+        "value_clip": 0.2,
+        "beta": 0.1,
+        "kl_coef": 0.1,
+        "label_smoothing": 0.0,
+        "margin": 1.0,
+        "center_rewards": 1.0,
+    }
     losses = [
         ppo.loss(policy, rows_of(mask), settings, extra),
         ppo.critic_loss(policy, rows_of(mask), settings, extra),
@@ -287,7 +295,7 @@ LOSSES: dict[str, Callable[[Tensor, list[Tensor], Tensor], Tensor]] = {
     "policy": lambda x, by, mask: ppo.policy_loss(x, by[0], by[1], mask, 0.2)[0],
     "value": lambda x, by, mask: ppo.value_loss(x, by[0], by[1], mask, 0.2)[0],
     "grpo": lambda x, by, mask: grpo.loss(
-        x, rows_of(mask), {"ratio_clip": 0.2, "kl": 0.3}, RolloutData(by[0], by[1], reference=by[2])
+        x, rows_of(mask), {"ratio_clip": 0.2, "kl_coef": 0.3}, RolloutData(by[0], by[1], reference=by[2])
     )[0],
     "kl": lambda x, by, mask: kl(x, by[0], "k3"),
     "reward": lambda x, by, mask: reward.preferences(x.flatten(), 0.3, 0.1)[0],
@@ -314,7 +322,7 @@ def test_an_estimators_mean_over_what_the_policy_draws_is_the_kl(kind: Any) -> N
 def test_the_approximate_kl_of_a_policy_is_from_the_one_that_drew_the_tokens() -> None:
     old, new = torch.randn(2, 1, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).log_softmax(-1)
     _, metrics = ppo.policy_loss(new, old, torch.ones_like(old), torch.ones_like(old), 0.2)
-    near((old.exp() * metrics["policy/approximate_kl"]).sum(), (old.exp() * (old - new)).sum())
+    near((old.exp() * metrics["policy/approx_kl"]).sum(), (old.exp() * (old - new)).sum())
 
 
 def test_ratios_are_told_of() -> None:
@@ -322,7 +330,7 @@ def test_ratios_are_told_of() -> None:
     new = torch.tensor([[1.0, 0.4, 2.1, 1.5, 9.0]]).log()
     _, metrics = mean(ppo.loss(new, rows_of(mask), {"ratio_clip": 0.2}, RolloutData(old, torch.ones(1, 5))))
     assert float(metrics["policy/ratio"]) == pytest.approx(5 / 4)
-    assert float(metrics["policy/ratio_outside"]) == 0.5
+    assert float(metrics["policy/ratio_outlier_fraction"]) == 0.5
     # An advantage above 0 is clipped where the ratio is above 1.2.
     assert float(metrics["policy/clip_fraction"]) == 0.5
 
@@ -440,7 +448,7 @@ def test_a_reward_is_read_where_the_end_of_the_response_has_been_seen() -> None:
     assert rows.mask.sum(-1).tolist() == [3, 1, 1, 0], "the response and its EOS are targets once each"
     values = torch.arange(32.0).reshape(4, 8).requires_grad_()
     pair = DeviceRows(*(part[:2] for part in rows[:5]))
-    found, _, metrics = reward.loss(values[:2], pair, {"margin": 0.0, "centre": 0.0})
+    found, _, metrics = reward.loss(values[:2], pair, {"margin": 0.0, "center_rewards": 0.0})
     assert float(metrics["preference/chosen_reward"]) == 4 and float(metrics["preference/rejected_reward"]) == 10
     assert gradient(found, values).nonzero().tolist() == [[0, 4], [1, 2]]
 

@@ -41,11 +41,11 @@ __all__ = ["build"]
 SETTINGS = {
     "ratio_clip": 0.2,
     "value_clip": 0.3,
-    "kl": 0.1,
+    "kl_coef": 0.1,
     "beta": 0.3,
     "label_smoothing": 0.1,
     "margin": 0.2,
-    "centre": 0.05,
+    "center_rewards": 0.05,
 }
 ROWS, TIME = 6, 7
 Objective = Callable[[Tensor, DeviceRows, Any], Loss]
@@ -269,7 +269,7 @@ def evaluated(root: Path, id: str) -> None:
 @pytest.mark.parametrize("objective", ["ppo", "grpo"])
 def test_responses_that_the_function_has_no_score_for_are_left_out_and_counted(objective: str, build: Build) -> None:
     """The function gives None to four of 32: to one response of a prompt, and to three of another's four."""
-    stage = ppo(2, "patchy", objective=objective, prompts=8, responses=4, lr=1e-3, global_batch=32, epochs=1)
+    stage = ppo(2, "patchy", objective=objective, prompts=8, num_generations=4, lr=1e-3, global_batch=32, epochs=1)
     told = steer(build(stage), size=1)
     lone = 1.0 if objective == "grpo" else 0.0
     assert series(told, "policy/unscored") == [4.0] * 2
@@ -281,14 +281,14 @@ def test_responses_that_the_function_has_no_score_for_are_left_out_and_counted(o
     assert tokens[1] - tokens[0] <= 8 * (32 - 4 - lone), "what is left out weighs nothing in the update"
     # All that are scored score 1: a missing score that counted as 0 would show in the mean.
     assert series(told, "policy/reward") == [1.0] * 2
-    assert series(told, "policy/reward_deviation") == [0.0] * 2
+    assert series(told, "policy/reward_std") == [0.0] * 2
     shown = [body["reward"] for body in told.all("Sampled") if body["stage"] == "policy"]
     assert None in shown and set(shown) == {None, 1.0}
 
 
 def test_a_reward_function_that_scores_nothing_pauses_the_run(build: Build) -> None:
     """Already at the evaluation before the first step, which draws two responses."""
-    root = build(ppo(1, "unscored", objective="grpo", prompts=8, responses=4, global_batch=32, epochs=1, lr=1e-3))
+    root = build(ppo(1, "unscored", objective="grpo", prompts=8, num_generations=4, global_batch=32, epochs=1, lr=1e-3))
     ranks = start_ranks(root, 1, stopping_when_paused, "none of 2 responses has a score")
     assert ranks.wait() == [0], logs(root)
     told = Told.read(root)
@@ -299,7 +299,7 @@ def test_a_reward_function_that_scores_nothing_pauses_the_run(build: Build) -> N
 
 def test_an_empty_response_is_not_shown_to_the_function(build: Build) -> None:
     """`proud` fails on an empty text; prompts without room for a response have one."""
-    told = steer(build(ppo(2, "proud", context=64, tokens=24, prompts=16, global_batch=16, lr=1e-3)), size=1)
+    told = steer(build(ppo(2, "proud", context=64, max_new_tokens=24, prompts=16, global_batch=16, lr=1e-3)), size=1)
     empty = series(told, "policy/empty")
     assert all(0 < count < 16 for count in empty)
     assert series(told, "policy/skipped") == empty
@@ -308,7 +308,15 @@ def test_an_empty_response_is_not_shown_to_the_function(build: Build) -> None:
 
 def test_grpo_weighs_by_responses_where_the_recipe_says_so(build: Build) -> None:
     """Before the first update every ratio is 1, so the loss is the advantages' mean over tokens, or over responses: of groups 0."""
-    given = {"prompts": 4, "responses": 4, "micro_batch": 8, "epochs": 1, "tokens": 60, "context": 96, "temperature": 10}
+    given = {
+        "prompts": 4,
+        "num_generations": 4,
+        "micro_batch": 8,
+        "epochs": 1,
+        "max_new_tokens": 60,
+        "context": 96,
+        "temperature": 10,
+    }
     told = []
     for normalisation, size in (("token", 1), ("sequence", 2)):
         stage = ppo(1, "brief", objective="grpo", normalisation=normalisation, lr=1e-3, **given)
@@ -320,11 +328,16 @@ def test_grpo_weighs_by_responses_where_the_recipe_says_so(build: Build) -> None
     assert series(by_response, "train/tokens")[12] == series(by_token, "train/tokens")[12]
 
 
-def test_a_recipes_normalisation_is_checked(recipe: Recipe) -> None:
+def test_what_a_recipes_policy_says_is_checked(recipe: Recipe) -> None:
     for stage, says in (
-        (ppo(1, normalisation="sequence"), 'policy.normalisation: is for objective "grpo", this stage\'s is "ppo" (drop it)'),
-        (ppo(1, objective="grpo", responses=2, normalisation="batch"), "normalisation"),
-        (ppo(1, temperature=0.001), "policy.temperature: must lie between 0.01 and 100"),
+        (ppo(1, normalisation="sequence"), 'rollout.normalisation: is for objective "grpo", this stage\'s is "ppo" (drop it)'),
+        (ppo(1, objective="grpo", num_generations=2, normalisation="batch"), "normalisation"),
+        (ppo(1, advantage="leave-one-out"), 'rollout.advantage: is for objective "grpo", this stage\'s is "ppo" (drop it)'),
+        # Read by nobody, the coefficient stays as it is.
+        (ppo(1, objective="grpo", num_generations=2, kl_target=6.0), 'rollout.kl_target: is for objective "ppo"'),
+        (ppo(1, objective="grpo", num_generations=2, value_clip=0.2), 'rollout.value_clip: is for objective "ppo"'),
+        (ppo(1, objective="grpo", num_generations=2, gamma=0.99), 'rollout.gamma: is for objective "ppo"'),
+        (ppo(1, temperature=0.001), "rollout.temperature: must lie between 0.01 and 100"),
     ):
         text = dump_recipe(msgspec.structs.replace(recipe, stage=(recipe.stage[0], stage))).replace("{}/rewards", "/tmp/rewards")
         with pytest.raises(RecipeError, match=re.escape(says)):

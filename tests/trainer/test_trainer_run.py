@@ -116,11 +116,11 @@ PINNED = """
 name = "pinned"
 seed = 3
 [model]
-layers = 2
-width = 32
-heads = 4
-kv_heads = 2
-hidden = 64
+num_layers = 2
+hidden_size = 32
+num_heads = 4
+num_kv_heads = 2
+intermediate_size = 64
 [tokenizer]
 vocab = 384
 [data]
@@ -137,7 +137,7 @@ steps = 8
 context = 32
 global_batch = 8
 lr = 1e-2
-warmup = 2
+warmup_steps = 2
 mixture = {licence = 1}
 """
 PINNED_LOSSES = [5.9607, 5.8458, 5.4870, 5.4969, 5.0110, 4.8244, 4.8583, 4.6304]

@@ -27,7 +27,7 @@ from trainer.generate import Request, Response
 from trainer.generate.vllm_client import THREADS, ConnectionPool, Server, ServerError, Under
 from trainer.huggingface import export
 
-MODEL = msgspec.structs.replace(CONFIG, tied=True)
+MODEL = msgspec.structs.replace(CONFIG, tie_embeddings=True)
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_a_run_by_a_server_is_bit_for_bit_the_run_by_the_own_engine(recipe: Reci
     steer(own)
     told = steer(served)
     assert same_bits(own / "checkpoints" / "16-1-policy", served / "checkpoints" / "16-1-policy")
-    assert max(series(told, "policy/mismatch")) < 1e-4
+    assert max(series(told, "policy/logprob_mismatch")) < 1e-4
     assert stand_in.asked
     assert len(stand_in.loaded) == stand_in.resets == len({*stand_in.loaded})
     left = sorted(path.name for path in (tmp_path / "weights").iterdir())
@@ -284,7 +284,7 @@ def test_a_reload_that_did_not_take_is_found_before_anything_is_drawn(
     assert "answers with other weights than it was told to load" in alarms(root)[0]
     assert len({body["seed"] for body in drawn}) == 16 + 2  # of the first rollout and an evaluation
     assert len(copies) <= 3
-    assert max(series(Told.read(root), "policy/mismatch")) < 1e-4
+    assert max(series(Told.read(root), "policy/logprob_mismatch")) < 1e-4
     assert lr != 1e-3 or same_bits(own / "checkpoints" / "16-1-policy", root / "checkpoints" / "16-1-policy")
 
 
@@ -388,9 +388,9 @@ BASE = """
 [run]
 name = "r"
 [model]
-layers = 2
-width = 32
-heads = 4
+num_layers = 2
+hidden_size = 32
+num_heads = 4
 {model}
 [data]
 [[data.source]]

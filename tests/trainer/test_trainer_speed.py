@@ -14,7 +14,7 @@ from trainer.model.activation_checkpointing import Mode
 from trainer.model.decoder import Block, ColumnParallelLinear, Decoder, MemoryOptions, RowParallelLinear
 from trainer.model.float8 import float8_product
 
-SHAPE = Model(layers=2, width=64, heads=4, kv_heads=2)
+SHAPE = Model(num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2)
 VOCABULARY = 100
 
 

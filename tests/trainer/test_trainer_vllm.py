@@ -86,7 +86,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
 
 def run(recipe: Recipe, vllm: Vllm, place: Path, tied: bool, stage: Stage, by: Any = steered) -> tuple[Path, Ranks]:
     """A pretraining and then a stage that the server draws for; it has heads of 32, the least that vLLM has kernels for."""
-    model = msgspec.structs.replace(recipe.model, width=64, heads=2, kv_heads=1, tied=tied)
+    model = msgspec.structs.replace(recipe.model, hidden_size=64, num_heads=2, num_kv_heads=1, tie_embeddings=tied)
     root = built(msgspec.structs.replace(recipe, model=model), place, "run", stage, every=4)
     generate = Generate(engine="vllm", url=vllm.url, weights=str(place / "weights"), timeout=60)
     write_recipe(root, msgspec.structs.replace(load_recipe(root / "recipe.toml"), generate=generate))
@@ -102,6 +102,13 @@ def until(holds: Callable[[], bool], seconds: float = 120.0) -> None:
 
 def alarms(root: Path) -> list[str]:
     return [note["text"] for note in Told.read(root).all("Note") if note["level"] == "alarm"]
+
+
+def assert_followed(root: Path) -> None:
+    found = series(Told.read(root), "policy/logprob_mismatch")
+    print(f"policy/logprob_mismatch is {max(found):.1e} at most")
+    assert len(found) == 8
+    assert max(found) <= MISMATCH
 
 
 def tied_copy(of: Path, to: Path) -> Path:
@@ -128,15 +135,20 @@ def test_ppo_of_a_tied_model(recipe: Recipe, vllm: Vllm, tmp_path: Path) -> None
         assert ranks.wait(300) == [0], logs(root)
     finally:
         ranks.kill()
-    found = series(Told.read(root), "policy/mismatch")
-    assert len(found) == 8
-    assert max(found) <= MISMATCH
+    assert_followed(root)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_grpo_of_an_untied_model(temperature: float, recipe: Recipe, vllm: Vllm, tmp_path: Path) -> None:
-    given = {"objective": "grpo", "prompts": 4, "responses": 4, "temperature": temperature}
-    root, ranks = run(recipe, vllm, tmp_path, False, ppo(8, **given, epochs=1, global_batch=16, micro_batch=4, lr=1e-3))
+PPO: dict[str, Any] = {"objective": "ppo", "prompts": 16}
+GRPO: dict[str, Any] = {"objective": "grpo", "prompts": 4, "num_generations": 4}
+
+
+@pytest.mark.parametrize(
+    ("given", "tied"),
+    [(GRPO, False), (GRPO | {"temperature": 0.7}, False), (GRPO, True), (PPO, False)],
+    ids=["GRPO, untied", "GRPO, untied, at 0.7", "GRPO, tied", "PPO, untied"],
+)
+def test_the_server_follows_the_policy(given: dict[str, Any], tied: bool, recipe: Recipe, vllm: Vllm, tmp_path: Path) -> None:
+    root, ranks = run(recipe, vllm, tmp_path, tied, ppo(8, **given, epochs=1, global_batch=16, micro_batch=4, lr=1e-3))
     try:
         if not vllm.runs:
             until((tmp_path / "weights" / "latest").exists)
@@ -144,9 +156,7 @@ def test_grpo_of_an_untied_model(temperature: float, recipe: Recipe, vllm: Vllm,
         assert ranks.wait(300) == [0], logs(root)
     finally:
         ranks.kill()
-    found = series(Told.read(root), "policy/mismatch")
-    assert len(found) == 8
-    assert max(found) <= MISMATCH
+    assert_followed(root)
     assert not [text for text in alarms(root) if "weights" in text]
 
 
@@ -172,6 +182,6 @@ def test_an_output_layer_that_was_not_taken_over_is_found_before_anything_is_lea
         until(lambda: any("answers with other weights than it was told to load" in text for text in alarms(root)))
     finally:
         ranks.kill()
-    found = series(Told.read(root), "policy/mismatch")
+    found = series(Told.read(root), "policy/logprob_mismatch")
     assert all(each <= MISMATCH for each in found)
     assert len(found) <= 1

@@ -28,7 +28,7 @@ from trainer.optimizer import Optimizer
 from trainer.stage.stage import rows_of_a_sample
 
 VOCABULARY = 500
-SETTINGS = {"clip": 1.0, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "beta": 0.1, "label_smoothing": 0.0}
+SETTINGS = {"max_grad_norm": 1.0, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "beta": 0.1, "label_smoothing": 0.0}
 
 MakeWorld = Callable[..., World]
 

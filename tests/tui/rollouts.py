@@ -34,11 +34,11 @@ def series() -> dict[str, dict[int, np.ndarray]]:
     part, late = (drawn - FIRST) / (STEP - FIRST), (steps[::45] - FIRST) / (STEP - FIRST)
     found = {
         "policy/reward": (drawn, 0.2 + 1.7 * part + random.normal(0, 0.1, len(drawn))),
-        "policy/reward_deviation": (drawn, 0.9 + random.normal(0, 0.05, len(drawn))),
+        "policy/reward_std": (drawn, 0.9 + random.normal(0, 0.05, len(drawn))),
         "policy/kl_sequence": (drawn, 6.5 * part**0.7 + np.abs(random.normal(0, 0.2, len(drawn)))),
         "policy/entropy": (drawn, 2.9 - 0.7 * part + random.normal(0, 0.04, len(drawn))),
         "policy/response_length": (drawn, 70 + 22 * part + random.normal(0, 3, len(drawn))),
-        "policy/truncated": (drawn, np.abs(random.normal(0.02, 0.01, len(drawn)))),
+        "policy/truncated_fraction": (drawn, np.abs(random.normal(0.02, 0.01, len(drawn)))),
         "value/explained_variance": (steps, 0.1 + 0.6 * (steps - FIRST) / (STEP - FIRST) + random.normal(0, 0.05, len(steps))),
         "eval/questions/reward": (steps[::45], 0.2 + 1.4 * late),
         "eval/questions/kl_sequence": (steps[::45], 6.1 * late**0.7),
@@ -62,7 +62,7 @@ def rollouts(phase: str = "training", **changes: Any) -> p.Snapshot:
         stage="ppo",
         stages=(*base.stages[:-1], policy),
         latest=latest,
-        settings={"lr": 1e-6, "value_lr": 1e-5, "clip": 1.0, "kl": 0.12, "ratio_clip": 0.2},
+        settings={"lr": 1e-6, "value_lr": 1e-5, "max_grad_norm": 1.0, "kl_coef": 0.12, "ratio_clip": 0.2},
         phase=phase,
         phase_since=NOW - 1.5,
         events=base.events[:-3],

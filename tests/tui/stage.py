@@ -24,7 +24,7 @@ from websockets.asyncio.server import Server, ServerConnection, unix_serve
 from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.annotation.desk import Preferring, Question
-from launcher.controller.rollout_samples import Samples
+from launcher.controller.core.rollout_samples import Samples
 from midwatch import protocol as p
 from midwatch.metrics.m4_columns import LineageSegment, columns_of
 from midwatch.metrics.m4_nodes import ROW
@@ -168,7 +168,8 @@ def snapshot(**changes: Any) -> p.Snapshot:
             ),
         ),
         latest={name: float(rows[2]["value"][-1]) for name, rows in table.items()},
-        settings={"lr": 5e-5, "lr_scale": 0.5, "clip": 1.0, "beta1": 0.9, "beta2": 0.95, "beta": 0.1, "checkpoint_every": 100},
+        settings={"lr": 5e-5, "lr_scale": 0.5, "max_grad_norm": 1.0,
+                  "beta1": 0.9, "beta2": 0.95, "beta": 0.1, "checkpoint_every": 100},
         events=tuple(journal()[-12:]),
     )  # fmt: skip
     return replace(base, **changes)
@@ -262,9 +263,9 @@ RECIPE = """
 [run]
 name = "demo"
 [model]
-layers = 1
-width = 8
-heads = 2
+num_layers = 1
+hidden_size = 8
+num_heads = 2
 [data]
 held_out = 0.0
 [[data.source]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.metrics.chunks import MetricFrame, MetricRow
+from launcher.metrics.chunks import MetricFrame, StepMetrics
 from launcher.metrics.store import MetricStore
 from midwatch.metrics.m4_columns import Columns, Grid, LineageSegment, columns_of
 from midwatch.metrics.m4_nodes import ROW, Table
@@ -92,7 +92,7 @@ def test_the_index_draws_the_very_dots_of_the_surviving_line(tmp_path: Path) -> 
     store = MetricStore.open(tmp_path / "metrics", tmp_path / "index.sqlite", term=1)
     first, second = series(0, 3_000), series(1, 4_000)
     for number, (lineage, rows) in enumerate([(0, first), (1, second[second["step"] > 2_001])]):
-        sent = [MetricRow(lineage, step, 0, 0.0, {"loss": value}) for step, value, *_ in rows.tolist()]
+        sent = [StepMetrics(lineage, step, 0, 0.0, {"loss": value}) for step, value, *_ in rows.tolist()]
         store.add(MetricFrame("rank0", number, sent))
     store.flush()
     path = [LineageSegment(0, -1, 2_001), LineageSegment(1, 2_001, None)]

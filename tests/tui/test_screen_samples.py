@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launcher.controller.rollout_samples import Samples
+from launcher.controller.core.rollout_samples import Samples
 from midwatch import protocol as p
 from tests.tui.conftest import Screen, attached
 from tests.tui.rollouts import UPDATES, play, rollouts, write
@@ -215,14 +215,15 @@ def test_charts_of_a_stage_that_draws_none_do_not_change() -> None:
 
 def test_metrics_of_a_policy_stand_in_the_order_in_which_they_are_read() -> None:
     names = sorted(
-        ["perf/mfu", "perf/generate_seconds", "value/loss", "policy/kl", "policy/version", "policy/ratio", "policy/entropy",
-         "eval/q/loss", "eval/q/reward", "policy/kl_sequence", "policy/reward", "policy/truncated", "train/loss", "train/lr",
+        ["perf/mfu", "perf/generate_seconds", "value/loss", "policy/kl", "policy/weights_step", "policy/ratio", "policy/entropy",
+         "eval/q/loss", "eval/q/reward", "policy/kl_sequence", "policy/reward",
+         "policy/truncated_fraction", "train/loss", "train/lr",
          "policy/response_length", "other/thing"],
         key=_order,
     )  # fmt: skip
     assert names == [
         "train/loss", "policy/reward", "eval/q/reward", "policy/kl_sequence", "policy/entropy", "policy/response_length",
-        "policy/truncated", "policy/kl", "policy/ratio", "policy/version", "value/loss", "eval/q/loss", "train/lr",
+        "policy/truncated_fraction", "policy/kl", "policy/ratio", "policy/weights_step", "value/loss", "eval/q/loss", "train/lr",
         "perf/generate_seconds", "perf/mfu", "other/thing",
     ]  # fmt: skip
 

@@ -32,11 +32,11 @@ def given(stage: Stage, count: int, seconds: float = 8.0) -> list[tuple[str, dic
 
 
 BURSTS: list[tuple[str, str, list[tuple[str, dict[str, Any]]]]] = [
-    ("a digit after Enter is no part of the line", ":set clip 1\r0", [("set", {"key": "clip", "value": 1.0})]),
+    ("a digit after Enter is no part of the line", ":set max_grad_norm 1\r0", [("set", {"key": "max_grad_norm", "value": 1.0})]),
     (
         "two lines",
-        ":set clip 0.61\r:set clip 0.71\r",
-        [("set", {"key": "clip", "value": 0.61}), ("set", {"key": "clip", "value": 0.71})],
+        ":set max_grad_norm 0.61\r:set max_grad_norm 0.71\r",
+        [("set", {"key": "max_grad_norm", "value": 0.61}), ("set", {"key": "max_grad_norm", "value": 0.71})],
     ),
     ("three lines", ":checkpoint\r:golden 800\r:set lr 1e-4\r",
      [("checkpoint", {}), ("golden", {"checkpoint": "800"}), ("set", {"key": "lr", "value": 1e-4})]),
@@ -61,9 +61,9 @@ def test_a_burst_of_keys_is_taken_in_order(stage: Stage, terminal: Pty, keys: st
 
 
 def test_a_pasted_line_waits_for_its_enter(stage: Stage, terminal: Pty) -> None:
-    os.write(terminal.terminal, b":\x1b[200~set clip 0.5\nset clip 9\x1b[201~\r")
+    os.write(terminal.terminal, b":\x1b[200~set max_grad_norm 0.5\nset max_grad_norm 9\x1b[201~\r")
     terminal.drain(0.5)
-    assert given(stage, 1) == [("set", {"key": "clip", "value": 0.5})]
+    assert given(stage, 1) == [("set", {"key": "max_grad_norm", "value": 0.5})]
 
 
 def test_a_second_confirm_in_one_burst_is_no_second_deed_and_no_crash(stage: Stage, terminal: Pty) -> None:

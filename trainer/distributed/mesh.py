@@ -180,7 +180,7 @@ def lay_out(device: torch.device, parallel: Parallel) -> World:
 def _meshes(size: int, device: torch.device, parallel: Parallel) -> tuple[DeviceMesh, DeviceMesh]:
     """Of all ranks; and of the data ranks, in which tensor-parallel ones count as data ranks too."""
     data = size // parallel.model_ranks
-    shard = parallel.shard or data
+    shard = parallel.hsdp_shard_size or data
     sizes = {"pipeline": parallel.pipeline, "replicate": data // shard, "shard": shard, "tensor": parallel.tensor}
     mesh = _mesh(device, sizes)
     if parallel.tensor == 1:

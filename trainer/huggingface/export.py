@@ -28,8 +28,8 @@ from midwatch.recipe.huggingface.config import config_of, family_of
 from midwatch.recipe.huggingface.files import INDEX, SINGLE
 from midwatch.recipe.huggingface.weights_map import ARCHITECTURES, SCORING, Family, MappedParameter, file_shapes, layout, misfits
 from midwatch.recipe.model import Model
-from shards.errors import ShardError
-from shards.terminal import Parser, run_command, write_error, write_path
+from shards.common.errors import ShardError
+from shards.common.terminal import Parser, run_command, write_error, write_path
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer
 from trainer.checkpoint.provenance import made_from
@@ -188,8 +188,8 @@ def placed(
     untied: a model whose output layer is its embedding gets that table a second time, as an output layer of its own. A server
     that loads new weights into a running model needs it: vLLM keeps the old output layer where the file has none.
     """
-    if untied and model.tied and not stage.scalar:
-        model = msgspec.structs.replace(model, tied=False)
+    if untied and model.tie_embeddings and not stage.scalar:
+        model = msgspec.structs.replace(model, tie_embeddings=False)
         tensors = tensors | {"head.weight": tensors["embedding.weight"]}
     parts = layout(model, family, vocabulary, stage.scalar)
     if stage.position_factor != 1.0 and family == "gpt2":
@@ -198,7 +198,7 @@ def placed(
         rows = max(context, math.ceil(len(table) * stage.position_factor))
         tensors = tensors | {"positions.weight": partial(learned, table, torch.arange(rows), stage.position_factor)}
         pieces = (parts["positions.weight"].pieces[0]._replace(length=rows),)
-        parts["positions.weight"] = MappedParameter((rows, model.width), pieces)
+        parts["positions.weight"] = MappedParameter((rows, model.hidden_size), pieces)
     return parts, tensors
 
 

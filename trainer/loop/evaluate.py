@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from midwatch.recipe import Stage
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.sampling.batches import Batch
 from shards.sampling.mixing import covers
 from trainer.batches import DeviceRows, may_trim, micro_batches, samples_a_replica, share
@@ -112,7 +112,12 @@ def _gaps(scores: Tensor, rows: DeviceRows) -> Tensor:
 
 def exam_settings(stage: Stage) -> dict[str, float]:
     """What objectives need of a stage whose live settings are another's by now."""
-    return {"beta": stage.beta, "label_smoothing": stage.label_smoothing, "margin": stage.margin, "centre": stage.centre}
+    return {
+        "beta": stage.beta,
+        "label_smoothing": stage.label_smoothing,
+        "margin": stage.margin,
+        "center_rewards": stage.center_rewards,
+    }
 
 
 def _as_reported(training: Training, task: EvalTask, found: dict[str, float]) -> dict[str, float]:

@@ -6,8 +6,8 @@ The ranks' engines write it, with the policy's weights of the moment.
 from __future__ import annotations
 
 from midwatch.protocol import Sampled
-from shards.errors import ShardError
-from shards.format.seekable_zstd import Array
+from shards.common.arrays import Array
+from shards.common.errors import ShardError
 from shards.sampling.batches import open_held_out
 from trainer.distributed.mesh import together
 from trainer.rollout.rollout import distances, score
@@ -80,7 +80,7 @@ def _on_held_out(training: Training, source: str, stream: int) -> dict[str, floa
         training.hold_for_data(problem)
         training.evaluated = None
         return None
-    tokens = stage.rollout.tokens if stage.draws else min(stage.sample_tokens, stage.context - 1)
+    tokens = stage.rollout_settings.max_new_tokens if stage.draws else min(stage.sample_tokens, stage.context - 1)
     if not known or tokens < 1:
         return {}
     training.phase("sampling")

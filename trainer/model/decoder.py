@@ -7,7 +7,7 @@ seed and the parameter's name: whatever the number of ranks, the model is the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +37,9 @@ class MemoryOptions:
     """What a forward does to need less memory."""
 
     recompute: Mode = "none"
-    mlp_tile: int | None = None
+    mlp_chunk_tokens: int | None = None
     """Tokens that pass through an MLP at a time."""
-    loss_tile: int = 4096
+    loss_chunk_tokens: int = 4096
     """Tokens whose logits are there at a time."""
 
 
@@ -64,6 +64,16 @@ class ColumnParallelLinear(nn.Linear):
             return F.linear(x, held(self.weight), bias)
         out = self.product(x, held(self.weight))
         return out if bias is None else out + bias
+
+
+def of_all_tokens(x: Tensor, sharding: SequenceSharding, *layers: ColumnParallelLinear) -> list[Tensor]:
+    """What each layer gives of the tokens of all tensor-parallel ranks, from this rank's, [batch, time, inward]."""
+    plain = all(layer.product is F.linear for layer in layers)
+    if sharding.tensor.size == 1 or not plain or torch.compiler.is_compiling():
+        x = sharding.gather(x)
+        return [layer(x) for layer in layers]
+    biases = [None if layer.bias is None else held(layer.bias) for layer in layers]
+    return list(sharding.gathered_products(x, [held(layer.weight) for layer in layers], biases))
 
 
 class RowParallelLinear(nn.Module):
@@ -95,13 +105,13 @@ class Attention(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.head, self.queries = config.head, config.heads // config.key_value_heads
+        self.head, self.queries = config.head, config.num_heads // config.key_value_heads
         bias = config.attention_biased
-        self.qkv = ColumnParallelLinear(config.width, (config.heads + 2 * config.key_value_heads) * self.head, bias=bias)
-        self.out = RowParallelLinear(config.heads * self.head, config.width, bias=bias)
+        self.qkv = ColumnParallelLinear(config.hidden_size, (config.num_heads + 2 * config.key_value_heads) * self.head, bias=bias)
+        self.out = RowParallelLinear(config.num_heads * self.head, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible, sharding: SequenceSharding) -> Tensor:
-        qkv: Tensor = self.qkv(sharding.gather(x))
+        (qkv,) = of_all_tokens(x, sharding, self.qkv)
         grouped = qkv.view(*qkv.shape[:2], -1, self.queries + 2, self.head)
         q, k, v = (each.flatten(2, 3).transpose(1, 2) for each in torch.split(grouped, [self.queries, 1, 1], dim=-2))
         if rotation is not None:
@@ -115,19 +125,21 @@ class MLP(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.kind, self.is_last = config.mlp, config.norm_place == "before"
-        self.gate = ColumnParallelLinear(config.width, config.hidden_width, bias=config.bias) if config.mlp == "swiglu" else None
-        self.up = ColumnParallelLinear(config.width, config.hidden_width, bias=config.bias)
-        self.down = RowParallelLinear(config.hidden_width, config.width, bias=config.bias)
+        self.kind, self.is_last = config.mlp, config.norm_place == "pre"
+        self.gate = (
+            ColumnParallelLinear(config.hidden_size, config.hidden_width, bias=config.bias) if config.mlp == "swiglu" else None
+        )
+        self.up = ColumnParallelLinear(config.hidden_size, config.hidden_width, bias=config.bias)
+        self.down = RowParallelLinear(config.hidden_width, config.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, sharding: SequenceSharding, tile: int | None = None) -> Tensor:
         """tile: tokens that pass through at a time, of which only what goes in is kept for the backward."""
-        gathered = sharding.gather(x)
-        if tile is None or gathered.shape[0] * gathered.shape[1] <= tile:
-            inner = self._inner(gathered)
+        if tile is None or x.shape[0] * x.shape[1] * sharding.tensor.size <= tile:
+            inner = self._inner(of_all_tokens(x, sharding, *self._inward))
             with skip_saving(self.is_last):
                 out: Tensor = self.down(inner, sharding)
             return out
+        gathered = sharding.gather(x)
         with skip_saving():
             parts = [checkpointed(self._partial, part) for part in torch.split(gathered.flatten(0, 1), tile)]
         with skip_saving(self.is_last):
@@ -135,21 +147,24 @@ class MLP(nn.Module):
         return summed if self.down.bias is None else summed + held(self.down.bias, partial=True)
 
     def _partial(self, x: Tensor) -> Tensor:
-        return self.down.partial(self._inner(x))
+        return self.down.partial(self._inner([layer(x) for layer in self._inward]))
 
-    def _inner(self, x: Tensor) -> Tensor:
-        if self.gate is not None:
-            gate: Tensor = self.gate(x)
-            up: Tensor = self.up(x)
-            return F.silu(gate) * up
-        up = self.up(x)
+    @property
+    def _inward(self) -> list[ColumnParallelLinear]:
+        return [self.up] if self.gate is None else [self.gate, self.up]
+
+    def _inner(self, found: Sequence[Tensor]) -> Tensor:
+        """From what `_inward` gives."""
+        *gates, up = found
+        if gates:
+            return F.silu(gates[0]) * up
         return F.gelu(up, approximate="tanh") if self.kind == "gelu" else F.relu(up)
 
 
 class Block(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
-        self.norm_after = config.norm_place == "after"
+        self.norm_after = config.norm_place == "post"
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
@@ -171,10 +186,10 @@ class Block(nn.Module):
         def run(x: Tensor) -> Tensor:
             if self.norm_after:
                 x = self.attention_norm(x + self.attention(x, rotation, seen, sharding))
-                x = self.mlp_norm(x + self.mlp(x, sharding, memory.mlp_tile))
+                x = self.mlp_norm(x + self.mlp(x, sharding, memory.mlp_chunk_tokens))
             else:
                 x = x + self.attention(self.attention_norm(x), rotation, seen, sharding)
-                x = x + self.mlp(self.mlp_norm(x), sharding, memory.mlp_tile)
+                x = x + self.mlp(self.mlp_norm(x), sharding, memory.mlp_chunk_tokens)
             return x
 
         return recomputed(memory.recompute, run, x)
@@ -190,19 +205,21 @@ class Decoder(nn.Module):
         """scalar: a number for each token comes out, not what follows it: the head of reward and value models."""
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
-        self.part = part = PipelineChunk(0, config.layers) if part is None else part
+        self.part = part = PipelineChunk(0, config.num_layers) if part is None else part
         self.documents_masked, self.temperature = False, 1.0
         self.sharding, self.memory = SequenceSharding(), MemoryOptions()
-        if part.first or (part.last and config.tied and not scalar):
-            self.embedding = nn.Embedding(vocabulary, config.width)
+        if part.first or (part.last and config.tie_embeddings and not scalar):
+            self.embedding = nn.Embedding(vocabulary, config.hidden_size)
         learns = part.first and config.position == "learned"
-        self.positions = nn.Embedding(config.position_rows, config.width) if learns else None
+        self.positions = nn.Embedding(config.position_rows, config.hidden_size) if learns else None
         self.embedding_norm = make_norm(config) if part.first and config.embedding_norm else None
         # A dictionary, so that a block has the same name in whatever part it is.
         self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(part.start, part.stop)})
-        self.norm = make_norm(config) if part.last and config.norm_place == "before" else None
-        self.head = None if config.tied or scalar or not part.last else nn.Linear(config.width, vocabulary, bias=False)
-        self.score = nn.Linear(config.width, 1, bias=False) if scalar and part.last else None
+        self.norm = make_norm(config) if part.last and config.norm_place == "pre" else None
+        self.head = (
+            None if config.tie_embeddings or scalar or not part.last else nn.Linear(config.hidden_size, vocabulary, bias=False)
+        )
+        self.score = nn.Linear(config.hidden_size, 1, bias=False) if scalar and part.last else None
         self.set_positions(config.rope, 1)
 
     def set_positions(self, rope: Rope, original_context: int, factor: float = 1.0) -> None:
@@ -245,12 +262,14 @@ class Decoder(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         if self.score is not None:
-            return sharding.whole(self.score(x)[..., 0].float().clone(), time)
+            # In float32: scores of one size that differ by little would be the same number in bfloat16.
+            return sharding.whole(F.linear(x.float(), self.score.weight.float())[..., 0].clone(), time)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        x = x if self.temperature == 1.0 else x / self.temperature  # the same as of logits
         if targets is None:
-            return sharding.whole(F.linear(x, weight).float(), time)
-        return sharding.whole(likelihood(x, weight, sharding.take(targets, mine), self.memory.loss_tile, entropy), time)
+            logits = F.linear(x, weight).float()
+            return sharding.whole(logits if self.temperature == 1.0 else logits / self.temperature, time)
+        wanted = sharding.take(targets, mine)
+        return sharding.whole(likelihood(x, weight, wanted, self.memory.loss_chunk_tokens, entropy, self.temperature), time)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first block takes, from tokens and positions [batch, time]."""
@@ -259,7 +278,7 @@ class Decoder(nn.Module):
             x = x + learned(self.positions.weight, positions, self._factor)
         elif self.config.position == "sinusoidal":
             # Scaled as in Vaswani et al. 2017, section 3.4; sinusoids would drown an embedding that begins small.
-            x = x * math.sqrt(self.config.width) + sinusoids(positions / self._factor, self.config.width).to(x.dtype)
+            x = x * math.sqrt(self.config.hidden_size) + sinusoids(positions / self._factor, self.config.hidden_size).to(x.dtype)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def _visible(self, segments: Tensor, documents: Documents | None, dtype: torch.dtype) -> Visible:
@@ -267,7 +286,7 @@ class Decoder(nn.Module):
         sharding, (batch, time), device = self.sharding, segments.shape, segments.device
         slopes = None
         if self.config.position == "alibi":
-            slopes = alibi_slopes(self.config.heads, device).chunk(sharding.tensor.size)[sharding.tensor.place]
+            slopes = alibi_slopes(self.config.num_heads, device).chunk(sharding.tensor.size)[sharding.tensor.place]
             if not sharding.ring:
                 slopes = slopes.chunk(sharding.context.size)[sharding.context.place]
         length = sharding.length(time)
@@ -305,9 +324,9 @@ class Decoder(nn.Module):
                 yield parameter, torch.full(parameter.shape, 0.0 if name.endswith(".bias") else 1.0)
                 continue
             residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
+            std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
             if name == "score.weight":
-                std = 1 / math.sqrt(self.config.width + 1)
+                std = 1 / math.sqrt(self.config.hidden_size + 1)
             generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(name.encode(), seed=seed % 2**64) % 2**63)
             yield parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
 
@@ -323,6 +342,6 @@ class Decoder(nn.Module):
         Of the whole decoder, also where this is a part. Tables that are only looked up take none.
         """
         config = self.config
-        looked_up = config.position_rows + (0 if config.tied else self.vocabulary)
-        dense = config.parameters(self.vocabulary) - looked_up * config.width
-        return 6.0 * dense + 12.0 * config.layers * config.heads * config.head * context
+        looked_up = config.position_rows + (0 if config.tie_embeddings else self.vocabulary)
+        dense = config.parameters(self.vocabulary) - looked_up * config.hidden_size
+        return 6.0 * dense + 12.0 * config.num_layers * config.num_heads * config.head * context

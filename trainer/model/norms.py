@@ -66,5 +66,5 @@ class LayerNorm(nn.LayerNorm):
 
 def make_norm(config: Model) -> nn.Module:
     if config.norm == "rmsnorm":
-        return RMSNorm(config.width, config.norm_eps)
-    return LayerNorm(config.width, config.norm_eps, bias=config.bias)
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return LayerNorm(config.hidden_size, config.norm_eps, bias=config.bias)

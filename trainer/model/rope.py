@@ -49,7 +49,7 @@ def frequencies(
         found = 1.0 / (divisors * base**exponents)
         scale = math.sqrt(1 + math.log(rope.factor) / math.log(original_context)) if rope.factor > 1 else 1.0
     else:
-        turning = torch.arange(head // 2) < int(rope.rotary_part * head // 2)
+        turning = torch.arange(head // 2) < int(rope.partial_rotary_factor * head // 2)
         found = torch.where(turning, 1.0 / base**exponents, 0.0) / rope.factor
     if rope.attention_factor is not None and rope.kind in ("yarn", "longrope"):
         scale = rope.attention_factor

@@ -151,9 +151,9 @@ class ShardedModel:
 
     def configure_stage(self, stage: Stage, original_context: int) -> None:
         """Positions, masks, context parallelism and memory as the stage wants them; parameters do not change. By all ranks."""
-        self._memory = MemoryOptions(stage.activation_checkpointing, stage.mlp_tile, stage.loss_tile)
+        self._memory = MemoryOptions(stage.activation_checkpointing, stage.mlp_chunk_tokens, stage.loss_chunk_tokens)
         context, config, tensor = self._world.context(stage.context_parallel), self.config, self._world.tensor
-        divides = config.heads % (tensor.size * context.size) == config.key_value_heads % (tensor.size * context.size) == 0
+        divides = config.num_heads % (tensor.size * context.size) == config.key_value_heads % (tensor.size * context.size) == 0
         self._sharding = SequenceSharding(tensor, context, ring=context.size > 1 and not divides)
         self._schedules = {}  # what goes from part to part has another size
         for part in self.parts:
@@ -236,7 +236,7 @@ class ShardedModel:
         """As large as what goes from one part to the next."""
         length = self._sharding.length(time) // self._sharding.context.size // self._sharding.tensor.size
         dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
-        return torch.empty(rows, length, self.config.width, dtype=dtype, device=device)
+        return torch.empty(rows, length, self.config.hidden_size, dtype=dtype, device=device)
 
     def _receive(self, tokens: Tensor, pipeline: RankGroup) -> Tensor:
         assert pipeline.ranks is not None
@@ -282,7 +282,7 @@ class ShardedModel:
 
     def _twin(self) -> dist.ProcessGroup | None:
         """The ranks that have the embedding as well, where a pipeline's two ends share it."""
-        return self._world.ends if self.config.tied and not self.scalar else None
+        return self._world.ends if self.config.tie_embeddings and not self.scalar else None
 
     def _join_twins(self) -> None:
         """The embedding's gradient, of what was read and of what was written."""
@@ -306,7 +306,7 @@ def _parts(config: Model, world: World, place: int) -> Iterator[PipelineChunk]:
     parallel = world.parallel
     count = parallel.pipeline * parallel.parts
     for index in range(place, count, parallel.pipeline):
-        each, more = divmod(config.layers, count)
+        each, more = divmod(config.num_layers, count)
         start = index * each + min(index, more)
         yield PipelineChunk(start, start + each + (index < more), index == 0, index == count - 1)
 

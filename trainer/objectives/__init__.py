@@ -55,7 +55,7 @@ def objective_of(stage: Stage) -> Objective:
         return OBJECTIVES["sft"]  # what it makes is examined by later stages; it trains nothing
     objective = OBJECTIVES[stage.objective]
     if stage.objective == "grpo":
-        by = stage.rollout.normalisation
+        by = stage.rollout_settings.normalisation
         return replace(objective, loss=partial(grpo.loss, normalisation=by), weight=partial(grpo.weight, normalisation=by))
     if stage.objective != "dpo":
         return objective

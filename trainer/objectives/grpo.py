@@ -70,7 +70,7 @@ def loss(
     values, metrics = ppo.policy_loss(policy, extra.old, extra.advantages, rows.mask, settings["ratio_clip"])
     if extra.reference is not None:
         distance = kl(real(policy, rows.mask), real(extra.reference, rows.mask), "k3")
-        values = values + settings["kl"] * distance
+        values = values + settings["kl_coef"] * distance
         metrics["policy/kl"] = distance.detach()
     weights = rows.mask
     if normalisation == "sequence":

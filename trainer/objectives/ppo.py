@@ -20,7 +20,7 @@ from trainer.objectives.advantages import kl
 from trainer.objectives.loss import Loss, real, summed
 from trainer.objectives.pretrain import weight as tokens
 
-METRICS = ("policy/clip_fraction", "policy/ratio", "policy/ratio_outside", "policy/approximate_kl")
+METRICS = ("policy/clip_fraction", "policy/ratio", "policy/ratio_outlier_fraction", "policy/approx_kl")
 CRITIC_METRICS = (
     "value/loss",
     "value/clip_fraction",
@@ -30,7 +30,7 @@ CRITIC_METRICS = (
     "value/error_squared",
 )
 USUAL_RATIOS = (0.5, 2.0)
-"""Outside of these a ratio is counted as `policy/ratio_outside`."""
+"""Outside of these a ratio is counted as `policy/ratio_outlier_fraction`."""
 _LARGEST = 20.0
 """Of a log-ratio; beyond it exp overflows to inf, and times an advantage of 0 to NaN. verl and OpenRLHF end there too."""
 
@@ -65,8 +65,8 @@ def critic_loss(values: Tensor, rows: DeviceRows, settings: Mapping[str, float],
 def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
     """max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) with rho = pi / pi_old (equation 7), and metrics; 0 at masked tokens.
 
-    `policy/approximate_kl` is k3 of KL(old || policy), as the tokens are the old policy's. A smallest and a largest ratio cannot
-    be had as sums, so `policy/ratio_outside` counts those outside 0.5 to 2.
+    `policy/approx_kl` is k3 of KL(old || policy), as the tokens are the old policy's. A smallest and a largest ratio cannot
+    be had as sums, so `policy/ratio_outlier_fraction` counts those outside 0.5 to 2.
     """
     d = real(log_probs - old, mask).clamp(-_LARGEST, _LARGEST)
     ratio, advantages = d.exp(), real(advantages, mask)
@@ -86,8 +86,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     near = old_values + (values - old_values).clamp(-clip, clip)
     free, clipped = (values - returns).square() / 2, (near - returns).square() / 2
     found = torch.maximum(free, clipped)
-    error = (returns - values).detach()
-    detached = found.detach(), (clipped > free).float(), returns, returns.square(), error, error.square()
+    # In float64: in float32 the mean of squares less the squared mean is noise where returns differ little for their size.
+    wide, error = returns.double(), (returns - values).detach().double()
+    detached = found.detach(), (clipped > free).float(), wide, wide.square(), error, error.square()
     return found, dict(zip(CRITIC_METRICS, detached, strict=True))
 
 

@@ -28,7 +28,7 @@ def loss(values: Tensor, rows: DeviceRows, settings: Mapping[str, float], refere
     place = torch.arange(values.shape[1], device=values.device) == score_places(rows)[:, None]
     # Not by `gather`, whose gradient is added up, for which CUDA has no order of its own.
     scores = real(values, place & (there.repeat(2) > 0)[:, None]).sum(1)
-    found, metrics = preferences(scores, settings["margin"], settings["centre"])
+    found, metrics = preferences(scores, settings["margin"], settings["center_rewards"])
     return summed(found, there, metrics)
 
 

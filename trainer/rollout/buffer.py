@@ -79,5 +79,5 @@ def experience_of(stage: Stage, device: torch.device) -> RolloutBuffer | None:
     """As large as the stage's rollouts; None where there are none."""
     if not stage.draws:
         return None
-    count = stage.prompts_drawn * stage.rollout.responses
+    count = stage.prompts_drawn * stage.rollout_settings.num_generations
     return RolloutBuffer(count, stage.context, device, critic=stage.objective == "ppo")

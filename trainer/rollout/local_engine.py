@@ -28,11 +28,11 @@ class LocalRolloutEngine:
         """For a stage's context and positions; `refresh` before anything is asked."""
         self._world, self._model = world, model
         config, given = recipe.model, recipe.generate
-        page = given.page or page_tokens(world.device)
+        page = given.block_size or page_tokens(world.device)
         size = 2 if config.dtype == "bfloat16" else 4
-        bytes_a_page = 2 * config.layers * config.key_value_heads * config.head * page * size
+        bytes_a_page = 2 * config.num_layers * config.key_value_heads * config.head * page * size
         most = -(-stage.context // page)
-        pages = max(most, min(most * given.running, (given.cache_mb << 20) // bytes_a_page))
+        pages = max(most, min(most * given.max_num_seqs, (given.cache_mb << 20) // bytes_a_page))
         self.engine = Engine(
             config,
             model.vocabulary,
@@ -40,8 +40,8 @@ class LocalRolloutEngine:
             stage.context,
             pages=pages,
             page=page,
-            running=given.running,
-            step_tokens=given.step_tokens,
+            running=given.max_num_seqs,
+            step_tokens=given.max_num_batched_tokens,
             decode=tokenizer.decode,
         )
         self.engine.set_rope(stage.rope or config.rope, recipe.stage[0].context, stage.position_factor)

@@ -34,7 +34,7 @@ def by_function(training: Training, drawn: SampledResponses) -> list[float]:
 
     NaN where there is none: the function gave None, or was not asked, because the response is empty.
     """
-    world, place, tokenizer = training.world, training.stage.stage.rollout.function, training.tokenizer
+    world, place, tokenizer = training.world, training.stage.stage.rollout_settings.function, training.tokenizer
     assert place is not None
     start, stop = share(0, len(drawn.responses), world.rank, world.size)
     scores = [math.nan] * (stop - start)

@@ -11,7 +11,7 @@ from midwatch.recipe import Stage
 
 def scored_by(stage: Stage) -> dict[str, str]:
     """Stage to the digest of that file as it is now; empty where no function scores, or the file cannot be read yet."""
-    place = stage.rollout.function if stage.draws or stage.makes else None
+    place = stage.rollout_settings.function if stage.draws or stage.makes else None
     if place is None:
         return {}
     try:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from midwatch.protocol import Sampled
-from shards.errors import ShardError
-from shards.format.seekable_zstd import Array
+from shards.common.arrays import Array
+from shards.common.errors import ShardError
 from trainer.batches import DeviceRows, filled, may_trim, samples_a_replica, share
 from trainer.distributed.mesh import together
 from trainer.model.sharded_model import ShardedModel
@@ -40,16 +40,16 @@ SHOWN = 16
 def collect(training: Training) -> dict[str, float] | None:
     """Draws the next rollout into `training.experience`: its metrics; None where it was broken off or had to be put off."""
     stage, at = training.stage.stage, training.progress
-    policy = stage.rollout
+    policy = stage.rollout_settings
     training.reporter.flush()
     began = time.monotonic()
     prompts = _prompts(training, stage.prompts_drawn)
     if prompts is None:
         return None
     training.phase("generating")
-    every = [prompt for prompt in prompts for _ in range(policy.responses)]
-    seeds = [_seed(training, at.position * policy.responses + number) for number in range(len(every))]
-    drawn = sample_responses(training, every, policy.tokens, policy.temperature, seeds)
+    every = [prompt for prompt in prompts for _ in range(policy.num_generations)]
+    seeds = [_seed(training, at.position * policy.num_generations + number) for number in range(len(every))]
+    drawn = sample_responses(training, every, policy.max_new_tokens, policy.temperature, seeds)
     if drawn is None:
         return None
     generated = time.monotonic()
@@ -70,8 +70,8 @@ def collect(training: Training) -> dict[str, float] | None:
     training.phase("training")
     usage = training.local_engine().usage
     if slots := sum(each.slots for each in usage):
-        metrics["perf/kv_used"] = sum(each.tokens for each in usage) / slots
-        metrics["perf/kv_padded"] = sum(each.tokens for each in usage) / max(1, sum(each.padded for each in usage))
+        metrics["perf/kv_cache_utilization"] = sum(each.tokens for each in usage) / slots
+        metrics["perf/kv_padded_ratio"] = sum(each.tokens for each in usage) / max(1, sum(each.padded for each in usage))
     scored = time.monotonic()
     metrics |= {"perf/generate_seconds": generated - began, "perf/score_seconds": scored - generated}
     tokens = float(sum(map(len, drawn.responses)))
@@ -87,7 +87,7 @@ def score(training: Training, drawn: SampledResponses) -> Tensor | None:
     """
     stage, device = training.stage.stage, training.world.device
     written = on_device([bool(response) for response in drawn.responses], torch.bool, device)
-    if stage.rollout.function is not None:
+    if stage.rollout_settings.function is not None:
         found: list[list[float]] = []
         problem = together(lambda: found.append(by_function(training, drawn)), training.world, RewardError)
         if problem:
@@ -100,10 +100,10 @@ def score(training: Training, drawn: SampledResponses) -> Tensor | None:
         every = over_rows(training, training.roles.reward_model, rows, ShardedModel.scores)
         given = every.gather(1, score_places(rows)[:, None])[:, 0]
     ended = on_device(drawn.ended, torch.bool, device)
-    given = given - stage.rollout.missing_eos * (~ended).float()
+    given = given - stage.rollout_settings.missing_eos_penalty * (~ended).float()
     lacking = int((written & ~given.isfinite()).sum())
     if lacking and lacking == int(written.sum()):
-        who = stage.rollout.function or "the reward model"
+        who = stage.rollout_settings.function or "the reward model"
         training.hold_for_data(f"{who}: none of {lacking} responses has a score (correct it and resume)", retries=False)
         return None
     if lacking:
@@ -133,36 +133,38 @@ def _noted(training: Training, drawn: SampledResponses, given: Tensor) -> tuple[
     put off.
     """
     stage, drawn_at = training.stage.stage, training.progress.drawn
-    coefficient = training.progress.settings["kl"] * (drawn_at.kl_scale if stage.rollout.kl_target is not None else 1.0)
-    policy, written = stage.rollout, drawn.rows.mask
+    coefficient = training.progress.settings["kl_coef"] * (
+        drawn_at.kl_scale if stage.rollout_settings.kl_target is not None else 1.0
+    )
+    policy, written = stage.rollout_settings, drawn.rows.mask
     old, entropy = log_probs_and_entropy(training, training.model, drawn)
     assert training.reference is not None
     reference = log_probs(training, training.reference, drawn)
     scored = given.isfinite()
-    learned = grpo.comparable(scored, policy.responses) if stage.objective == "grpo" else scored
+    learned = grpo.comparable(scored, policy.num_generations) if stage.objective == "grpo" else scored
     mask = written * learned[:, None]
     metrics = distances(old, reference, entropy, written) | _scores_of(given)
     metrics |= {
-        "policy/truncated": 1 - sum(drawn.ended) / max(1, len(drawn.ended) - drawn.skipped),
+        "policy/truncated_fraction": 1 - sum(drawn.ended) / max(1, len(drawn.ended) - drawn.skipped),
         "policy/empty": float(drawn.skipped),
         "policy/unscored": float(len(scored) - drawn.skipped - int(scored.sum())),
         "policy/skipped": float(len(learned) - int(learned.sum())),
         "policy/kl_coefficient": coefficient,
-        "policy/mismatch": float((old - drawn.engine).abs().sum()) / max(1.0, float(written.sum())),
-        "policy/version": float(drawn.version),
+        "policy/logprob_mismatch": float((old - drawn.engine).abs().sum()) / max(1.0, float(written.sum())),
+        "policy/weights_step": float(drawn.version),
     }
-    if not metrics["policy/mismatch"] <= policy.mismatch and _mismatched(training, metrics["policy/mismatch"]):
+    if not metrics["policy/logprob_mismatch"] <= policy.mismatch and _mismatched(training, metrics["policy/logprob_mismatch"]):
         return None
     worth = real(_normalised(training, given, scored) if policy.normalise else given, scored)
     rows = drawn.rows._replace(mask=mask)
     if stage.objective == "grpo":
-        metrics["policy/groups_skipped"] = float((~learned.view(-1, policy.responses).any(-1)).sum())
-        advantages = grpo.advantages(worth, policy.responses, policy.advantage == "leave-one-out", scored)[:, None] * mask
+        metrics["policy/groups_skipped"] = float((~learned.view(-1, policy.num_generations).any(-1)).sum())
+        advantages = grpo.advantages(worth, policy.num_generations, policy.advantage == "leave-one-out", scored)[:, None] * mask
         return rows, Noted(old, advantages, reference=reference), metrics
     assert training.roles.critic is not None
     values = real(over_rows(training, training.roles.critic.model, drawn.rows, ShardedModel.scores), mask)
     rewards = token_rewards(worth, old - reference, mask, coefficient)
-    advantages, returns = gae(rewards, values, mask, policy.gamma, policy.lam)
+    advantages, returns = gae(rewards, values, mask, policy.gamma, policy.gae_lambda)
     if policy.whiten:
         advantages = whiten(advantages, mask)
     if policy.kl_target is not None:
@@ -174,7 +176,7 @@ def _noted(training: Training, drawn: SampledResponses, given: Tensor) -> tuple[
 
 def _mismatched(training: Training, mismatch: float) -> bool:
     """Says that engine and trainer differ; whether the rollout is put off for it: what a server drew is not learned from then."""
-    policy, local_engine = training.stage.stage.rollout, training.local_engine()
+    policy, local_engine = training.stage.stage.rollout_settings, training.local_engine()
     text = f"engine and trainer differ by {mismatch:.3g} nats a token about what was drawn"
     text = f"{text} (more than policy.mismatch {policy.mismatch:g}): their weights or positions are not the same"
     if not isinstance(local_engine, VllmRolloutEngine):
@@ -191,7 +193,7 @@ def _scores_of(given: Tensor) -> dict[str, float]:
     there = given[given.isfinite()]
     if not len(there):
         return {}
-    return {"policy/reward": float(there.mean()), "policy/reward_deviation": float(there.std()) if len(there) > 1 else 0.0}
+    return {"policy/reward": float(there.mean()), "policy/reward_std": float(there.std()) if len(there) > 1 else 0.0}
 
 
 def distances(policy: Tensor, reference: Tensor, entropy: Tensor, mask: Tensor) -> dict[str, float]:

@@ -51,7 +51,7 @@ class VllmRolloutEngine:
         assert given.url is not None
         assert given.weights is not None
         self._recipe, self._stage, self._model, self._world, self._tokenizer = recipe, stage, model, world, tokenizer
-        self._weights, self._running = Path(given.weights), given.running
+        self._weights, self._running = Path(given.weights), given.max_num_seqs
         self.latest = str(self._weights / LATEST)
         """What the server is to be started with."""
         self._server = Server(given.url, given.model, given.timeout, stage.context, model.vocabulary, self.latest)
@@ -67,7 +67,7 @@ class VllmRolloutEngine:
         self._beside: dict[str, bytes] = {}
         self._probe: list[tuple[int, ...]] = []
         """Prompts by which a reload is checked: the same at every reload of a stage."""
-        self._check = ReloadCheck(stage.rollout.mismatch)
+        self._check = ReloadCheck(stage.rollout_settings.mismatch)
         self.usage: list[Usage] = []
         """How the server uses its cache is its own matter."""
 

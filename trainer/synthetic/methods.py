@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.tokenization.tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
 from trainer.batches import of_one
 from trainer.distributed.mesh import together
@@ -45,11 +45,11 @@ def step(training: Training) -> tuple[Made, dict[str, float]] | None:
     prompts = _prompts(training)
     found = None
     if prompts is not None:
-        found = rejection(training, prompts) if stage.objective == "rejection" else constitution(training, prompts)
+        found = rejection(training, prompts) if stage.objective == "rejection_sampling" else constitution(training, prompts)
     if found is None or prompts is None:
         return None
     made, metrics = found
-    return made, metrics | {"made/skipped": float(stage.global_batch - len(prompts))}
+    return made, metrics | {"synthetic/skipped": float(stage.global_batch - len(prompts))}
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def _by_roles(tokenizer: Tokenizer, ids: Sequence[int]) -> Turns:
 
 
 def _asked(training: Training, conversations: Sequence[Turns], stream: int) -> SampledResponses | None:
-    policy, at, stage = training.stage.stage.rollout, training.progress, training.stage.stage
+    policy, at, stage = training.stage.stage.rollout_settings, training.progress, training.stage.stage
     seeds = [hash_of(training, at.position * 64 + stream, number) for number in range(len(conversations))]
     ids = [training.tokenizer.chat(turns)[0] for turns in conversations]
     training.phase("generating")
-    return sample_responses(training, ids, min(policy.tokens, stage.context - 1), policy.temperature, seeds)
+    return sample_responses(training, ids, min(policy.max_new_tokens, stage.context - 1), policy.temperature, seeds)
 
 
 def hash_of(training: Training, place: int, number: int) -> int:
@@ -137,7 +137,7 @@ def _answers(training: Training, drawn: SampledResponses) -> list[SampledAnswerR
 
 def rejection(training: Training, prompts: Sequence[SynthesisPrompt]) -> tuple[Made, dict[str, float]] | None:
     """Of the responses to each prompt the best, and the best beside the worst."""
-    count = training.stage.stage.rollout.responses
+    count = training.stage.stage.rollout_settings.num_generations
     drawn = _asked(training, [prompt.turns for prompt in prompts for _ in range(count)], 0)
     if drawn is None:
         return None
@@ -167,9 +167,9 @@ def rejection(training: Training, prompts: Sequence[SynthesisPrompt]) -> tuple[M
         "policy/reward": sum(known) / max(1, len(known)),
         "policy/empty": float(sum(not answer.text for answer in answers)),
         "policy/unscored": float(len(scored) - drawn.skipped - len(known)),
-        "made/gain": sum(gained) / max(1, len(gained)),
-        "made/best": float(len(made["best"])),
-        "made/pairs": float(len(made["pairs"])),
+        "synthetic/gain": sum(gained) / max(1, len(gained)),
+        "synthetic/best": float(len(made["best"])),
+        "synthetic/pairs": float(len(made["pairs"])),
     }
     return made, metrics
 
@@ -215,10 +215,10 @@ def constitution(training: Training, prompts: Sequence[SynthesisPrompt]) -> tupl
             made["judged"].append(_pair(_messages(prompt.turns), better, worse) | told)
     changed = sum(a.text != b.text for a, b in zip(answers, revisions, strict=True))
     return made, {
-        "made/revisions": float(len(made["revisions"])),
-        "made/changed": changed / max(1, len(answers)),
-        "made/judged": float(len(made["judged"])),
-        "made/certainty": sum(abs(each) for each in sure) / max(1, len(sure)),
+        "synthetic/revisions": float(len(made["revisions"])),
+        "synthetic/changed": changed / max(1, len(answers)),
+        "synthetic/judged": float(len(made["judged"])),
+        "synthetic/certainty": sum(abs(each) for each in sure) / max(1, len(sure)),
     }
 
 

@@ -324,7 +324,7 @@ _HEADS = re.compile(
         f"({head})"
         for head in (
             "train/loss$", "policy/reward$", "eval/.+/reward$", "policy/kl_sequence", "eval/.+/kl_sequence$", "policy/entropy",
-            "policy/response_length|eval/.+/response_length$", "policy/truncated", "policy/kl", "policy/reward",
+            "policy/response_length|eval/.+/response_length$", "policy/truncated_fraction", "policy/kl", "policy/reward",
             "policy/(ratio|clip|approximate)", "policy/", "value/", "preference/", "eval/", "train/",
             "perf/(generate|score|update)_seconds", "perf/",
         )

@@ -94,7 +94,7 @@ def _of_rollouts(latest: dict[str, float], coefficient: float | None) -> list[Sl
         Slot("response length", ("policy/response_length",)),
         Slot("variance explained by the value model", ("value/explained_variance",)),
         Slot("gradient norm", ("train/grad_norm",)),
-        Slot("responses cut off", ("policy/truncated",)),
+        Slot("responses cut off", ("policy/truncated_fraction",)),
     ]
     return [slot for slot in wanted if slot.metrics[0] in latest]
 
@@ -174,7 +174,7 @@ class WatchView(View):
         snapshot = self._scene.snapshot if self._scene is not None else None
         if snapshot is None:
             return []
-        return slots(snapshot.latest, _drawing(snapshot) is not None, snapshot.settings.get("kl"))
+        return slots(snapshot.latest, _drawing(snapshot) is not None, snapshot.settings.get("kl_coef"))
 
     def _arrange(self, plan: Layout, wanted: int) -> None:
         shown = min(max(1, wanted), plan.across * plan.down, len(self._charts))
@@ -207,7 +207,7 @@ class WatchView(View):
             return None
         golden = tuple(c.id for c in snapshot.checkpoints if c.golden)
         return (snapshot.step, snapshot.lineage, snapshot.stage, snapshot.state, len(snapshot.checkpoints), golden,
-                snapshot.settings.get("kl"), self._scene.link.up)  # fmt: skip
+                snapshot.settings.get("kl_coef"), self._scene.link.up)  # fmt: skip
 
     async def _fetch(self) -> None:
         scene = self._scene
@@ -296,7 +296,7 @@ def rollout(scene: Scene, snapshot: Snapshot, stage: StageView) -> Line:
     if (kl := latest.get("policy/kl_sequence")) is not None:
         target = f" (target {setting(stage.kl_target)})" if stage.kl_target is not None else ""
         parts.append([("KL ", Ink.FAINT), (compact(kl), Ink.TEXT), (target, Ink.FAINT)])
-    if (coefficient := snapshot.settings.get("kl")) is not None:
+    if (coefficient := snapshot.settings.get("kl_coef")) is not None:
         parts.append([("kl ", Ink.FAINT), (compact(coefficient), Ink.TEXT)])
     return [(" ", Ink.BLANK), *joined(parts)]
 
@@ -306,7 +306,7 @@ DRAWN = (
     ("held-out", "held-out", ""),
     ("policy/entropy", "entropy", ""),
     ("policy/response_length", "length", ""),
-    ("policy/truncated", "cut off", "%"),
+    ("policy/truncated_fraction", "cut off", "%"),
 )
 """What rollouts add to the figures."""
 OTHER = (("policy/kl", "KL", ""), ("policy/reward", "reward", ""), ("preference/margin", "margin", ""))
@@ -318,7 +318,11 @@ def _facts(scene: Scene, snapshot: Snapshot) -> Line:
     if drawing := _drawing(snapshot):
         held_out = [latest[name] for source in drawing.mixture if (name := f"eval/{source}/reward") in latest]
         latest |= {"held-out": sum(held_out) / len(held_out)} if held_out else {}
-        latest |= {"policy/truncated": 100 * latest["policy/truncated"]} if "policy/truncated" in latest else {}
+        latest |= (
+            {"policy/truncated_fraction": 100 * latest["policy/truncated_fraction"]}
+            if "policy/truncated_fraction" in latest
+            else {}
+        )
     parts: list[Line] = []
     for name, label, unit in (
         ("train/loss", "loss", ""),

@@ -13,7 +13,7 @@ from typing import Any
 from midwatch.recipe.huggingface.rope import DEFAULT_POSITIONS, read_rope
 from midwatch.recipe.huggingface.weights_map import ARCHITECTURES, Family
 from midwatch.recipe.model import Model, Rope
-from shards.decoding import LARGEST, shown
+from shards.common.decoding import LARGEST, shown
 
 SIZES = frozenset(
     [
@@ -163,15 +163,15 @@ def _from_llama(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UnknownConfigError(str(error)) from None
     heads, width = config["num_attention_heads"], config["hidden_size"]
     keys: dict[str, Any] = {
-        "layers": config["num_hidden_layers"],
-        "width": width,
-        "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
-        "head_width": config.get("head_dim") or _share(width, heads, "heads"),
-        "hidden": config["intermediate_size"],
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": width,
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or _share(width, heads, "heads"),
+        "intermediate_size": config["intermediate_size"],
         "position": "rope",
         "norm": "rmsnorm",
-        "norm_place": "before",
+        "norm_place": "pre",
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "embedding_norm": False,
         "mlp": "swiglu",
@@ -179,7 +179,7 @@ def _from_llama(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention_bias": bool(config.get("attention_bias", False)),
         "rope_theta": theta,
         "rope": rope,
-        "tied": bool(config.get("tie_word_embeddings", False)),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "vocabulary": config["vocab_size"],
         "max_position_embeddings": config.get("max_position_embeddings", DEFAULT_POSITIONS),
     }
@@ -207,11 +207,11 @@ def _from_gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     width = config["n_embd"]
     return _biased(config["n_layer"], width, config["n_head"], config.get("layer_norm_epsilon", 1e-5)) | {
-        "hidden": config.get("n_inner") or 4 * width,
+        "intermediate_size": config.get("n_inner") or 4 * width,
         "position": "learned",
         "max_positions": config["n_positions"],
         "embedding_norm": False,
-        "tied": bool(config.get("tie_word_embeddings", True)),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
         "vocabulary": config["vocab_size"],
     }
 
@@ -222,23 +222,23 @@ def _from_bloom(config: Mapping[str, Any]) -> dict[str, Any]:
     layers = config.get("n_layer") or config["num_hidden_layers"]
     heads = config.get("n_head") or config["num_attention_heads"]
     return _biased(layers, width, heads, config.get("layer_norm_epsilon", 1e-5)) | {
-        "hidden": 4 * width,
+        "intermediate_size": 4 * width,
         "position": "alibi",
         "embedding_norm": True,
-        "tied": bool(config.get("tie_word_embeddings", True)),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", True)),
         "vocabulary": config["vocab_size"],
     }
 
 
 def _biased(layers: int, width: int, heads: int, eps: float) -> dict[str, Any]:
     return {
-        "layers": layers,
-        "width": width,
-        "heads": heads,
-        "kv_heads": heads,
-        "head_width": _share(width, heads, "heads"),
+        "num_layers": layers,
+        "hidden_size": width,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": _share(width, heads, "heads"),
         "norm": "layernorm",
-        "norm_place": "before",
+        "norm_place": "pre",
         "norm_eps": float(eps),
         "mlp": "gelu",
         "bias": True,
@@ -265,15 +265,15 @@ def config_of(model: Model, family: Family, rope: Rope, original_context: int, c
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
         "vocab_size": vocabulary,
-        "tie_word_embeddings": model.tied,
+        "tie_word_embeddings": model.tie_embeddings,
         "torch_dtype": "float32",
         "use_cache": True,
     }
     if family == "gpt2":
         return common | {
-            "n_layer": model.layers,
-            "n_embd": model.width,
-            "n_head": model.heads,
+            "n_layer": model.num_layers,
+            "n_embd": model.hidden_size,
+            "n_head": model.num_heads,
             "n_inner": model.hidden_width,
             "n_positions": context,
             "activation_function": "gelu_new",
@@ -284,9 +284,9 @@ def config_of(model: Model, family: Family, rope: Rope, original_context: int, c
         }
     if family == "bloom":
         return common | {
-            "n_layer": model.layers,
-            "hidden_size": model.width,
-            "n_head": model.heads,
+            "n_layer": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "n_head": model.num_heads,
             "layer_norm_epsilon": model.norm_eps,
             "seq_length": context,
         }
@@ -296,9 +296,9 @@ def config_of(model: Model, family: Family, rope: Rope, original_context: int, c
     own = rope.kind == "none" or (rope == model.rope and declared > 0)
     longest = max(context, declared, 0 if own else round(original * rope.factor))
     return common | {
-        "num_hidden_layers": model.layers,
-        "hidden_size": model.width,
-        "num_attention_heads": model.heads,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.key_value_heads,
         "head_dim": model.head,
         "intermediate_size": model.hidden_width,
@@ -330,7 +330,7 @@ def _scaling(rope: Rope, original: int) -> dict[str, Any] | None:
     if rope.kind == "longrope":
         scaling |= {"short_factor": list(rope.short_factor), "long_factor": list(rope.long_factor)}
     if rope.kind == "proportional":
-        scaling["partial_rotary_factor"] = rope.rotary_part
+        scaling["partial_rotary_factor"] = rope.partial_rotary_factor
     if rope.kind in ("yarn", "longrope") and rope.attention_factor is not None:
         scaling["attention_factor"] = rope.attention_factor
     if rope.kind in ("yarn", "llama3", "longrope"):

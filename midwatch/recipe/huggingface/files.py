@@ -20,7 +20,7 @@ import msgspec
 from midwatch.recipe.huggingface.config import UnknownConfigError, model_keys
 from midwatch.recipe.huggingface.weights_map import Family, file_shapes, layout
 from midwatch.recipe.model import Model
-from shards.decoding import Count, DecodeError, brief, json_value, shown
+from shards.common.decoding import Count, DecodeError, brief, json_value, shown
 
 PREFIX = "hf:"
 INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
@@ -210,7 +210,7 @@ def _check(path: Path, model: Model, family: Family, tensors: dict[str, StoredTe
         if stored.dtype not in ITEM_BYTES:
             way = f"only {', '.join(ITEM_BYTES)} can be read; dequantize it"
             raise DirectoryError(f"{stored.file}: tensor {shown(stored.name)} is {shown(stored.dtype)} ({way})")
-    spared = tensors.get("lm_head.weight") if model.tied else None
+    spared = tensors.get("lm_head.weight") if model.tie_embeddings else None
     embedding = tensors[parts["embedding.weight"].pieces[0].tensor]
     if spared is not None and not same_values(spared, embedding):
         way = "set it to false to keep this output layer, or drop the tensor"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from shards.decoding import shown
+from shards.common.decoding import shown
 
 DEFAULT_POSITIONS = 2048
 """Llama's `max_position_embeddings` where the configuration has none."""
@@ -32,7 +32,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
         "yarn": {k: k for k in ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor")},
         "llama3": {k: k for k in ("factor", "low_freq_factor", "high_freq_factor")},
         "longrope": {k: k for k in ("factor", "short_factor", "long_factor", "attention_factor")},
-        "proportional": {"factor": "factor", "partial_rotary_factor": "rotary_part"},
+        "proportional": {"factor": "factor", "partial_rotary_factor": "partial_rotary_factor"},
     }
     if kind not in known:
         raise ValueError(f"rope type {shown(kind)} is not known; those that can be read are {', '.join(known)}")

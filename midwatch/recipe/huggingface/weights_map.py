@@ -40,23 +40,23 @@ class MappedParameter(NamedTuple):
 
 def misfits(model: Model, family: Family) -> list[str]:
     """What of the model the family does not have; empty where it fits."""
-    want: dict[str, object] = {"norm_place": "before"}
+    want: dict[str, object] = {"norm_place": "pre"}
     if family == "llama":
         want |= {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "embedding_norm": False}
     else:
         position = "learned" if family == "gpt2" else "alibi"
         want |= {"position": position, "norm": "layernorm", "mlp": "gelu", "bias": True, "attention_biased": True}
-        want |= {"embedding_norm": family == "bloom", "key_value_heads": model.heads}
+        want |= {"embedding_norm": family == "bloom", "key_value_heads": model.num_heads}
     found = []
     for name, value in want.items():
         if getattr(model, name) != value:
-            key = {"attention_biased": "attention_bias", "key_value_heads": "kv_heads"}.get(name, name)
+            key = {"attention_biased": "attention_bias", "key_value_heads": "num_kv_heads"}.get(name, name)
             found.append(f"{key} is {_shown(getattr(model, name))}, not {_shown(value)}")
-    if family != "llama" and model.heads * model.head != model.width:
-        found.append(f"its {model.heads} heads of {model.head} are not as wide as the model, {model.width}")
-    if family == "llama" and model.width % model.heads:
-        found.append(f"width {model.width} does not divide among {model.heads} heads")
-    if family == "bloom" and model.hidden_width != 4 * model.width:
+    if family != "llama" and model.num_heads * model.head != model.hidden_size:
+        found.append(f"its {model.num_heads} heads of {model.head} are not as wide as the model, {model.hidden_size}")
+    if family == "llama" and model.hidden_size % model.num_heads:
+        found.append(f"width {model.hidden_size} does not divide among {model.num_heads} heads")
+    if family == "bloom" and model.hidden_width != 4 * model.hidden_size:
         found.append(f"hidden is {model.hidden_width}, not 4 times the width")
     return found
 
@@ -74,7 +74,7 @@ def layout(model: Model, family: Family, vocabulary: int, scalar: bool = False) 
     found = tables[family](model, vocabulary)
     if scalar:
         found.pop("head.weight", None)
-        found["score.weight"] = _whole("score.weight", 1, model.width)
+        found["score.weight"] = _whole("score.weight", 1, model.hidden_size)
     return found
 
 
@@ -91,71 +91,75 @@ def file_shapes(parts: dict[str, MappedParameter]) -> dict[str, tuple[int, ...]]
 
 
 def _llama(model: Model, vocabulary: int) -> dict[str, MappedParameter]:
-    found = {"embedding.weight": _whole("model.embed_tokens.weight", vocabulary, model.width)}
-    queries, keys = model.heads * model.head, model.key_value_heads * model.head
-    for i in range(model.layers):
+    found = {"embedding.weight": _whole("model.embed_tokens.weight", vocabulary, model.hidden_size)}
+    queries, keys = model.num_heads * model.head, model.key_value_heads * model.head
+    for i in range(model.num_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
-        found[f"{ours}.attention_norm.weight"] = _whole(f"{theirs}.input_layernorm.weight", model.width)
+        found[f"{ours}.attention_norm.weight"] = _whole(f"{theirs}.input_layernorm.weight", model.hidden_size)
         for kind in ("weight", "bias") if model.attention_biased else ("weight",):
-            inner = (model.width,) if kind == "weight" else ()
+            inner = (model.hidden_size,) if kind == "weight" else ()
             pieces = _groups(model, *(f"{theirs}.self_attn.{name}_proj.{kind}" for name in "qkv"))
             found[f"{ours}.attention.qkv.{kind}"] = MappedParameter((queries + 2 * keys, *inner), pieces)
             inner = (queries,) if kind == "weight" else ()
-            found[f"{ours}.attention.out.{kind}"] = _whole(f"{theirs}.self_attn.o_proj.{kind}", model.width, *inner)
-        found[f"{ours}.mlp_norm.weight"] = _whole(f"{theirs}.post_attention_layernorm.weight", model.width)
+            found[f"{ours}.attention.out.{kind}"] = _whole(f"{theirs}.self_attn.o_proj.{kind}", model.hidden_size, *inner)
+        found[f"{ours}.mlp_norm.weight"] = _whole(f"{theirs}.post_attention_layernorm.weight", model.hidden_size)
         for name, rows, columns in (
-            ("gate", model.hidden_width, model.width),
-            ("up", model.hidden_width, model.width),
-            ("down", model.width, model.hidden_width),
+            ("gate", model.hidden_width, model.hidden_size),
+            ("up", model.hidden_width, model.hidden_size),
+            ("down", model.hidden_size, model.hidden_width),
         ):
             found[f"{ours}.mlp.{name}.weight"] = _whole(f"{theirs}.mlp.{name}_proj.weight", rows, columns)
             if model.bias:
                 found[f"{ours}.mlp.{name}.bias"] = _whole(f"{theirs}.mlp.{name}_proj.bias", rows)
-    found["norm.weight"] = _whole("model.norm.weight", model.width)
+    found["norm.weight"] = _whole("model.norm.weight", model.hidden_size)
     return found | _head(model, vocabulary)
 
 
 def _gpt2(model: Model, vocabulary: int) -> dict[str, MappedParameter]:
-    found = {"embedding.weight": _whole("transformer.wte.weight", vocabulary, model.width)}
-    found["positions.weight"] = _whole("transformer.wpe.weight", model.position_rows, model.width)
-    for i in range(model.layers):
+    found = {"embedding.weight": _whole("transformer.wte.weight", vocabulary, model.hidden_size)}
+    found["positions.weight"] = _whole("transformer.wpe.weight", model.position_rows, model.hidden_size)
+    for i in range(model.num_layers):
         ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
-        found |= _normed(f"{ours}.attention_norm", f"{theirs}.ln_1", model.width)
-        found |= _linear(f"{ours}.attention.qkv", f"{theirs}.attn.c_attn", 3 * model.width, model.width, transposed=True)
+        found |= _normed(f"{ours}.attention_norm", f"{theirs}.ln_1", model.hidden_size)
+        found |= _linear(
+            f"{ours}.attention.qkv", f"{theirs}.attn.c_attn", 3 * model.hidden_size, model.hidden_size, transposed=True
+        )
         for kind in ("weight", "bias"):
             # GPT-2 has all queries, then all keys, then all values.
             pieces = tuple(
-                TensorSlice(f"{theirs}.attn.c_attn.{kind}", which * model.width + head * model.head, model.head)
-                for head in range(model.heads)
+                TensorSlice(f"{theirs}.attn.c_attn.{kind}", which * model.hidden_size + head * model.head, model.head)
+                for head in range(model.num_heads)
                 for which in range(3)
             )
             found[f"{ours}.attention.qkv.{kind}"] = found[f"{ours}.attention.qkv.{kind}"]._replace(pieces=pieces)
-        found |= _linear(f"{ours}.attention.out", f"{theirs}.attn.c_proj", model.width, model.width, transposed=True)
-        found |= _normed(f"{ours}.mlp_norm", f"{theirs}.ln_2", model.width)
-        found |= _linear(f"{ours}.mlp.up", f"{theirs}.mlp.c_fc", model.hidden_width, model.width, transposed=True)
-        found |= _linear(f"{ours}.mlp.down", f"{theirs}.mlp.c_proj", model.width, model.hidden_width, transposed=True)
-    found |= _normed("norm", "transformer.ln_f", model.width)
+        found |= _linear(f"{ours}.attention.out", f"{theirs}.attn.c_proj", model.hidden_size, model.hidden_size, transposed=True)
+        found |= _normed(f"{ours}.mlp_norm", f"{theirs}.ln_2", model.hidden_size)
+        found |= _linear(f"{ours}.mlp.up", f"{theirs}.mlp.c_fc", model.hidden_width, model.hidden_size, transposed=True)
+        found |= _linear(f"{ours}.mlp.down", f"{theirs}.mlp.c_proj", model.hidden_size, model.hidden_width, transposed=True)
+    found |= _normed("norm", "transformer.ln_f", model.hidden_size)
     return found | _head(model, vocabulary)
 
 
 def _bloom(model: Model, vocabulary: int) -> dict[str, MappedParameter]:
-    found = {"embedding.weight": _whole("transformer.word_embeddings.weight", vocabulary, model.width)}
-    found |= _normed("embedding_norm", "transformer.word_embeddings_layernorm", model.width)
-    for i in range(model.layers):
+    found = {"embedding.weight": _whole("transformer.word_embeddings.weight", vocabulary, model.hidden_size)}
+    found |= _normed("embedding_norm", "transformer.word_embeddings_layernorm", model.hidden_size)
+    for i in range(model.num_layers):
         ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
-        found |= _normed(f"{ours}.attention_norm", f"{theirs}.input_layernorm", model.width)
-        found |= _linear(f"{ours}.attention.qkv", f"{theirs}.self_attention.query_key_value", 3 * model.width, model.width)
-        found |= _linear(f"{ours}.attention.out", f"{theirs}.self_attention.dense", model.width, model.width)
-        found |= _normed(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", model.width)
-        found |= _linear(f"{ours}.mlp.up", f"{theirs}.mlp.dense_h_to_4h", model.hidden_width, model.width)
-        found |= _linear(f"{ours}.mlp.down", f"{theirs}.mlp.dense_4h_to_h", model.width, model.hidden_width)
-    found |= _normed("norm", "transformer.ln_f", model.width)
+        found |= _normed(f"{ours}.attention_norm", f"{theirs}.input_layernorm", model.hidden_size)
+        found |= _linear(
+            f"{ours}.attention.qkv", f"{theirs}.self_attention.query_key_value", 3 * model.hidden_size, model.hidden_size
+        )
+        found |= _linear(f"{ours}.attention.out", f"{theirs}.self_attention.dense", model.hidden_size, model.hidden_size)
+        found |= _normed(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", model.hidden_size)
+        found |= _linear(f"{ours}.mlp.up", f"{theirs}.mlp.dense_h_to_4h", model.hidden_width, model.hidden_size)
+        found |= _linear(f"{ours}.mlp.down", f"{theirs}.mlp.dense_4h_to_h", model.hidden_size, model.hidden_width)
+    found |= _normed("norm", "transformer.ln_f", model.hidden_size)
     return found | _head(model, vocabulary)
 
 
 def _groups(model: Model, queries: str, keys: str, values: str) -> tuple[TensorSlice, ...]:
     """Group after group its query heads, its key head and its value head, out of three tensors."""
-    each, wide = model.head, model.heads // model.key_value_heads * model.head
+    each, wide = model.head, model.num_heads // model.key_value_heads * model.head
     return tuple(
         piece
         for group in range(model.key_value_heads)
@@ -168,7 +172,7 @@ def _groups(model: Model, queries: str, keys: str, values: str) -> tuple[TensorS
 
 
 def _head(model: Model, vocabulary: int) -> dict[str, MappedParameter]:
-    return {} if model.tied else {"head.weight": _whole("lm_head.weight", vocabulary, model.width)}
+    return {} if model.tie_embeddings else {"head.weight": _whole("lm_head.weight", vocabulary, model.hidden_size)}
 
 
 def _whole(name: str, *shape: int) -> MappedParameter:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.metrics.chunks import MetricFrame, MetricRow
+from launcher.metrics.chunks import MetricFrame, StepMetrics
 from launcher.metrics.store import MetricStore
 from midwatch.metrics.m4_columns import NODES_A_COLUMN, Columns, LineageSegment, columns_of, grid, smoothed
 from midwatch.metrics.m4_nodes import ROW
@@ -62,7 +62,7 @@ def fill(store: MetricStore, raw: Raw, name: str = "loss", source: str = "rank0"
     for lineage, values in raw.items():
         steps = list(values)
         for begin in range(0, len(steps), batch):
-            rows = [MetricRow(lineage, s, s * 7, s / 2, {name: values[s]}) for s in steps[begin : begin + batch]]
+            rows = [StepMetrics(lineage, s, s * 7, s / 2, {name: values[s]}) for s in steps[begin : begin + batch]]
             number += 1
             assert store.add(MetricFrame(source, number, rows))
 
@@ -101,7 +101,7 @@ def test_flushed_and_pending_rows_read_as_one(store: MetricStore) -> None:
     steps = list(raw[0])
     for number, begin in enumerate(range(0, 2_500, 50)):
         store.add(
-            MetricFrame("rank0", number, [MetricRow(0, s, s * 7, s / 2, {"loss": raw[0][s]}) for s in steps[begin : begin + 50]])
+            MetricFrame("rank0", number, [StepMetrics(0, s, s * 7, s / 2, {"loss": raw[0][s]}) for s in steps[begin : begin + 50]])
         )
         if number % 7 == 0:
             store.flush()
@@ -117,7 +117,7 @@ def test_rows_that_come_late_and_shuffled_read_in_order(store: MetricStore) -> N
     rng.shuffle(shuffled)
     for number, begin in enumerate(range(0, 3_000, 100)):
         store.add(
-            MetricFrame("rank0", number, [MetricRow(0, s, s * 7, s / 2, {"loss": raw[s]}) for s in shuffled[begin : begin + 100]])
+            MetricFrame("rank0", number, [StepMetrics(0, s, s * 7, s / 2, {"loss": raw[s]}) for s in shuffled[begin : begin + 100]])
         )
         if number % 5 == 0:
             store.flush()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.metrics.chunks import MetricChunkWriter, MetricFrame, MetricRow, encode, read_frames
+from launcher.metrics.chunks import MetricChunkWriter, MetricFrame, StepMetrics, encode, read_frames
 from launcher.metrics.dedup import NumberRanges
 from launcher.metrics.store import MEMORY, MetricStore, usable_index
 from midwatch.metrics.m4_columns import LineageSegment
@@ -21,7 +21,7 @@ PATH = [LineageSegment(0, -1, None)]
 
 def frame(number: int, source: str = "rank0", step: int | None = None, value: float | None = None) -> MetricFrame:
     step = number if step is None else step
-    return MetricFrame(source, number, [MetricRow(0, step, step, float(step), {"loss": float(step) if value is None else value})])
+    return MetricFrame(source, number, [StepMetrics(0, step, step, float(step), {"loss": float(step) if value is None else value})])
 
 
 def opened(folder: Path, term: int | None = None) -> MetricStore:
@@ -137,15 +137,15 @@ def test_seen_numbers_are_exact_whatever_the_order() -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from launcher.metrics.chunks import Frame, Row
-from launcher.metrics.store import MEMORY, Metrics, usable_index
+from launcher.metrics.chunks import MetricFrame, MetricRow
+from launcher.metrics.store import MEMORY, MetricStore, usable_index
 import launcher.metrics.store as module
 module.FLUSH_VALUES = 500
 folder = Path(sys.argv[1])
-store = Metrics.open(folder / "metrics", folder / "index.sqlite", int(sys.argv[2]))
+store = MetricStore.open(folder / "metrics", folder / "index.sqlite", int(sys.argv[2]))
 number = int(sys.argv[3])
 while True:
-    store.add(Frame("rank0", number, [Row(0, number, number, 0.0, {"loss": float(number)})]))
+    store.add(MetricFrame("rank0", number, [MetricRow(0, number, number, 0.0, {"loss": float(number)})]))
     if number % 10 == 9:
         store.sync()
         print(number, flush=True)
