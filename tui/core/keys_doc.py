@@ -21,6 +21,9 @@ first, unless a `!` ends the verb: `:stop! --now`. The names and letters of view
 | --- | --- |
 """
 
+BAR = "\\|"
+"""A bar that does not end a table's cell."""
+
 
 def table(rows: list[keys.Key]) -> str:
     cells = "\n".join(f"| `{key.shown}` | {key.text} |" for key in rows)
@@ -34,7 +37,7 @@ def page() -> str:
     parts = [HEAD, "\n## Views\n", table(views), "\n## Commands\n", table(list(keys.COMMANDS)), "\n## Everywhere\n", table(rest)]
     for name, own in keys.OF_VIEW.items():
         parts += [f"\n## In {name}\n", table(list(own))]
-    usages = "\n".join(f"| `:{usage}` | |" for usage in [*USAGE.values(), "resume", "checkpoint"])
+    usages = "\n".join(f"| `:{usage.replace('|', BAR)}` | |" for usage in [*USAGE.values(), "resume", "checkpoint"])
     parts += [TAIL.rstrip("\n"), "\n", usages, "\n\n## Not there yet\n", table(planned)]
     return "".join(parts)
 
