@@ -37,7 +37,7 @@ from launcher.controller.supervision.generations import Generations
 from launcher.controller.supervision.node_pool import Pool
 from launcher.controller.supervision.stragglers import Stragglers
 from launcher.controller.versions import installed_versions
-from launcher.controller.watch_rules import Firing, WatchRules, action
+from launcher.controller.watch_rules import Firing, WatchRules
 from launcher.metrics.store import MetricStore, usable_index
 from midwatch.directory_identity import DirectoryId
 from midwatch.journal import journal as j
@@ -284,11 +284,10 @@ class Term:
         text = f"{rule.name}: {seen.words(rule.metric)}"
         value = seen.value if math.isfinite(seen.value) else None
         context.raise_alarm(text, step, rule=rule.name, value=value, threshold=seen.threshold)
-        command = action(rule)
+        command = rule.command()
         if command is None:
             return
-        verb, arguments = command
-        asked = Command(id=f"watch/{rule.name}/{context.ledger.lineage}/{step}", verb=verb, arguments=arguments)
+        asked = Command(id=f"watch/{rule.name}/{context.ledger.lineage}/{step}", verb=command.verb, arguments=command.arguments)
         context.when_durable(lambda: self._give(asked, f"watch rule {rule.name}"))
 
     def _give(self, command: Command, author: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from midwatch.protocol import Metrics, Verb
+from midwatch.protocol import Metrics
 from midwatch.recipe import Watch
 from midwatch.recipe.watch import TRENDS, Condition
 from midwatch.words import plural
@@ -163,14 +163,3 @@ class WatchRules:
     def forget(self) -> None:
         for watcher in self._watchers:
             watcher.forget()
-
-
-def action(rule: Watch) -> tuple[Verb, dict[str, Any]] | None:
-    """The command that a rule gives; None for an alert."""
-    if rule.action == "pause":
-        return "pause", {}
-    if rule.action == "stop":
-        return "stop", {}
-    if rule.action == "rollback":
-        return "rollback", {"checkpoint": "golden", "skip": rule.skip, "lr_scale": rule.lr_scale}
-    return None

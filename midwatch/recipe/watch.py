@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import msgspec
 
+from midwatch.commands import BY_VERB, SPECS, CommandError, TypedCommand, parse_command
 from midwatch.recipe.bounds import MOST_COUNT, MOST_STEPS, bounded
 
 CONDITIONS = (
@@ -62,7 +62,9 @@ class Watch(Condition, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What must hold as well, by the newest value of each one's metric."""
     steps: int = 1
     """Values in a row for which all of it must hold."""
-    action: Literal["alert", "pause", "rollback", "stop"] = "alert"
+    action: str = "alert"
+    """What is done when it fires: `alert`, or a command as it is typed, as `set lr_scale=0.5`. An alarm is raised by all of them.
+    `rollback` alone goes back to the newest golden checkpoint, by `skip` and `lr_scale`."""
     skip: int = 0
     """Rollback: steps of data to pass over."""
     lr_scale: float = 1.0
@@ -78,4 +80,23 @@ class Watch(Condition, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if not 0 < self.lr_scale < math.inf:
             found.append(("lr_scale", "must be greater than 0 and finite"))
         found += bounded(self, 0, MOST_STEPS, ("skip", "cooldown"))
+        try:
+            self.command()
+        except CommandError as error:
+            found.append(("action", str(error)))
+        return found
+
+    def command(self) -> TypedCommand | None:
+        """What is asked of the run when the rule fires; None: nothing, an alarm is enough. Raises CommandError."""
+        if self.action == "alert":
+            return None
+        if self.action == "rollback":
+            arguments = {"checkpoint": "golden", "skip": self.skip, "lr_scale": self.lr_scale}
+            return TypedCommand("rollback", arguments)
+        found = parse_command(self.action)
+        if not BY_VERB[found.verb].by_rule:
+            usable = ", ".join(["alert", *(spec.typed for spec in SPECS if spec.by_rule)])
+            raise CommandError(f"{self.action}: a rule cannot give this command (it can: {usable})")
+        if found.verb == "rollback" and (self.skip, self.lr_scale) != (0, 1.0):
+            raise CommandError("skip and lr_scale belong to `rollback` alone; write them as --skip and --lr-scale here")
         return found
