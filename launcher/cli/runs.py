@@ -14,6 +14,7 @@ from launcher.backends.slurm.jobs import elsewhere
 from midwatch.journal.journal import JournalError, read_journal
 from midwatch.journal.run_state import Ledger
 from midwatch.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from midwatch.recipe.watch_checks import rule_problems
 from midwatch.run_directory import PRIVATE_FILE, RunPaths, cache_directories, controller_lives, runtime_directory, write_atomically
 from midwatch.run_identity import claim
 from midwatch.transport.access import group_id
@@ -77,6 +78,8 @@ def check_recipe(recipe_file: Path) -> Recipe:
             check_template(recipe.tokenizer)
         except ShardError as error:
             raise RecipeError(f"{recipe_file}: {error}") from None
+    if problems := [f"{recipe_file}: {problem}" for problem in rule_problems(recipe)]:
+        raise RecipeError("\n".join(problems))
     if recipe.cluster.operators is not None:
         group_id(recipe.cluster.operators, str(recipe_file))
     if recipe.data.dir is not None and Path(recipe.data.dir).exists() and any(Path(recipe.data.dir).iterdir()):

@@ -242,6 +242,7 @@ class Term:
             self.generations.look()
             self.stragglers.look()
             self._context.retry_backlog()
+            self._report_broken_rules()
             self.dispatch.look()
             if lost := self._context.directory.lost():
                 self.generations.abandon(lost)
@@ -278,6 +279,11 @@ class Term:
             await asyncio.sleep(0.25)
         self.generations.dismiss()
         await asyncio.sleep(FAREWELL_SECONDS)
+
+    def _report_broken_rules(self) -> None:
+        while self.watching.broken:
+            rule, why = self.watching.broken.pop(0)
+            self._context.raise_alarm(why, self._context.live.step, rule=rule.name, value=None, threshold="")
 
     def _rule_fires(self, rule: Watch, step: int, seen: Firing) -> None:
         context = self._context
