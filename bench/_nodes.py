@@ -23,9 +23,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from launcher.agent.environment import presentable, rank_environment
 from launcher.agent.reachability import ProbePort
 from midwatch import protocol as p
+from midwatch.journal.run_identity import run_id
 from midwatch.recipe import load_recipe
 from midwatch.run_directory import RunPaths, read_address
-from midwatch.run_identity import run_id
 from midwatch.transport.tls_identity import CONTROLLER_NAME, RunKeys, client_context
 
 GPUS = 8

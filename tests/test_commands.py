@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from docs.protocol import COMMANDS, typed
 from launcher.cli.parser import make_parser
-from launcher.controller.command_queue import _NODE_MARKS, Dispatch
+from launcher.controller.commands.command_queue import _NODE_MARKS, Dispatch
+from launcher.controller.core.events import Events
 from midwatch.commands import (
     BY_NAME,
     BY_VERB,
@@ -129,10 +130,9 @@ def test_each_command_has_what_carries_it_out_and_nothing_else_has() -> None:
 
 
 class _Anything:
-    """Takes listeners, as the controller's parts do."""
+    """Has the events that the controller's parts subscribe to."""
 
-    def __init__(self) -> None:
-        self.state_listeners: list[object] = []
+    events = Events()
 
 
 def test_what_parsers_call_their_own_is_no_argument_of_a_command() -> None:

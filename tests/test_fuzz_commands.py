@@ -123,8 +123,16 @@ RECIPE_FAULTS = {
         ":6: not valid TOML: an integer has thousands of digits",
     ),
     "an integer beyond 64 bits": ("seed = 7", f"seed = {10**23}", f":6: run.seed: {10**23} does not fit in 64 bits"),
-    "layers beyond any model": ("layers = 4", "layers = 2147483648", "[model] layers: 2147483648 is more than any model has"),
-    "heads beyond any model": ("heads = 4", "heads = 2147483647", "[model] heads: 2147483647 is more than any model has"),
+    "layers beyond any model": (
+        "num_layers = 4",
+        "num_layers = 2147483648",
+        "[model] num_layers: 2147483648 is more than any model has",
+    ),
+    "heads beyond any model": (
+        "num_heads = 4",
+        "num_heads = 2147483647",
+        "[model] num_heads: 2147483647 is more than any model has",
+    ),
     "ranks without end": ("ranks_per_node = 2", "ranks_per_node = 99999999999", "[cluster] ranks_per_node: must be at most"),
     "nodes without end": ("ranks_per_node = 2", 'nodes = "1:99999999999"', "[cluster] nodes: must be a number"),
     "a threshold that is no number": ("not_finite = true", "above = nan", "above: must be a finite number"),

@@ -27,9 +27,9 @@ from launcher.agent.reachability import ProbePort
 from launcher.agent.stats import NodeReader
 from midwatch import protocol as p
 from midwatch.directory_identity import DirectoryWatch
+from midwatch.journal.run_identity import run_id
 from midwatch.recipe import Recipe
 from midwatch.run_directory import RunPaths, read_address, runtime_directory
-from midwatch.run_identity import run_id
 from midwatch.transport.addresses import address_of, address_that_reaches, interface_of, interface_problem
 from midwatch.transport.node_join import NodeJoin, ways_to
 from midwatch.transport.rank_client import Connection

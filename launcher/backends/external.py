@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 
-from launcher.backends import Started, StartError
+from launcher.backends.base import Started, StartError
 from midwatch.journal import journal as j
+from midwatch.recipe import Cluster
+from midwatch.run_directory import RunPaths
 
 
 class JoiningBackend:
     """Names no node and starts no agent: the pool knows those that have come."""
+
+    def __init__(self, paths: RunPaths, cluster: Cluster) -> None:
+        pass
 
     patience, lacking = math.inf, "they join by: midwatch agent --join URL --key-file FILE"
 

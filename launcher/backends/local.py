@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 from launcher.agent.place import holder_of
-from launcher.backends import FIRST_SECONDS, Started, StartError
+from launcher.backends.base import FIRST_SECONDS, Started, StartError
 from midwatch.journal import journal as j
 from midwatch.processes import birth_of, lives
+from midwatch.recipe import Cluster
 from midwatch.run_directory import RunPaths, host_name
 
 
@@ -18,8 +19,8 @@ class LocalBackend:
 
     patience, lacking = FIRST_SECONDS, ""
 
-    def __init__(self, paths: RunPaths, python: str | None) -> None:
-        self._paths, self._python = paths, python or sys.executable
+    def __init__(self, paths: RunPaths, cluster: Cluster) -> None:
+        self._paths, self._python = paths, cluster.python or sys.executable
 
     @property
     def nodes(self) -> tuple[str, ...]:

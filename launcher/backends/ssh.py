@@ -6,15 +6,12 @@ starting twice is harmless.
 
 from __future__ import annotations
 
-import msgspec
-
-from launcher.backends import FIRST_SECONDS, Started, StartError
+from launcher.backends.base import FIRST_SECONDS, Started, StartError, started
 from midwatch.journal import journal as j
 from midwatch.recipe import Cluster
 from midwatch.run_directory import RunPaths
-from midwatch.transport.ssh import SILENT, Ssh, SshError, remote_command
+from midwatch.transport.ssh import Ssh, SshError, remote_command
 from midwatch.transport.tls_identity import RunKeys
-from shards.decoding import Count, DecodeError, json_as
 
 START_SECONDS = 60.0
 
@@ -44,20 +41,3 @@ class SshBackend:
 
     def alive(self, agent: j.AgentStarted) -> bool | None:
         return None
-
-
-class _SshOutput(msgspec.Struct):
-    pid: Count
-    birth: str
-
-
-def started(node: str, status: int, stdout: str, stderr: str) -> Started:
-    """What `launcher.agent --detach` has said. Raises StartError where that is no agent."""
-    for line in reversed(stdout.splitlines()):  # login scripts may have said something before
-        try:
-            said = json_as(line, _SshOutput)
-        except DecodeError:
-            continue
-        return Started(said.pid, said.birth)
-    words = [line.strip() for line in stderr.splitlines() if line.strip()]
-    raise StartError(f"{node}: the agent does not start (status {status}): {words[-1] if words else SILENT}")

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import msgspec
 
+from launcher.backends.choice import check_backend
 from launcher.backends.slurm.jobs import elsewhere
 from midwatch.journal.journal import JournalError, read_journal
+from midwatch.journal.run_identity import claim
 from midwatch.journal.run_state import Ledger
 from midwatch.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from midwatch.recipe.watch_checks import rule_problems
+from midwatch.recipe.watch_checks import condition_problems
 from midwatch.run_directory import PRIVATE_FILE, RunPaths, cache_directories, controller_lives, runtime_directory, write_atomically
-from midwatch.run_identity import claim
 from midwatch.transport.access import group_id
 from midwatch.transport.ssh_url import RemoteError, RemoteRun, parse_remote
 from shards.build.build import build_key, conflict, is_built
@@ -68,6 +69,10 @@ def make_run(recipe: Recipe, directory: Path | None) -> RunPaths:
 def check_recipe(recipe_file: Path) -> Recipe:
     """Loads a recipe and looks for the files that it names. Raises RecipeError."""
     recipe = load_recipe(recipe_file)
+    try:
+        check_backend(recipe)
+    except RecipeError as error:
+        raise RecipeError(f"{recipe_file}: {error}") from None
     for source in recipe.data.source:
         if source.path is not None and "://" not in source.path and not glob.glob(source.path, recursive=True):
             raise RecipeError(f'{recipe_file}: source "{source.name}": there is nothing at {source.path}')
@@ -78,7 +83,7 @@ def check_recipe(recipe_file: Path) -> Recipe:
             check_template(recipe.tokenizer)
         except ShardError as error:
             raise RecipeError(f"{recipe_file}: {error}") from None
-    if problems := [f"{recipe_file}: {problem}" for problem in rule_problems(recipe)]:
+    if problems := [f"{recipe_file}: {problem}" for problem in condition_problems(recipe)]:
         raise RecipeError("\n".join(problems))
     if recipe.cluster.operators is not None:
         group_id(recipe.cluster.operators, str(recipe_file))

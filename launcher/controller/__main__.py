@@ -17,30 +17,32 @@ from typing import Any
 
 import msgspec
 
-from launcher.backends import backend_of
-from launcher.controller import recovery
+from launcher.backends.choice import backend_of
 from launcher.controller.annotation.desk import Preferring
-from launcher.controller.checkpoints import Commits
-from launcher.controller.command_queue import Dispatch
-from launcher.controller.context import ControllerContext
-from launcher.controller.copies import settle_copy
-from launcher.controller.data_build import Building
+from launcher.controller.commands.command_queue import Dispatch
+from launcher.controller.commands.rank_reports import Reports
+from launcher.controller.commands.slurm_signals import BatchJob
+from launcher.controller.core import recovery
+from launcher.controller.core.checkpoints import Commits
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.copies import settle_copy
+from launcher.controller.core.data_build import Building
+from launcher.controller.core.events import GenerationBegan, RolledBack
+from launcher.controller.core.queries import Queries
+from launcher.controller.core.recipe_change import note_change, run_began
+from launcher.controller.core.snapshot import SnapshotBuilder
+from launcher.controller.core.versions import installed_versions
+from launcher.controller.core.watch_rules import Firing, WatchRules
 from launcher.controller.probe.sessions import Probing
-from launcher.controller.queries import Queries
-from launcher.controller.rank_reports import Reports
-from launcher.controller.recipechange import note_change, run_began
 from launcher.controller.serving.listener import Listener, ListenError
 from launcher.controller.serving.server import ConnectionServer
-from launcher.controller.slurm_signals import BatchJob
-from launcher.controller.snapshot import SnapshotBuilder
 from launcher.controller.supervision.generations import Generations
 from launcher.controller.supervision.node_pool import Pool
 from launcher.controller.supervision.stragglers import Stragglers
-from launcher.controller.versions import installed_versions
-from launcher.controller.watch_rules import Firing, WatchRules
 from launcher.metrics.store import MetricStore, usable_index
 from midwatch.directory_identity import DirectoryId
 from midwatch.journal import journal as j
+from midwatch.journal.run_identity import claim
 from midwatch.protocol import Command
 from midwatch.recipe import Recipe, RecipeError, Watch, load_recipe
 from midwatch.run_directory import (
@@ -54,7 +56,6 @@ from midwatch.run_directory import (
     say_farewell,
     write_address,
 )
-from midwatch.run_identity import claim
 from midwatch.signals import ignore_stray
 from midwatch.transport.access import group_id, socket_directory
 from midwatch.transport.tls_identity import KeysError, RunKeys
@@ -117,7 +118,7 @@ async def serve(paths: RunPaths) -> int:
             path=str(paths.root.resolve()),
         )
         write_address(paths.address, address)
-        term.generations.on_begun = lambda: _note_generation(paths, address, context.ledger.generation)
+        context.events.subscribe(GenerationBegan, lambda event: _note_generation(paths, address, event.generation))
         beats = asyncio.create_task(_beat(paths, address), name="beat")
         await term.run()
     except j.Ousted as error:
@@ -182,7 +183,7 @@ class Term:
         self.generations = Generations(context, commits, Building(context), pool)
         self.dispatch = Dispatch(context, commits, self.generations)
         self.watching = WatchRules(context.recipe.watch, self._rule_fires)
-        self.dispatch.on_rollback = self.watching.forget
+        context.events.subscribe(RolledBack, lambda _: self.watching.forget())
         view = SnapshotBuilder(context)
         reports = Reports(context, commits, self.dispatch, self.generations, self.watching)
         self.probing = Probing(context, commits)

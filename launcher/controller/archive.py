@@ -20,19 +20,19 @@ import msgspec
 from websockets.asyncio.server import ServerConnection, unix_serve
 from websockets.exceptions import ConnectionClosed
 
-from launcher.controller.checkpoints import Commits
-from launcher.controller.clients import refused_command
-from launcher.controller.context import ControllerContext
-from launcher.controller.queries import Queries
+from launcher.controller.commands.clients import refused_command
+from launcher.controller.core.checkpoints import Commits
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.queries import Queries
+from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.serving.peers import Roles, quiet
-from launcher.controller.snapshot import SnapshotBuilder
 from launcher.metrics.store import MetricStore
 from midwatch import protocol as p
 from midwatch.checkpoint_format import verify as files
 from midwatch.journal import journal as j
+from midwatch.journal.run_identity import run_id
 from midwatch.recipe import load_recipe
 from midwatch.run_directory import Address, RunPaths, cache_directories, host_name, read_address
-from midwatch.run_identity import run_id
 
 NO_CONTROLLER = "no controller is running"
 LOOK_SECONDS = 0.5

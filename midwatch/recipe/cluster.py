@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from midwatch.extensions import Registry
 from midwatch.recipe.bounds import MOST_COUNT, bounded
 from midwatch.recipe.hosts import expand
 from shards.decoding import shown
@@ -62,11 +63,26 @@ def limit_seconds(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds) or None
 
 
+BACKENDS = Registry(
+    "midwatch.backends",
+    "backend",
+    {
+        "local": "launcher.backends.local:LocalBackend",
+        "ssh": "launcher.backends.ssh:SshBackend",
+        "slurm": "launcher.backends.slurm.backend:SlurmBackend",
+        "pbs": "launcher.backends.pbs:PbsBackend",
+        "external": "launcher.backends.external:JoiningBackend",
+    },
+)
+"""By name, since this package does not import the launcher."""
+
+
 class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Nodes, ranks and how they are started."""
 
-    backend: Literal["local", "ssh", "slurm", "external"] = "local"
-    """`local`: this machine; `ssh`: `hosts`, by the operator's own ssh; `slurm`: an allocation; `agents`: nodes that join."""
+    backend: str = "local"
+    """`local`: this machine; `ssh`: `hosts`, by the operator's own ssh; `slurm`, `pbs`: an allocation; `external`: nodes that join;
+    or one that another package brings."""
     hosts: tuple[str, ...] = ()
     """For `ssh`: names that ssh knows, as `gpu-[01-16]`."""
     nodes: int | str | None = None
@@ -130,6 +146,8 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return int(low), int(high or low)
 
     def problems(self) -> list[tuple[str, str]]:
+        if not BACKENDS.knows(self.backend):
+            return [("backend", f"must be one of {', '.join(BACKENDS.names())}, but it is {shown(self.backend)}")]
         found = bounded(self, 1, MOST_COUNT, ("ranks_per_node", "threads", "quarantine_after"))
         keys = ("hang_seconds", "hang_first_seconds", "straggler_seconds")
         found += [(key, "must be greater than 0") for key in keys if not getattr(self, key) > 0]

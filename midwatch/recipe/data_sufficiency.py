@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from midwatch.recipe.load import Recipe
+from midwatch.recipe.recipe import Recipe
 from shards.errors import ShardError
 from shards.sampling.mixing import covers, named
 

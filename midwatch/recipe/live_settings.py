@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from midwatch.recipe.load import Recipe
+from midwatch.recipe.recipe import Recipe
 from midwatch.recipe.renamed_keys import SETTINGS
 from midwatch.recipe.stage import Stage
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,28 +11,23 @@ from typing import Any
 import msgspec
 
 from midwatch.recipe import stage_inputs
-from midwatch.recipe.cluster import Cluster
-from midwatch.recipe.generate import Generate
 from midwatch.recipe.huggingface.config import family_of
 from midwatch.recipe.huggingface.weights_map import misfits
 from midwatch.recipe.mixture import name_problems
-from midwatch.recipe.model import Model
-from midwatch.recipe.parallel import Parallel, multiple_of
 from midwatch.recipe.pretrained import OriginError, fill_in
-from midwatch.recipe.probe import Probe
+from midwatch.recipe.recipe import Recipe
 from midwatch.recipe.renamed_keys import renamed
 from midwatch.recipe.repeat import RepeatError, expanded
-from midwatch.recipe.run import Checkpoint, Report, Run
 from midwatch.recipe.stage import PARTS, Stage
 from midwatch.recipe.text import TextError, home_expanded, read_recipe_text
 from midwatch.recipe.toml import TomlError, dump_toml, parse_toml, too_large
 from midwatch.recipe.toml_lines import Path as KeyPath
 from midwatch.recipe.toml_lines import key_lines, line_of
-from midwatch.recipe.watch import Watch
+from midwatch.recipe.watch_checks import action_problem
 from shards.decoding import brief, shown
 from shards.errors import SpecError
 from shards.sampling.mixing import covers
-from shards.spec import TEMPLATES, Build, Data, Source, TokenizerSpec
+from shards.spec import TEMPLATES, Build, Data, Source
 from shards.spec import check as check_build
 
 
@@ -43,67 +36,6 @@ class RecipeError(Exception):
 
     def __init__(self, message: object) -> None:
         super().__init__(brief(message))
-
-
-class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole recipe: the TOML file that describes a run."""
-
-    run: Run
-    model: Model
-    data: Data
-    stage: tuple[Stage, ...]
-    tokenizer: TokenizerSpec = TokenizerSpec()
-    cluster: Cluster = Cluster()
-    parallel: Parallel = Parallel()
-    generate: Generate = Generate()
-    checkpoint: Checkpoint = Checkpoint()
-    report: Report = Report()
-    probe: Probe = Probe()
-    watch: tuple[Watch, ...] = ()
-
-    @property
-    def total_steps(self) -> int:
-        return sum(stage.steps for stage in self.stage)
-
-    def build(self, out: str) -> Build:
-        """All shards but those that stages make."""
-        kept = tuple(source for source in self.data.source if source.origin != "stage")
-        return Build(data=msgspec.structs.replace(self.data, source=kept), tokenizer=self.tokenizer, out=out, seed=self.run.seed)
-
-    @property
-    def ranks_multiple(self) -> int:
-        """What the number of ranks that train must be a multiple of."""
-        return multiple_of(self.parallel, (stage.context_parallel for stage in self.stage))
-
-    @property
-    def nodes_multiple(self) -> int:
-        """The same of the number of nodes."""
-        return self.ranks_multiple // math.gcd(self.ranks_multiple, self.cluster.ranks_per_node)
-
-    @property
-    def fewest_nodes(self) -> int:
-        """`[cluster] nodes` rounded up to what can train."""
-        return -(-self.cluster.fewest_nodes // self.nodes_multiple) * self.nodes_multiple
-
-    @property
-    def most_nodes(self) -> int:
-        """The same rounded down."""
-        return self.training_nodes(self.cluster.most_nodes)
-
-    def training_nodes(self, available: int) -> int:
-        """How many of so many nodes can train at once; fewer than `fewest_nodes` may not."""
-        return min(available, self.cluster.most_nodes) // self.nodes_multiple * self.nodes_multiple
-
-    def stage_index(self, name: str) -> int:
-        """Raises KeyError for a stage that is not there."""
-        for index, stage in enumerate(self.stage):
-            if stage.name == name:
-                return index
-        raise KeyError(name)
-
-    def digest(self) -> str:
-        """Hash of everything in the recipe, defaults included."""
-        return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).hexdigest()
 
 
 def load_recipe(file: Path) -> Recipe:
@@ -208,7 +140,16 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
             found += [(("data", "source", i, "part"), message) for message in _made_problems(recipe, each)]
     if len(seen) == len(recipe.data.source):
         found += _data_problem(recipe)
-    return found or _world_problem(recipe)
+    return found or _action_problems(recipe) or _world_problem(recipe)
+
+
+def _action_problems(recipe: Recipe) -> list[tuple[KeyPath, str]]:
+    problems = [(i, rule, action_problem(recipe, rule)) for i, rule in enumerate(recipe.watch)]
+    return [
+        (("watch", i, "action"), f'watch "{rule.name}": action: {rule.action}: {problem}')
+        for i, rule, problem in problems
+        if problem
+    ]
 
 
 def _path(key: str) -> KeyPath:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 
 from shards.sampling.mixing import covers
-
-if TYPE_CHECKING:
-    from midwatch.recipe.stage import Stage
 
 
 class Anneal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,7 +26,30 @@ class Anneal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return int(self.at) if self.at >= 1 else max(1, round(self.at * steps))
 
 
-def problems(stage: Stage) -> list[tuple[str, str]]:
+class MixedStage(Protocol):
+    """What of a stage these checks read."""
+
+    @property
+    def objective(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def mixture(self) -> Mapping[str, float]: ...
+    @property
+    def mixture_by(self) -> str: ...
+    @property
+    def mixture_temperature(self) -> float: ...
+    @property
+    def max_epochs(self) -> Mapping[str, float]: ...
+    @property
+    def anneal(self) -> Sequence[Anneal]: ...
+    @property
+    def sources(self) -> Sequence[str]: ...
+    @property
+    def data_kinds(self) -> Sequence[str]: ...
+
+
+def problems(stage: MixedStage) -> list[tuple[str, str]]:
     """(key, what is wrong and the way out) for each impossible setting."""
     found: list[tuple[str, str]] = []
     for key, mixture in _mixtures(stage):
@@ -61,7 +81,7 @@ def problems(stage: Stage) -> list[tuple[str, str]]:
     return found
 
 
-def _mixtures(stage: Stage) -> Iterator[tuple[str, Mapping[str, float]]]:
+def _mixtures(stage: MixedStage) -> Iterator[tuple[str, Mapping[str, float]]]:
     yield "mixture", stage.mixture
     for at, each in enumerate(stage.anneal):
         yield f"anneal.{at}.mixture", each.mixture
@@ -72,7 +92,7 @@ def declared(name: str, kinds: Mapping[str, str]) -> str | None:
     return max((source for source in kinds if covers(source, name)), key=len, default=None)
 
 
-def name_problems(stage: Stage, kinds: Mapping[str, str]) -> list[tuple[tuple[str | int, ...], str]]:
+def name_problems(stage: MixedStage, kinds: Mapping[str, str]) -> list[tuple[tuple[str | int, ...], str]]:
     """(path of the key within the stage, what is wrong) for each source that is none, or not of a kind that is read."""
     found: list[tuple[tuple[str | int, ...], str]] = []
     for key, mixture in _mixtures(stage):

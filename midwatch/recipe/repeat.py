@@ -6,14 +6,10 @@ speak of their own; what comes after the last round speaks of that.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 
+from midwatch.recipe.recipe import Recipe
 from midwatch.recipe.stage import Stage
-
-if TYPE_CHECKING:
-    from midwatch.recipe.load import Recipe
 
 MOST_TIMES = 1000
 """Each round has stages and sources of its own, and a recipe is read in a moment."""

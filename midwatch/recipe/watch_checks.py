@@ -1,32 +1,17 @@
-"""What a run's start checks of watch rules: whether their conditions are installed, and whether their commands can ever apply.
-
-Reading a recipe does not check this: a screen or a rank reads it too, and needs no package that brings a condition.
-"""
+"""What is wrong with watch rules in view of the whole recipe, and of the packages that are installed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from midwatch.recipe.live_settings import check_setting
-from midwatch.recipe.load import Recipe
+from midwatch.recipe.recipe import Recipe
 from midwatch.recipe.watch import Watch
 from midwatch.watch_conditions import ConditionError
 
 
-def rule_problems(recipe: Recipe) -> Iterator[str]:
-    """What is wrong with each rule, and the way out."""
-    for rule in recipe.watch:
-        for condition in (rule, *rule.others):
-            try:
-                condition.make()
-            except ConditionError as error:
-                yield f'watch "{rule.name}": condition: {error}'
-        if problem := _action_problem(recipe, rule):
-            yield f'watch "{rule.name}": action: {rule.action}: {problem}'
-
-
-def _action_problem(recipe: Recipe, rule: Watch) -> str:
-    """A setting that no stage has, or a stage that is not there: the command would be refused whenever the rule fires."""
+def action_problem(recipe: Recipe, rule: Watch) -> str:
+    """Why the rule's command would be refused whenever it fires: no stage has the setting, or the stage is not there."""
     command = rule.command()
     if command is None:
         return ""
@@ -43,3 +28,16 @@ def _action_problem(recipe: Recipe, rule: Watch) -> str:
         if not later or command.arguments.get("to", later[0]) not in later:
             return f"there is no such later stage (later ones: {', '.join(later) or 'none'})"
     return ""
+
+
+def condition_problems(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with conditions that may be of other packages, which are imported for it.
+
+    A run's start checks this. Reading a recipe does not: a screen or a rank reads it too, and needs no such package.
+    """
+    for rule in recipe.watch:
+        for condition in (rule, *rule.others):
+            try:
+                condition.make()
+            except ConditionError as error:
+                yield f'watch "{rule.name}": condition: {error}'

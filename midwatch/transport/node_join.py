@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from midwatch.journal.journal import JournalError, read_journal
+from midwatch.journal.run_identity import claim, read_record, run_id
 from midwatch.run_directory import Address, RunPaths, read_address
-from midwatch.run_identity import claim, read_record, run_id
 from midwatch.transport.tls_identity import (
     ANY_NODE,
     CONTROLLER_NAME,

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from midwatch.plugins import PluginError, load_plugin
+from midwatch.extensions import ExtensionError, Registry
 from midwatch.watch_conditions.base import WatchCondition
 from midwatch.watch_conditions.sigma import Sigma
 from midwatch.watch_conditions.thresholds import Above, Below, NotFinite
@@ -25,6 +25,7 @@ BUILT_IN: dict[str, type[WatchCondition]] = {
     "ratio_above": RatioAbove,
     "ratio_below": RatioBelow,
 }
+REGISTRY = Registry(GROUP, "watch condition", {name: f"{kind.__module__}:{kind.__name__}" for name, kind in BUILT_IN.items()})
 
 
 class ConditionError(Exception):
@@ -55,11 +56,9 @@ def problems(condition: WatchCondition) -> list[tuple[str, str]]:
 
 
 def _kind(name: str) -> type[WatchCondition]:
-    if name in BUILT_IN:
-        return BUILT_IN[name]
     try:
-        found = load_plugin(GROUP, name, tuple(BUILT_IN))
-    except PluginError as error:
+        found = REGISTRY.load(name)
+    except ExtensionError as error:
         raise ConditionError(str(error)) from None
     if not (isinstance(found, type) and issubclass(found, WatchCondition)):
         raise ConditionError(f"{name!r} is not a WatchCondition, but {found!r}")

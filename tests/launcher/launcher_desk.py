@@ -16,18 +16,18 @@ import msgspec
 import pytest
 import xxhash
 
-from launcher.backends import Started
+from launcher.backends.base import Started
 from launcher.controller import __main__ as controller
-from launcher.controller import recovery
-from launcher.controller.context import ControllerContext
+from launcher.controller.core import recovery
+from launcher.controller.core.context import ControllerContext
 from launcher.metrics.store import MetricStore
 from midwatch import protocol as p
 from midwatch.checkpoint_format.verify import MANIFEST
 from midwatch.directory_identity import DirectoryId
 from midwatch.journal import journal as j
+from midwatch.journal.run_identity import RunRecord
 from midwatch.recipe import Recipe, Watch, dump_recipe, parse_recipe
 from midwatch.run_directory import RunPaths
-from midwatch.run_identity import RunRecord
 
 RECIPE = """
 [run]

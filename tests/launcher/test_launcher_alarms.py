@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from launcher_desk import desk_at, make_recipe
 
-from launcher.controller.snapshot import SnapshotBuilder
+from launcher.controller.core.snapshot import SnapshotBuilder
 from midwatch.journal import journal as j
 from midwatch.journal.run_state import Ledger
 from midwatch.protocol import Alarm, Lineage

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from launcher_desk import NODE, Desk, InstantData, desk_at, make_recipe, write_checkpoint
 
-from launcher.controller.snapshot import SnapshotBuilder
+from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.supervision import node_pool as pool_module
 from midwatch import protocol as p
 from midwatch.checkpoint_format import verify as files

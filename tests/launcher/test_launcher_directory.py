@@ -19,9 +19,10 @@ from launcher.backends.local import LocalBackend
 from launcher.backends.slurm.jobs import Job, read_job, write_job
 from midwatch.directory_identity import DirectoryId, DirectoryWatch
 from midwatch.journal import journal as j
+from midwatch.journal.run_identity import claim, read_record, run_id
 from midwatch.processes import birth_of, lives
+from midwatch.recipe import Cluster
 from midwatch.run_directory import Address, RunPaths, find_controller, is_foreign, write_address
-from midwatch.run_identity import claim, read_record, run_id
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_a_process_is_known_by_its_birth_whatever_the_clock_says(
     real = psutil.Process.create_time
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: real(self) + 3600)  # as it is after the clock was set
     agent = j.AgentStarted(time=1.0, node="n", pid=sleeper.pid, birth=birth)
-    backend = LocalBackend(paths, None)
+    backend = LocalBackend(paths, Cluster())
     assert backend.alive(agent)
     assert not backend.alive(msgspec.structs.replace(agent, birth=birth_of(os.getpid()))), "another process with its number"
     sleeper.kill()
@@ -177,7 +178,7 @@ def test_a_place_is_one_agents_until_that_has_gone(paths: RunPaths, monkeypatch:
     holder = holder_of(paths, "n1")
     assert holder is not None and (holder.pid, holder.leaving) == (os.getpid(), False)
     assert not second.take(10), "an agent that stays is not waited for"
-    assert LocalBackend(paths, None)._paths == paths and local_module.holder_of(paths, "n1") == holder
+    assert LocalBackend(paths, Cluster())._paths == paths and local_module.holder_of(paths, "n1") == holder
     first.sign(leaving=True)
     assert holder_of(paths, "n1") is None and not second.take(0.1)
     moved = RunPaths(paths.root.rename(paths.root.with_name("moved")))
@@ -193,7 +194,7 @@ def test_a_place_is_one_agents_until_that_has_gone(paths: RunPaths, monkeypatch:
 async def test_a_copy_waits_until_it_is_resumed_and_leaves_the_originals_agents_and_commands_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launcher.controller.copies import settle_copy
+    from launcher.controller.core.copies import settle_copy
 
     async with desk_at(tmp_path / "run", monkeypatch, "training") as desk:
         command = desk.give("checkpoint")

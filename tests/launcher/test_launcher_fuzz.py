@@ -13,10 +13,9 @@ import msgspec
 import pytest
 import xxhash
 
-from launcher.backends import StartError
-from launcher.backends.ssh import started
+from launcher.backends.base import StartError, started
 from launcher.controller.annotation import prompts, records, store
-from launcher.controller.rollout_samples import Samples, Written
+from launcher.controller.core.rollout_samples import Samples, Written
 from launcher.metrics import chunks
 from launcher.metrics.store import MetricStore
 from launcher.plan import Assumptions, PlanError, plan_recipe

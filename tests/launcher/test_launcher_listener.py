@@ -405,7 +405,7 @@ async def test_hundreds_of_agents_are_served_at_once_and_none_is_taken_for_a_str
 
 
 def test_refusals_are_all_counted_and_the_first_few_told(caplog: pytest.LogCaptureFixture) -> None:
-    from launcher.controller.context import LiveState
+    from launcher.controller.core.context import LiveState
 
     now, live = [0.0], LiveState()
     refusals = Refusals(live, clock=lambda: now[0])
@@ -428,7 +428,7 @@ async def test_the_recipes_interface_and_port_are_used_and_what_is_wrong_with_th
     identity = RunKeys.ensure(RunPaths(tmp_path)).issue("controller", "head")
 
     def listener() -> Listener:
-        from launcher.controller.context import LiveState
+        from launcher.controller.core.context import LiveState
 
         return Listener(identity, lambda *_: asyncio.sleep(0), Refusals(LiveState()))
 

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from launcher_desk import Desk, desk_at, make_recipe
 
-from launcher.backends import Started, StartError
+from launcher.backends.base import Started, StartError
 from launcher.controller.supervision import generations as generations_module
 from launcher.controller.supervision import node_pool as pool_module
 from midwatch import protocol as p

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from launcher_desk import Desk, InstantData, desk_at
 
-from launcher.controller.data_build import BuildError
+from launcher.controller.core.data_build import BuildError
 from midwatch import protocol as p
 from midwatch.commands import BY_VERB, VERBS, Doing
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from launcher_desk import Desk, desk_at, make_recipe
 
-from launcher.controller.recipechange import note_change, run_began, stated
+from launcher.controller.core.recipe_change import note_change, run_began, stated
 from midwatch.journal import journal as j
 
 

@@ -12,8 +12,9 @@ import msgspec
 import pytest
 from launcher_desk import Desk, desk_at, make_recipe, write_checkpoint
 
-from launcher.controller import recovery
-from launcher.controller.snapshot import SnapshotBuilder
+from launcher.controller.core import recovery
+from launcher.controller.core.events import CommandEnded, NodesToSpare
+from launcher.controller.core.snapshot import SnapshotBuilder
 from midwatch import protocol as p
 from midwatch.checkpoint_format import verify as files
 from midwatch.journal import journal as j
@@ -121,7 +122,7 @@ async def test_a_client_that_waits_hears_that_a_command_is_done_when_that_is_dur
 ) -> None:
     async with desk_at(tmp_path / "run", monkeypatch, "training") as desk:
         ended: list[int] = []
-        desk.context.ended_listeners.append(lambda entry: ended.append(entry.number))
+        desk.context.events.subscribe(CommandEnded, lambda event: ended.append(event.entry.number))
         command = desk.give("pause")
         await desk.until(lambda: desk.orders)
         storage.fails(errno.EIO)
@@ -456,7 +457,7 @@ async def test_a_rules_action_and_a_spare_node_wait_for_the_journal(
     async with desk_at(tmp_path / "run", monkeypatch, "training", recipe) as desk:
         storage.fails(errno.ENOSPC)
         desk.row(28, **{"train/loss": 9.0})
-        desk.generations.on_grow("n9")
+        desk.context.events.publish(NodesToSpare("n9"))
         assert not desk.orders
         storage.works()
         desk.context.retry_backlog()

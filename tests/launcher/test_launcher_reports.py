@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launcher_desk import Desk, desk_at, write_checkpoint
 
-from launcher.controller.snapshot import SnapshotBuilder
+from launcher.controller.core.snapshot import SnapshotBuilder
 from midwatch import protocol as p
 
 

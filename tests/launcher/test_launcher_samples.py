@@ -12,10 +12,10 @@ import pytest
 from launcher_desk import Desk, desk_at
 
 from launcher.cli import samples as command
-from launcher.controller import rollout_samples as module
-from launcher.controller.queries import Queries
-from launcher.controller.rollout_samples import Samples
-from launcher.controller.snapshot import SnapshotBuilder
+from launcher.controller.core import rollout_samples as module
+from launcher.controller.core.queries import Queries
+from launcher.controller.core.rollout_samples import Samples
+from launcher.controller.core.snapshot import SnapshotBuilder
 from midwatch import protocol as p
 from midwatch.metrics.m4_columns import LineageSegment
 

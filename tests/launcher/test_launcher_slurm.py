@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from launcher.backends import StartError
+from launcher.backends.base import StartError
 from launcher.backends.external import JoiningBackend
 from launcher.backends.slurm.jobs import Job, JobState, SlurmError, elsewhere, read_job, script, write_job
 from midwatch.directory_identity import DirectoryId
-from midwatch.recipe import Parallel, parse_recipe
+from midwatch.journal.run_identity import claim
+from midwatch.recipe import Cluster, Parallel, parse_recipe
 from midwatch.run_directory import Address, RunPaths
-from midwatch.run_identity import claim
 from midwatch.transport.node_join import NodeJoin, check_url, make_key, read_key_file, ways_to
 from midwatch.transport.tls_identity import KeysError
 from tests.system.harness import recipe_text
@@ -121,8 +121,8 @@ def test_a_key_file_is_for_its_owner_alone(tmp_path: Path) -> None:
         read_key_file(file)
 
 
-async def test_nobody_starts_a_node_that_joins_by_itself() -> None:
-    backend = JoiningBackend()
+async def test_nobody_starts_a_node_that_joins_by_itself(tmp_path: Path) -> None:
+    backend = JoiningBackend(RunPaths(tmp_path), Cluster())
     assert backend.nodes == ()
     with pytest.raises(StartError, match="joins again"):
         await backend.start("n1")

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from launcher.controller.watch_rules import WatchRules
+from launcher.controller.core.watch_rules import WatchRules
 from midwatch.protocol import Metrics
 from midwatch.recipe import Recipe, Watch, dump_recipe, parse_recipe
 from midwatch.recipe.watch import Condition

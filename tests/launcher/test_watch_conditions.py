@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from launcher.controller.watch_rules import WatchRules
+from launcher.controller.core.watch_rules import WatchRules
 from midwatch.protocol import Metrics
 from midwatch.recipe import Recipe, RecipeError, Watch, dump_recipe, parse_recipe
-from midwatch.recipe.watch_checks import rule_problems
+from midwatch.recipe.watch_checks import condition_problems
 from midwatch.watch_conditions import BUILT_IN, GROUP, ConditionError, make_condition
 from tests.packages import install
 
@@ -138,7 +138,7 @@ def test_a_condition_that_cannot_be_is_refused_with_its_line(rule: str, says: st
 def test_another_packages_condition_watches(package: Path) -> None:
     made = recipe('condition = { name = "plateau", steps = 3 }\ncooldown = 2')
     assert parse_recipe(dump_recipe(made)).watch == made.watch
-    assert list(rule_problems(made)) == []
+    assert list(condition_problems(made)) == []
     watching, said = watch(*made.watch)
     fired(watching, 5, 4, 4.5, 4.5, 4.5, 3)
     assert said == ["rule at 5: loss is 4.5, threshold: no lower value for 3 steps"]
@@ -150,9 +150,15 @@ def test_another_packages_condition_watches(package: Path) -> None:
 @pytest.mark.parametrize(
     ("condition", "says"),
     [
-        ('name = "dance"', "there is no 'dance' (there are: above, below, sigma"),
-        ('name = "absent"', "'absent' of package plateau-rules cannot be imported: ModuleNotFoundError"),
-        ('name = "number"', "'number' of package plateau-rules cannot be imported: AttributeError"),
+        ('name = "dance"', 'there is no watch condition "dance" (there are: above, below, sigma'),
+        (
+            'name = "absent"',
+            'watch condition "absent" of package plateau-rules cannot be loaded (no_such_module:X): ModuleNotFoundError',
+        ),
+        (
+            'name = "number"',
+            'watch condition "number" of package plateau-rules cannot be loaded (plateau_rules:GROUPLESS): AttributeError',
+        ),
         ('name = "text"', "'text' is not a WatchCondition"),
         ('name = "plateau", steps = 0', "plateau: steps must be at least 1"),
         ('name = "plateau", stpes = 3', "plateau: Object contains unknown field `stpes`"),
@@ -160,20 +166,20 @@ def test_another_packages_condition_watches(package: Path) -> None:
 )
 def test_a_condition_that_is_not_there_stops_the_start_but_no_reading(package: Path, condition: str, says: str) -> None:
     made = recipe(f"condition = {{ {condition} }}")
-    (problem,) = rule_problems(made)
+    (problem,) = condition_problems(made)
     assert problem.startswith('watch "rule": condition: ') and says in problem
 
 
 def test_two_packages_with_one_name_are_both_named(package: Path) -> None:
     install(package, "other_rules", PLATEAU, GROUP, plateau="other_rules:Plateau")
-    with pytest.raises(ConditionError, match="brought by several packages, package other-rules and package plateau-rules"):
+    with pytest.raises(ConditionError, match="in more than one package, package other-rules and package plateau-rules"):
         make_condition("plateau", {"steps": 1})
 
 
 def test_a_broken_condition_ends_its_own_rule_alone(package: Path) -> None:
     named = {name: Watch(name=name, metric="train/loss", condition={"name": name}) for name in ("dance", "broken")}
     watching, said = watch(*named.values(), Watch(name="well", metric="train/loss", above=1.0))
-    assert watching.broken[0][1].startswith("dance: the rule watches no more: there is no 'dance'")
+    assert watching.broken[0][1].startswith('dance: the rule watches no more: there is no watch condition "dance"')
     fired(watching, 0.5, 2.0)
     assert [rule.name for rule, _ in watching.broken] == ["dance", "broken"]
     assert (
@@ -195,9 +201,16 @@ def test_a_broken_condition_ends_its_own_rule_alone(package: Path) -> None:
         ("stop --now", ""),
     ],
 )
-def test_a_rule_whose_command_could_never_apply_is_refused_before_the_start(action: str, says: str) -> None:
-    problems = list(rule_problems(recipe(f'above = 1\naction = "{action}"')))
-    assert bool(problems) == bool(says) and all(says in problem for problem in problems)
+def test_a_rule_whose_command_could_never_apply_is_refused_with_its_line(action: str, says: str) -> None:
+    def read() -> Recipe:
+        return recipe(f'above = 1\naction = "{action}"')
+
+    if not says:
+        assert read().watch[0].command()
+        return
+    with pytest.raises(RecipeError) as error:
+        read()
+    assert f'recipe.toml:23: watch "rule": action: {action}: ' in str(error.value) and says in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -226,4 +239,4 @@ def test_the_command_line_finds_the_package_and_names_what_is_broken(package: Pa
 
     assert check('name = "plateau", steps = 3').returncode == 0
     done = check('name = "absent"')
-    assert done.returncode == 2 and "'absent' of package plateau-rules cannot be imported" in done.stderr
+    assert done.returncode == 2 and '"absent" of package plateau-rules cannot be loaded' in done.stderr

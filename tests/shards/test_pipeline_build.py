@@ -226,7 +226,7 @@ def test_too_many_broken_files_stop_the_build_and_are_named(make_spec: Callable[
     with pytest.raises(ShardError, match=r'source "web": 2 of 10 files are broken.*3\.jsonl\.gz.*4\.jsonl\.gz'):
         build(spec, workers=0)
     allowed = msgspec.structs.replace(source, broken_files=0.2)
-    data = msgspec.structs.replace(spec.data, source=(allowed,), clean=Clean(near=0))
+    data = msgspec.structs.replace(spec.data, source=(allowed,), clean=Clean(near_dup_threshold=0))
     out = build(msgspec.structs.replace(spec, data=data, out=str(tmp_path / "other")), workers=0)
     assert sum(reporting.load(out).sources[0].rejected.values()) == 2
     assert len((out / "web" / "rejected.jsonl").read_bytes().splitlines()) == 2

@@ -263,11 +263,11 @@ def test_thousands_of_small_files_are_few_tasks_and_the_same_shards(make: Make, 
     texts = [f"{number}: {text[:300]}" for number, text in enumerate(prose(40) * 50)]
     for number, text in enumerate(texts):
         (directory / f"{number:05d}.txt").write_text(text)
-    spec = make({"web": str(directory)}, Clean(near=0), origin="text")
+    spec = make({"web": str(directory)}, Clean(near_dup_threshold=0), origin="text")
     stop_at(spec, "encoding")
     assert len(list(Path(spec.out, "work", "clean").glob("*.docs"))) < 5
     alone = build(spec, workers=0)
-    together = build(make({"web": jsonl(tmp_path / "a.jsonl", texts)}, Clean(near=0), "one"), workers=0)
+    together = build(make({"web": jsonl(tmp_path / "a.jsonl", texts)}, Clean(near_dup_threshold=0), "one"), workers=0)
     for name in ("train/tokens-00000.zst", "held_out/tokens-00000.zst"):
         assert (alone / "web" / name).read_bytes() == (together / "web" / name).read_bytes()
 
@@ -301,7 +301,7 @@ def shards(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_build_that_is_not_done_is_told_from_one_that_is(make: Make, tmp_path: Path) -> None:
-    spec = make({name: jsonl(tmp_path / f"{name}.jsonl", prose(5)) for name in "ab"}, Clean(near=0, exact=False))
+    spec = make({name: jsonl(tmp_path / f"{name}.jsonl", prose(5)) for name in "ab"}, Clean(near_dup_threshold=0, exact=False))
     stop_at(spec, "b", "encode")
     merged = shards("merge", str(tmp_path / "merged"), spec.out)
     assert merged.returncode == 2 and "its build is not done" in merged.stderr

@@ -75,7 +75,7 @@ def make(make_spec: Callable[..., Build], tmp_path: Path) -> Make:
 
 def test_a_source_is_split_by_language_and_mixed_by_its_parts(make: Make) -> None:
     texts = [shuffled(text, 8, number) for number in range(30) for text in (ENGLISH, GERMAN, FRENCH)]
-    out = make(texts, Clean(near=0, language=Language(keep=("en", "de"))), split_by="language")
+    out = make(texts, Clean(near_dup_threshold=0, language=Language(keep=("en", "de"))), split_by="language")
     assert sources(out) == ["web.de", "web.en"]
     assert len(texts_of(out, "web.de")) == len(texts_of(out, "web.en")) == 30
     assert all("Hafen" in text for text in texts_of(out, "web.de"))
@@ -115,7 +115,10 @@ def test_what_judges_learn_from_is_read_once_and_decides(make: Make, tmp_path: P
 
 def test_rules_and_toxicity_are_steps_of_the_funnel(make: Make) -> None:
     texts = [*prose(60), "buy now " * 300, "too short", *(["A plain insult, you idiot. " * 3] * 2)]
-    out = make(texts, Clean(near=0, gopher_repetition=GopherRepetition(), gopher_quality=GopherQuality(), toxicity=Toxicity()))
+    out = make(
+        texts,
+        Clean(near_dup_threshold=0, gopher_repetition=GopherRepetition(), gopher_quality=GopherQuality(), toxicity=Toxicity()),
+    )
     funnel = report.load(out).sources[0].funnel
     assert list(funnel.steps) == ["read", "exact", "near", "gopher_repetition", "gopher_quality", "toxicity"]
     assert any(reason.startswith("gopher_repetition") for reason in funnel.reasons)
@@ -124,7 +127,7 @@ def test_rules_and_toxicity_are_steps_of_the_funnel(make: Make) -> None:
 
 def test_a_source_is_split_by_the_length_of_its_documents(make: Make) -> None:
     texts = [text * times for times, text in zip([1, 1, 30] * 20, prose(60), strict=False)]
-    out = make(texts, Clean(near=0), split_by="length", lengths=(2000, 8000))
+    out = make(texts, Clean(near_dup_threshold=0), split_by="length", lengths=(2000, 8000))
     assert set(sources(out)) <= {"web.to2000", "web.to8000", "web.over8000"} and "web.over8000" in sources(out)
     for name, low, high in (("web.to2000", 0, 2000), ("web.over8000", 8001, 1 << 40)):
         lengths = Corpus(out, name, "train").lengths()
@@ -176,7 +179,7 @@ def test_made_documents_are_the_same_however_the_build_runs(make_spec: Callable[
     [
         (Clean(quality=Quality()), "quality.good is not set"),
         (Clean(perplexity=Perplexity(reference="nowhere.txt")), "nowhere.txt: no such file"),
-        (Clean(near=0.3), "near is 0.3"),
+        (Clean(near_dup_threshold=0.3), "near_dup_threshold is 0.3"),
         (Clean(language=Language(min_score=2)), "min_score is 2"),
     ],
     ids=["no path", "path", "near", "share"],

@@ -325,7 +325,7 @@ def test_report_shows_what_was_removed_and_why(tmp_path: Path, make_spec: Callab
     (tmp_path / "a.jsonl").write_text("\n".join(texts * 5))
     source = Source(name="a", kind="text", origin="jsonl", path=str(tmp_path / "a.jsonl"))
     code = Source(name="code", kind="text", origin="stdlib-code", max_documents=20)
-    out = build(make_spec(tmp_path / "out", source=(source, code), clean=Clean(near=0)), workers=0)
+    out = build(make_spec(tmp_path / "out", source=(source, code), clean=Clean(near_dup_threshold=0)), workers=0)
     shown = shards("report", out)
     assert shown.returncode == 0 and "exact duplicate" in shown.stdout and "a.jsonl:3" in shown.stdout
     found = json.loads(shards("report", out, "--json").stdout)

@@ -61,9 +61,9 @@ def test_json_lines_tell_the_course(run: Run, data: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("layers = 1", "layer = 1"), r":\d+: model: unknown key 'layer' \(did you mean 'layers'"),
-        (("width = 32", 'width = "wide"'), r":\d+: model\.width: expected `int`"),
-        (("heads = 2", "heads = 3"), r":\d+: \[model\] width: 32 does not divide among 3 heads"),
+        (("num_layers = 1", "num_layer = 1"), r":\d+: model: unknown key 'num_layer' \(did you mean 'num_layers'"),
+        (("hidden_size = 32", 'hidden_size = "wide"'), r":\d+: model\.hidden_size: expected `int`"),
+        (("num_heads = 2", "num_heads = 3"), r":\d+: \[model\] hidden_size: 32 does not divide among 3 heads"),
         (("mixture = { code = 1.0 }", "mixture = { cod = 1.0 }"), r':\d+: stage "pretrain": .*did you mean "code"'),
         (("[tokenizer]\n", '[tokenizer]\npath = "none.model"\n'), r"there is no file"),
         (('origin = "stdlib-code"', 'origin = "text"\npath = "nowhere/*.txt"'), r"there is nothing at"),

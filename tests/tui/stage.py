@@ -24,7 +24,7 @@ from websockets.asyncio.server import Server, ServerConnection, unix_serve
 from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.annotation.desk import Preferring, Question
-from launcher.controller.rollout_samples import Samples
+from launcher.controller.core.rollout_samples import Samples
 from midwatch import protocol as p
 from midwatch.metrics.m4_columns import LineageSegment, columns_of
 from midwatch.metrics.m4_nodes import ROW

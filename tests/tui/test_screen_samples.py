@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launcher.controller.rollout_samples import Samples
+from launcher.controller.core.rollout_samples import Samples
 from midwatch import protocol as p
 from tests.tui.conftest import Screen, attached
 from tests.tui.rollouts import UPDATES, play, rollouts, write

@@ -14,7 +14,7 @@ from launcher.controller.annotation.annotator import Session
 from launcher.controller.annotation.pair_sampling import DrawError, Drawing
 from launcher.controller.annotation.records import Decision, Prompt, turns, utc
 from launcher.controller.annotation.store import PreferenceError, Store, all_decisions
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.context import ControllerContext
 from launcher.controller.probe.sessions import Probing
 from midwatch import protocol as p
 

@@ -6,7 +6,7 @@ import asyncio
 
 from launcher.controller.annotation.records import CandidateResponse, Pair, Prompt, key_of, utc
 from launcher.controller.annotation.store import SampledPairs
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.context import ControllerContext
 from launcher.controller.probe.sessions import Probing
 from midwatch import protocol as p
 

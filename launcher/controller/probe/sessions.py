@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from launcher.controller.checkpoints import Commits
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.checkpoints import Commits
+from launcher.controller.core.context import ControllerContext
 from launcher.controller.probe.process import Prober
 from midwatch import protocol as p
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
-from launcher.controller.context import LiveState
+from launcher.controller.core.context import LiveState
 from midwatch.transport.access import is_member, user_name
 from shards.terminal import safe
 

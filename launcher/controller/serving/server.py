@@ -18,14 +18,14 @@ from websockets.asyncio.server import Server, ServerConnection, unix_serve
 from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.annotation.desk import Preferring
-from launcher.controller.clients import Clients
-from launcher.controller.command_queue import Dispatch
-from launcher.controller.context import ControllerContext
+from launcher.controller.commands.clients import Clients
+from launcher.controller.commands.command_queue import Dispatch
+from launcher.controller.commands.rank_reports import Reports
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.queries import Queries
+from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.probe.sessions import Probing
-from launcher.controller.queries import Queries
-from launcher.controller.rank_reports import Reports
 from launcher.controller.serving.peers import Peer, Refusals, Rivals, Roles, quiet
-from launcher.controller.snapshot import SnapshotBuilder
 from launcher.controller.supervision.generations import Generations
 from midwatch import protocol as p
 from midwatch.journal import journal as j
@@ -61,6 +61,8 @@ class ConnectionServer:
         probing: Probing,
         preferring: Preferring,
     ) -> None:
+        self._senders: dict[ServerConnection, asyncio.Task[None]] = {}
+        """What sends for each connection."""
         self._context, self._dispatch, self._generations = context, dispatch, generations
         self._reports = reports
         self._clients = Clients(context, dispatch, view, queries, probing, preferring)
@@ -166,7 +168,7 @@ class ConnectionServer:
                     await connection.send(await outbox.get())
 
         task = asyncio.create_task(work())
-        task_of[connection] = task
+        self._senders[connection] = task
         return lambda message: outbox.put_nowait(p.encode(message))
 
     # Ranks
@@ -212,7 +214,7 @@ class ConnectionServer:
         finally:
             if control:
                 self._dispatch.rank_went(send)
-            task_of.pop(connection).cancel()
+            self._senders.pop(connection).cancel()
 
     async def _take_control(self, connection: ServerConnection, hello: p.RankHello, send: Callable[[p.Message], None]) -> None:
         async for frame in connection:
@@ -288,8 +290,4 @@ class ConnectionServer:
                 self._generations.agent_told(hello.node, p.decode(frame))
         finally:
             self._generations.agent_went(hello.node, send)
-            task_of.pop(connection).cancel()
-
-
-task_of: dict[ServerConnection, asyncio.Task[None]] = {}
-"""What sends for each connection."""
+            self._senders.pop(connection).cancel()

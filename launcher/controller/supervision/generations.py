@@ -13,14 +13,14 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable
 from typing import Literal
 
-from launcher.controller import recovery
-from launcher.controller.checkpoints import Commits
-from launcher.controller.context import ControllerContext
-from launcher.controller.data_build import BuildError, Building, ShortageError
-from launcher.controller.recipechange import note_change
+from launcher.controller.core import recovery
+from launcher.controller.core.checkpoints import Commits
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.data_build import BuildError, Building, ShortageError
+from launcher.controller.core.events import AgentsStopped, GenerationBegan, NodesToSpare, RanksStopped, RanksTrain, RunFailed
+from launcher.controller.core.recipe_change import note_change
 from launcher.controller.supervision.failure_attribution import first_failure, only_victims
 from launcher.controller.supervision.hangs import Hanging
 from launcher.controller.supervision.node_pool import Pool, Send, TooFewNodes
@@ -77,15 +77,6 @@ class Generations:
         self._told_of: set[str] = set()
         """Nodes that the journal says stand by in this generation."""
         self._hang = Hanging(context, pool, self.ranks_hang)
-        self.on_training: Callable[[], None] = lambda: None
-        self.on_begun: Callable[[], None] = lambda: None
-        self.on_stopping: Callable[[], None] = lambda: None
-        self.on_stopped: Callable[[], None] = lambda: None
-        """The ranks have ended for a stop; then the agents have, too."""
-        self.on_failed: Callable[[str], None] = lambda _: None
-        """The run has failed, and nothing starts until an operator decides."""
-        self.on_grow: Callable[[str], None] = lambda _: None
-        """Asked for when there are nodes that the generation could have and has not; the word names them."""
 
     # Beginning
 
@@ -203,7 +194,7 @@ class Generations:
 
     def _failed(self, reason: str) -> None:
         self._context.change_state("failed", reason)
-        self.on_failed(reason)
+        self._context.events.publish(RunFailed(reason))
 
     def _gather(self, start: Start, nodes: tuple[str, ...]) -> None:
         """Raises JournalError, and nothing is begun, where the journal cannot be written."""
@@ -229,7 +220,7 @@ class Generations:
         self._hang.forget()
         context.live.phase = None
         context.live.step = context.ledger.checkpoints[start.checkpoint].step if start.checkpoint else 0
-        self.on_begun()
+        context.events.publish(GenerationBegan(start.generation))
         self._gathered_at = time.monotonic()
         self._awaited = start if len(nodes) > 1 else None
         self._tell_to_gather(start, 0, 0)
@@ -398,7 +389,7 @@ class Generations:
         self._moves.seen()
         if not self._trained:
             self._trained = True
-            self.on_training()
+            self._context.events.publish(RanksTrain())
 
     def progressed(self) -> None:
         """A step was taken."""
@@ -469,7 +460,7 @@ class Generations:
             self._grow_since = time.monotonic()
         elif time.monotonic() - self._grow_since > GROW_SECONDS:
             self._grow_since = None
-            self.on_grow(", ".join(more))
+            self._context.events.publish(NodesToSpare(", ".join(more)))
 
     def _tell_of_spares(self) -> None:
         """Says, once a generation, which nodes stand by only because the ranks must be a multiple of the model's."""
@@ -588,7 +579,7 @@ class Generations:
         context = self._context
         failed = f" (it had failed: {context.ledger.reason})" if context.state == "failed" else ""
         context.change_state("released", f"stopped; resume goes on from the newest checkpoint{failed}")
-        self.on_stopping()
+        context.events.publish(RanksStopped())
         self._send_agents_away()
 
     def _send_agents_away(self) -> None:
@@ -607,7 +598,7 @@ class Generations:
                 self._context.note(
                     "warning", f"the agent of {left} does not say that it has ended; it ends when it is in reach again"
                 )
-            self.on_stopped()
+            self._context.events.publish(AgentsStopped())
         except j.Ousted:
             pass
         self._context.over.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.context import ControllerContext
 from launcher.controller.supervision.node_pool import Pool
 from midwatch.protocol import Hung, StacksTaken, TakeStacks
 

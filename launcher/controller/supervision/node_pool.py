@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher.backends import Backend, StartError
-from launcher.controller.context import ControllerContext, Node
+from launcher.backends.base import Backend, StartError
+from launcher.controller.core.context import ControllerContext, Node
 from midwatch.journal import journal as j
 from midwatch.protocol import AgentHello, Message, NodeStats
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.context import ControllerContext
 from midwatch.protocol import NodeStats
 
 STALL_SECONDS = 3.0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from launcher.controller import recovery
-from launcher.controller.checkpoints import Commits
-from launcher.controller.context import ControllerContext
-from launcher.controller.versions import installed_versions
+from launcher.controller.core import recovery
+from launcher.controller.core.checkpoints import Commits
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.versions import installed_versions
 from midwatch.checkpoint_format import verify as files
 from midwatch.journal import journal as j
 from midwatch.protocol import Lineage, Start

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.context import ControllerContext
 from midwatch.protocol import Straggler
 
 

@@ -21,8 +21,8 @@ from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
 from midwatch import protocol as p
+from midwatch.journal.run_identity import run_id
 from midwatch.run_directory import RunPaths, read_address
-from midwatch.run_identity import run_id
 from midwatch.transport.tls_identity import CONTROLLER_NAME, RunKeys, client_context
 from tests.system.harness import Run
 from tests.system.hosts import Hosts

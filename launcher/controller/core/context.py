@@ -14,15 +14,16 @@ from typing import Literal
 
 import msgspec
 
-from launcher.controller.rollout_samples import Samples
+from launcher.controller.core.events import CommandEnded, Events, StateChanged
+from launcher.controller.core.rollout_samples import Samples
 from launcher.metrics.store import MetricStore
 from midwatch.directory_identity import DirectoryWatch
 from midwatch.journal import journal as j
+from midwatch.journal.run_identity import claim
 from midwatch.journal.run_state import Ledger
 from midwatch.protocol import CommandView, NodeStats, Phase, State, Straggler
 from midwatch.recipe import Recipe
 from midwatch.run_directory import RunPaths, mount_of
-from midwatch.run_identity import claim
 
 log = logging.getLogger("launcher.controller")
 
@@ -100,8 +101,7 @@ class ControllerContext:
         self.changed = asyncio.Event()
         self.over = asyncio.Event()
         """Set when this controller's work is done."""
-        self.ended_listeners: list[Callable[[j.CommandEnded], None]] = []
-        self.state_listeners: list[Callable[[], None]] = []
+        self.events = Events()
         self.adopting = asyncio.Lock()
         """Held while checkpoints that the journal does not know are taken in; ranks are started after that."""
         self.rejected: set[tuple[str, str]] = set()
@@ -171,8 +171,7 @@ class ControllerContext:
     def _announce(self, entries: tuple[j.Entry, ...]) -> None:
         for entry in entries:
             if isinstance(entry, j.CommandEnded):
-                for listener in self.ended_listeners:
-                    listener(entry)
+                self.events.publish(CommandEnded(entry))
 
     def when_durable(self, act: Callable[[], None]) -> None:
         """Acts as soon as all that was recorded so far is durable: mostly at once."""
@@ -215,8 +214,7 @@ class ControllerContext:
         if (state, reason) != (self.ledger.state, self.ledger.reason):
             log.info("state: %s %s", state, reason)
             self.record(j.StateChanged(time=self.clock(), state=state, reason=reason))
-            for listener in self.state_listeners:
-                listener()
+            self.events.publish(StateChanged())
 
     def sync(self) -> None:
         """Returns once all telemetry that was taken in would survive a loss of power."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.context import ControllerContext
 from midwatch.journal import journal as j
 
 log = logging.getLogger("launcher.controller")

@@ -13,8 +13,8 @@ import logging
 import os
 
 from launcher.backends.slurm.jobs import BATCH_VARIABLE, RESUME_VARIABLE
-from launcher.controller.command_queue import Dispatch
-from launcher.controller.context import ControllerContext
+from launcher.controller.commands.command_queue import Dispatch
+from launcher.controller.core.context import ControllerContext
 from launcher.controller.supervision.generations import Generations
 from midwatch.journal import journal as j
 from midwatch.protocol import Command, CommandView, Verb

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.controller.context import ControllerContext, Node
+from launcher.controller.core.context import ControllerContext, Node
 from midwatch.commands import describe
 from midwatch.journal import journal as j
 from midwatch.metrics.m4_columns import LineageSegment

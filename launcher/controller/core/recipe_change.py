@@ -9,7 +9,7 @@ import tomllib
 from typing import Any
 
 from launcher.agent.environment import MASK, SECRET, mask_url
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.context import ControllerContext
 from midwatch.journal import journal as j
 from midwatch.journal.run_state import differences
 from midwatch.recipe import Recipe

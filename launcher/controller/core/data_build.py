@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.context import ControllerContext
 from midwatch.journal import journal as j
 from midwatch.recipe import Recipe
 from midwatch.recipe.data_sufficiency import shortages

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.controller.checkpoints import Commits
-from launcher.controller.context import ControllerContext
-from launcher.controller.snapshot import SnapshotBuilder
+from launcher.controller.core.checkpoints import Commits
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.snapshot import SnapshotBuilder
 from midwatch import protocol as p
 from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.recipe import Recipe

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.context import ControllerContext
 from midwatch.checkpoint_format import verify as files
 from midwatch.journal import journal as j
 from midwatch.metrics.m4_columns import LineageSegment

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.controller import recovery
-from launcher.controller.context import ControllerContext
+from launcher.controller.core import recovery
+from launcher.controller.core.context import ControllerContext
 from midwatch.checkpoint_format import verify as files
 from midwatch.journal import journal as j
 from midwatch.protocol import CheckpointReady, CheckpointView, CommitRefused, Committed

@@ -14,11 +14,12 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.annotation.desk import Preferring, Question
-from launcher.controller.command_queue import Dispatch
-from launcher.controller.context import ControllerContext
+from launcher.controller.commands.command_queue import Dispatch
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.events import CommandEnded
+from launcher.controller.core.queries import Queries
+from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.probe.sessions import Probing
-from launcher.controller.queries import Queries
-from launcher.controller.snapshot import SnapshotBuilder
 from midwatch import protocol as p
 from midwatch.journal import journal as j
 
@@ -51,7 +52,7 @@ class Clients:
         self._frame = b""
         self.count = 0
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
-        context.ended_listeners.append(self._command_ended)
+        context.events.subscribe(CommandEnded, lambda event: self._command_ended(event.entry))
 
     async def publish(self) -> None:
         """Draws up a snapshot whenever something has changed, and hands it to the screens."""

@@ -8,11 +8,11 @@ import math
 import time
 from collections.abc import Callable
 
-from launcher.controller.checkpoints import Commits
-from launcher.controller.command_queue import Dispatch
-from launcher.controller.context import ControllerContext
+from launcher.controller.commands.command_queue import Dispatch
+from launcher.controller.core.checkpoints import Commits
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.watch_rules import WatchRules
 from launcher.controller.supervision.generations import Generations
-from launcher.controller.watch_rules import WatchRules
 from launcher.metrics.chunks import MetricFrame, StepMetrics
 from midwatch import protocol as p
 from midwatch.journal import journal as j

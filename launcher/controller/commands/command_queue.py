@@ -13,8 +13,17 @@ from typing import Any, Literal, cast
 
 import msgspec
 
-from launcher.controller.checkpoints import Commits
-from launcher.controller.context import ControllerContext
+from launcher.controller.core.checkpoints import Commits
+from launcher.controller.core.context import ControllerContext
+from launcher.controller.core.events import (
+    AgentsStopped,
+    NodesToSpare,
+    RanksStopped,
+    RanksTrain,
+    RolledBack,
+    RunFailed,
+    StateChanged,
+)
 from launcher.controller.supervision.generations import Generations
 from midwatch.commands import BY_VERB, Doing, check_arguments
 from midwatch.commands.orders import OPS
@@ -55,7 +64,6 @@ class Dispatch:
         """The ranks are to wait until the journal can be written again."""
         self._stopped_at: tuple[int, dict[str, Any]] | None = None
         """Step and checkpoint at which the ranks leave for a stop or a release that is not done yet."""
-        self.on_rollback: Callable[[], None] = lambda: None
         self.at_once: dict[str, Callable[[CommandView], None]] = {
             "golden": self._mark_checkpoint,
             "ungolden": self._mark_checkpoint,
@@ -71,12 +79,13 @@ class Dispatch:
         }
         """What decides, without ranks, what the next generation starts from. False: not in this state. A node's mark is all that
         its command does then."""
-        generations.on_training = self._ranks_train
-        generations.on_stopping = self._stopping
-        generations.on_stopped = self._stopped
-        generations.on_failed = self._start_failed
-        generations.on_grow = self._grow
-        context.state_listeners.append(self._wake.set)  # a command that waits may be refused now, or be due
+        context.events.subscribe(RanksTrain, self._ranks_train)
+        context.events.subscribe(RanksStopped, self._stopping)
+        context.events.subscribe(AgentsStopped, self._stopped)
+        context.events.subscribe(RunFailed, self._start_failed)
+        context.events.subscribe(NodesToSpare, self._grow)
+        # A command that waits may be refused now, or be due.
+        context.events.subscribe(StateChanged, lambda _: self._wake.set())
 
     # From clients and rules
 
@@ -109,12 +118,12 @@ class Dispatch:
         spec = BY_VERB.get(command.verb)
         return spec.states[self._context.state] if spec is not None else (Doing.REFUSE, check_arguments(command.verb, {}))
 
-    def _grow(self, nodes: str) -> None:
+    def _grow(self, event: NodesToSpare) -> None:
         """There are nodes that the generation could have and has not."""
         ledger = self._context.ledger
         if not any(c.verb in _REGROUPING for c in ledger.open_commands()):
             id = f"regroup/{ledger.term}/{ledger.generation}/{ledger.newest_command}"
-            self._context.note("info", f"gathering the ranks anew, with {nodes}", self._context.live.step)
+            self._context.note("info", f"gathering the ranks anew, with {event.names}", self._context.live.step)
             try:
                 self.accept(Command(id=id, verb="regroup"), "")
             except j.Ousted:
@@ -228,7 +237,7 @@ class Dispatch:
             if outcome.ok:
                 detail = with_shown(view, detail)
                 context.live.step = outcome.step
-                self.on_rollback()
+                self._context.events.publish(RolledBack())
             elif lineage is not None and lineage == context.ledger.lineage:
                 before = (j.LineageAbandoned(time=context.clock(), lineage=lineage),)
         self._end(
@@ -262,7 +271,7 @@ class Dispatch:
             if lineage is not None:
                 detail: dict[str, Any] = {"lineage": lineage.id, "step": lineage.fork_step, "by": "restart"}
                 self._end(command, "done", step=lineage.fork_step, detail=detail)
-                self.on_rollback()
+                self._context.events.publish(RolledBack())
             elif command.verb == "resume":
                 step = start.step if start is not None else 0
                 self._end(command, "done", step=step, detail={"generation": ledger.generation})
@@ -304,16 +313,16 @@ class Dispatch:
         else:
             self._end(command, "failed", reason=f"the ranks ended without an answer; the run is {context.state}")
 
-    def _ranks_train(self) -> None:
+    def _ranks_train(self, _: RanksTrain) -> None:
         self._wake.set()
 
-    def _stopping(self) -> None:
+    def _stopping(self, _: RanksStopped) -> None:
         """The ranks have ended for a stop: what else was in line is not done. What comes from now on waits for the agents' end."""
         for command in self._context.ledger.open_commands():
             if command.verb not in _STOPPING:
                 self._end(command, "cancelled", reason="the run was stopped")
 
-    def _stopped(self) -> None:
+    def _stopped(self, _: AgentsStopped) -> None:
         """Agents and ranks have ended: what asked for it is done."""
         step, detail = self._stopped_at or (self._context.live.step, {})
         self._stopped_at = None
@@ -322,11 +331,11 @@ class Dispatch:
                 self._end(command, "done", step=step, detail=detail)
         self._wake.set()
 
-    def _start_failed(self, reason: str) -> None:
+    def _start_failed(self, event: RunFailed) -> None:
         """No ranks will come: a resume that waits for them has failed."""
         for command in self._context.ledger.open_commands():
             if self._waits_for_start(command):
-                self._end(command, "failed", reason=reason)
+                self._end(command, "failed", reason=event.reason)
         self._wake.set()
 
     def _waits_for_start(self, command: CommandView) -> bool:
@@ -551,7 +560,7 @@ class Dispatch:
         context.live.step = target.step
         detail = {"lineage": lineage.id, "step": target.step, "undone": undone, "at": "the next start"}
         self._end(command, "done", step=target.step, detail=with_shown(command, detail))
-        self.on_rollback()
+        context.events.publish(RolledBack())
         if context.state in ("failed", "recovering"):
             self._generations.restart()
         return True
