@@ -458,17 +458,18 @@ class MidwatchApp(App[int]):
     async def do_filter(self) -> None:
         await self.open_prompt("/")
 
-    async def open_prompt(self, sign: str) -> None:
+    async def open_prompt(self, sign: str, text: str = "") -> None:
+        """Opens the line to type on, with this text on it."""
         from tui.core.command_bar import CommandPrompt
 
         if self._prompt is None:
             self._prompt = CommandPrompt()
             await self.screen_stack[0].mount(self._prompt, before="#status")
-        self._prompt.open(sign)
+        self._prompt.open(sign, text)
 
     async def do_typed(self, typed: Typed) -> None:
-        """Does what a command line asks."""
-        from tui.core.command_line import ASK
+        """Does what a typed line asks for."""
+        from midwatch.commands import BY_VERB
 
         if typed.problem:
             self.say(typed.problem, Ink.WARNING)
@@ -476,48 +477,24 @@ class MidwatchApp(App[int]):
             self.do_detach()
         elif typed.view:
             await self.open_view(typed.view)
-        elif typed.verb is not None and (typed.sure or typed.verb not in ASK):
+        elif typed.verb is not None and (typed.sure or not BY_VERB[typed.verb].confirm):
             self.give(typed.verb, typed.arguments)
-        elif (asked := self._ask_typed(typed)) is not None:
+        elif typed.verb is not None and (asked := self.steering.ask(typed.verb, typed.arguments)) is not None:
             await asked
-
-    def _ask_typed(self, typed: Typed) -> Awaitable[None] | None:
-        """Opens the dialog of a command that loses something."""
-        found = typed.arguments
-        if typed.verb == "rollback":
-            return self.steering.ask_rollback(found["checkpoint"], found.get("skip", 0), found.get("lr_scale", 1.0))
-        if typed.verb == "advance":
-            return self.steering.ask_advance(found.get("to", ""))
-        if typed.verb is not None and "node" in found:
-            return self.steering.ask_node(typed.verb, found["node"])
-        return self.steering.ask_stop(now=typed.verb == "stop-now")
 
     # Commands
 
     def give(self, verb: protocol.Verb, arguments: dict[str, Any] | None = None) -> None:
         self.steering.give(verb, arguments)
 
-    def do_pause(self) -> None:
-        state = self.scene.snapshot.state if self.scene.snapshot is not None else ""
-        self.give("resume" if state in ("paused", "released", "failed") else "pause")
-
-    def do_checkpoint(self) -> None:
-        self.give("checkpoint")
-
-    def do_golden(self) -> None:
-        self.steering.mark_newest_golden()
-
-    def do_acknowledge(self) -> None:
-        self.steering.acknowledge_first()
-
-    def do_rollback(self) -> Awaitable[None] | None:
-        return self.steering.ask_rollback()
-
-    def do_advance(self) -> Awaitable[None] | None:
-        return self.steering.ask_advance()
-
-    def do_stop(self) -> Awaitable[None] | None:
-        return self.steering.ask_stop()
+    def do_command(self, verb: protocol.Verb) -> Awaitable[None] | None:
+        """What a command's key does: the view's own way of giving it, or the screen's."""
+        name = f"give_{verb.replace('-', '_')}"
+        for owner in (self.view, self.steering):
+            if hasattr(owner, name):
+                asked: Awaitable[None] | None = getattr(owner, name)()
+                return asked
+        return self.steering.give_by_key(verb)
 
 
 def _news(snapshot: protocol.Snapshot) -> tuple[object, ...]:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from midwatch import protocol as p
-from midwatch.commands import describe
+from midwatch.commands import BY_VERB, describe
 from midwatch.recipe import load_recipe, parse_recipe
 from midwatch.signals import EndingSignals
 from midwatch.terminal import OutputError, discard_out, flush_out, indented, make_console, reader_is_gone, write_error, write_json
@@ -196,7 +196,7 @@ class HeadlessReporter:
         for entry in self._script:
             while not self._due(entry):
                 await self._next_step()
-            if entry.commands[0][0] == "resume":
+            if entry.commands[0].verb == "resume":
                 await asyncio.sleep(max(0.0, self._held_at + HOLD_SECONDS - time.monotonic()))
             for verb, arguments in entry.commands:
                 view = await client.command(verb, arguments)
@@ -216,14 +216,8 @@ class HeadlessReporter:
         snapshot = self._snapshot
         if snapshot is None or snapshot.state not in ("training", "paused", "released"):
             return False
-        waits = snapshot.state in ("paused", "released") and entry.commands[0][0] in (
-            "resume",
-            "stop",
-            "stop-now",
-            "rollback",
-            "advance",
-        )
-        return waits or (snapshot.state == "training" and snapshot.step >= entry.step)
+        held = snapshot.state in ("paused", "released") and BY_VERB[entry.commands[0].verb].leaves_hold
+        return held or (snapshot.state == "training" and snapshot.step >= entry.step)
 
     async def _next_step(self) -> None:
         await asyncio.sleep(0.05)

@@ -6,12 +6,9 @@ run is paused no step comes, so a `resume` that follows a `pause` is given after
 
 from __future__ import annotations
 
-import argparse
-import shlex
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
-from midwatch.protocol import Verb
+from midwatch.commands import CommandError, TypedCommand, parse_command
 
 
 class ScriptError(Exception):
@@ -23,13 +20,8 @@ class ScriptStep:
     """Commands for one step."""
 
     step: int
-    commands: tuple[tuple[Verb, dict[str, Any]], ...]
+    commands: tuple[TypedCommand, ...]
     text: str
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ScriptError(message)
 
 
 def parse_script(text: str) -> tuple[ScriptStep, ...]:
@@ -39,7 +31,7 @@ def parse_script(text: str) -> tuple[ScriptStep, ...]:
         step, colon, words = part.partition(":")
         if not colon or not step.strip().isdigit():
             raise ScriptError(f"{part!r}: begins with no step (write it as `20: checkpoint`)")
-        commands = tuple(parse_command(c.strip()) for c in words.split(",") if c.strip())
+        commands = tuple(_command(c.strip()) for c in words.split(",") if c.strip())
         if not commands:
             raise ScriptError(f"{part!r}: has no command")
         entries.append(ScriptStep(int(step), commands, part))
@@ -48,40 +40,8 @@ def parse_script(text: str) -> tuple[ScriptStep, ...]:
     return tuple(entries)
 
 
-def parse_command(text: str) -> tuple[Verb, dict[str, Any]]:
-    """A command as an operator types it, without the run. Raises ScriptError."""
+def _command(text: str) -> TypedCommand:
     try:
-        words = shlex.split(text)
-    except ValueError as error:
+        return parse_command(text)
+    except CommandError as error:
         raise ScriptError(f"{text!r}: {error}") from None
-    parser = _Parser(prog="", add_help=False, exit_on_error=False)
-    commands = parser.add_subparsers(dest="verb", required=True)
-
-    def add(name: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, add_help=False, exit_on_error=False)
-
-    add("pause").add_argument("--release", action="store_true")
-    add("resume")
-    add("checkpoint")
-    for name in ("golden", "ungolden"):
-        add(name).add_argument("checkpoint", nargs="?", default="latest")
-    rollback = add("rollback")
-    rollback.add_argument("checkpoint")
-    rollback.add_argument("--skip", type=int, default=0)
-    rollback.add_argument("--lr-scale", type=float, default=1.0)
-    add("advance").add_argument("--to")
-    setting = add("set")
-    setting.add_argument("key")
-    setting.add_argument("value", type=float)
-    add("cancel").add_argument("id")
-    add("stop").add_argument("--now", action="store_true")
-    try:
-        found = vars(parser.parse_args(words))
-    except (argparse.ArgumentError, ScriptError) as error:
-        raise ScriptError(f"{text!r}: {error}") from None
-    verb = found.pop("verb")
-    if verb == "pause":
-        return ("release" if found["release"] else "pause"), {}
-    if verb == "stop":
-        return ("stop-now" if found["now"] else "stop"), {}
-    return verb, {k: v for k, v in found.items() if v is not None}

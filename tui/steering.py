@@ -63,7 +63,26 @@ class Steering:
         """What has no outcome yet, for the goodbye."""
         return f"; {plural(len(self.pending), 'command')} without an outcome yet" if self.pending else ""
 
-    def mark_newest_golden(self) -> None:
+    # What keys give
+
+    def give_by_key(self, verb: protocol.Verb) -> Awaitable[None] | None:
+        """The command as it is; one that needs arguments begins a line to type them on, and one that loses something asks first."""
+        from midwatch.commands import BY_VERB
+
+        spec = BY_VERB[verb]
+        if any(argument.required for argument in spec.typed_arguments):
+            return self._app.open_prompt(":", f"{spec.typed} ")
+        if spec.confirm:
+            return self.ask(verb, {})
+        self.give(verb, {argument.name: argument.default for argument in spec.arguments if argument.default})
+        return None
+
+    def give_pause(self) -> None:
+        state = self._app.scene.snapshot.state if self._app.scene.snapshot is not None else ""
+        self.give("resume" if state in ("paused", "released", "failed") else "pause")
+
+    def give_golden(self) -> None:
+        """Marks the newest checkpoint."""
         snapshot = self._app.scene.snapshot
         newest = newest_checkpoint(snapshot) if snapshot is not None else None
         if newest is None:
@@ -73,15 +92,32 @@ class Steering:
         else:
             self.give("golden", {"checkpoint": newest.id})
 
-    def acknowledge_first(self) -> None:
-        """The alarm that stands first among the notices."""
+    def give_acknowledge(self) -> None:
+        """The alarm that is first among the notices."""
         snapshot = self._app.scene.snapshot
         if snapshot is None or not snapshot.alarms:
             self._app.say("acknowledge: no alarm stands")
         else:
             self.give("acknowledge", {"alarm": snapshot.alarms[0].key})
 
+    def give_rollback(self) -> Awaitable[None] | None:
+        return self.ask_rollback()
+
     # Dialogs. Each is mounted when what is returned has been awaited, and takes the keys that follow.
+
+    def ask(self, verb: protocol.Verb, arguments: dict[str, Any]) -> Awaitable[None] | None:
+        """Shows what a command costs, and gives it if the operator agrees."""
+        if verb == "rollback":
+            return self.ask_rollback(arguments["checkpoint"], arguments.get("skip", 0), arguments.get("lr_scale", 1.0))
+        if verb == "advance":
+            return self.ask_advance(arguments.get("to", ""))
+        if verb in ("stop", "stop-now"):
+            return self.ask_stop(now=verb == "stop-now")
+        if verb in ("node-drain", "node-add", "node-quarantine"):
+            return self.ask_node(verb, arguments["node"])
+        from tui.dialogs.confirm import ConfirmDialog
+
+        return self._ask(verb, lambda: ConfirmDialog(self._app.scene, verb, arguments))
 
     def ask_rollback(self, checkpoint: str = "", skip: int = 0, lr_scale: float = 1.0) -> Awaitable[None] | None:
         from tui.dialogs.rollback import RollbackDialog, unknown

@@ -14,8 +14,6 @@ from shards.common.terminal import run_command, write_error, write_out, write_pa
 if TYPE_CHECKING:
     from midwatch.transport.ssh_url import RemoteRun
 
-STEERING = ("pause", "resume", "checkpoint", "golden", "ungolden", "rollback", "advance", "set", "cancel", "stop")
-
 
 def main() -> int:
     return run_command(_command)
@@ -39,6 +37,7 @@ def _hand_over(arguments: argparse.Namespace) -> int:
     if arguments.command == "shards":
         return _shards(arguments)
     from launcher.cli.runs import NoSuchRun
+    from midwatch.commands import CommandError
     from midwatch.recipe import RecipeError
     from midwatch.transport.discovery import ClientError
 
@@ -68,10 +67,10 @@ def _hand_over(arguments: argparse.Namespace) -> int:
 
             if (status := ask_queue(arguments)) is not None:
                 return status
-        if arguments.command in STEERING:
+        if "steering" in arguments:
             return control.steer(arguments)
         return control.COMMANDS[arguments.command](arguments)
-    except (RecipeError, NoSuchRun) as error:
+    except (RecipeError, NoSuchRun, CommandError) as error:
         write_error(f"midwatch: {error}")
         return 2
     except ClientError as error:

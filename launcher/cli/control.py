@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.table import Table
 from rich.text import Text
 
 from launcher.cli.runs import NoSuchRun, RunLine, find_anywhere, find_run, known_runs, line_of
 from midwatch import protocol as p
-from midwatch.commands import describe
+from midwatch.commands import describe, read
 from midwatch.journal.journal import JournalError
 from midwatch.recipe import RecipeError
 from midwatch.run_directory import RunPaths
@@ -28,13 +28,12 @@ SNAPSHOT_SECONDS = 15.0
 
 
 def steer(arguments: argparse.Namespace) -> int:
-    """Gives one command and tells its outcome."""
-    verb, values = command_of(arguments)
+    """Gives one command and prints its outcome. Raises CommandError for arguments that cannot be right."""
+    verb, values = read(arguments.steering, arguments)
     root = find_anywhere(arguments.run)
 
     async def give() -> p.CommandView:
-        resumes = arguments.command == "resume"
-        async with Client(root, start=_wakes(root, arguments.command), resumes=resumes) as client:
+        async with Client(root, start=_wakes(root, verb), resumes=verb == "resume") as client:
             return await client.command(verb, values, wait=not arguments.no_wait)
 
     view = asyncio.run(give())
@@ -45,34 +44,10 @@ def steer(arguments: argparse.Namespace) -> int:
     return 0 if view.state in ("done", "queued", "sent") else 1
 
 
-def _wakes(root: Path | RemoteRun, command: str) -> bool:
+def _wakes(root: Path | RemoteRun, verb: p.Verb) -> bool:
     """Whether a controller is started where none lives: a run that has not begun yet is begun by `resume` alone."""
     begun = isinstance(root, RemoteRun) or any(RunPaths(root).journal.glob("*.log"))
-    return begun or command == "resume"
-
-
-def command_of(arguments: argparse.Namespace) -> tuple[p.Verb, dict[str, Any]]:
-    """The command that parsed arguments mean."""
-    name = arguments.command
-    if name == "pause":
-        return ("release" if arguments.release else "pause"), {}
-    if name == "stop":
-        return ("stop-now" if arguments.now else "stop"), {}
-    if name == "rollback":
-        return "rollback", {"checkpoint": arguments.checkpoint, "skip": arguments.skip, "lr_scale": arguments.lr_scale}
-    if name == "set":
-        return "set", {"key": arguments.key, "value": arguments.value}
-    if name == "advance":
-        return "advance", {"to": arguments.to} if arguments.to else {}
-    if name in ("golden", "ungolden"):
-        return name, {"checkpoint": arguments.checkpoint}
-    if name == "cancel":
-        return "cancel", {"id": arguments.id}
-    if name == "acknowledge":
-        return "acknowledge", {"alarm": arguments.alarm}
-    if name.startswith("node-"):
-        return name, {"node": arguments.node}
-    return name, {}
+    return begun or verb == "resume"
 
 
 def outcome_text(view: p.CommandView) -> str:

@@ -22,10 +22,7 @@ from shards.common.terminal import make_console, write_error, write_json, write_
 def node(arguments: argparse.Namespace) -> int:
     if arguments.node_command == "list":
         return _list(arguments)
-    if arguments.node_command == "key":
-        return _key(arguments)
-    arguments.command = f"node-{arguments.node_command}"
-    return control.steer(arguments)
+    return _key(arguments)
 
 
 def agent(arguments: argparse.Namespace) -> int:

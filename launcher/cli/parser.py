@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from midwatch.commands import BY_NAME, add_arguments
 from shards.commands import add_commands as add_shards_commands
 from shards.common.terminal import Parser
 
@@ -190,45 +191,20 @@ def _add_looking(commands: Any) -> None:
 
 
 def _add_steering(commands: Any) -> None:
-    def add(name: str, about: str, among: Any = commands) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = among.add_parser(name, help=about)
+    """The commands that steer a run: each as its spec says, with the run before its arguments."""
+    nodes = commands.add_parser("node", help="look at nodes, and take them out or put them back")
+    groups = {"node": nodes.add_subparsers(dest="node_command", required=True, metavar="COMMAND")}
+    listed = groups["node"].add_parser("list", help="every node, its ranks and how it fares")
+    listed.add_argument("run", metavar="RUN", nargs="?")
+    listed.add_argument("--json", action="store_true")
+    key = groups["node"].add_parser("key", help="make a key file for a node that joins by itself, on standard output")
+    key.add_argument("run", metavar="RUN")
+    key.add_argument("node", metavar="NODE", nargs="?", help="default: one key for all nodes")
+    for name, specs in BY_NAME.items():
+        first, _, second = name.partition(" ")
+        parser = (groups[first] if second else commands).add_parser(second or first, help=specs[0].help)
+        parser.set_defaults(steering=name)
         parser.add_argument("run", metavar="RUN")
         parser.add_argument("--json", action="store_true", help="the outcome as a JSON object")
         parser.add_argument("--no-wait", action="store_true", help="leave when the command is accepted")
-        return parser
-
-    pause = add("pause", "hold the ranks after this step, or release them")
-    pause.add_argument("--release", action="store_true", help="checkpoint, end the ranks and give the GPUs back")
-    add("resume", "go on, after a pause, a release, a stop or a failure")
-    add("checkpoint", "save now")
-    add("golden", "trust a checkpoint: it is never pruned").add_argument("checkpoint", metavar="ID")
-    add("ungolden", "take that back").add_argument("checkpoint", metavar="ID")
-    rollback = add("rollback", "go back to a checkpoint, in place")
-    rollback.add_argument(
-        "checkpoint", metavar="ID", help="its id, a step, `latest`, `golden`, or `undone`: what the last rollback left"
-    )
-    rollback.add_argument("--skip", type=int, default=0, metavar="N", help="pass over the next N steps of data")
-    rollback.add_argument("--lr-scale", type=float, default=1.0, metavar="X", help="multiply the learning rate")
-    add("advance", "end the stage here and begin the next").add_argument("--to", metavar="STAGE", help="a later stage")
-    set_ = add("set", "change a live setting")
-    set_.add_argument("key", metavar="KEY")
-    set_.add_argument("value", metavar="VALUE", type=float)
-    add("cancel", "take back a command that waits").add_argument("id", metavar="ID")
-    acknowledge = add("acknowledge", "mark an alarm as seen: it stands no more until it is raised again")
-    acknowledge.add_argument("alarm", metavar="KEY", nargs="?", default="all", help="as `status` shows it (default: all alarms)")
-    stop = add("stop", "checkpoint, end the ranks and close the run")
-    stop.add_argument("--now", action="store_true", help="without a checkpoint")
-    nodes = commands.add_parser("node", help="look at nodes, and take them out or put them back")
-    on_nodes = nodes.add_subparsers(dest="node_command", required=True, metavar="COMMAND")
-    listed = on_nodes.add_parser("list", help="every node, its ranks and how it fares")
-    listed.add_argument("run", metavar="RUN", nargs="?")
-    listed.add_argument("--json", action="store_true")
-    key = on_nodes.add_parser("key", help="make a key file for a node that joins by itself, on standard output")
-    key.add_argument("run", metavar="RUN")
-    key.add_argument("node", metavar="NODE", nargs="?", help="default: one key for all nodes")
-    for name, about in (
-        ("drain", "go on without it, after a checkpoint"),
-        ("add", "use it again, its failures forgotten"),
-        ("quarantine", "go on without it, at once, from the newest checkpoint"),
-    ):
-        add(name, about, on_nodes).add_argument("node", metavar="NODE")
+        add_arguments(parser, name)

@@ -16,6 +16,7 @@ from midwatch.journal.journal import JournalError, read_journal
 from midwatch.journal.run_identity import claim
 from midwatch.journal.run_state import Ledger
 from midwatch.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from midwatch.recipe.watch_checks import condition_problems
 from midwatch.run_directory import (
     PRIVATE_FILE,
     SECRET_FILE,
@@ -90,6 +91,8 @@ def check_recipe(recipe_file: Path) -> Recipe:
             check_template(recipe.tokenizer)
         except ShardError as error:
             raise RecipeError(f"{recipe_file}: {error}") from None
+    if problems := [f"{recipe_file}: {problem}" for problem in condition_problems(recipe)]:
+        raise RecipeError("\n".join(problems))
     if recipe.cluster.operators is not None:
         group_id(recipe.cluster.operators, str(recipe_file))
     if recipe.data.dir is not None and Path(recipe.data.dir).exists() and any(Path(recipe.data.dir).iterdir()):

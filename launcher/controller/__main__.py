@@ -32,7 +32,7 @@ from launcher.controller.core.queries import Queries
 from launcher.controller.core.recipe_change import note_change, run_began
 from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.core.versions import installed_versions
-from launcher.controller.core.watch_rules import Firing, WatchRules, action
+from launcher.controller.core.watch_rules import Firing, WatchRules
 from launcher.controller.probe.sessions import Probing
 from launcher.controller.serving.listener import Listener, ListenError
 from launcher.controller.serving.server import ConnectionServer
@@ -243,6 +243,7 @@ class Term:
             self.generations.look()
             self.stragglers.look()
             self._context.retry_backlog()
+            self._report_broken_rules()
             self.dispatch.look()
             if lost := self._context.directory.lost():
                 self.generations.abandon(lost)
@@ -280,16 +281,20 @@ class Term:
         self.generations.dismiss()
         await asyncio.sleep(FAREWELL_SECONDS)
 
+    def _report_broken_rules(self) -> None:
+        while self.watching.broken:
+            rule, why = self.watching.broken.pop(0)
+            self._context.raise_alarm(why, self._context.live.step, rule=rule.name, value=None, threshold="")
+
     def _rule_fires(self, rule: Watch, step: int, seen: Firing) -> None:
         context = self._context
         text = f"{rule.name}: {seen.words(rule.metric)}"
         value = seen.value if math.isfinite(seen.value) else None
         context.raise_alarm(text, step, rule=rule.name, value=value, threshold=seen.threshold)
-        command = action(rule)
+        command = rule.command()
         if command is None:
             return
-        verb, arguments = command
-        asked = Command(id=f"watch/{rule.name}/{context.ledger.lineage}/{step}", verb=verb, arguments=arguments)
+        asked = Command(id=f"watch/{rule.name}/{context.ledger.lineage}/{step}", verb=command.verb, arguments=command.arguments)
         context.when_durable(lambda: self._give(asked, f"watch rule {rule.name}"))
 
     def _give(self, command: Command, author: str) -> None:

@@ -15,25 +15,8 @@ CERTAIN_STATUS = 78
 """Exit status of a rank whose next start would end in the same way: the recipe or the software is wrong."""
 
 State = Literal["building", "starting", "training", "paused", "recovering", "released", "finished", "failed"]
-Verb = Literal[
-    "pause",
-    "release",
-    "resume",
-    "checkpoint",
-    "golden",
-    "ungolden",
-    "rollback",
-    "advance",
-    "set",
-    "cancel",
-    "stop",
-    "stop-now",
-    "regroup",
-    "node-drain",
-    "node-add",
-    "node-quarantine",
-    "acknowledge",
-]
+Verb = str
+"""A command's name; midwatch.commands has them all."""
 
 
 class Op(enum.IntEnum):

@@ -23,6 +23,7 @@ from midwatch.recipe.text import TextError, home_expanded, read_recipe_text
 from midwatch.recipe.toml import TomlError, dump_toml, parse_toml, too_large
 from midwatch.recipe.toml_lines import Path as KeyPath
 from midwatch.recipe.toml_lines import key_lines, line_of
+from midwatch.recipe.watch_checks import action_problem
 from shards.common.decoding import brief, shown
 from shards.common.errors import SpecError
 from shards.sampling.mixing import covers
@@ -139,7 +140,16 @@ def check(recipe: Recipe) -> list[tuple[KeyPath, str]]:
             found += [(("data", "source", i, "part"), message) for message in _made_problems(recipe, each)]
     if len(seen) == len(recipe.data.source):
         found += _data_problem(recipe)
-    return found or _world_problem(recipe)
+    return found or _action_problems(recipe) or _world_problem(recipe)
+
+
+def _action_problems(recipe: Recipe) -> list[tuple[KeyPath, str]]:
+    problems = [(i, rule, action_problem(recipe, rule)) for i, rule in enumerate(recipe.watch)]
+    return [
+        (("watch", i, "action"), f'watch "{rule.name}": action: {rule.action}: {problem}')
+        for i, rule, problem in problems
+        if problem
+    ]
 
 
 def _path(key: str) -> KeyPath:

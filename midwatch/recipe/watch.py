@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any
 
 import msgspec
 
+from midwatch.commands import BY_VERB, SPECS, CommandError, TypedCommand, parse_command
 from midwatch.recipe.bounds import MOST_COUNT, MOST_STEPS, bounded
-
-CONDITIONS = (
-    "above", "below", "sigma", "not_finite", "change_above", "change_below", "ratio_above", "ratio_below",
-)  # fmt: skip
-TRENDS = ("change_above", "change_below", "ratio_above", "ratio_below")
+from midwatch.watch_conditions import BUILT_IN, ConditionError, WatchCondition, make_condition
 
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that may hold of a metric; exactly one of `CONDITIONS` says what.
-
-    The last four compare the metric with its own past: its mean over the newest quarter of the last `over` steps with that over the
-    oldest quarter of them. They are silent until both have a value.
-    """
+    """Something that may hold of a metric: one of Midwatch's conditions by its own key, or any by `condition`."""
 
     metric: str
     """Slash-path of the metric, as `train/loss`."""
@@ -36,22 +29,51 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ratio_above: float | None = None
     """Newest mean over oldest."""
     ratio_below: float | None = None
+    condition: dict[str, Any] | None = None
+    """Its name and its parameters, as `{ name = "plateau", steps = 500 }`. It may be of another package, which is imported by
+    `make` alone: a recipe can be read where the package is missing."""
     window: int = 128
     """Values that `sigma` looks back on; it is silent until there are so many."""
     over: int = 200
     """Steps that changes and ratios look back on."""
 
+    @property
+    def _given(self) -> list[str]:
+        """Keys of the conditions that it has."""
+        keys = (*BUILT_IN, "condition")
+        return [key for key in keys if getattr(self, key) is not None and getattr(self, key) is not False]
+
     def problems(self) -> list[tuple[str, str]]:
-        """(key, what is wrong and the way out)."""
+        """(key, what is wrong and the way out). Whether another package's condition is there is not among it: see `make`."""
         found: list[tuple[str, str]] = []
-        given = [key for key in CONDITIONS if getattr(self, key) is not None and getattr(self, key) is not False]
-        numbers = [key for key in given if key != "not_finite"]
+        given = self._given
+        numbers = [key for key in given if key not in ("not_finite", "condition")]
         found += [(key, "must be a finite number") for key in numbers if not math.isfinite(getattr(self, key))]
         if len(given) != 1:
-            found.append(("metric", f"needs exactly one of {', '.join(CONDITIONS)}, but has {', '.join(given) or 'none'}"))
+            keys = ", ".join((*BUILT_IN, "condition"))
+            found.append(("metric", f"needs exactly one of {keys}, but has {', '.join(given) or 'none'}"))
         found += bounded(self, 1, MOST_COUNT, ("window",))
         found += bounded(self, 4, MOST_COUNT, ("over",))
+        if self.condition is not None:
+            name = self.condition.get("name")
+            if not isinstance(name, str):
+                found.append(("condition", 'needs the name of a condition, as { name = "above", value = 4 }'))
+            elif name in BUILT_IN and len(given) == 1:
+                try:
+                    self.make()
+                except ConditionError as error:
+                    found.append(("condition", str(error)))
         return found
+
+    def make(self) -> WatchCondition:
+        """What judges the metric's values. Raises ConditionError."""
+        key = self._given[0]
+        if self.condition is not None:
+            name = str(self.condition.get("name"))
+            return make_condition(name, {key: value for key, value in self.condition.items() if key != "name"})
+        fields = BUILT_IN[key].__struct_fields__
+        parameters = {"value": getattr(self, key), "window": self.window, "over": self.over}
+        return make_condition(key, {name: value for name, value in parameters.items() if name in fields})
 
 
 class Watch(Condition, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,7 +84,9 @@ class Watch(Condition, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What must hold as well, by the newest value of each one's metric."""
     steps: int = 1
     """Values in a row for which all of it must hold."""
-    action: Literal["alert", "pause", "rollback", "stop"] = "alert"
+    action: str = "alert"
+    """What is done when it fires: `alert`, or a command as it is typed, as `set lr_scale=0.5`. An alarm is raised by all of them.
+    `rollback` alone goes back to the newest golden checkpoint, by `skip` and `lr_scale`."""
     skip: int = 0
     """Rollback: steps of data to pass over."""
     lr_scale: float = 1.0
@@ -78,4 +102,23 @@ class Watch(Condition, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if not 0 < self.lr_scale < math.inf:
             found.append(("lr_scale", "must be greater than 0 and finite"))
         found += bounded(self, 0, MOST_STEPS, ("skip", "cooldown"))
+        try:
+            self.command()
+        except CommandError as error:
+            found.append(("action", str(error)))
+        return found
+
+    def command(self) -> TypedCommand | None:
+        """What is asked of the run when the rule fires; None: nothing, an alarm is enough. Raises CommandError."""
+        if self.action == "alert":
+            return None
+        if self.action == "rollback":
+            arguments = {"checkpoint": "golden", "skip": self.skip, "lr_scale": self.lr_scale}
+            return TypedCommand("rollback", arguments)
+        found = parse_command(self.action)
+        if not BY_VERB[found.verb].by_rule:
+            usable = ", ".join(["alert", *(spec.typed for spec in SPECS if spec.by_rule)])
+            raise CommandError(f"{self.action}: a rule cannot give this command (it can: {usable})")
+        if found.verb == "rollback" and (self.skip, self.lr_scale) != (0, 1.0):
+            raise CommandError("skip and lr_scale belong to `rollback` alone; write them as --skip and --lr-scale here")
         return found

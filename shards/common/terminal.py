@@ -236,7 +236,22 @@ def _escape_json(match: re.Match[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of arguments whose errors quote them safely. Its subparsers are of the same class."""
+    """A parser of arguments whose errors quote them safely. Its subparsers are of the same class.
+
+    Options may stand between words whose number is not fixed (`golden RUN --json ID`), which argparse allows on request only.
+    """
+
+    _within = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = self._get_positional_actions()
+        if self._within or any(each.nargs in (argparse.PARSER, argparse.REMAINDER) for each in words):
+            return super().parse_known_args(args, namespace)
+        self._within = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._within = False
 
     def error(self, message: str) -> NoReturn:
         super().error(safe(message))

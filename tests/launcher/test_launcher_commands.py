@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import pytest
@@ -16,7 +16,8 @@ from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.supervision import node_pool as pool_module
 from midwatch import protocol as p
 from midwatch.checkpoint_format import verify
-from midwatch.commands import OPS, STATES, TABLE, VERBS, Doing, check_arguments, describe
+from midwatch.commands import BY_VERB, SPECS, STATES, VERBS, Doing, check_arguments, describe
+from midwatch.commands.orders import OPS
 from midwatch.journal import journal as j
 from midwatch.recipe import Watch
 
@@ -46,7 +47,7 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> At:
 
 @pytest.mark.parametrize(("verb", "state"), CELLS, ids=[f"{v}-{s}" for v, s in CELLS])
 async def test_each_command_does_in_each_state_what_the_table_says(verb: p.Verb, state: p.State, at: At) -> None:
-    doing, why = TABLE[verb][state]
+    doing, why = BY_VERB[verb].states[state]
     async with at(state) as desk:
         desk.rank.clear()
         starts = len(desk.starts)
@@ -96,7 +97,7 @@ async def test_each_command_does_in_each_state_what_the_table_says(verb: p.Verb,
 
 @pytest.mark.parametrize(("verb", "state"), NODE_CELLS, ids=[f"{v}-{s}" for v, s in NODE_CELLS])
 async def test_each_command_on_a_node_does_in_each_state_what_the_table_says(verb: p.Verb, state: p.State, at: At) -> None:
-    doing, why = TABLE[verb][state]
+    doing, why = BY_VERB[verb].states[state]
     mark = {"node-add": "in use", "node-drain": "drained", "node-quarantine": "quarantined"}[verb]
     async with at(state) as desk:
         desk.agent_comes(0, node="spare")
@@ -230,18 +231,18 @@ async def test_pause_and_resume_given_together_while_it_starts_are_both_carried_
     ("verb", "arguments", "says"),
     [
         ("rollback", {}, "missing"),
-        ("rollback", {"checkpoint": "a", "skip": -1}, "negative"),
-        ("rollback", {"checkpoint": "a", "skip": True}, "wrong type"),
+        ("rollback", {"checkpoint": "a", "skip": -1}, "must be at least 0"),
+        ("rollback", {"checkpoint": "a", "skip": True}, "not a whole number"),
         ("rollback", {"checkpoint": "a", "lr_scale": 0}, "above 0"),
-        ("rollback", {"checkpoint": "a", "lr_scale": float("nan")}, "above 0"),
+        ("rollback", {"checkpoint": "a", "lr_scale": float("nan")}, "not a finite number"),
         ("rollback", {"checkpoint": "nope"}, "there is no checkpoint"),
         ("rollback", {"checkpoint": "golden"}, "no checkpoint on this line is golden"),
-        ("set", {"key": "lr", "value": "much"}, "wrong type"),
+        ("set", {"key": "lr", "value": "much"}, "not a number"),
         ("set", {"key": "lr", "value": -1.0}, "between"),
-        ("set", {"key": "lr", "value": float("nan")}, "not a number"),
+        ("set", {"key": "lr", "value": float("nan")}, "not a finite number"),
         ("set", {"key": "colour", "value": 1.0}, "no setting"),
         ("advance", {"to": "first"}, "no later stage"),
-        ("advance", {"to": 3}, "wrong type"),
+        ("advance", {"to": 3}, "not a text"),
         ("golden", {"checkpoint": "nope"}, "there is no checkpoint"),
         ("pause", {"hard": True}, "unknown argument"),
     ],
@@ -734,10 +735,10 @@ async def test_a_rules_command_names_the_rule_as_its_author(action: Any, op: p.O
 
 
 def test_every_verb_has_a_row_and_every_refusal_a_reason() -> None:
-    assert set(TABLE) == set(VERBS)
-    for row in TABLE.values():
-        assert set(row) == set(STATES)
-        assert all(why for doing, why in row.values() if doing is Doing.REFUSE)
+    assert set(STATES) == set(get_args(p.State))
+    for spec in SPECS:
+        assert set(spec.states) == set(STATES)
+        assert all(why for doing, why in spec.states.values() if doing is Doing.REFUSE)
 
 
 def test_a_command_is_described_as_it_is_typed() -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import typing
+from pathlib import Path
 
 import pytest
 
-from docs.protocol import PAGE, page
+from docs.protocol import PAGE, TABLES, page
 from midwatch import protocol as p
 from midwatch.commands import VERBS
 
 TEXT = PAGE.read_text(encoding="utf-8")
 
 
-def test_the_table_on_the_page_is_the_codes() -> None:
-    assert page(TEXT) == TEXT, "behind the code; write it anew with: python -m docs.protocol"
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
+def test_the_tables_on_the_pages_are_those_of_the_code(path: Path) -> None:
+    assert page(path) == path.read_text(encoding="utf-8"), "behind the code; write it anew with: python -m docs.protocol"
 
 
 @pytest.mark.parametrize("kind", [*typing.get_args(p.Message), *typing.get_args(p.RankBody)], ids=lambda k: k.__name__)

@@ -12,7 +12,7 @@ from launcher_desk import Desk, InstantData, desk_at
 
 from launcher.controller.core.data_build import BuildError
 from midwatch import protocol as p
-from midwatch.commands import TABLE, VERBS, Doing
+from midwatch.commands import BY_VERB, VERBS, Doing
 
 At = Callable[..., Any]
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ async def test_each_command_ends_whatever_the_run_turns_into(
 ) -> None:
     async with at(state) as desk:
         command = desk.give(verb, **ARGUMENTS.get(verb, {}))
-        if TABLE[verb][state][0] is Doing.NOW and state in ("training", "paused"):
+        if BY_VERB[verb].states[state][0] is Doing.NOW and state in ("training", "paused"):
             await desk.until(lambda: desk.view(command).state != "queued")
         with contextlib.suppress(AssertionError):  # a rollback that shapes the next start has had it begun
             await turn(desk, end, monkeypatch)

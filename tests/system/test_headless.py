@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from midwatch.watch_conditions import GROUP
+from tests.packages import install
 from tests.system.harness import MIDWATCH, Run, gone, recipe_text
 
 ROOT = Path(__file__).parents[2]
@@ -159,14 +161,42 @@ def test_a_signal_while_the_run_is_being_started_leaves_nothing_running(run: Run
     assert not run.ranks() and not run.agents()
 
 
-def test_a_watch_rule_that_stops_the_run_ends_with_3(run: Run, data: Path) -> None:
-    rule = '[[watch]]\nname = "enough"\nmetric = "train/loss"\nbelow = 6.0\naction = "stop"\n'
+RULES = """
+[[watch]]
+name = "early"
+metric = "train/loss"
+condition = { name = "reached", step = 3 }
+action = "set lr_scale=0.5"
+cooldown = 10000
+[[watch]]
+name = "enough"
+metric = "train/loss"
+below = 6.0
+action = "stop"
+"""
+REACHED = """
+from midwatch.watch_conditions import Judgement, WatchCondition
+
+
+class Reached(WatchCondition):
+    step: int
+
+    def judge(self):
+        return lambda step, value: Judgement(step >= self.step, f"step {self.step}")
+"""
+
+
+def test_watch_rules_set_and_stop_and_one_has_a_condition_of_another_package(run: Run, data: Path, tmp_path: Path) -> None:
+    run.environment["PYTHONPATH"] = str(install(tmp_path / "site", "reached", REACHED, GROUP, reached="reached:Reached"))
     file = run.root.parent / "r.toml"
-    file.write_text(recipe_text(data, steps=5000, extra=rule))
+    file.write_text(recipe_text(data, steps=5000, extra=RULES))
     done = run.midwatch("run", str(file), "--dir", str(run.root), "--headless", timeout=120)
     assert done.returncode == 3, done.stdout + done.stderr
-    stop = next(c for c in run.ledger().commands.values() if c.verb == "stop")
-    assert stop.author == "watch rule enough"
+    change, stop = run.ledger().commands.values()
+    assert (change.verb, change.arguments, change.state) == ("set", {"key": "lr_scale", "value": 0.5}, "done"), change.reason
+    assert (stop.verb, stop.author) == ("stop", "watch rule enough")
+    assert run.ledger().settings["lr_scale"] == 0.5
+    assert "early: train/loss is" in done.stdout and "threshold: step 3" in done.stdout
 
 
 def test_a_run_that_cannot_start_ends_with_1(run: Run, data: Path, undisturbed: Run, tmp_path: Path) -> None:

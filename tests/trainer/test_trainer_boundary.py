@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from midwatch.commands.orders import OPS
 from midwatch.protocol import Op, Order, Outcome, RankBody
 from trainer.control import boundary as module
 from trainer.control.boundary import Boundary
 from trainer.control.reporting import NoLink
 from trainer.distributed.mesh import World
+from trainer.loop.apply_command import HANDLERS
 
 
 class Orders(NoLink):
@@ -88,3 +90,9 @@ def test_a_held_run_waits_and_goes_on_by_itself_unless_an_operator_has_paused_it
     link.waiting.append(unhold)
     assert boundary.next() is None
     assert changes == []
+
+
+def test_the_ranks_carry_out_every_order_that_they_can_be_sent() -> None:
+    by_boundary = set(module._AT_ONCE) - {Op.HOLD, Op.UNHOLD}  # those two are no commands
+    assert not set(HANDLERS) & by_boundary
+    assert set(OPS.values()) == set(HANDLERS) | by_boundary

@@ -321,3 +321,23 @@ async def test_a_refusal_longer_than_the_screen_is_shown_whole(stage: Stage) -> 
     async with attached(stage) as screen:
         await screen.type("set kl 1")
         await screen.sees("set kl 1", "refused", "the end")
+
+
+async def test_keys_of_commands_that_need_arguments_begin_a_line_for_them(stage: Stage) -> None:
+    async with attached(stage) as screen:
+        await screen.press("E")
+        await screen.sees(":set ")
+        await screen.press("l", "r", "equals_sign", "2", "enter")
+        await screen.press("C")
+        await screen.sees(":cancel ")
+        await screen.press("1", "2", "enter")
+        await screen.until(lambda: len(stage.commands) == 2)
+        assert [(c.verb, c.arguments) for c in stage.commands] == [("set", {"key": "lr", "value": 2.0}), ("cancel", {"id": "12"})]
+
+
+async def test_a_command_without_a_dialog_of_its_own_asks_all_the_same(stage: Stage) -> None:
+    async with attached(stage) as screen:
+        await screen.type("regroup")
+        await screen.sees("end the ranks and start them again", "[ Cancel ]", "Regroup")
+        await screen.press("right", "enter")
+        await screen.until(lambda: stage.verbs() == ["regroup"])

@@ -7,7 +7,7 @@ import pytest
 from tests.tui.stage import snapshot
 from tui.chart.styles import Ink
 from tui.core import formatting
-from tui.core.command_line import OPTIONS, complete, parse
+from tui.core.command_line import FIRST_WORDS, complete, parse
 from tui.core.keys_doc import page
 from tui.core.text_panel import cut, fit, text, wrapped
 
@@ -49,7 +49,7 @@ def test_what_cannot_be_understood_says_why(line: str) -> None:
 
 
 def test_every_verb_is_completed_from_its_first_letters() -> None:
-    for verb in OPTIONS:
+    for verb in FIRST_WORDS:
         completed, choices = complete(verb[:3], snapshot())
         assert (verb in choices and verb.startswith(completed.strip())) or completed.strip() == verb
 

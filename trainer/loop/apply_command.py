@@ -6,6 +6,7 @@ yet to be written: its outcome comes with its commit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from midwatch.checkpoint_format.manifest import CheckpointError
@@ -23,19 +24,12 @@ _ENDINGS: dict[int, Literal["stopped", "released", "regrouped"]] = {
 
 
 def apply(training: Training, order: Order) -> None:
-    """Applies an order and tells its outcome."""
-    if order.op == Op.CHECKPOINT:
-        _checkpoint(training, order)
-    elif order.op == Op.ROLLBACK:
-        _rollback(training, order)
-    elif order.op == Op.ADVANCE:
-        _advance(training, order)
-    elif order.op == Op.SET:
-        _set(training, order)
-    elif order.op in _ENDINGS:
-        _end(training, order)
-    else:
+    """Applies an order and reports its outcome."""
+    handler = HANDLERS.get(order.op)
+    if handler is None:
         training.boundary.settle(order, ok=False, reason=f"operation {order.op} is not known to this version")
+    else:
+        handler(training, order)
 
 
 def _checkpoint(training: Training, order: Order) -> None:
@@ -108,3 +102,13 @@ def _end(training: Training, order: Order) -> None:
         return
     training.boundary.settle(order, ok=True, detail={"checkpoint": id})
     training.ending = Ended(cause=_ENDINGS[order.op], step=training.progress.step, checkpoint=id)
+
+
+HANDLERS: dict[int, Callable[[Training, Order], None]] = {
+    Op.CHECKPOINT: _checkpoint,
+    Op.ROLLBACK: _rollback,
+    Op.ADVANCE: _advance,
+    Op.SET: _set,
+    **dict.fromkeys(_ENDINGS, _end),
+}
+"""What carries out each order; the boundary itself sees to the others."""

@@ -115,7 +115,7 @@ def footer(view: str, read_only: bool, cells: int, *, paused: bool) -> list[Run]
 
 
 def _key(key: keys.Key, paused: bool) -> Line:
-    word = "resume" if key.action == "pause" and paused else key.short
+    word = "resume" if key.action == "command:pause" and paused else key.short
     return [(f"{shown_key(key.shown)} ", Ink.KEY), (word, Ink.FAINT)]
 
 

@@ -19,8 +19,8 @@ class CommandPrompt(PromptInput):
     """Hidden until opened. Enter does what was typed, Esc leaves it undone."""
 
     DEFAULT_CSS = """
-    Prompt { display: none; height: 1; border: none; padding: 0 1; background: $panel; color: $foreground; }
-    Prompt:focus { border: none; background: $panel; }
+    CommandPrompt { display: none; height: 1; border: none; padding: 0 1; background: $panel; color: $foreground; }
+    CommandPrompt:focus { border: none; background: $panel; }
     """
 
     def __init__(self) -> None:
@@ -37,10 +37,10 @@ class CommandPrompt(PromptInput):
     def is_open(self) -> bool:
         return bool(self.display)
 
-    def open(self, sign: str) -> None:
+    def open(self, sign: str, text: str = "") -> None:
         self._sign = sign
         self._place = len(self._history)
-        self.value = sign + (self._patterns.get(self.midwatch.view_name, "") if sign == "/" else "")
+        self.value = sign + (self._patterns.get(self.midwatch.view_name, "") if sign == "/" else text)
         self.cursor_position = len(self.value)
         self.display = True
         self.screen.set_focus(self)

@@ -1,14 +1,10 @@
 """What can be typed after `:`; commands as on the command line, and the names of views. Pure functions."""
 
-import shlex
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from midwatch.commands import check_arguments
+from midwatch.commands import BY_NAME, GROUPS, Argument, CommandError, command_name, parse_command, split
 from midwatch.protocol import Snapshot, Verb
 from tui.core import keys
-
-ASK = ("rollback", "advance", "stop", "stop-now", "node-drain", "node-add", "node-quarantine")
-"""Commands after which something is lost: a dialog says what, unless the verb ends with `!`."""
 
 
 class Typed(NamedTuple):
@@ -22,130 +18,26 @@ class Typed(NamedTuple):
     problem: str = ""
 
 
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "pause": ("--release",),
-    "release": (),
-    "resume": (),
-    "checkpoint": (),
-    "golden": (),
-    "ungolden": (),
-    "rollback": ("--skip", "--lr-scale"),
-    "advance": ("--to",),
-    "set": (),
-    "cancel": (),
-    "stop": ("--now",),
-    "node": (),
-    "acknowledge": (),
-}
-NODE = ("drain", "add", "quarantine")
-USAGE = {
-    "golden": "golden CHECKPOINT",
-    "ungolden": "ungolden CHECKPOINT",
-    "rollback": "rollback CHECKPOINT [--skip N] [--lr-scale X]",
-    "advance": "advance [--to STAGE]",
-    "set": "set KEY VALUE",
-    "cancel": "cancel NUMBER",
-    "pause": "pause [--release]",
-    "stop": "stop [--now]",
-    "node": "node drain|add|quarantine NAME",
-    "acknowledge": "acknowledge [ALARM]",
-}
 VIEWS = (*(view.name for view in keys.VIEWS), "help")
+LETTERS = {view.key: view.name for view in keys.VIEWS}
+FIRST_WORDS = tuple(dict.fromkeys(name.split(" ")[0] for name in BY_NAME))
 
 
 def parse(line: str) -> Typed:
     """A typed line, without its colon."""
     try:
-        words = shlex.split(line)
-    except ValueError as error:
-        return Typed(problem=f"{line}: {error}")
-    if not words:
-        return Typed(problem="nothing typed")
-    name, rest = words[0], words[1:]
-    sure = name.endswith("!")
-    name = name.rstrip("!")
-    if name in ("q", "quit", "detach", "exit"):
-        return Typed(detach=True)
-    if name in VIEWS and not (name == "checkpoint" or rest):
-        return Typed(view=name)
-    letters = {view.key: view.name for view in keys.VIEWS}
-    if name in letters and not rest:
-        return Typed(view=letters[name])
-    if name not in OPTIONS:
-        return Typed(problem=f"{name}: no such command or view (Tab lists them)")
-    try:
-        verb, arguments = _read(name, rest)
-    except ValueError as error:
-        usage = USAGE.get(name, name)
-        return Typed(problem=f"{error} (usage: {usage})")
-    problem = check_arguments(verb, arguments)
-    return Typed(problem=problem) if problem else Typed(verb, arguments, sure)
-
-
-def _read(name: str, words: list[str]) -> tuple[Verb, dict[str, Any]]:
-    """Verb and arguments. Raises ValueError saying what is wrong."""
-    options: dict[str, str] = {}
-    plain: list[str] = []
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        option, _, value = word.partition("=")
-        if option.startswith("--"):
-            if option not in OPTIONS[name]:
-                raise ValueError(f"{name}: no option {option}")
-            if option in ("--now", "--release"):
-                options[option] = ""
-            elif value or left:
-                options[option] = value or left.pop(0)
-            else:
-                raise ValueError(f"{name}: {option} needs a value")
-        else:
-            plain.append(word)
-    wanted = {"golden": 1, "ungolden": 1, "rollback": 1, "set": 2, "cancel": 1, "node": 2}.get(name, 0)
-    if name == "advance" and len(plain) == 1 and "--to" not in options:
-        options["--to"] = plain.pop()
-    if name == "acknowledge":
-        plain = [" ".join(plain) or "all"]
-        wanted = 1
-    if len(plain) != wanted:
-        raise ValueError(f"{name}: {len(plain)} words where {wanted} are needed")
-    return _verb(name, plain, options)
-
-
-def _verb(name: str, plain: list[str], options: dict[str, str]) -> tuple[Verb, dict[str, Any]]:
-    match name:
-        case "pause":
-            return ("release" if "--release" in options else "pause"), {}
-        case "release":
-            return "release", {}
-        case "resume":
-            return "resume", {}
-        case "checkpoint":
-            return "checkpoint", {}
-        case "golden":
-            return "golden", {"checkpoint": plain[0]}
-        case "ungolden":
-            return "ungolden", {"checkpoint": plain[0]}
-        case "rollback":
-            arguments: dict[str, Any] = {"checkpoint": plain[0]}
-            if "--skip" in options:
-                arguments["skip"] = whole(options["--skip"], "--skip")
-            if "--lr-scale" in options:
-                arguments["lr_scale"] = number(options["--lr-scale"], "--lr-scale")
-            return "rollback", arguments
-        case "advance":
-            return "advance", {"to": options["--to"]} if "--to" in options else {}
-        case "set":
-            return "set", {"key": plain[0], "value": number(plain[1], plain[0])}
-        case "cancel":
-            return "cancel", {"id": plain[0].lstrip("#")}
-        case "acknowledge":
-            return "acknowledge", {"alarm": plain[0]}
-        case "node":
-            if plain[0] not in NODE:
-                raise ValueError(f"node: {plain[0]!r} is none of {', '.join(NODE)}")
-            return cast(Verb, f"node-{plain[0]}"), {"node": plain[1]}
-    return ("stop-now" if "--now" in options else "stop"), {}
+        words = split(line)
+        if not words:
+            return Typed(problem="nothing typed")
+        name, rest = words[0], words[1:]
+        if name.rstrip("!") in ("q", "quit", "detach", "exit"):
+            return Typed(detach=True)
+        if not rest and (view := LETTERS.get(name, name if name in VIEWS else "")):
+            return Typed(view=view)
+        verb, arguments = parse_command([name.rstrip("!"), *rest])
+    except CommandError as error:
+        return Typed(problem=str(error).replace("no such command", "no such command or view"))
+    return Typed(verb, arguments, sure=name.endswith("!"))
 
 
 def number(word: str, name: str) -> float:
@@ -168,7 +60,7 @@ def complete(line: str, snapshot: Snapshot | None) -> tuple[str, list[str]]:
     """The line completed as far as it is certain, and what could follow."""
     words = line.split(" ")
     *before, last = words
-    choices = sorted(word for word in _choices(before, snapshot) if word.startswith(last))
+    choices = sorted(word for word in _choices(before, last, snapshot) if word.startswith(last))
     if not choices:
         return line, []
     common = choices[0]
@@ -179,31 +71,27 @@ def complete(line: str, snapshot: Snapshot | None) -> tuple[str, list[str]]:
     return " ".join([*before, common + ending]), choices
 
 
-def _choices(before: list[str], snapshot: Snapshot | None) -> list[str]:
+def _choices(before: list[str], last: str, snapshot: Snapshot | None) -> list[str]:
     if not before:
-        return [*OPTIONS, *VIEWS, "quit"]
-    name = before[0].rstrip("!")
-    if name not in OPTIONS:
+        return [*FIRST_WORDS, *VIEWS, "quit"]
+    words = [before[0].rstrip("!"), *before[1:]]
+    if words[0] in GROUPS and len(words) == 1:
+        return GROUPS[words[0]]
+    try:
+        name, rest = command_name(words)
+    except CommandError:
         return []
-    found = [option for option in OPTIONS[name] if option not in before]
-    if snapshot is None:
-        return found
-    if name == "rollback" and len(before) == 1:
-        undone = ["undone"] if snapshot.undone else []
-        found = ["golden", "latest", *undone, *(c.id for c in snapshot.checkpoints)]
-    elif name == "golden" and len(before) == 1:
-        found = ["latest", *(c.id for c in snapshot.checkpoints if not c.golden)]
-    elif name == "ungolden" and len(before) == 1:
-        found = [c.id for c in snapshot.checkpoints if c.golden]
-    elif name == "set" and len(before) == 1:
-        found = list(snapshot.settings)
-    elif name == "cancel" and len(before) == 1:
-        found = [str(c.number) for c in snapshot.commands if c.state == "queued"]
-    elif name == "acknowledge" and len(before) == 1:
-        found = ["all", *(alarm.key for alarm in snapshot.alarms)]
-    elif name == "node":
-        names = [node.name for node in snapshot.nodes]
-        found = list(NODE) if len(before) == 1 else names if len(before) == 2 else []
-    elif name == "advance" and before[-1] == "--to":
-        found = [stage.name for stage in snapshot.stages if stage.state == "waiting"]
-    return found
+    specs = BY_NAME[name]
+    arguments = list({argument.name: argument for spec in specs for argument in spec.typed_arguments}.values())
+    options = {argument.flag: argument for argument in arguments if argument.option}
+    if rest and rest[-1] in options:
+        return _values(options[rest[-1]], snapshot)
+    free = [argument for argument in arguments if argument.place]
+    place = sum(1 for at, word in enumerate(rest) if not word.startswith("--") and (at == 0 or rest[at - 1] not in options))
+    found = _values(free[place], snapshot) if place < len(free) and not last.startswith("-") else []
+    flags = [*options, *(spec.flag for spec in specs if spec.flag)]
+    return found or [flag for flag in flags if flag not in rest]
+
+
+def _values(argument: Argument, snapshot: Snapshot | None) -> list[str]:
+    return list(argument.choices(snapshot)) if argument.choices is not None and snapshot is not None else []

@@ -1,10 +1,13 @@
 """The keys: one table drives dispatch, the footer, the help and docs/keys.md alike.
 
-A key's action `open:watch` calls `do_open("watch")` on the view that is open, or on the app where the view has no such method. Keys
-are plain letters and arrows: terminals and multiplexers lose the others.
+A key's action `open:watch` calls `do_open("watch")` on the view that is open, or on the app where the view has no such method. The
+keys of commands are in the commands' specs; their action is `command:VERB`. Keys are plain letters and arrows: terminals and
+multiplexers lose the others.
 """
 
 from typing import NamedTuple
+
+from midwatch.commands import SPECS
 
 
 class Key(NamedTuple):
@@ -38,16 +41,14 @@ VIEWS = (
 
 PLANNED = (ViewName("d", "data", "what was read: mixture against target, any past batch as text"),)
 
-COMMANDS = (
-    Key(("p",), "p", "pause, or resume: they undo each other", "pause", "pause", changes=True),
-    Key(("c",), "c", "checkpoint now", "checkpoint", "save", changes=True),
-    Key(("g",), "g", "mark the newest checkpoint golden (in checkpoints: the chosen one, or no longer)", "golden", "golden",
-        changes=True),
-    Key(("a",), "a", "acknowledge the first alarm shown", "acknowledge", changes=True),
-    Key(("R",), "R", "roll back, after asking", "rollback", "roll back", changes=True),
-    Key(("A",), "A", "advance to a later stage, after asking", "advance", "advance", changes=True),
-    Key(("S",), "S", "stop the run, after asking", "stop", "stop", changes=True),
-)  # fmt: skip
+
+def _commands(view: str = "") -> tuple[Key, ...]:
+    """The keys that give commands in this view; without one, everywhere."""
+    bound = [(spec.verb, spec.key) for spec in SPECS if spec.key is not None and spec.key.view == view]
+    return tuple(Key((key.key,), key.key, key.help, f"command:{verb}", key.short, changes=True) for verb, key in bound)
+
+
+COMMANDS = _commands()
 
 GLOBAL = (
     *(Key((view.key,), view.key, f"{view.name}: {view.text}", f"open:{view.name}") for view in VIEWS),
@@ -103,10 +104,7 @@ OF_VIEW: dict[str, tuple[Key, ...]] = {
         Key(("right",), "→", "to the right", "walk:right"),
         Key(("up",), "↑", "up; on a GPU's page to the node before", "walk:up"),
         Key(("down",), "↓", "down; on a GPU's page to the next node", "walk:down"),
-        Key(("D",), "D", "drain the node, after asking: it trains no more", "drain", "drain", changes=True),
-        Key(("Q",), "Q", "quarantine the node, after asking: nothing it had a share in since the checkpoint is kept", "quarantine",
-            changes=True),
-        Key(("U",), "U", "use the node again, after asking", "use", changes=True),
+        *_commands("nodes"),
     ),
     "checkpoints": (
         Key(("enter",), "Enter", "details, and what a rollback to it would undo", "details", "details"),

@@ -1,8 +1,8 @@
 """docs/keys.md, from the table of keys: `python -m tui.core.keys_doc` prints it, and a test holds the file to it."""
 
+from midwatch.commands import BY_NAME, usage
 from midwatch.terminal import write_out
 from tui.core import keys
-from tui.core.command_line import USAGE
 
 HEAD = """# Keys
 
@@ -30,6 +30,12 @@ def table(rows: list[keys.Key]) -> str:
     return f"\n| key | |\n| --- | --- |\n{cells}\n"
 
 
+def meaning(name: str) -> str:
+    """What the commands of a name do; those with a flag after it."""
+    specs = sorted(BY_NAME[name], key=lambda spec: bool(spec.flag))
+    return "; ".join(f"`{spec.flag}`: {spec.help}" if spec.flag else spec.help for spec in specs)
+
+
 def page() -> str:
     views = [key for key in keys.GLOBAL if key.action.startswith("open:")]
     planned = [key for key in keys.GLOBAL if key.planned]
@@ -37,7 +43,7 @@ def page() -> str:
     parts = [HEAD, "\n## Views\n", table(views), "\n## Commands\n", table(list(keys.COMMANDS)), "\n## Everywhere\n", table(rest)]
     for name, own in keys.OF_VIEW.items():
         parts += [f"\n## In {name}\n", table(list(own))]
-    usages = "\n".join(f"| `:{usage.replace('|', BAR)}` | |" for usage in [*USAGE.values(), "resume", "checkpoint"])
+    usages = "\n".join(f"| `:{usage(name)}` | {meaning(name)} |" for name in BY_NAME)
     parts += [TAIL.rstrip("\n"), "\n", usages, "\n\n## Not there yet\n", table(planned)]
     return "".join(parts)
 

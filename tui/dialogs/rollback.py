@@ -102,7 +102,7 @@ class RollbackDialog(Dialog):
     def _draw_list(self) -> None:
         self._list.show([line(self.scene, checkpoint) for checkpoint in self._choices])
 
-    def on_rows_chosen(self, event: LineWindow.Chosen) -> None:
+    def on_line_window_chosen(self, event: LineWindow.Chosen) -> None:
         self._chosen_changes()
 
     def move(self, by: int) -> None:

@@ -40,7 +40,7 @@ class StopDialog(Dialog):
         self._list.move(by)
         self.tell()
 
-    def on_rows_chosen(self, event: LineWindow.Chosen) -> None:
+    def on_line_window_chosen(self, event: LineWindow.Chosen) -> None:
         self.tell()
 
     def words(self, cells: int) -> list[Line]:

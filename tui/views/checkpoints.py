@@ -129,7 +129,7 @@ class CheckpointsView(View):
     def moved(self) -> None:
         self._tell()
 
-    def on_rows_chosen(self, event: LineWindow.Chosen) -> None:
+    def on_line_window_chosen(self, event: LineWindow.Chosen) -> None:
         self._tell()
 
     def do_details(self) -> None:
@@ -142,16 +142,16 @@ class CheckpointsView(View):
         self._tell()
         return was
 
-    def do_golden(self) -> None:
+    def give_golden(self) -> None:
         chosen = self.chosen
         if not self._tree:  # not drawn yet: the cursor will stand on the newest
-            self.midwatch.steering.mark_newest_golden()
+            self.midwatch.steering.give_golden()
         elif chosen is None:
             self.midwatch.say("golden: choose a checkpoint first", Ink.WARNING)
         else:
             self.midwatch.give("ungolden" if chosen.golden else "golden", {"checkpoint": chosen.id})
 
-    def do_rollback(self) -> Awaitable[None] | None:
+    def give_rollback(self) -> Awaitable[None] | None:
         chosen = self.chosen
         return self.midwatch.steering.ask_rollback(chosen.id if chosen is not None else "")
 

@@ -2,6 +2,7 @@
 
 from textual.app import ComposeResult
 
+from midwatch.commands import BY_NAME, usage
 from tui.chart.styles import Ink
 from tui.core import keys
 from tui.core.chrome import shown_key
@@ -48,16 +49,8 @@ def lines(read_only: bool) -> list[Line]:
             found.append([(f"   {shown_key(key.shown):<6}", ink), (key.text, Ink.FAINT if dim else Ink.TEXT)])
         found.append([])
     found.append([(" On the command line", Ink.TITLE)])
-    for line in (
-        ":rollback 140 --skip 5 --lr-scale 0.5    back to a checkpoint, past the next 5 steps of data, at half the rate",
-        ":golden 140   :ungolden 140              trust a checkpoint, or no longer",
-        ":set lr 1e-4                             a live setting, from the next step on",
-        ":pause --release   :resume               checkpoint and give the machines back; take them again",
-        ":advance --to sft   :stop   :stop --now  end the stage, the run, the run without a checkpoint",
-        ":node drain NAME   :node add NAME        a node out of use, and in again; :node quarantine NAME at once",
-        ":acknowledge all                         mark alarms as seen; or one, by its name",
-        ":cancel 12                               take back a command that waits in line",
-        "a ! after the verb (:stop!) does it without asking",
-    ):
-        found.append([(f"   {line}", Ink.TEXT)])
+    for name, specs in BY_NAME.items():
+        found.append([(f"   :{usage(name):<44}", Ink.KEY), (specs[0].help, Ink.TEXT)])
+        found += [[(f"    {'':<44}", Ink.KEY), (f"{spec.flag}: {spec.help}", Ink.TEXT)] for spec in specs if spec.flag]
+    found.append([("   a ! after the first word (:stop!) does it without asking", Ink.TEXT)])
     return found

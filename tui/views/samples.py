@@ -166,7 +166,7 @@ class SamplesView(View):
         self._draw()
         self.midwatch.draw_foot()
 
-    def on_rows_chosen(self, event: LineWindow.Chosen) -> None:
+    def on_line_window_chosen(self, event: LineWindow.Chosen) -> None:
         self.moved()
 
     # Drawing

@@ -60,7 +60,7 @@ class StagesView(View):
     def moved(self) -> None:
         self._tell()
 
-    def on_rows_chosen(self, event: LineWindow.Chosen) -> None:
+    def on_line_window_chosen(self, event: LineWindow.Chosen) -> None:
         self._tell()
 
     def do_page(self, by: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal, cast
 
 import msgspec
@@ -25,9 +25,11 @@ from launcher.controller.core.events import (
     StateChanged,
 )
 from launcher.controller.supervision.generations import Generations
-from midwatch.commands import OPS, TABLE, Doing, check_arguments
+from midwatch.commands import BY_VERB, Doing, check_arguments
+from midwatch.commands.orders import OPS
+from midwatch.commands.states import Cell
 from midwatch.journal import journal as j
-from midwatch.protocol import CheckpointView, Command, CommandView, Committed, Hold, Lineage, Message, Op, Order, Outcome, Verb
+from midwatch.protocol import CheckpointView, Command, CommandView, Committed, Hold, Lineage, Message, Op, Order, Outcome
 from midwatch.recipe import Stage
 from midwatch.recipe.live_settings import check_setting
 
@@ -39,7 +41,7 @@ HOLD_SECONDS = 60.0
 LEAST_COMMITS = 3
 """Commits that wait for the journal before it is held all the same, where the recipe keeps fewer: nothing is pruned meanwhile."""
 
-_NODE_MARKS: dict[Verb, Literal["in use", "drained", "quarantined"]] = {
+_NODE_MARKS: dict[str, Literal["in use", "drained", "quarantined"]] = {
     "node-add": "in use",
     "node-drain": "drained",
     "node-quarantine": "quarantined",
@@ -62,6 +64,21 @@ class Dispatch:
         """The ranks are to wait until the journal can be written again."""
         self._stopped_at: tuple[int, dict[str, Any]] | None = None
         """Step and checkpoint at which the ranks leave for a stop or a release that is not done yet."""
+        self.at_once: dict[str, Callable[[CommandView], None]] = {
+            "golden": self._mark_checkpoint,
+            "ungolden": self._mark_checkpoint,
+            "acknowledge": self._acknowledge,
+            "cancel": self._cancel,
+            "stop-now": self._stop_now,
+        }
+        """What carries out the commands that do not wait in line."""
+        self.shaping: dict[str, Callable[[CommandView], Awaitable[bool]]] = {
+            "resume": self._shape_resume,
+            "set": self._shape_set,
+            "rollback": self._shape_rollback,
+        }
+        """What decides, without ranks, what the next generation starts from. False: not in this state. A node's mark is all that
+        its command does then."""
         context.events.subscribe(RanksTrain, self._ranks_train)
         context.events.subscribe(RanksStopped, self._stopping)
         context.events.subscribe(AgentsStopped, self._stopped)
@@ -86,24 +103,20 @@ class Dispatch:
         )
         view = context.ledger.commands[number]
         problem = check_arguments(command.verb, command.arguments)
-        doing, why = TABLE[command.verb][context.state]
+        doing, why = self._cell(view)
         if problem:
             self._end(view, "refused", reason=problem)
         elif doing is Doing.REFUSE and not self._later_allows(view):
             self._end(view, "refused", reason=why)
-        elif command.verb in ("golden", "ungolden"):
-            problem = self._commits.mark(str(command.arguments["checkpoint"]), command.verb == "golden", author)
-            found = self._commits.find(str(command.arguments["checkpoint"]))
-            detail = {"checkpoint": found.id} if isinstance(found, CheckpointView) else {}
-            self._end(view, "refused" if problem else "done", reason=problem, detail=detail)
-        elif command.verb == "acknowledge":
-            self._acknowledge(view)
-        elif command.verb == "cancel":
-            self._cancel(view)
-        elif command.verb == "stop-now":
-            self._stop_now(view)
+        elif command.verb in self.at_once:
+            self.at_once[command.verb](view)
         self._wake.set()
         return context.ledger.commands[number]
+
+    def _cell(self, command: CommandView) -> Cell:
+        """What becomes of the command in the present state. One of another version, from the journal, is refused."""
+        spec = BY_VERB.get(command.verb)
+        return spec.states[self._context.state] if spec is not None else (Doing.REFUSE, check_arguments(command.verb, {}))
 
     def _grow(self, event: NodesToSpare) -> None:
         """There are nodes that the generation could have and has not."""
@@ -122,9 +135,16 @@ class Dispatch:
         """Whether commands still in line may bring about a state in which this one makes sense."""
         return any(c.number < view.number for c in self._context.ledger.open_commands())
 
+    def _mark_checkpoint(self, view: CommandView) -> None:
+        name = str(view.arguments["checkpoint"])
+        problem = self._commits.mark(name, view.verb == "golden", view.author)
+        found = self._commits.find(name)
+        detail = {"checkpoint": found.id} if isinstance(found, CheckpointView) else {}
+        self._end(view, "refused" if problem else "done", reason=problem, detail=detail)
+
     def _cancel(self, view: CommandView) -> None:
         context = self._context
-        wanted = str(view.arguments["id"])
+        wanted = str(view.arguments["id"]).removeprefix("#")
         target = next(
             (c for c in context.ledger.open_commands() if wanted in (c.id, str(c.number)) and c.number != view.number), None
         )
@@ -374,15 +394,15 @@ class Dispatch:
     def _next_beside_a_start(self) -> CommandView | None:
         """The first command that need not wait for the ranks that are being started, as a stop, or a node that is added."""
         for command in self._context.ledger.open_commands():
-            if command.state == "queued" and TABLE[cast(Verb, command.verb)][self._context.state][0] in (Doing.NOW, Doing.SHAPE):
+            if command.state == "queued" and self._cell(command)[0] in (Doing.NOW, Doing.SHAPE):
                 return command
         return None
 
     async def _carry_out(self, command: CommandView) -> bool:
         """Does what the table says; False where it has to wait."""
         context = self._context
-        verb = cast(Verb, command.verb)
-        doing, why = TABLE[verb][context.state]
+        verb = command.verb
+        doing, why = self._cell(command)
         if doing is not Doing.QUEUE and verb in _NODE_MARKS and self._mark_node(command):
             return True
         if doing is Doing.QUEUE and verb == "stop" and not context.ledger.generation_live:
@@ -394,9 +414,7 @@ class Dispatch:
             self._end(command, "refused", reason=why)
             return True
         if doing is Doing.SHAPE:
-            if verb == "set" and context.ledger.generation_live:
-                return False  # what these ranks start from is decided already; they get the order when they train
-            return await self._shape(command)
+            return await self.shaping[verb](command)
         reachable = self._rank is not None and context.state in ("training", "paused")
         if (verb == "stop" and context.state not in ("training", "paused")) or (verb == "stop-now" and not reachable):
             self._generations.stop()
@@ -414,7 +432,7 @@ class Dispatch:
 
     def _mark_node(self, command: CommandView) -> bool:
         """Marks the node; whether that is all, and the ranks need not be gathered anew for it."""
-        verb, node = cast(Verb, command.verb), str(command.arguments["node"])
+        verb, node = command.verb, str(command.arguments["node"])
         problem = self._generations.mark(node, _NODE_MARKS[verb], command.author)
         if problem:
             self._end(command, "refused", reason=problem)
@@ -496,8 +514,7 @@ class Dispatch:
         target = await self._target(command)
         if target is None or not self._waits(command):
             return True
-        doing, _ = TABLE["rollback"][self._context.state]
-        if doing is not Doing.NOW or self._rank is None:
+        if self._cell(command)[0] is not Doing.NOW or self._rank is None:
             self._wake.set()  # the state has changed while every byte was read: the line is looked at again
             return False
         sent = j.CommandSent(time=self._context.clock(), number=command.number, generation=self._context.ledger.generation)
@@ -509,37 +526,43 @@ class Dispatch:
         """Whether it is still in line: it may have been taken back, or ended with the run, while something was awaited."""
         return self._context.ledger.commands[command.number].state == "queued"
 
-    async def _shape(self, command: CommandView) -> bool:
-        """Carries a command out without ranks: it decides what the next generation starts from. False: not in this state."""
+    # Without ranks: what the next generation starts from
+
+    async def _shape_resume(self, command: CommandView) -> bool:
+        context = self._context  # it is done when the ranks are there
+        context.promise(j.CommandSent(time=context.clock(), number=command.number, generation=context.ledger.generation))
+        self._generations.restart()
+        return True
+
+    async def _shape_set(self, command: CommandView) -> bool:
         context = self._context
+        if context.ledger.generation_live:
+            return False  # what these ranks start from is decided already; they get the order when they train
         restart = context.ledger.restart_point()
-        step = restart.step if restart is not None else 0
-        if command.verb == "resume":  # it is done when the ranks are there
-            context.promise(j.CommandSent(time=context.clock(), number=command.number, generation=context.ledger.generation))
+        key, value = str(command.arguments["key"]), float(command.arguments["value"])
+        if problem := self._check(command):
+            self._end(command, "refused", reason=problem)
+        else:
+            detail = {"key": key, "old": context.ledger.settings.get(key), "new": value, "at": "the next start"}
+            self._end(command, "done", step=restart.step if restart is not None else 0, detail=detail)
+        return True
+
+    async def _shape_rollback(self, command: CommandView) -> bool:
+        context = self._context
+        target = await self._target(command)
+        if target is None or not self._waits(command):
+            return True
+        if self._cell(command)[0] is not Doing.SHAPE:
+            self._wake.set()
+            return False
+        undone = max(0, context.live.step - target.step)
+        lineage = self._open_lineage(command, target)
+        context.live.step = target.step
+        detail = {"lineage": lineage.id, "step": target.step, "undone": undone, "at": "the next start"}
+        self._end(command, "done", step=target.step, detail=with_shown(command, detail))
+        context.events.publish(RolledBack())
+        if context.state in ("failed", "recovering"):
             self._generations.restart()
-        elif command.verb == "set":
-            problem = self._check(command)
-            key, value = str(command.arguments["key"]), float(command.arguments["value"])
-            if problem:
-                self._end(command, "refused", reason=problem)
-            else:
-                detail = {"key": key, "old": context.ledger.settings.get(key), "new": value, "at": "the next start"}
-                self._end(command, "done", step=step, detail=detail)
-        elif command.verb == "rollback":
-            target = await self._target(command)
-            if target is None or not self._waits(command):
-                return True
-            if TABLE["rollback"][context.state][0] is not Doing.SHAPE:
-                self._wake.set()
-                return False
-            undone = max(0, context.live.step - target.step)
-            lineage = self._open_lineage(command, target)
-            context.live.step = target.step
-            detail = {"lineage": lineage.id, "step": target.step, "undone": undone, "at": "the next start"}
-            self._end(command, "done", step=target.step, detail=with_shown(command, detail))
-            self._context.events.publish(RolledBack())
-            if context.state in ("failed", "recovering"):
-                self._generations.restart()
         return True
 
     def _send(self, command: CommandView) -> None:
@@ -559,7 +582,7 @@ class Dispatch:
                 "skip": lineage.skip,
                 "lr_scale": lineage.lr_scale,
             }
-        return Order(number=command.number, op=int(OPS.get(cast(Verb, command.verb), Op.NONE)), arguments=arguments)
+        return Order(number=command.number, op=int(OPS.get(command.verb, Op.NONE)), arguments=arguments)
 
     def _lineage_of(self, command: CommandView) -> Lineage | None:
         ledger = self._context.ledger

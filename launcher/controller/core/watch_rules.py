@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from midwatch.protocol import Metrics, Verb
+from midwatch.protocol import Metrics
 from midwatch.recipe import Watch
-from midwatch.recipe.watch import TRENDS, Condition
-from midwatch.words import plural
+from midwatch.recipe.watch import Condition
+from midwatch.watch_conditions import ConditionError
 
 
 class Firing(NamedTuple):
@@ -32,15 +31,12 @@ Fire = Callable[[Watch, int, Firing], None]
 
 
 class ConditionState:
-    """One condition's memory of its metric."""
+    """One condition, and what it makes of the newest value of its metric."""
 
     def __init__(self, condition: Condition) -> None:
-        self._condition = condition
-        self._past: deque[float] = deque(maxlen=condition.window)
-        """What `sigma` compares with."""
-        self._trend: deque[tuple[int, float]] = deque()
-        """Steps and values of the last `over` steps, where it is a trend that is asked for."""
-        self._trends = any(getattr(condition, key) is not None for key in TRENDS)
+        """Raises ConditionError."""
+        self._condition = condition.make()
+        self._judge = self._condition.judge()
         self.value = math.nan
         self.holds = False
         """Of the newest value."""
@@ -49,63 +45,12 @@ class ConditionState:
 
     def see(self, step: int, value: float) -> None:
         """Takes a value in."""
-        if self._trends and math.isfinite(value):
-            self._trend.append((step, value))
-            while self._trend[0][0] <= step - self._condition.over:
-                self._trend.popleft()
-        self.value, self.holds = value, self._judge(step, value)
-        if math.isfinite(value) and not self.holds:
-            self._past.append(value)
+        self.value = value
+        self.holds, self.threshold = self._judge(step, value)
 
     def forget(self) -> None:
-        self._past.clear()
-        self._trend.clear()
+        self._judge = self._condition.judge()
         self.value, self.holds, self.threshold = math.nan, False, ""
-
-    def _judge(self, step: int, value: float) -> bool:
-        rule = self._condition
-        if rule.not_finite:
-            self.threshold = "not finite"
-            return not math.isfinite(value)
-        if rule.above is not None:
-            self.threshold = f"above {rule.above:g}"
-            return value > rule.above
-        if rule.below is not None:
-            self.threshold = f"below {rule.below:g}"
-            return value < rule.below
-        if self._trends:
-            return self._has_changed(step)
-        if rule.sigma is None or len(self._past) < rule.window or not math.isfinite(value):
-            return False
-        mean = math.fsum(self._past) / len(self._past)
-        spread = math.sqrt(math.fsum((v - mean) ** 2 for v in self._past) / len(self._past))
-        limit = mean + rule.sigma * max(spread, 1e-12)
-        self.threshold = f"above {limit:.4g} (mean {mean:.4g} + {rule.sigma:g} standard deviations of {rule.window} values)"
-        return value > limit
-
-    def _has_changed(self, step: int) -> bool:
-        rule = self._condition
-        quarter = rule.over / 4
-        old = [value for at, value in self._trend if at <= step - rule.over + quarter]
-        new = [value for at, value in self._trend if at > step - quarter]
-        if not old or not new:
-            return False
-        before, now = math.fsum(old) / len(old), math.fsum(new) / len(new)
-        means = f"(mean {before:.4g} -> {now:.4g} over {plural(rule.over, 'step')})"
-        if rule.change_above is not None:
-            self.threshold = f"change above {rule.change_above:g} {means}"
-            return now - before > rule.change_above
-        if rule.change_below is not None:
-            self.threshold = f"change below {rule.change_below:g} {means}"
-            return now - before < rule.change_below
-        if before <= 0:  # a ratio to less than nothing says nothing
-            return False
-        ratio = now / before
-        if rule.ratio_above is not None:
-            self.threshold = f"ratio above {rule.ratio_above:g} {means}"
-            return ratio > rule.ratio_above
-        self.threshold = f"ratio below {rule.ratio_below or 0.0:g} {means}"
-        return ratio < (rule.ratio_below or 0.0)
 
 
 class RuleState:
@@ -149,28 +94,38 @@ class RuleState:
 
 
 class WatchRules:
-    """All rules of a recipe."""
+    """All rules of a recipe. One whose condition is missing or broken is left out, and the others go on."""
 
     def __init__(self, rules: tuple[Watch, ...], fire: Fire) -> None:
-        self._watchers = [RuleState(rule) for rule in rules]
+        self._watchers: list[RuleState] = []
         self._fire = fire
+        self.broken: list[tuple[Watch, str]] = []
+        """Rules that watch nothing, and why; whoever reports them takes them from here."""
+        for rule in rules:
+            try:
+                self._watchers.append(RuleState(rule))
+            except Exception as error:  # of a condition that another package brings
+                self._break(rule, error)
+
+    def _break(self, rule: Watch, error: Exception) -> None:
+        why = str(error) if isinstance(error, ConditionError) else f"its condition has failed: {type(error).__name__}: {error}"
+        self.broken.append((rule, f"{rule.name}: the rule watches no more: {why}"))
 
     def see(self, row: Metrics) -> None:
-        for watcher in self._watchers:
-            if watcher.see(row.step, row.values):
+        for watcher in tuple(self._watchers):
+            try:
+                fires = watcher.see(row.step, row.values)
+            except Exception as error:
+                self._watchers.remove(watcher)
+                self._break(watcher.rule, error)
+                continue
+            if fires:
                 self._fire(watcher.rule, row.step, watcher.firing())
 
     def forget(self) -> None:
-        for watcher in self._watchers:
-            watcher.forget()
-
-
-def action(rule: Watch) -> tuple[Verb, dict[str, Any]] | None:
-    """The command that a rule gives; None for an alert."""
-    if rule.action == "pause":
-        return "pause", {}
-    if rule.action == "stop":
-        return "stop", {}
-    if rule.action == "rollback":
-        return "rollback", {"checkpoint": "golden", "skip": rule.skip, "lr_scale": rule.lr_scale}
-    return None
+        for watcher in tuple(self._watchers):
+            try:
+                watcher.forget()
+            except Exception as error:
+                self._watchers.remove(watcher)
+                self._break(watcher.rule, error)

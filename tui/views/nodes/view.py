@@ -276,13 +276,13 @@ class NodesView(View):
             return None
         return self.midwatch.steering.ask_node(verb, self._node)
 
-    def do_drain(self) -> Awaitable[None] | None:
+    def give_node_drain(self) -> Awaitable[None] | None:
         return self._ask("node-drain")
 
-    def do_quarantine(self) -> Awaitable[None] | None:
+    def give_node_quarantine(self) -> Awaitable[None] | None:
         return self._ask("node-quarantine")
 
-    def do_use(self) -> Awaitable[None] | None:
+    def give_node_add(self) -> Awaitable[None] | None:
         return self._ask("node-add")
 
     # The mouse
