@@ -21,8 +21,9 @@ from shards.sampling.held_out import HeldOut, open_held_out
 from shards.sampling.mixing import Mixing
 from shards.sampling.order import SampleOrder
 from shards.sampling.packing import LongSamples
-from shards.sampling.rows import Batch, ObjectiveKind, SourceRows, fill, view
+from shards.sampling.rows import Batch, SourceRows, fill, view
 from shards.sampling.segments import Change
+from shards.spec import ObjectiveKind
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from shards.format.corpus import Corpus, open_source
 from shards.format.seekable_zstd import Array, Cache
-from shards.sampling.rows import Batch, ObjectiveKind, SourceRows, fill, view
+from shards.sampling.rows import Batch, SourceRows, fill, view
+from shards.spec import ObjectiveKind
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,7 @@ from shards.errors import ShardError
 from shards.format.corpus import Corpus
 from shards.format.seekable_zstd import Array
 from shards.sampling.packing import LongSamples, plan
-
-ObjectiveKind = Literal["text", "sft", "preference", "scored", "prompt"]
+from shards.spec import ObjectiveKind
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from objectives_by_name import CRITIC, OBJECTIVES
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,8 +34,8 @@ from trainer.model import attention
 from trainer.model.decoder import Decoder
 from trainer.model.norms import RMSNorm
 from trainer.model.sharded_model import ShardedModel
-from trainer.objectives import CRITIC, OBJECTIVES, Objective
-from trainer.objectives.ppo import RolloutData as Noted
+from trainer.objectives.objective import Objective
+from trainer.objectives.ppo.loss import RolloutData as Noted
 from trainer.optimizer import Optimizer
 from trainer.rollout.buffer import RolloutBuffer
 from trainer.stage.model_roles import TrainableModel

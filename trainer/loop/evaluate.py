@@ -12,15 +12,15 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from midwatch.recipe import Stage
+from midwatch.recipe.live_settings import objective_settings
 from shards.errors import ShardError
 from shards.sampling.batches import Batch
 from shards.sampling.mixing import covers
 from trainer.batches import DeviceRows, may_trim, micro_batches, samples_a_replica, share
 from trainer.distributed.mesh import together
 from trainer.loop.text_samples import policy_metrics
-from trainer.objectives.dpo import METRICS, complete
-from trainer.objectives.reward import gaps, score_places
+from trainer.objectives.preference_pairs import complete
+from trainer.objectives.reward.loss import gaps, score_places
 from trainer.optimizer import total
 from trainer.stage.reference_logprobs import prepare
 from trainer.stage.stage import EvalTask
@@ -28,7 +28,6 @@ from trainer.stage.training import Training
 
 BINS = 10
 """Of the calibration of a reward model's margins."""
-_SHORT = {name: name.rpartition("/")[2] for name in METRICS}
 
 
 @torch.no_grad()
@@ -77,7 +76,7 @@ def _examined(training: Training, task: EvalTask) -> dict[str, float] | None:
         cached = None
     if task.objective.needs_reference and reference is None and cached is None:
         return {}
-    settings = exam_settings(stage) | training.progress.settings
+    settings = _settings(training, task)
     sums = torch.zeros(2 + len(task.objective.metrics) + BINS, device=world.device)
     stride, trims = stage.micro_batch * model.replicas, may_trim(training.recipe, stage)
     for start in range(0, len(task.samples), stride):
@@ -110,14 +109,10 @@ def _gaps(scores: Tensor, rows: DeviceRows) -> Tensor:
     return gaps((chosen - rejected)[complete(rows.mask)], BINS).float()
 
 
-def exam_settings(stage: Stage) -> dict[str, float]:
-    """What objectives need of a stage whose live settings are another's by now."""
-    return {
-        "beta": stage.beta,
-        "label_smoothing": stage.label_smoothing,
-        "margin": stage.margin,
-        "center_rewards": stage.center_rewards,
-    }
+def _settings(training: Training, task: EvalTask) -> dict[str, float]:
+    """The settings of the objective that measures: as they are now where the stage that is trained has the same objective."""
+    own = objective_settings(task.measure)
+    return own | training.progress.settings if task.measure.spec is training.stage.stage.spec else own
 
 
 def _as_reported(training: Training, task: EvalTask, found: dict[str, float]) -> dict[str, float]:
@@ -135,10 +130,11 @@ def _means(task: EvalTask, sums: Tensor) -> dict[str, float]:
         return {}
     metrics, bins = rest[:-BINS], rest[-BINS:]
     found = {f"eval/{task.name}/loss": loss / weight}
-    for name, value in zip(task.objective.metrics, metrics, strict=True):
-        found[f"eval/{task.name}/{_SHORT[name]}"] = value / weight
-    if task.pairs:
-        low, high = interval(found[f"eval/{task.name}/accuracy"], weight)
+    means = {name: value / weight for name, value in zip(task.objective.metrics, metrics, strict=True)}
+    for name, value in task.objective.report(means).items():
+        found[f"eval/{task.name}/{name.rpartition('/')[2]}"] = value
+    if task.pairs and "preference/accuracy" in means:
+        low, high = interval(means["preference/accuracy"], weight)
         found |= {f"eval/{task.name}/accuracy_low": low, f"eval/{task.name}/accuracy_high": high}
     if any(bins):
         found[f"eval/{task.name}/calibration_error"] = sum(map(abs, bins)) / (2 * weight)
