@@ -14,7 +14,7 @@ from shards.filters.heuristics.settings import C4, FineWeb, GopherQuality, Gophe
 from shards.filters.settings import Contamination, Language, Perplexity, Pii, Quality, Toxicity
 
 Kind = Literal["text", "sft", "preference"]
-ObjectiveKind = Literal["text", "sft", "preference", "scored", "prompt"]
+ObjectiveKind = Literal["text", "sft", "preference", "labelled", "scored", "prompt"]
 """How an objective reads a source: see `shards.sampling.rows`."""
 Origin = Literal[
     "stdlib-code", "stdlib-docs", "stdlib-topics", "stdlib-sft", "stdlib-preference", "jsonl", "text", "stage",

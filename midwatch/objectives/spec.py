@@ -66,6 +66,8 @@ class ObjectiveSpec:
     """Keys of `[stage.rollout]` that it reads; empty: it writes no responses."""
     fewest_generations: int = 1
     """Responses to one prompt at the least."""
+    fewest_samples: int = 1
+    """Samples of a step at the least."""
     makes: Mapping[str, Kind] = field(default_factory=dict)
     """Parts of the data that it makes for later stages, each with its kind; an objective that makes data trains nothing."""
     scalar: bool = False

@@ -238,6 +238,8 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             found.append(("min_lr_ratio", "must lie between 0 and 1"))
         found += setting.problems(self.settings)
         found += spec.check(self.settings)
+        if 0 < self.global_batch < spec.fewest_samples:
+            found.append(("global_batch", f"must be at least {spec.fewest_samples}: {spec.name} compares samples of a step"))
         if not all(0 <= b < 1 for b in self.betas):
             found.append(("betas", "must each lie between 0 and 1"))
         found += mixtures.problems(self)

@@ -19,8 +19,20 @@ from torch import Tensor
 from midwatch.objectives.registry import ObjectiveError
 from midwatch.recipe import Stage
 from midwatch.recipe.rollout import Rollout
+from shards.sampling.batches import Batch
 from trainer.batches import DeviceRows
 from trainer.objectives.loss import Loss
+
+
+class LabelledComparison(NamedTuple):
+    """What responses that are desirable or not are compared with."""
+
+    reference: Tensor
+    """The reference's log-probabilities, [rows, time]."""
+    desirable: Tensor
+    """Bool, [rows]."""
+    reference_point: Tensor
+    """In nats, a scalar, the same for the whole global batch."""
 
 
 class ScoredResponses(NamedTuple):
@@ -64,7 +76,7 @@ class Objective:
     loss: Callable[[Tensor, DeviceRows, Mapping[str, float], Any], Loss]
     """(log-probabilities of the rows' targets, or scores, [rows, time]; rows; live settings; what it compares with).
 
-    That is the reference's log-probabilities, [rows, time], or `RolloutData`, or nothing.
+    That is the reference's log-probabilities, [rows, time], or a `LabelledComparison`, or `RolloutData`, or nothing.
     """
     weight: Callable[[npt.NDArray[np.float32]], float]
     """What a mask [rows, time] weighs, as `loss` sums it."""
@@ -75,6 +87,9 @@ class Objective:
     needs_reference: bool = False
     by_token: bool = False
     """Weighed by tokens, of which some are near the beginnings of documents."""
+    mismatched: Callable[[Batch, Batch], Batch] | None = None
+    """Of an objective that compares with a reference point: from samples, and as many that come one before each, the rows on whose
+    mean log-ratio of policy and reference the loss depends. `loss` is then given a `LabelledComparison`."""
     rollout: RolloutRules | None = None
     """Of an objective that learns from the model's own responses."""
     critic: Objective | None = None
