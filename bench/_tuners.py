@@ -183,7 +183,7 @@ def trl(objective: str, root: Path, steps: int) -> dict[str, Any]:
             columns["chosen_ids"].append(chosen["ids"][begin:])
             columns["rejected_ids"].append(rejected["ids"][begin:])
         rows = Dataset.from_dict(columns)
-        kind, more = DPOConfig(**settings, beta=stage.beta), {"ref_model": copy.deepcopy(network)}
+        kind, more = DPOConfig(**settings, beta=stage.settings.beta), {"ref_model": copy.deepcopy(network)}
     Tuning(model=network, args=kind, train_dataset=rows, processing_class=tokenizer, callbacks=[Ends()], **more).train()
     return {"wall": wall, "cpu": cpu, "tokens": tokens, "first_loss": losses[0]}
 

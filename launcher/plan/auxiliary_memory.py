@@ -30,7 +30,7 @@ class Beside(NamedTuple):
 def beside(model: Model, vocabulary: int, stage: Stage, generate: Generate, weights: int, moments: int) -> Beside:
     """weights, moments: of the network that is trained, on this rank."""
     frozen = weights * (stage.needs_reference + judged(stage))
-    critic = 2 * weights + moments if stage.objective == "ppo" else 0
+    critic = 2 * weights + moments if stage.spec.critic else 0
     if not (stage.draws or stage.makes):
         return Beside(frozen, critic, 0)
     page = generate.block_size or PAGE

@@ -54,8 +54,8 @@ def passes(stage: Stage) -> float:
     if stage.makes:
         return forward * (1 + judged(stage)) * stage.rollout_settings.num_generations
     if not stage.draws:
-        return 1.0 + forward if stage.needs_reference else 1.0
-    learners = 2 if stage.objective == "ppo" else 1
+        return 1.0 + forward * (stage.needs_reference + stage.spec.extra_forwards)
+    learners = 2 if stage.spec.critic else 1
     # Drawn; then the policy, the reference, the value model and the reward model, as far as there are any.
     return learners + forward * (2 + learners + judged(stage)) / stage.rollout_settings.epochs
 

@@ -28,6 +28,7 @@ from launcher.plan.mesh import batches_of, mesh_of
 from launcher.plan.pipeline import bubble
 from launcher.plan.plan import Assumptions, Factors, ParameterCounts, Plan, StagePlan, Tokens
 from launcher.plan.units import PlanError
+from midwatch.objectives.registry import spec_of
 from midwatch.recipe import Cluster, Model, Parallel, Recipe, Stage
 from midwatch.recipe.generate import Generate
 
@@ -63,7 +64,7 @@ def plan_recipe(recipe: Recipe, assumed: Assumptions) -> Plan:
     reference: float | None = None
     for stage in recipe.stage:
         planned = _stage(model, vocabulary, stage, machine, parallel, assumed.micro_batches, recipe.generate)
-        if reference is None and stage.objective == "pretrain":
+        if reference is None and stage.spec.by_text:
             reference = planned.gpu_hours
         ratio = None if reference is None else planned.gpu_hours / reference
         stages.append(msgspec.structs.replace(planned, cost_to_pretraining=ratio))
@@ -200,7 +201,7 @@ def _kept(model: Model, stage: Stage, on_cpu: bool) -> int:
 
 
 def _tokens(parameters: int, stages: list[StagePlan]) -> Tokens | None:
-    seen = sum(stage.tokens for stage in stages if stage.objective == "pretrain")
+    seen = sum(stage.tokens for stage in stages if spec_of(stage.objective).by_text)
     if not seen:
         return None
     best = best_size(FLOPS_A_PARAMETER_AND_TOKEN * parameters * seen)

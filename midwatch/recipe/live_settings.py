@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import msgspec
+
+from midwatch.objectives.setting import Setting, in_force, settings_of
 from midwatch.recipe.recipe import Recipe
 from midwatch.recipe.renamed_keys import SETTINGS
 from midwatch.recipe.stage import Stage
-
-MOST_VALUE_CLIP = 1e9
-"""No value is clipped."""
 
 _BOUNDS: dict[str, tuple[float, float, str]] = {
     "lr": (0.0, 100.0, "peak learning rate of the stage"),
@@ -17,14 +19,6 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "max_grad_norm": (1e-9, 1e9, "largest norm of the gradient"),
     "beta1": (0.0, 0.999999, "AdamW's first beta"),
     "beta2": (0.0, 0.999999, "AdamW's second beta"),
-    "beta": (0.0, 100.0, "DPO's tie to the reference"),
-    "label_smoothing": (0.0, 0.499, "DPO's part of wrong labels"),
-    "kl_coef": (0.0, 1000.0, "coefficient of the distance from the reference"),
-    "ratio_clip": (1e-6, 10.0, "how far the policy's ratio may go"),
-    "margin": (-1000.0, 1000.0, "by which the chosen response is to score higher"),
-    "center_rewards": (0.0, 1000.0, "weight of the scores' distance from 0"),
-    "value_clip": (1e-6, MOST_VALUE_CLIP, "how far a value may go"),
-    "value_lr": (0.0, 100.0, "peak learning rate of the value model"),
     "eval_every": (1, 1e9, "steps between evaluations"),
     "checkpoint_every": (1, 1e9, "steps between checkpoints"),
 }
@@ -46,20 +40,32 @@ def stage_settings(recipe: Recipe, stage: Stage) -> dict[str, float]:
         "eval_every": stage.eval_every,
         "checkpoint_every": recipe.checkpoint.every,
     }
-    if stage.objective == "dpo":
-        settings["beta"] = stage.beta
-        if stage.dpo_loss == "sigmoid":
-            settings["label_smoothing"] = stage.label_smoothing
-    if stage.objective == "reward":
-        settings |= {"margin": stage.margin, "center_rewards": stage.center_rewards}
-    if stage.draws:
-        settings |= {"kl_coef": stage.rollout_settings.kl_coef, "ratio_clip": stage.rollout_settings.ratio_clip}
-    if stage.objective == "ppo":
-        value_lr = stage.lr if stage.rollout_settings.value_lr is None else stage.rollout_settings.value_lr
-        value_clip = MOST_VALUE_CLIP if stage.rollout_settings.value_clip is None else stage.rollout_settings.value_clip
-        settings |= {"value_clip": value_clip, "value_lr": value_lr}
+    settings |= objective_settings(stage)
     settings |= {f"mixture.{name}": stage.mixture.get(name, 0.0) for name in stage.sources}
     return settings
+
+
+def objective_settings(stage: Stage) -> dict[str, float]:
+    """Those of them that are the objective's own."""
+    found: dict[str, float] = {}
+    for part, key, each in _of_objective(stage):
+        value = getattr(part, key)
+        if value is None:
+            value = getattr(stage, each.unset) if isinstance(each.unset, str) else each.unset
+        found[key] = value
+    return found
+
+
+def _of_objective(stage: Stage) -> Iterator[tuple[msgspec.Struct, str, Setting]]:
+    """The objective's own live settings: the struct that each is a field of, its name, and its bounds."""
+    parts: list[tuple[msgspec.Struct, tuple[str, ...]]] = [
+        (stage.settings, stage.settings.__struct_fields__),
+        (stage.rollout_settings, stage.spec.rollout),
+    ]
+    for part, keys in parts:
+        for key, setting in settings_of(type(part)).items():
+            if key in keys and setting.live is not None and in_force(part, setting):
+                yield part, key, setting
 
 
 def check_setting(recipe: Recipe, stage: Stage, key: str, value: float) -> float:
@@ -71,11 +77,19 @@ def check_setting(recipe: Recipe, stage: Stage, key: str, value: float) -> float
         raise ValueError(f'stage "{stage.name}" has no setting {key!r}; it has: {", ".join(known)}')
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"{key}: {value} is not a number to set")
-    low, high, meaning = _BOUNDS.get(key, (0.0, 1e9, "weight in the mixture"))
+    own = {name: (part, each) for part, name, each in _of_objective(stage)}
+    part, setting = own.get(key, (None, None))
+    if setting is not None and setting.live is not None:
+        bounds = (*setting.live, setting.help)
+    else:
+        bounds = _BOUNDS.get(key, (0.0, 1e9, "weight in the mixture"))
+    low, high, meaning = bounds
     if not low <= value <= high:
         raise ValueError(f"{key} ({meaning}): {value:g} is not between {low:g} and {high:g}")
-    if key == "beta" and value == 0 and stage.dpo_loss == "ipo":
-        raise ValueError(f"{key} ({meaning}): IPO aims at 1 / (2 beta), so it must be greater than 0")
+    if part is not None and part is stage.settings:
+        for name, message in stage.spec.check(msgspec.structs.replace(part, **{key: value})):
+            if name == key:
+                raise ValueError(f"{key} ({meaning}): {message}")
     if key in _WHOLE and value != int(value):
         raise ValueError(f"{key} ({meaning}): {value:g} is not a whole number")
     return value

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from midwatch.recipe import stage_inputs
+from midwatch.recipe import objective_settings, stage_inputs
+from midwatch.recipe.conversion import ConversionError, converted
 from midwatch.recipe.huggingface.config import family_of
 from midwatch.recipe.huggingface.weights_map import misfits
 from midwatch.recipe.mixture import name_problems
@@ -18,7 +16,7 @@ from midwatch.recipe.pretrained import OriginError, fill_in
 from midwatch.recipe.recipe import Recipe
 from midwatch.recipe.renamed_keys import renamed
 from midwatch.recipe.repeat import RepeatError, expanded
-from midwatch.recipe.stage import PARTS, Stage
+from midwatch.recipe.stage import Stage
 from midwatch.recipe.text import TextError, home_expanded, read_recipe_text
 from midwatch.recipe.toml import TomlError, dump_toml, parse_toml, too_large
 from midwatch.recipe.toml_lines import Path as KeyPath
@@ -76,10 +74,10 @@ def parse_recipe(text: str, name: str = "recipe.toml", base: Path | None = None)
     except OriginError as error:
         raise RecipeError(f"{at(error.path)}: {error}") from None
     try:
-        recipe = msgspec.convert(raw, Recipe)
-    except msgspec.ValidationError as error:
-        path, message = _explain(str(error), raw)
-        raise RecipeError(f"{at(path)}: {message}") from None
+        raw, elsewhere = objective_settings.taken(raw)
+        recipe = converted(raw, Recipe, known_keys=objective_settings.known_keys)
+    except ConversionError as error:
+        raise RecipeError(f"{at(error.path)}: {error}") from None
     if base is not None:
         try:
             recipe = _absolute(recipe, base)
@@ -93,7 +91,8 @@ def parse_recipe(text: str, name: str = "recipe.toml", base: Path | None = None)
     def at_original(path: KeyPath) -> str:
         return at(("stage", originals[path[1]], *path[2:])) if path[:1] == ("stage",) and isinstance(path[1], int) else at(path)
 
-    problems = [f"{at_original(path)}: {message}" for path, message in check(recipe)]
+    problems = [f"{at(path)}: {message}" for path, message in elsewhere]
+    problems += [f"{at_original(path)}: {message}" for path, message in check(recipe)]
     if problems:
         raise RecipeError("\n".join(problems))
     return recipe
@@ -163,7 +162,7 @@ def _made_problems(recipe: Recipe, source: Source) -> list[str]:
     if source.stage not in makers:
         return [f'{where}: stage "{source.stage}" makes no data (those that do: {", ".join(makers) or "none"})']
     maker = makers[source.stage]
-    parts = PARTS[recipe.stage[maker].objective]
+    parts = recipe.stage[maker].spec.makes
     if parts.get(source.part or "") != source.kind:
         made = ", ".join(f'"{part}" of kind "{kind}"' for part, kind in parts.items())
         return [f'{where}: {recipe.stage[maker].objective} makes {made}, not "{source.part}" of kind "{source.kind}"']
@@ -223,9 +222,9 @@ def _data_problem(recipe: Recipe) -> list[tuple[KeyPath, str]]:
 def warnings(recipe: Recipe) -> list[str]:
     """What is allowed and yet unusual enough to say."""
     found: list[str] = []
-    base = max((s.lr for s in recipe.stage if s.objective == "pretrain"), default=None)
+    base = max((s.lr for s in recipe.stage if s.spec.by_text), default=None)
     for stage in recipe.stage:
-        if base is not None and stage.objective != "pretrain" and stage.lr > base / 10:
+        if base is not None and not stage.spec.by_text and stage.lr > base / 10:
             found.append(f'stage "{stage.name}": lr {stage.lr:g} is more than a tenth of the pretraining rate {base:g}')
     if recipe.tokenizer.path is None and not 32_000 <= recipe.tokenizer.vocab <= 100_000:
         found.append(f"a vocabulary of {recipe.tokenizer.vocab:,} ids is outside the usual 32k to 100k")
@@ -244,7 +243,7 @@ def warnings(recipe: Recipe) -> list[str]:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML with every default written out; reads back as the same recipe."""
     raw: dict[str, Any] = msgspec.to_builtins(recipe)
-    return dump_toml(raw)
+    return dump_toml(objective_settings.flat(raw))
 
 
 def _absolute(recipe: Recipe, base: Path) -> Recipe:
@@ -268,67 +267,3 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
     stages = tuple(map(moved, recipe.stage))
     generate = msgspec.structs.replace(recipe.generate, weights=place(recipe.generate.weights))
     return msgspec.structs.replace(recipe, data=data, tokenizer=tokenizer, stage=stages, generate=generate)
-
-
-def _explain(message: str, raw: dict[str, Any]) -> tuple[KeyPath, str]:
-    """Turns a message of msgspec's into the key's path and a sentence that says the way out."""
-    where = re.search(r" - at `\$?(.*)`$", message)
-    body = message[: where.start()] if where else message
-    path: list[str | int] = []
-    for name, index in re.findall(r"\.([A-Za-z0-9_-]+)|\[(\d+|\.\.\.)\]", where.group(1) if where else ""):
-        path.append(name or (int(index) if index != "..." else "..."))
-    unknown = re.match(r"Object contains unknown field `(.*)`", body)
-    label = ".".join(str(p) for p in path if not isinstance(p, int)) or "the recipe"
-    if path and isinstance(_get(raw, path), dict) and "name" in _get(raw, path):
-        label = f'{path[0]} "{_get(raw, path)["name"]}"'
-    if unknown:
-        key = unknown.group(1)
-        close = difflib.get_close_matches(key, _fields_at(path), 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(sorted(_fields_at(path)))}"
-        return (*path, key), f"{label}: unknown key {key!r} ({hint})"
-    missing = re.match(r"Object missing required field `(.*)`", body)
-    if missing:
-        return tuple(path), f"{label}: the key {missing.group(1)!r} is missing"
-    if "..." in path:  # a value of a table, whose key msgspec does not tell
-        path = path[: path.index("...")]
-        label = ".".join(str(p) for p in path if not isinstance(p, int))
-    choices = _choices_at(path)
-    if choices:
-        body = f"must be one of {', '.join(map(repr, choices))}"
-    return tuple(path), f"{label}: {body[0].lower()}{body[1:]}, but it is {shown(_get(raw, path))}"
-
-
-def _get(raw: Any, path: list[str | int]) -> Any:
-    for part in path:
-        try:
-            raw = raw[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return raw
-
-
-def _fields_at(path: list[str | int]) -> list[str]:
-    kind = _type_at(path)
-    return [f.encode_name for f in kind.fields] if isinstance(kind, msgspec.inspect.StructType) else []
-
-
-def _choices_at(path: list[str | int]) -> list[str]:
-    kind = _type_at(path)
-    return [str(value) for value in kind.values] if isinstance(kind, msgspec.inspect.LiteralType) else []
-
-
-@functools.cache
-def _recipe_type() -> msgspec.inspect.Type:
-    return msgspec.inspect.type_info(Recipe)
-
-
-def _type_at(path: list[str | int]) -> Any:
-    kind: Any = _recipe_type()
-    for part in path:
-        if isinstance(part, int):
-            kind = getattr(kind, "item_type", kind)
-        elif isinstance(kind, msgspec.inspect.StructType):
-            kind = next((f.type for f in kind.fields if f.encode_name == part), None)
-        if isinstance(kind, msgspec.inspect.UnionType):
-            kind = next((t for t in kind.types if isinstance(t, msgspec.inspect.StructType)), None)
-    return kind

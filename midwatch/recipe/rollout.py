@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+from midwatch.objectives.setting import Setting
 from midwatch.recipe.bounds import MOST_COUNT, MOST_TOKENS, bounded
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 100
 """vLLM draws at 0.01 what is asked for at less; the log-probabilities would be of another temperature."""
+MOST_VALUE_CLIP = 1e9
+"""No value is clipped."""
 
 
 class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,18 +37,20 @@ class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Taken from the score of a response that did not come to its end."""
     normalise: bool = False
     """Scores are divided by their running standard deviation."""
-    kl_coef: float = 0.1
+    kl_coef: Annotated[float, Setting("coefficient of the distance from the reference", live=(0.0, 1000.0))] = 0.1
     """Coefficient of the distance from the reference: on the KL of each token, which sums over the response."""
     kl_target: float | None = None
     """Summed KL of a response that the coefficient is steered to; left out, the coefficient stays."""
     kl_horizon: float = 10_000.0
     """Responses over which it is steered."""
-    ratio_clip: float = 0.2
-    value_clip: float | None = None
+    ratio_clip: Annotated[float, Setting("how far the policy's ratio may go", live=(1e-6, 10.0))] = 0.2
+    value_clip: Annotated[float | None, Setting("how far a value may go", live=(1e-6, MOST_VALUE_CLIP), unset=MOST_VALUE_CLIP)] = (
+        None
+    )
     """PPO: how far an update may move a value from what it was when the rollout was drawn, in the scores' own units. Not limited
     where it is left out. The usual 0.2 is for returns that are normalised; where a reward model's scores lie far from the first
     values, it holds up what the value model has to make up for. Andrychowicz et al. 2021 found no threshold that helps."""
-    value_lr: float | None = None
+    value_lr: Annotated[float | None, Setting("peak learning rate of the value model", live=(0.0, 100.0), unset="lr")] = None
     """Peak learning rate of the value model; the stage's, where it is left out."""
     gamma: float = 1.0
     gae_lambda: float = 0.95
@@ -60,13 +65,6 @@ class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     A rollout that a server drew is not learned from then.
     """
-
-    def of_one_objective(self) -> list[tuple[str, str]]:
-        """Keys that are set and that only one objective reads, with that objective."""
-        keys = dict.fromkeys(("kl_target", "kl_horizon", "value_clip", "value_lr", "gamma", "gae_lambda", "whiten"), "ppo")
-        keys |= dict.fromkeys(("advantage", "normalisation"), "grpo")
-        usual = Rollout()
-        return [(key, objective) for key, objective in keys.items() if getattr(self, key) != getattr(usual, key)]
 
     def problems(self) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out)."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
+from midwatch.objectives import setting
+from midwatch.objectives.registry import ObjectiveError, built_in, spec_of
+from midwatch.objectives.spec import ObjectiveSpec
 from midwatch.recipe import mixture as mixtures
 from midwatch.recipe.bounds import MOST_COUNT, MOST_STEPS, MOST_TOKENS, bounded
 from midwatch.recipe.mixture import Anneal
@@ -16,23 +19,6 @@ from midwatch.recipe.rollout import Rollout
 from shards.common.decoding import LARGEST
 from shards.sampling.mixing import Mixing, MixtureBy
 from shards.spec import ObjectiveKind
-
-OBJECTIVE_DATA = {
-    "pretrain": ("text",),
-    "sft": ("sft",),
-    "reward": ("preference",),
-    "dpo": ("preference",),
-    "ppo": ("sft", "preference"),
-    "grpo": ("sft", "preference"),
-    "rejection_sampling": ("sft", "preference"),
-    "constitutional": ("sft", "preference"),
-}
-"""The kinds of source each objective reads."""
-PARTS = {
-    "rejection_sampling": {"best": "sft", "pairs": "preference"},
-    "constitutional": {"revisions": "sft", "pairs": "preference", "judged": "preference"},
-}
-"""What the objectives make that make data, and of which kind each is."""
 
 _WAY_OUT = {
     "learned": "use position_factor",
@@ -54,7 +40,8 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stage of the pipeline. Lengths are in optimizer steps, contexts in tokens, batches in samples."""
 
     name: str
-    objective: Literal["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "rejection_sampling", "constitutional"]
+    objective: str
+    """Name of an objective: a folder of `trainer.objectives`, or an entry point of the group `midwatch.objectives`."""
     steps: int
     context: int
     global_batch: int
@@ -73,9 +60,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base: str | None = msgspec.field(default=None, name="from")
     """Earlier stage whose product this one begins with; the one before it, past reward models, where it is left out."""
     rollout: Rollout | None = None
-    """PPO and GRPO: how responses are drawn and learned from. The objectives that make data: how they are drawn."""
-    principles: tuple[str, ...] = ()
-    """Objective `constitutional`: the principles that responses are revised by, one at a time."""
+    """Of objectives whose model writes responses: how it does, and how it learns from them."""
     repeat: Repeat | None = None
     """The stages since an earlier one, and this one, are taken several times."""
     micro_batch: int = 8
@@ -112,27 +97,29 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Steps between evaluations on held-out data; also at the start and the end of a stage."""
     eval_samples: int = 64
     """Held-out samples of each source that an evaluation reads."""
-    beta: float = 0.1
-    """DPO: strength of the tie to the reference."""
-    label_smoothing: float = 0.0
-    """DPO: part of the preference pairs assumed to be labelled wrongly."""
-    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """DPO's own loss, or IPO's: the squared distance of the log-ratios' difference from 1 / (2 beta)."""
-    length_normalised: bool = False
-    """DPO: a response's log-probability is its tokens' mean, not their sum."""
-    reference_cached: bool = False
-    """DPO: the reference's log-probabilities of all pairs are worked out before the first step and kept in files; it then leaves
-    memory, and the policy's distance from it on fresh responses is not reported."""
-    reference_free: bool = False
-    """DPO: without a reference, as if one gave all responses the same probability."""
-    margin: float = 0.0
-    """Reward model: by how much the chosen response is to score higher than the rejected one."""
-    center_rewards: float = 0.0
-    """Reward model: weight of the squared sum of a pair's scores, which keeps them about 0."""
     prompts: tuple[str, ...] = ()
     """Prompts whose continuations are shown at the end of the stage."""
     sample_tokens: int = 64
     """Tokens of each such continuation at the most."""
+    settings: Any = None
+    """The objective's own keys, as the struct that its spec names. In TOML they are keys of the stage itself."""
+
+    def __post_init__(self) -> None:
+        try:
+            kind = self.spec.settings
+        except ObjectiveError:
+            return  # `problems` tells
+        if not isinstance(self.settings, kind):
+            msgspec.structs.force_setattr(self, "settings", kind())
+
+    @property
+    def spec(self) -> ObjectiveSpec:
+        """Raises ObjectiveError."""
+        return spec_of(self.objective)
+
+    def with_settings(self, **changes: Any) -> Stage:
+        """With other values of the objective's own keys."""
+        return msgspec.structs.replace(self, settings=msgspec.structs.replace(self.settings, **changes))
 
     @property
     def resolved_warmup_steps(self) -> int:
@@ -142,7 +129,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def documents_masked(self) -> bool:
-        return self.objective != "pretrain" if self.masked_documents is None else self.masked_documents
+        return not self.spec.by_text if self.masked_documents is None else self.masked_documents
 
     @property
     def positions_restarted(self) -> bool:
@@ -170,33 +157,37 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def feed_kind(self) -> ObjectiveKind:
         """What of its sources it reads."""
-        kinds: dict[str, ObjectiveKind] = {"pretrain": "text", "sft": "sft", "reward": "scored", "dpo": "preference"}
-        return kinds.get(self.objective, "prompt")
+        return self.spec.sample
 
     @property
     def data_kinds(self) -> tuple[str, ...]:
         """The kinds of source that this stage's objective reads."""
-        return OBJECTIVE_DATA[self.objective]
+        return self.spec.sources
 
     @property
     def scalar(self) -> bool:
         """Whether its product gives texts numbers, and is no language model."""
-        return self.objective == "reward"
+        return self.spec.scalar
 
     @property
     def draws(self) -> bool:
         """Whether it learns from responses that the model draws."""
-        return self.objective in ("ppo", "grpo")
+        return self.spec.draws
 
     @property
     def makes(self) -> bool:
         """Whether it makes data for later stages, and trains nothing: its steps are batches of prompts."""
-        return self.objective in PARTS
+        return bool(self.spec.makes)
 
     @property
     def pairs(self) -> bool:
         """Whether a sample is two rows: the chosen response and the rejected one."""
-        return self.objective in ("reward", "dpo")
+        return self.spec.pairs
+
+    @property
+    def reference_cached(self) -> bool:
+        """Whether the reference's log-probabilities are worked out before the first step: a setting that an objective may have."""
+        return bool(getattr(self.settings, "reference_cached", False))
 
     @property
     def rows_per_sample(self) -> int:
@@ -215,7 +206,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def needs_reference(self) -> bool:
         """Whether the stage holds what it trains against a frozen copy of what it began with."""
-        return self.draws or (self.objective == "dpo" and not self.reference_free)
+        return self.spec.needs_reference(self.settings)
 
     @property
     def prompts_drawn(self) -> int:
@@ -229,6 +220,10 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def problems(self) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out) for each impossible setting."""
+        try:
+            spec = self.spec
+        except ObjectiveError as error:
+            return [("objective", str(error))]
         found: list[tuple[str, str]] = []
         found += bounded(self, 1, MOST_STEPS, ("steps", "eval_every"))
         found += bounded(self, 1, MOST_TOKENS, ("context", "global_batch", "micro_batch", "mlp_chunk_tokens", "loss_chunk_tokens"))
@@ -241,42 +236,26 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for key in ("lr", "max_grad_norm", "eps"):
             if not 0 < getattr(self, key) < math.inf:
                 found.append((key, "must be greater than 0 and finite"))
-        for key in ("weight_decay", "beta", "center_rewards"):
-            if not 0 <= getattr(self, key) < math.inf:
-                found.append((key, "must not be negative, and finite"))
-        for key in ("min_lr_ratio", "label_smoothing"):
-            if not 0 <= getattr(self, key) <= 1:
-                found.append((key, "must lie between 0 and 1"))
-        if self.objective != "dpo":
-            keys = ("dpo_loss", "length_normalised", "reference_free")
-            given = [key for key in keys if getattr(self, key) not in (False, "sigmoid")]
-            found += [(key, f'is for objective "dpo", this stage\'s is "{self.objective}" (drop it)') for key in given]
-        elif self.dpo_loss == "ipo":
-            if self.beta == 0:
-                found.append(("beta", 'must be greater than 0 for dpo_loss "ipo", which aims at 1 / (2 beta)'))
-            if self.label_smoothing != 0:
-                found.append(("label_smoothing", 'is for dpo_loss "sigmoid" (drop it, or use that loss)'))
+        if not 0 <= self.weight_decay < math.inf:
+            found.append(("weight_decay", "must not be negative, and finite"))
+        if not 0 <= self.min_lr_ratio <= 1:
+            found.append(("min_lr_ratio", "must lie between 0 and 1"))
+        found += setting.problems(self.settings)
+        found += spec.check(self.settings)
+        if 0 < self.global_batch < spec.fewest_samples:
+            found.append(("global_batch", f"must be at least {spec.fewest_samples}: {spec.name} compares samples of a step"))
         if not all(0 <= b < 1 for b in self.betas):
             found.append(("betas", "must each lie between 0 and 1"))
         found += mixtures.problems(self)
         if not 0 < self.position_factor < math.inf:
             found.append(("position_factor", "must be greater than 0 and finite"))
-        if self.reference_cached and not (self.objective == "dpo" and self.needs_reference):
-            found.append(("reference_cached", "is for dpo with a reference (drop it)"))
-        if self.draws or self.makes:
+        if spec.rollout:
             found += [(f"rollout.{key}", message) for key, message in self.rollout_settings.problems()]
             found += [("rollout", message) for message in self._rollout_problems()]
-            for key, objective in self.rollout_settings.of_one_objective():
-                if objective != self.objective:
-                    found.append(
-                        (f"rollout.{key}", f'is for objective "{objective}", this stage\'s is "{self.objective}" (drop it)')
-                    )
+            found += [(f"rollout.{key}", _elsewhere(key, self.objective)) for key in self._unread_rollout_keys(spec)]
         elif self.rollout is not None:
             message = f"is for objectives that draw responses, and the objective is {self.objective} (drop it)"
             found.append(("rollout", message))
-        if (self.objective == "constitutional") != bool(self.principles):
-            way = "give some" if self.objective == "constitutional" else "drop them"
-            found.append(("principles", f"are what constitutional revises responses by ({way})"))
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
             found.append(
                 ("warmup_steps", f"{self.warmup_steps} steps do not fit into a stage of {self.steps} (use 0 to {self.steps})")
@@ -291,9 +270,16 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.rollout_settings.max_new_tokens >= self.context:
             response = self.rollout_settings.max_new_tokens
             found.append(f"{response} tokens of a response leave no room for a prompt in a context of {self.context}")
-        if self.objective in ("grpo", "rejection_sampling") and self.rollout_settings.num_generations < 2:
-            found.append("responses to one prompt are held against each other (set num_generations to 2 or more)")
+        fewest = self.spec.fewest_generations
+        if self.rollout_settings.num_generations < fewest:
+            found.append(f"responses to one prompt are held against each other (set num_generations to {fewest} or more)")
         return found
+
+    def _unread_rollout_keys(self, spec: ObjectiveSpec) -> list[str]:
+        """Keys of `[stage.rollout]` that say something and that the objective does not read."""
+        defaults = Rollout()
+        keys = (key for key in Rollout.__struct_fields__ if key not in spec.rollout)
+        return [key for key in keys if getattr(self.rollout_settings, key) != getattr(defaults, key)]
 
     def position_problems(self, model: Model) -> list[tuple[str, str]]:
         """The same for what this stage makes of the model's positions."""
@@ -312,3 +298,8 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             message = f"{self.context} is more than the model's {model.position_rows} learned positions reach"
             found.append(("context", f"{message} (set the stage's position_factor to {least:g}, or [model] max_positions)"))
         return found
+
+
+def _elsewhere(key: str, objective: str) -> str:
+    names = [f'"{spec.name}"' for spec in built_in() if key in spec.rollout]
+    return f'is for objective {" or ".join(names)}, this stage\'s is "{objective}" (drop it)'

@@ -35,7 +35,7 @@ def reward_model_stage(stages: Sequence[Stage], index: int, taken: Collection[st
 
 def judged(stage: Stage) -> bool:
     """Whether a reward model scores its responses."""
-    return (stage.draws or stage.objective == "rejection_sampling") and stage.rollout_settings.function is None
+    return stage.spec.reward_model and stage.rollout_settings.function is None
 
 
 def passed_over(stages: Sequence[Stage], index: int, taken: Collection[str]) -> str | None:

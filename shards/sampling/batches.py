@@ -34,7 +34,8 @@ __all__ = ["Batch", "BatchFeed", "HeldOut", "open_held_out"]
 class BatchFeed:
     """Batches for one stage. Reading is thread-safe; `reweight` and `restore` are for one thread.
 
-    objective_kind: "text", "sft" or "preference"; "scored", preferences whose last tokens are inputs too; or "prompt", the prompts
+    objective_kind: "text", "sft" or "preference"; "labelled", each response of preferences on its own; "scored", preferences whose
+    last tokens are inputs too; or "prompt", the prompts
     alone of sft and preference sources.
     mixture: the share of samples by source (any scale), `SOURCE` meaning all of `SOURCE.*` where only those were built.
     mixing: how the shares are taken, and how often a source may be read. schedule: mixtures to come, by the position from

@@ -22,7 +22,7 @@ from shards.spec import ObjectiveKind
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of samples; all arrays are [rows, context]."""
+    """Rows of samples; all arrays but the last are [rows, context]."""
 
     tokens: npt.NDArray[np.int64]  # inputs; PAD where there is nothing
     targets: npt.NDArray[np.int64]  # the token that follows each input
@@ -30,6 +30,7 @@ class Batch:
     segments: npt.NDArray[np.int32]  # the document's number within its row, masked or not; -1 padding
     positions: npt.NDArray[np.int32]  # place in the row, or, where they restart, in the part of a document that the row holds
     samples: list[tuple[str, int, int]]  # source, epoch, sample: one a row; for preference one a pair of rows
+    desirable: npt.NDArray[np.bool_]  # [rows]: of labelled responses, whether a response is a good example
 
     @classmethod
     def empty(cls, rows: int, context: int, pad: int, samples: list[tuple[str, int, int]]) -> Batch:
@@ -42,6 +43,7 @@ class Batch:
             segments=np.full(shape, -1, np.int32),
             positions=np.zeros(shape, np.int32),
             samples=samples,
+            desirable=np.zeros(rows, np.bool_),
         )
 
     def put(self, row: int, start: int, sequence: Array, mask: Array, segment: int, position: int = 0) -> int:
@@ -186,6 +188,28 @@ class PairView:
         return list(self.pair(sample)[1:])
 
 
+class LabelledView:
+    """A prompt with one response a row, and whether it is a good example: of each pair the chosen response, then the rejected one.
+
+    Where they do not fit the context, both are cut as those of pairs are.
+    """
+
+    rows_each = 1
+
+    def __init__(self, corpus: Corpus, context: int) -> None:
+        self._pairs = PairView(corpus, context)
+        self.size = 2 * self._pairs.size
+
+    def fill(self, batch: Batch, row: int, apart: int, sample: int) -> None:
+        prompt, *both = self._pairs.pair(sample // 2)
+        sequence = both[sample % 2]
+        batch.put(row, 0, sequence, np.arange(1, len(sequence)) >= prompt, 0)
+        batch.desirable[row] = sample % 2 == 0
+
+    def sequences(self, sample: int) -> list[Array]:
+        return [self._pairs.sequences(sample // 2)[sample % 2]]
+
+
 class PromptView:
     """Prompts only, of sft or preference sources, for a policy to answer; a long one loses its beginning.
 
@@ -226,7 +250,7 @@ def view(
     A packed conversation's last token is never an input, so whether documents are masked does not change such a row.
     """
     have = corpus.manifest.kind
-    needed = {"prompt": "sft or preference", "scored": "preference"}.get(kind, kind)
+    needed = {"prompt": "sft or preference", "scored": "preference", "labelled": "preference"}.get(kind, kind)
     if have not in needed.split(" or "):
         raise ShardError(
             f'{corpus.directory}: a source of kind "{have}", but the stage needs "{needed}" (take it out of the mixture)'
@@ -239,7 +263,7 @@ def view(
         return PackedView(corpus, context, long_samples, restart_positions=restart_positions)
     if kind in ("preference", "scored"):
         return PairView(corpus, context, whole=kind == "scored")
-    return PromptView(corpus, context)
+    return LabelledView(corpus, context) if kind == "labelled" else PromptView(corpus, context)
 
 
 def fill(samples: list[tuple[str, int, int]], views: Mapping[str, SourceRows], context: int, pad: int) -> Batch:

@@ -16,8 +16,8 @@ from shards.filters.heuristics.settings import C4, FineWeb, GopherQuality, Gophe
 from shards.filters.settings import Contamination, Language, Perplexity, Pii, Quality, Toxicity
 
 Kind = Literal["text", "sft", "preference"]
-ObjectiveKind = Literal["text", "sft", "preference", "scored", "prompt"]
-"""What of a source a stage reads: `scored` are preference pairs for a reward model, `prompt` the questions alone."""
+ObjectiveKind = Literal["text", "sft", "preference", "labelled", "scored", "prompt"]
+"""How an objective reads a source: see `shards.sampling.rows`."""
 Origin = str
 """One of STDLIB_KINDS, `stage`, `made`, or a reader of files."""
 Layout = Literal["auto", "plain", "messages", "alpaca", "sharegpt", "dolly", "oasst", "lima", "flan", "hh"]

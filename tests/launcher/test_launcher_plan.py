@@ -149,7 +149,7 @@ def test_dpo_holds_a_reference_and_computes_its_forward_besides() -> None:
     assert dpo.memory_per_gpu.reference_bytes == dpo.memory_per_gpu.weights_bytes
     assert dpo.tokens_per_step == 2 * 64 * 8192, "a pair is two rows"
     assert dpo.flops_per_step == pytest.approx(first.flops_per_token * dpo.tokens_per_step * 4 / 3)
-    free = msgspec.structs.replace(recipe().stage[2], reference_free=True)
+    free = recipe().stage[2].with_settings(reference_free=True)
     dpo = plan_recipe(msgspec.structs.replace(recipe(), stage=(*recipe().stage[:2], free)), Assumptions()).stages[2]
     assert dpo.memory_per_gpu.reference_bytes == 0
     assert dpo.flops_per_step == pytest.approx(first.flops_per_token * dpo.tokens_per_step)

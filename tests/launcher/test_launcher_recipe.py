@@ -78,7 +78,7 @@ BAD: list[tuple[str, str, str, str, str]] = [
     ("unknown key with no neighbour", "num_layers = 2", "num_layers = 2\nzzz = 1", "zzz", "known here: "),
     ("wrong type", "steps = 10", 'steps = "ten"', 'steps = "ten"', "expected `int`"),
     ("wrong type of a weight", "{ text = 1.0 }", '{ text = "much" }', '"much"', "but it is {'text': 'much'}"),
-    ("unknown choice", 'objective = "pretrain"', 'objective = "pretrian"', "pretrian", "'pretrain'"),
+    ("unknown choice", 'objective = "pretrain"', 'objective = "pretrian"', "pretrian", 'did you mean "pretrain"'),
     ("width that does not divide", "hidden_size = 64", "hidden_size = 65", "hidden_size = 65", "use 64 or 68"),
     ("odd heads", "hidden_size = 64", "hidden_size = 12", "num_heads = 4", "even width"),
     (
@@ -411,13 +411,13 @@ def test_ipo_has_no_label_smoothing_to_set_and_a_beta_above_0() -> None:
         PREFERS.replace("lr = 1e-5", 'lr = 1e-5\ndpo_loss = "ipo"\nreference_free = true\nlength_normalised = true')
     )
     stage = recipe.stage[1]
-    assert not stage.needs_reference and msgspec.structs.replace(stage, reference_free=False).needs_reference
+    assert not stage.needs_reference and stage.with_settings(reference_free=False).needs_reference
     assert parse_recipe(dump_recipe(recipe)) == recipe
     assert check_setting(recipe, stage, "beta", 0.5) == 0.5
     for key, value, says in (("beta", 0.0, "greater than 0"), ("label_smoothing", 0.1, "no setting")):
         with pytest.raises(ValueError, match=says):
             check_setting(recipe, stage, key, value)
-    plain = msgspec.structs.replace(stage, dpo_loss="sigmoid")
+    plain = stage.with_settings(dpo_loss="sigmoid")
     assert check_setting(recipe, plain, "beta", 0.0) == 0.0 and check_setting(recipe, plain, "label_smoothing", 0.1) == 0.1
 
 

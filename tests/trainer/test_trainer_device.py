@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from objectives_by_name import CRITIC, OBJECTIVES
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,12 +30,13 @@ from trainer.distributed import sequence_parallel
 from trainer.distributed.mesh import World, lay_out
 from trainer.generate import Engine, Request, paged_attention, sampling
 from trainer.loop import loop
+from trainer.loop.reference_point import comparison, point
 from trainer.model import attention
 from trainer.model.decoder import Decoder
 from trainer.model.norms import RMSNorm
 from trainer.model.sharded_model import ShardedModel
-from trainer.objectives import CRITIC, OBJECTIVES, Objective
-from trainer.objectives.ppo import RolloutData as Noted
+from trainer.objectives.objective import Objective
+from trainer.objectives.ppo.loss import RolloutData as Noted
 from trainer.optimizer import Optimizer
 from trainer.rollout.buffer import RolloutBuffer
 from trainer.stage.model_roles import TrainableModel
@@ -45,6 +47,7 @@ VOCABULARY, CONTEXT = 64, 24
 SETTINGS = {
     "max_grad_norm": 1.0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "ratio_clip": 0.2, "value_clip": 0.3, "kl_coef": 0.1,
     "beta": 0.3, "label_smoothing": 0.1, "margin": 0.2, "center_rewards": 0.05,
+    "desirable_weight": 1.33, "undesirable_weight": 0.5,
 }  # fmt: skip
 
 WAITS = {
@@ -158,12 +161,15 @@ def test_a_training_step_waits_for_nothing_and_is_deterministic(name: str, world
     objective, scalar, pairs = STEPS[name]
     network = ShardedModel(CONFIG, VOCABULARY, world, scalar)
     optimizer = Optimizer(network.parameters(), ACCELERATOR)
-    reference = ShardedModel(CONFIG, VOCABULARY, world).freeze() if name == "dpo" else None
+    reference = ShardedModel(CONFIG, VOCABULARY, world).freeze() if objective.needs_reference else None
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
     with Watch() as watch:
         halves = 2 if pairs else 1
         parts = list(micro_batches(batch(4 * halves), halves, 4, 2, ACCELERATOR))
         held: list[Any] = [reference.log_probs(part) if reference else None for part in parts]
+        if objective.mismatched is not None:
+            rows, ratio = batch(4), torch.ones(2, device=ACCELERATOR)
+            held = [comparison(rows, 2 * at, part, held[at], point(ratio)) for at, part in enumerate(parts)]
         train_batch: Any = SimpleNamespace(parts=parts, held=noted() if name in ("ppo", "grpo", "critic") else held, weight=64)
         training: Any = SimpleNamespace(world=world, progress=SimpleNamespace(settings=SETTINGS))
         sums = loop._gradients(training, loop.TrainableObjective(TrainableModel(network, optimizer), objective, "lr"), train_batch)

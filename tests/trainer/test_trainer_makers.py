@@ -171,9 +171,8 @@ def test_a_constitution_revises_and_judges(recipe: Recipe, tmp_path: Path) -> No
         context=512,
         global_batch=4,
         mixture={"prefer": 1.0},
-        principles=principles,
         rollout=Rollout(max_new_tokens=8),
-    )
+    ).with_settings(principles=principles)
     sources = [made(part, "constitution", part) for part in ("revisions", "pairs", "judged")]
     later = [dpo("dpo", "judged", context=512), dpo("dpo2", "pairs", context=512)]
     root = run(recipe, tmp_path, "run", sources, stage, *later)

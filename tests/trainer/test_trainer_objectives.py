@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from objectives_by_name import OBJECTIVES
 from test_trainer_model import decoder
 from torch import Tensor
 
 from shards.sampling.batches import Batch
 from trainer.batches import DeviceRows, micro_batches, samples_a_replica, share
 from trainer.model.decoder import Decoder
-from trainer.objectives import OBJECTIVES
-from trainer.objectives.dpo import preferences
+from trainer.objectives.dpo.loss import preferences
 
 
 def test_dpo_is_the_formula_worked_out_by_hand() -> None:

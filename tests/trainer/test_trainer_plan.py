@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from objectives_by_name import OBJECTIVES
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,7 +28,6 @@ from trainer.distributed.mesh import local
 from trainer.loop import peak_flops
 from trainer.model.decoder import Decoder
 from trainer.model.logprobs import log_probs
-from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
 from trainer.stage.model_roles import model_tensors
 
@@ -211,7 +211,7 @@ STEPS = """
 import torch, torch.distributed as dist
 from midwatch.recipe.model import Model
 from trainer_meter import SETTINGS, rows
-from trainer.objectives import OBJECTIVES
+from objectives_by_name import OBJECTIVES
 from trainer.optimizer import Optimizer
 from trainer.model.sharded_model import ShardedModel
 from trainer.distributed.mesh import World

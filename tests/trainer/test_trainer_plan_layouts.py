@@ -129,7 +129,7 @@ from midwatch.recipe import Model, Parallel
 from trainer.batches import filled, samples_a_replica
 from trainer_meter import SETTINGS, rows, stage
 from trainer.model.sharded_model import ShardedModel
-from trainer.objectives import OBJECTIVES
+from objectives_by_name import OBJECTIVES
 from trainer.optimizer import Optimizer
 from trainer.distributed.mesh import lay_out
 

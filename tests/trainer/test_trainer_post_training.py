@@ -22,9 +22,13 @@ from midwatch.protocol import Op
 from midwatch.recipe import Recipe
 from shards.sampling.batches import Batch
 from trainer.batches import DeviceRows
-from trainer.objectives import advantages, dpo, grpo, ppo, reward
+from trainer.objectives import advantages
 from trainer.objectives.advantages import adaptive, gae, kl, moments, token_rewards, whiten
-from trainer.objectives.ppo import RolloutData
+from trainer.objectives.dpo import loss as dpo
+from trainer.objectives.grpo import loss as grpo
+from trainer.objectives.ppo import loss as ppo
+from trainer.objectives.ppo.loss import RolloutData
+from trainer.objectives.reward import loss as reward
 
 NEAR = 1e-6
 LENGTHS = (4, 2, 0, 3)
@@ -420,8 +424,8 @@ def test_without_a_reference_the_policys_own_difference_is_what_counts() -> None
 def test_stages_with_and_without_a_reference_follow_each_other(recipe: Recipe, tmp_path: Path) -> None:
     """What an earlier stage held against stays in memory; a stage without a reference does not look at it."""
     plain = msgspec.structs.replace(recipe.stage[3], steps=2)
-    free = msgspec.structs.replace(plain, name="free", reference_free=True)
-    ipo = msgspec.structs.replace(free, name="ipo", dpo_loss="ipo", beta=0.01, length_normalised=True)
+    free = msgspec.structs.replace(plain, name="free").with_settings(reference_free=True)
+    ipo = msgspec.structs.replace(free, name="ipo").with_settings(dpo_loss="ipo", beta=0.01, length_normalised=True)
     root = write_recipe(tmp_path / "run", msgspec.structs.replace(recipe, stage=(ipo, plain, free)))
     told = steer(root, size=1)
     losses = {step: loss for (_, step), loss in told.losses().items()}
@@ -485,10 +489,10 @@ def test_a_cached_reference_changes_nothing_and_leaves_memory(recipe: Recipe, tm
     short = replace(base, steps=2, eval_every=100, eval_samples=1, prompts=())
     told = {}
     for name, cached, size in (("live", False, 1), ("cached", True, 1), ("two", True, 2)):
-        stage = replace(dpo_stage, steps=6, reference_cached=cached, eval_every=3)
+        stage = replace(dpo_stage, steps=6, eval_every=3).with_settings(reference_cached=cached)
         root = write_recipe(tmp_path / name, replace(recipe, stage=(short, stage)))
         told[name] = steer(root, size=size)
-    stage = replace(dpo_stage, steps=6, reference_cached=True, eval_every=3)
+    stage = replace(dpo_stage, steps=6, eval_every=3).with_settings(reference_cached=True)
     root = write_recipe(tmp_path / "stopped", replace(recipe, stage=(short, stage)))
     stopped = steer(root, Step(Op.STOP, after=4), size=1)
     files = {file: file.read_bytes() for file in (root / "made" / "reference").rglob("*.zst")}

@@ -16,9 +16,8 @@ from trainer.generate import Engine, Request, sampling
 from trainer.loop import loop
 from trainer.model.decoder import Decoder
 from trainer.model.logprobs import likelihood
-from trainer.objectives import CRITIC
 from trainer.objectives.loss import summed
-from trainer.objectives.ppo import critic_metrics, value_loss
+from trainer.objectives.ppo.loss import CRITIC_METRICS, critic_metrics, value_loss
 
 CONFIG = Model(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=64)
 VOCABULARY = 61
@@ -79,12 +78,12 @@ def test_explained_variance_is_right_where_returns_hardly_differ(mean: float, de
         speaks=True, backward=lambda rows, loss_of: [loss_of(at, each) for at, (each, _) in enumerate(parts)]
     )
     student = loop.TrainableObjective(
-        SimpleNamespace(network=network), SimpleNamespace(loss=loss, metrics=CRITIC.metrics, by_token=False), ""
+        SimpleNamespace(network=network), SimpleNamespace(loss=loss, metrics=CRITIC_METRICS, by_token=False), ""
     )  # type: ignore[arg-type]
     training: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu")), progress=SimpleNamespace(settings={}))
     lesson: Any = SimpleNamespace(parts=parts, held=[given for _, given in parts], weight=values.numel())
-    sums = loop._gradients(training, student, lesson)[1 : 1 + len(CRITIC.metrics)].tolist()
-    found = critic_metrics({name: each / values.numel() for name, each in zip(CRITIC.metrics, sums, strict=True)})
+    sums = loop._gradients(training, student, lesson)[1 : 1 + len(CRITIC_METRICS)].tolist()
+    found = critic_metrics({name: each / values.numel() for name, each in zip(CRITIC_METRICS, sums, strict=True)})
     exact = 1 - float((returns - values).double().var(correction=0) / returns.double().var(correction=0))
     assert found["value/explained_variance"] == pytest.approx(exact, abs=1e-3)
     assert found["value/return"] == pytest.approx(mean, abs=0.02 * max(1, mean))

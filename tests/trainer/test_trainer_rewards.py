@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objectives_by_name import CRITIC, OBJECTIVES
 from test_trainer_policy import Build, build, logs, ppo, series, start_ranks, stopping_when_paused
 from torch import Tensor
 from trainer_harness import Told, fresh, steer, tensors
@@ -29,10 +30,13 @@ from trainer.batches import DeviceRows
 from trainer.loop import packing_metrics
 from trainer.loop.train_batch import _counted
 from trainer.model.decoder import Decoder
-from trainer.objectives import CRITIC, OBJECTIVES, dpo, grpo, objective_of, reward
 from trainer.objectives.advantages import kl
+from trainer.objectives.dpo import loss as dpo
+from trainer.objectives.grpo import loss as grpo
 from trainer.objectives.loss import Loss
-from trainer.objectives.ppo import RolloutData, value_loss
+from trainer.objectives.objective import objective_of
+from trainer.objectives.ppo.loss import RolloutData, value_loss
+from trainer.objectives.reward import loss as reward
 from trainer.rollout.rollout import _as_ended, distances
 from trainer.rollout.sampling import SampledResponses
 
@@ -171,9 +175,9 @@ def test_samples_without_anything_to_learn_are_counted() -> None:
     for objective, mask, weight, empty in (("dpo", [[1, 0], [1, 1], [1, 1], [0, 0]], 1, 1), ("sft", [[1, 1], [0, 0]], 2, 1)):
         made = Batch.empty(len(mask), 2, 0, [("a", 0, 0), ("a", 0, 1)])
         made.mask[:] = mask
-        stage = Stage(name="s", objective=objective, steps=1, context=2, global_batch=2, mixture={"a": 1.0})  # type: ignore[arg-type]
+        stage = Stage(name="s", objective=objective, steps=1, context=2, global_batch=2, mixture={"a": 1.0})
         run = SimpleNamespace(stage=stage, objective=objective_of(stage), feed=SimpleNamespace(named={}))
-        training: Any = SimpleNamespace(stage=run, network=SimpleNamespace(is_replica_leader=True))
+        training: Any = SimpleNamespace(stage=run, model=SimpleNamespace(is_replica_leader=True))
         assert _counted(training, made) == (0, weight, int(made.mask.sum()), empty, 2)
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 import msgspec
 import torch
 import torch.distributed as dist
+from objectives_by_name import OBJECTIVES
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -23,7 +24,6 @@ from trainer.distributed import mesh
 from trainer.distributed.mesh import World
 from trainer.model import pipeline_stage
 from trainer.model.sharded_model import ShardedModel
-from trainer.objectives import OBJECTIVES
 from trainer.optimizer import Optimizer
 
 VOCABULARY = 500

@@ -7,15 +7,17 @@ import pytest
 
 from launcher.controller.core.rollout_samples import Samples
 from midwatch import protocol as p
+from midwatch.objectives.registry import spec_of
 from tests.tui.conftest import Screen, attached
 from tests.tui.rollouts import UPDATES, play, rollouts, write
 from tests.tui.stage import NOW, Stage, replace
 from tui.core.scene import Scene
 from tui.core.text_panel import text
 from tui.headless import _line
+from tui.views.headline_charts import slots
 from tui.views.metrics import _order
 from tui.views.samples import SamplesView, page, row
-from tui.views.watch import rollout, slots
+from tui.views.watch import rollout
 
 
 @pytest.fixture
@@ -209,8 +211,12 @@ async def test_phases_have_words_on_the_screen_and_without_one(drawing: Stage, p
 
 def test_charts_of_a_stage_that_draws_none_do_not_change() -> None:
     latest = rollouts().latest
-    assert [slot.title for slot in slots(latest, True, 0.1)][:2] == ["reward", "KL per response, kl 0.1"]
-    assert slots(latest)[0].title == "loss" and slots({"train/loss": 1.0}, True)[0].title == "loss"
+    charts = spec_of("ppo").charts
+    assert [slot.title for slot in slots(latest, charts, {"kl_coef": 0.1})][:2] == [
+        "reward",
+        "KL per response, kl 0.1",
+    ]
+    assert slots(latest)[0].title == "loss" and slots({"train/loss": 1.0}, charts)[0].title == "loss"
 
 
 def test_metrics_of_a_policy_stand_in_the_order_in_which_they_are_read() -> None:

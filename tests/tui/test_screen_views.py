@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from midwatch import protocol as p
+from midwatch.objectives.registry import spec_of
 from tests.tui.conftest import attached
 from tests.tui.stage import NOW, STEP, Stage, log_lines, replace
 from tui.chart.widget import Chart
 from tui.core import keys
 from tui.core.text_panel import text
 from tui.views.checkpoints import tree
+from tui.views.headline_charts import slots
 from tui.views.metrics import MetricsView, StepWindow, _order
-from tui.views.watch import slots
 
 
 async def test_every_key_of_the_table_has_its_handler(stage: Stage) -> None:
@@ -83,7 +84,8 @@ async def test_while_the_data_is_built_its_progress_is_shown(stage: Stage) -> No
 
 def test_kl_and_reward_are_charted_where_there_are_any() -> None:
     assert [slot.title for slot in slots({"train/loss": 1.0})] == ["loss"]
-    found = [slot.title for slot in slots({"train/loss": 1.0, "policy/kl": 0.1, "policy/reward": 1.0, "preference/margin": 2.0})]
+    latest = {"train/loss": 1.0, "policy/kl": 0.1, "policy/reward": 1.0, "preference/margin": 2.0}
+    found = [slot.title for slot in slots(latest, spec_of("dpo").charts)]
     assert found[:3] == ["loss", "KL per token", "reward"]
 
 

@@ -7,20 +7,23 @@ stage finds has `_before` behind its name, and its own name as well where no ear
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from midwatch.metrics.wilson import wilson_interval
-from midwatch.recipe import Stage
+from midwatch.recipe.live_settings import objective_settings
 from shards.common.errors import ShardError
 from shards.sampling.batches import Batch
 from shards.sampling.mixing import covers
 from trainer.batches import DeviceRows, may_trim, micro_batches, samples_a_replica, share
 from trainer.distributed.mesh import together
+from trainer.loop.reference_point import comparison, log_ratios, one_before, point
 from trainer.loop.text_samples import policy_metrics
-from trainer.objectives.dpo import METRICS, complete
-from trainer.objectives.reward import gaps, score_places
+from trainer.model.sharded_model import ShardedModel
+from trainer.objectives.preference_pairs import complete
+from trainer.objectives.reward.loss import gaps, score_places
 from trainer.optimizer import total
 from trainer.stage.reference_logprobs import prepare
 from trainer.stage.stage import EvalTask
@@ -28,7 +31,6 @@ from trainer.stage.training import Training
 
 BINS = 10
 """Of the calibration of a reward model's margins."""
-_SHORT = {name: name.rpartition("/")[2] for name in METRICS}
 
 
 @torch.no_grad()
@@ -77,31 +79,63 @@ def _examined(training: Training, task: EvalTask) -> dict[str, float] | None:
         cached = None
     if task.objective.needs_reference and reference is None and cached is None:
         return {}
-    settings = exam_settings(stage) | training.progress.settings
+    settings, compared = _settings(training, task), None
+    if task.objective.mismatched is not None:
+        assert reference is not None
+        compared = _reference_point(training, task, reference)
+        if compared is None:
+            return None
     sums = torch.zeros(2 + len(task.objective.metrics) + BINS, device=world.device)
     stride, trims = stage.micro_batch * model.replicas, may_trim(training.recipe, stage)
     for start in range(0, len(task.samples), stride):
         if training.boundary.peek():
             return None
         count = min(stride, len(task.samples) - start)
-        mine = share(start, count, model.replica, model.replicas)
-        batches: list[Batch] = []
-        problem = together(lambda mine=mine, read=batches: read.append(task.samples.read(*mine)), world, ShardError)  # type: ignore[misc]  # mypy cannot type a lambda's default
-        if problem:
-            training.hold_for_data(problem)
-            training.evaluated = None
+        batch = _read(training, task, *share(start, count, model.replica, model.replicas))
+        if batch is None:
             return None
         samples = samples_a_replica(count, model.replicas)
-        for part in micro_batches(batches[0], 2 if task.pairs else 1, samples, samples, world.device, trims):
-            fixed = reference.log_probs(part) if reference is not None else None
+        for part in micro_batches(batch, 2 if task.pairs else 1, samples, samples, world.device, trims):
+            extra: Any = reference.log_probs(part) if reference is not None else None
             if cached is not None and task.objective.needs_reference:
-                fixed = cached.of(batches[0].samples, part, "held_out")
+                extra = cached.of(batch.samples, part, "held_out")
+            if compared is not None:
+                extra = comparison(batch, 0, part, extra, compared)
             found = model.scores(part) if model.scalar else model.log_probs(part)
-            loss, weight, metrics = task.objective.loss(found, part, settings, fixed)
+            loss, weight, metrics = task.objective.loss(found, part, settings, extra)
             told = torch.stack([loss, weight, *(metrics[name] for name in task.objective.metrics)])
             if model.is_replica_leader:
                 sums += torch.cat([told, _gaps(found, part) if model.scalar else torch.zeros(BINS, device=world.device)])
     return _means(task, total(sums))
+
+
+def _read(training: Training, task: EvalTask, first: int, last: int) -> Batch | None:
+    """Held-out samples; None where a rank cannot read its own. By all ranks alike."""
+    batches: list[Batch] = []
+    problem = together(lambda: batches.append(task.samples.read(first, last)), training.world, ShardError)
+    if problem:
+        training.hold_for_data(problem)
+        training.evaluated = None
+        return None
+    return batches[0]
+
+
+def _reference_point(training: Training, task: EvalTask, reference: ShardedModel) -> Tensor | None:
+    """Of all held-out samples; None if broken off."""
+    model, every = training.model, len(task.samples)
+    sums, stride = torch.zeros(2, device=training.world.device), task.stage.micro_batch * model.replicas
+    for start in range(0, every, stride):
+        if training.boundary.peek():
+            return None
+        count = min(stride, every - start)
+        mine = share(start, count, model.replica, model.replicas)
+        batch, before = _read(training, task, *mine), one_before(mine[0], 0, every)
+        previous = None if batch is None else _read(training, task, before, before + 1)
+        if batch is None or previous is None:
+            return None
+        samples = samples_a_replica(count, model.replicas)
+        sums += log_ratios(training, task.objective, reference, batch, previous, samples, samples)
+    return point(sums)
 
 
 def _gaps(scores: Tensor, rows: DeviceRows) -> Tensor:
@@ -110,14 +144,10 @@ def _gaps(scores: Tensor, rows: DeviceRows) -> Tensor:
     return gaps((chosen - rejected)[complete(rows.mask)], BINS).float()
 
 
-def exam_settings(stage: Stage) -> dict[str, float]:
-    """What objectives need of a stage whose live settings are another's by now."""
-    return {
-        "beta": stage.beta,
-        "label_smoothing": stage.label_smoothing,
-        "margin": stage.margin,
-        "center_rewards": stage.center_rewards,
-    }
+def _settings(training: Training, task: EvalTask) -> dict[str, float]:
+    """The settings of the objective that measures: as they are now where the stage that is trained has the same objective."""
+    own = objective_settings(task.measure)
+    return own | training.progress.settings if task.measure.spec is training.stage.stage.spec else own
 
 
 def _as_reported(training: Training, task: EvalTask, found: dict[str, float]) -> dict[str, float]:
@@ -135,10 +165,11 @@ def _means(task: EvalTask, sums: Tensor) -> dict[str, float]:
         return {}
     metrics, bins = rest[:-BINS], rest[-BINS:]
     found = {f"eval/{task.name}/loss": loss / weight}
-    for name, value in zip(task.objective.metrics, metrics, strict=True):
-        found[f"eval/{task.name}/{_SHORT[name]}"] = value / weight
-    if task.pairs:
-        low, high = wilson_interval(found[f"eval/{task.name}/accuracy"], weight)
+    means = {name: value / weight for name, value in zip(task.objective.metrics, metrics, strict=True)}
+    for name, value in task.objective.report(means).items():
+        found[f"eval/{task.name}/{name.rpartition('/')[2]}"] = value
+    if task.pairs and "preference/accuracy" in means:
+        low, high = wilson_interval(means["preference/accuracy"], weight)
         found |= {f"eval/{task.name}/accuracy_low": low, f"eval/{task.name}/accuracy_high": high}
     if any(bins):
         found[f"eval/{task.name}/calibration_error"] = sum(map(abs, bins)) / (2 * weight)

@@ -17,8 +17,7 @@ from trainer.loop.evaluate import evaluate
 from trainer.loop.peak_flops import flops_per_second
 from trainer.loop.stage_end import end_stage
 from trainer.loop.train_batch import TrainBatch, next_batch
-from trainer.objectives import CRITIC, Objective
-from trainer.objectives.ppo import critic_metrics
+from trainer.objectives.objective import Objective
 from trainer.optimizer import learning_rate, total
 from trainer.stage.model_roles import TrainableModel
 from trainer.stage.training import Training
@@ -107,7 +106,8 @@ def step(training: Training) -> bool:
 
     trainables = [TrainableObjective(training.roles.policy, run.objective, "lr")]
     if training.roles.critic is not None:
-        trainables.append(TrainableObjective(training.roles.critic, CRITIC, "value_lr"))
+        assert run.objective.critic is not None
+        trainables.append(TrainableObjective(training.roles.critic, run.objective.critic, "value_lr", of_critic=True))
     for_each = [
         torch.cat([_gradients(training, each, batch), each.trainable.optimizer.squared_norm()[None]]) for each in trainables
     ]
@@ -160,16 +160,18 @@ class TrainableObjective:
     objective: Objective
     rate: str
     """The setting that is its peak learning rate."""
+    of_critic: bool = False
 
     def metrics(self, found: list[float], weight: float) -> dict[str, float]:
         """From sums over the global batch, and the gradient's norm after them."""
         *added, norm = found
         names = self.objective.metrics
         means = {name: value / weight for name, value in zip(names, added[1:], strict=False)}
-        if self.objective is CRITIC:
-            return critic_metrics(means) | {"value/grad_norm": norm}
-        means |= {"train/loss": added[0] / weight, "train/grad_norm": norm}
-        return means | packing_metrics.means(added[1 + len(names) :])
+        found_metrics = self.objective.report(means)
+        if self.of_critic:
+            return found_metrics | {"value/grad_norm": norm}
+        found_metrics |= {"train/loss": added[0] / weight, "train/grad_norm": norm}
+        return found_metrics | packing_metrics.means(added[1 + len(names) :])
 
 
 def _gradients(training: Training, trained: TrainableObjective, batch: TrainBatch) -> Tensor:

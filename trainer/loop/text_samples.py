@@ -28,7 +28,7 @@ def show_samples(training: Training) -> bool:
         return False
     training.phase("sampling")
     tokenizer = training.tokenizer
-    if stage.objective == "pretrain":
+    if stage.spec.by_text:
         prompts = [tokenizer.prompt(prompt) for prompt in stage.prompts]
     else:
         prompts = [tokenizer.chat([("user", prompt)])[0] for prompt in stage.prompts]
@@ -94,7 +94,8 @@ def _on_held_out(training: Training, source: str, stream: int) -> dict[str, floa
     policy, entropy = log_probs_and_entropy(training, training.model, drawn)
     far = distances(policy, log_probs(training, training.reference, drawn), entropy, drawn.rows.mask)
     if not stage.draws:
-        return far | {"policy/reward": training.progress.settings.get("beta", stage.beta) * far["policy/kl_sequence"]}
+        beta = training.progress.settings.get(stage.spec.implicit_reward or "")
+        return far if beta is None else far | {"policy/reward": beta * far["policy/kl_sequence"]}
     given = score(training, drawn)
     if given is None:
         training.evaluated = None

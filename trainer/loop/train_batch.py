@@ -11,6 +11,7 @@ from shards.common.errors import ShardError
 from shards.sampling.batches import Batch
 from trainer.batches import DeviceRows, filled, may_trim, micro_batches, samples_a_replica, share
 from trainer.distributed.mesh import first_problem, reduce
+from trainer.loop.reference_point import comparison, log_ratios, one_before, point
 from trainer.rollout import rollout
 from trainer.stage.reference_logprobs import prepare
 from trainer.stage.training import Training
@@ -53,10 +54,11 @@ def _drawn(training: Training) -> TrainBatch | None:
 def _read(training: Training) -> TrainBatch | None:
     """This replica's share of the batch; None where a rank cannot read its own."""
     began = time.monotonic()
-    world, stage, model = training.world, training.stage.stage, training.model
+    world, stage_run, model = training.world, training.stage, training.model
+    stage = stage_run.stage
     if stage.reference_cached and not prepare(training):
         return None
-    batch, problem = _batch(training)
+    batch, previous, problem = _batch(training)
     waited = time.monotonic() - began
     unread, weight, tokens, empty, *counts = reduce(_counted(training, batch), world.control)
     if unread or batch is None:
@@ -66,8 +68,12 @@ def _read(training: Training) -> TrainBatch | None:
     trims = may_trim(training.recipe, stage)
     parts = list(micro_batches(batch, stage.rows_per_sample, samples, size, world.device, trims))
     fixed, sums = training.reference if stage.needs_reference else None, training.sums
-    if sums is not None:
-        held: list[Any] = [sums.of(batch.samples[at * size :], part, "train") for at, part in enumerate(parts)]
+    if stage_run.objective.mismatched is not None:
+        assert fixed is not None and previous is not None
+        compared = point(log_ratios(training, stage_run.objective, fixed, batch, previous, samples, size))
+        held: list[Any] = [comparison(batch, at * size, part, fixed.log_probs(part), compared) for at, part in enumerate(parts)]
+    elif sums is not None:
+        held = [sums.of(batch.samples[at * size :], part, "train") for at, part in enumerate(parts)]
     else:
         held = [fixed.log_probs(part) if fixed is not None else None for part in parts]
     known = {f"data/{name}/fraction": count / stage.global_batch for name, count in zip(stage.sources, counts, strict=True)}
@@ -89,11 +95,16 @@ def _counted(training: Training, batch: Batch | None) -> tuple[int, ...]:
     return (0, int(objective.weight(batch.mask)), int(batch.mask.sum()), empty, *(read[name] for name in stage.sources))
 
 
-def _batch(training: Training) -> tuple[Batch | None, str | None]:
-    """This rank's share of the step, or why there is none."""
-    model, stage = training.model, training.stage.stage
+def _batch(training: Training) -> tuple[Batch | None, Batch | None, str | None]:
+    """This rank's share of the step, and the sample before it where the objective needs that; or why there is none."""
+    model, run = training.model, training.stage
+    position, count = training.progress.position, run.stage.global_batch
     try:
-        mine = share(training.progress.position, stage.global_batch, model.replica, model.replicas)
-        return training.stage.reader.read(*mine), None
+        mine = share(position, count, model.replica, model.replicas)
+        previous = None
+        if run.objective.mismatched is not None:
+            before = one_before(mine[0], position, count)
+            previous = run.feed.read(before, before + 1)
+        return run.reader.read(*mine), previous, None
     except ShardError as error:
-        return None, str(error)
+        return None, None, str(error)

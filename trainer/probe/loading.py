@@ -40,7 +40,7 @@ class Loaded:
 
     def form(self, ask: ProbeAsk) -> Literal["chat", "text"]:
         if ask.form == "auto":
-            return "text" if self.stage.objective == "pretrain" else "chat"
+            return "text" if self.stage.spec.by_text else "chat"
         return ask.form
 
     def request(self, ask: ProbeAsk, turns: tuple[ProbeTurn, ...]) -> Request:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from midwatch.recipe import Stage
 from trainer.batches import DeviceRows, of_one, trimmed
-from trainer.objectives.ppo import RolloutData as Noted
+from trainer.objectives.ppo.loss import RolloutData as Noted
 from trainer.transfer import sent
 
 _IDS = ("tokens", "targets", "segments")
@@ -80,4 +80,4 @@ def experience_of(stage: Stage, device: torch.device) -> RolloutBuffer | None:
     if not stage.draws:
         return None
     count = stage.prompts_drawn * stage.rollout_settings.num_generations
-    return RolloutBuffer(count, stage.context, device, critic=stage.objective == "ppo")
+    return RolloutBuffer(count, stage.context, device, critic=stage.spec.critic)

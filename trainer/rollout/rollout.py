@@ -22,11 +22,11 @@ from shards.common.errors import ShardError
 from trainer.batches import DeviceRows, filled, may_trim, samples_a_replica, share
 from trainer.distributed.mesh import together
 from trainer.model.sharded_model import ShardedModel
-from trainer.objectives import grpo
-from trainer.objectives.advantages import adaptive, gae, kl, token_rewards, whiten
+from trainer.objectives.advantages import adaptive, kl
 from trainer.objectives.loss import last_place, real
-from trainer.objectives.ppo import RolloutData as Noted
-from trainer.objectives.reward import score_places
+from trainer.objectives.objective import ScoredResponses
+from trainer.objectives.ppo.loss import RolloutData as Noted
+from trainer.objectives.reward.loss import score_places
 from trainer.rollout.reward_function import RewardError, by_function
 from trainer.rollout.sampling import SampledResponses, log_probs, log_probs_and_entropy, over_rows, sample_responses
 from trainer.rollout.vllm_engine import VllmRolloutEngine
@@ -141,7 +141,9 @@ def _noted(training: Training, drawn: SampledResponses, given: Tensor) -> tuple[
     assert training.reference is not None
     reference = log_probs(training, training.reference, drawn)
     scored = given.isfinite()
-    learned = grpo.comparable(scored, policy.num_generations) if stage.objective == "grpo" else scored
+    rules = training.stage.objective.rollout
+    assert rules is not None
+    learned = rules.learned(scored, policy)
     mask = written * learned[:, None]
     metrics = distances(old, reference, entropy, written) | _scores_of(given)
     metrics |= {
@@ -157,21 +159,15 @@ def _noted(training: Training, drawn: SampledResponses, given: Tensor) -> tuple[
         return None
     worth = real(_normalised(training, given, scored) if policy.normalise else given, scored)
     rows = drawn.rows._replace(mask=mask)
-    if stage.objective == "grpo":
-        metrics["policy/groups_skipped"] = float((~learned.view(-1, policy.num_generations).any(-1)).sum())
-        advantages = grpo.advantages(worth, policy.num_generations, policy.advantage == "leave-one-out", scored)[:, None] * mask
-        return rows, Noted(old, advantages, reference=reference), metrics
-    assert training.roles.critic is not None
-    values = real(over_rows(training, training.roles.critic.model, drawn.rows, ShardedModel.scores), mask)
-    rewards = token_rewards(worth, old - reference, mask, coefficient)
-    advantages, returns = gae(rewards, values, mask, policy.gamma, policy.gae_lambda)
-    if policy.whiten:
-        advantages = whiten(advantages, mask)
+    critic = training.roles.critic
+    values = None if critic is None else real(over_rows(training, critic.model, drawn.rows, ShardedModel.scores), mask)
+    credit = rules.credit(ScoredResponses(worth, scored, mask, old, reference, values, coefficient, policy))
+    metrics |= credit.metrics
     if policy.kl_target is not None:
         drawn_at.kl_scale = adaptive(
             drawn_at.kl_scale, metrics["policy/kl_sequence"], policy.kl_target, policy.kl_horizon, int(written.any(-1).sum())
         )
-    return rows, Noted(old, advantages, returns, values, reference), metrics
+    return rows, Noted(old, credit.advantages, credit.returns, values, reference), metrics
 
 
 def _mismatched(training: Training, mismatch: float) -> bool:

@@ -106,7 +106,7 @@ class ModelFactory:
             found = replace(found, reference=reference.freeze(), reference_key=base or INITIAL)
         if stage.draws and reward_model is not None:
             found = replace(found, reward_model=self._frozen(reward_model, scalar=True), reward_model_key=reward_model)
-        if stage.objective == "ppo":
+        if stage.spec.critic:
             found = replace(found, critic=self._trainable(self._value_model(found)))
         return found
 
@@ -116,7 +116,7 @@ class ModelFactory:
         if policy.model.scalar != stage.scalar:
             policy = self._trainable(self._unset(stage.scalar))
         critic = None
-        if stage.objective == "ppo":
+        if stage.spec.critic:
             critic = roles.critic or self._trainable(self._unset(scalar=True))
         reference, key = None, (standing.reference or INITIAL) if standing.has_reference and not stage.reference_cached else ""
         if key:

@@ -29,8 +29,8 @@ from trainer.checkpoint.dcp_files import make_below
 from trainer.distributed.mesh import share as share_bytes
 from trainer.distributed.mesh import together
 from trainer.model.sharded_model import ShardedModel
-from trainer.objectives.dpo import responses
 from trainer.objectives.loss import last_place
+from trainer.objectives.preference_pairs import responses
 from trainer.stage.training import Training
 
 FRAME_ITEMS = 4096

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+import msgspec
+
+from midwatch.objectives.registry import built_in
 from midwatch.recipe import Recipe, Stage
 from midwatch.recipe.mixture import declared
 from shards.common.errors import ShardError
 from shards.sampling.batches import BatchFeed, HeldOut, open_held_out
 from shards.sampling.mixing import Mixing, parts
 from shards.sampling.prefetch import Prefetcher
-from shards.spec import ObjectiveKind
-from trainer.objectives import OBJECTIVES, Objective, objective_of
+from trainer.objectives.objective import Objective, objective_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,14 @@ class EvalTask:
     samples: HeldOut
     objective: Objective
     stage: Stage
-    pairs: bool
-    """Whether a sample is two rows."""
+    """The newest stage that reads the source."""
+    measure: Stage
+    """The same with the objective that measures the source, and its settings."""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a sample is two rows."""
+        return self.measure.pairs
 
 
 @dataclass
@@ -70,27 +78,32 @@ def open_stage(
     for name, reading in _readers(recipe, index, data).items():
         source = declared(name, kinds)
         assert source is not None  # which the check of the recipe has seen to
-        kind, objective = _task(kinds[source], stage, reading)
-        if objective is None or name in missing:
+        measure = _measure(kinds[source], stage, reading)
+        if measure is None or name in missing:
             continue
-        samples = open_held_out(made.get(name, data), name, kind, reading.context, limit=reading.eval_samples, **_packing(reading))
+        place, limit = made.get(name, data), reading.eval_samples
+        samples = open_held_out(place, name, measure.feed_kind, reading.context, limit=limit, **_packing(reading))
         if len(samples):
-            tasks.append(EvalTask(name, samples, objective, reading, pairs=kinds[source] == "preference"))
+            tasks.append(EvalTask(name, samples, objective_of(measure), reading, measure))
     return StageRun(index, stage, feed, Prefetcher(feed, stage.global_batch), objective_of(stage), tasks, made)
 
 
-def _task(kind: str, stage: Stage, reading: Stage) -> tuple[ObjectiveKind, Objective | None]:
-    """How a source of that kind is examined while `stage` is trained: what of it, and by which objective; None: not at all.
+def _measure(kind: str, stage: Stage, reading: Stage) -> Stage | None:
+    """The stage whose objective and settings measure a held-out source of that kind while `stage` is trained; None: nothing does.
 
-    reading: the newest stage that reads it.
+    reading: the newest stage that reads the source. Its own objective measures it where it can be taken on held-out samples by the
+    model that is trained; else that of the stage that is trained, where it reads such sources; else the one that is for the kind.
     """
     if stage.makes:
-        return "text", None
-    if stage.scalar:
-        return "scored", OBJECTIVES["reward"] if kind == "preference" else None
-    if kind == "preference":
-        return "preference", objective_of(reading) if reading.objective == "dpo" else OBJECTIVES["dpo"]
-    return ("text", OBJECTIVES["pretrain"]) if kind == "text" else ("sft", OBJECTIVES["sft"])
+        return None
+    if not (reading.draws or reading.makes) and reading.scalar == stage.scalar:
+        return reading
+    if not stage.draws and kind in stage.data_kinds:
+        return msgspec.structs.replace(reading, objective=stage.objective, settings=stage.settings, rollout=None)
+    for spec in built_in():
+        if spec.evaluates == kind and spec.scalar == stage.scalar:
+            return msgspec.structs.replace(reading, objective=spec.name, settings=None, rollout=None)
+    return None
 
 
 def _readers(recipe: Recipe, index: int, data: Path) -> dict[str, Stage]:

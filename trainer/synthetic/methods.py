@@ -21,6 +21,7 @@ from trainer.batches import of_one
 from trainer.distributed.mesh import together
 from trainer.model.sharded_model import ShardedModel
 from trainer.objectives.loss import real
+from trainer.objectives.objective import implementation
 from trainer.rollout.rollout import score, show
 from trainer.rollout.sampling import SampledResponses, over_rows, sample_responses
 from trainer.stage.training import Training
@@ -45,7 +46,7 @@ def step(training: Training) -> tuple[Made, dict[str, float]] | None:
     prompts = _prompts(training)
     found = None
     if prompts is not None:
-        found = rejection(training, prompts) if stage.objective == "rejection_sampling" else constitution(training, prompts)
+        found = implementation(stage)(training, prompts)
     if found is None or prompts is None:
         return None
     made, metrics = found
@@ -176,7 +177,7 @@ def rejection(training: Training, prompts: Sequence[SynthesisPrompt]) -> tuple[M
 
 def constitution(training: Training, prompts: Sequence[SynthesisPrompt]) -> tuple[Made, dict[str, float]] | None:
     """Answers, critiques by a principle, and revisions; and of two answers the one that the model holds better."""
-    principles, place = training.stage.stage.principles, training.progress.position
+    principles, place = training.stage.stage.settings.principles, training.progress.position
     chosen = [random.Random(hash_of(training, place, number)).choice(principles) for number in range(len(prompts))]
     conversations = [list(prompt.turns) for prompt in prompts]
     said: list[list[SampledAnswerRecord]] = []

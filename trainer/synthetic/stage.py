@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 
 from midwatch.recipe import Recipe, Stage
-from midwatch.recipe.stage import PARTS
 from shards.build.build import build
 from shards.build.report import left_out
 from shards.common.errors import ShardError
@@ -42,7 +41,7 @@ def keep(training: Training, made: Mapping[str, list[dict[str, Any]]]) -> bool:
     def write() -> None:
         try:
             make_below(training.root, place)
-            for part in PARTS[stage.objective]:
+            for part in stage.spec.makes:
                 body = b"".join(msgspec.json.encode(record) + b"\n" for record in made.get(part, ()))
                 file = place / _name(part, number, at.lineage)
                 write_atomically(file, body)

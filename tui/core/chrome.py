@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from midwatch.objectives.build_stage import is_build
 from midwatch.protocol import PHASE_WORDS, Alarm, CommandView, JournalLine, Snapshot
 from tui.chart.styles import Ink
 from tui.core import keys
@@ -227,7 +228,7 @@ def state_words(scene: Scene) -> list[Run]:
     running = running_span(snapshot)
     quiet = silence(scene)
     parts: list[Line] = [[(f"was {snapshot.state}: {quiet.words}", Ink.ALARM)]] if quiet is not None else []
-    building = next((stage for stage in snapshot.stages if stage.objective == "data" and stage.state == "running"), None)
+    building = next((stage for stage in snapshot.stages if is_build(stage.objective) and stage.state == "running"), None)
     if snapshot.state == "building" and building is not None:
         words = f"{building.name}: {building.step}%" + (f", {building.note}" if building.note else "")
         parts.append([(words, Ink.TITLE)])

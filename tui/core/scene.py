@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from midwatch.objectives.build_stage import is_build
 from midwatch.protocol import CheckpointView, Snapshot, StageView
 
 SILENT_SECONDS = 3.0
@@ -75,7 +76,7 @@ def stage_spans(snapshot: Snapshot) -> list[StageSpan]:
     spans: list[StageSpan] = []
     at = 0
     for stage in snapshot.stages:
-        if stage.objective != "data":
+        if not is_build(stage.objective):
             taken = stage.step if stage.state in ("done", "cut short") else stage.steps
             spans.append(StageSpan(stage, at, at + taken))
             at += taken

@@ -2,6 +2,7 @@
 
 from textual.app import ComposeResult
 
+from midwatch.objectives.build_stage import is_build
 from midwatch.protocol import Sampled, Snapshot, StageView, TextQuery, TextReply
 from tui.chart.sparkline import bar
 from tui.chart.styles import Ink
@@ -90,7 +91,7 @@ class StagesView(View):
 def _row(stage: StageView, cells: int, current: bool) -> list[Run]:
     unicode, ascii, ink = SIGNS[stage.state]
     part = stage.step / stage.steps if stage.steps else 0.0
-    unit = "%" if stage.objective == "data" else ""
+    unit = "%" if is_build(stage.objective) else ""
     steps = f"{stage.step:,}{unit}/{stage.steps:,}{unit}"
     spent = duration(stage.seconds) if stage.seconds else "-"
     left = f"{duration(stage.seconds_left)} left" if current and stage.seconds_left is not None else stage.state
@@ -114,7 +115,7 @@ def details(stage: StageView, snapshot: Snapshot, samples: list[Sampled], cells:
         for number, line in enumerate(wrapped(words, cells - 14)):
             lines.append([(f" {name if number == 0 else '':<12} ", Ink.FAINT), *line])
 
-    if stage.objective == "data":
+    if is_build(stage.objective):
         fact("doing", stage.note or "-")
         fact("took", duration(stage.seconds) if stage.seconds else "-")
         return lines

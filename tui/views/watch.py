@@ -1,6 +1,5 @@
 """The watch: state and reason, the pipeline, the charts that matter, the machines, the newest events."""
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ from textual.app import ComposeResult
 from textual.containers import Grid as Grating
 
 from midwatch.metrics.m4_columns import grid
+from midwatch.objectives.build_stage import is_build
 from midwatch.protocol import NodeView, Snapshot, StageView
 from tui.chart.render import Picture, Series
 from tui.chart.sparkline import bar, spark
@@ -19,12 +19,8 @@ from tui.core.scene import Scene, newest_checkpoint, running_span, silence
 from tui.core.text_panel import Line, Panel, Run, cut, fit, joined
 from tui.views.base import View
 from tui.views.chart_data import Fetcher, borders, ghosts, marks, newest_step, short_name, window
+from tui.views.headline_charts import Slot, charts_of, slots
 from tui.views.nodes.faults import newest_fault
-
-
-class Slot(NamedTuple):
-    title: str
-    metrics: tuple[str, ...]
 
 
 class Layout(NamedTuple):
@@ -50,53 +46,6 @@ def layout(width: int, height: int, nodes: int, draws: bool = False) -> Layout:
     across = max(1, min(3, width // 38))
     down = max(0, min(2 if across > 1 else 3, left // 8)) if left >= 5 else 0
     return Layout(state, pipeline, machines, events, across, down or (1 if left >= 5 else 0), rollout)
-
-
-def slots(latest: dict[str, float], draws: bool = False, coefficient: float | None = None) -> list[Slot]:
-    """The charts worth watching, by what the run reports, the most telling first; for a stage that `draws`, its rollouts'."""
-    if draws and "policy/reward" in latest:
-        return _of_rollouts(latest, coefficient)
-    found = [Slot("loss", ("train/loss",))]
-    if "policy/kl" in latest:
-        found.append(Slot("KL per token", ("policy/kl",)))
-    elif "policy/kl_sequence" in latest:
-        found.append(Slot("KL per response", ("policy/kl_sequence",)))
-    for name, title in (("policy/reward", "reward"), ("preference/margin", "margin"), ("preference/accuracy", "accuracy")):
-        if name in latest:
-            found.append(Slot(title, (name,)))
-            break
-    held_out = tuple(sorted(name for name in latest if re.fullmatch(r"eval/.+/loss", name)))[:6]
-    if held_out:
-        found.append(Slot("held-out loss", held_out))
-    for name, title in (
-        ("train/grad_norm", "gradient norm"),
-        ("perf/tokens_per_second", "tokens/s"),
-        ("train/lr", "learning rate"),
-        ("preference/accuracy", "accuracy"),
-    ):
-        if name in latest and all(name not in slot.metrics for slot in found):
-            found.append(Slot(title, (name,)))
-    return found
-
-
-def _of_rollouts(latest: dict[str, float], coefficient: float | None) -> list[Slot]:
-    """Reward and KL, each beside what held-out prompts give, before the loss, which says little here."""
-
-    def beside(name: str) -> tuple[str, ...]:
-        return (f"policy/{name}", *sorted(each for each in latest if re.fullmatch(rf"eval/.+/{name}", each))[:5])
-
-    kl = "KL per response" + (f", kl {setting(coefficient)}" if coefficient is not None else "")
-    wanted = [
-        Slot("reward", beside("reward")),
-        Slot(kl, beside("kl_sequence")),
-        Slot("entropy", ("policy/entropy",)),
-        Slot("loss", ("train/loss",)),
-        Slot("response length", ("policy/response_length",)),
-        Slot("variance explained by the value model", ("value/explained_variance",)),
-        Slot("gradient norm", ("train/grad_norm",)),
-        Slot("responses cut off", ("policy/truncated_fraction",)),
-    ]
-    return [slot for slot in wanted if slot.metrics[0] in latest]
 
 
 class WatchView(View):
@@ -174,7 +123,7 @@ class WatchView(View):
         snapshot = self._scene.snapshot if self._scene is not None else None
         if snapshot is None:
             return []
-        return slots(snapshot.latest, _drawing(snapshot) is not None, snapshot.settings.get("kl_coef"))
+        return slots(snapshot.latest, charts_of(snapshot), snapshot.settings)
 
     def _arrange(self, plan: Layout, wanted: int) -> None:
         shown = min(max(1, wanted), plan.across * plan.down, len(self._charts))
@@ -384,7 +333,7 @@ def _progress(stage: StageView, current: bool) -> str:
         left = f" {duration(stage.seconds_left)} left" if current and stage.seconds_left is not None else ""
         return f"{percent(stage.step, stage.steps)}{left}"
     if stage.state == "waiting":
-        return plural(stage.steps, "step") if stage.objective != "data" else "waiting"
+        return plural(stage.steps, "step") if not is_build(stage.objective) else "waiting"
     took = duration(stage.seconds) if stage.seconds >= 1 else stage.note
     return f"{stage.state} {took}" if stage.state != "done" else took or "done"
 

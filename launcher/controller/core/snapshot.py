@@ -11,6 +11,7 @@ from launcher.controller.core.context import ControllerContext, Node
 from midwatch.commands import describe
 from midwatch.journal import journal as j
 from midwatch.metrics.m4_columns import LineageSegment
+from midwatch.objectives.build_stage import BUILD, is_build
 from midwatch.protocol import CheckpointView, JournalLine, NodeView, Snapshot, StageView
 from midwatch.recipe import Stage, stage_inputs
 from midwatch.words import plural
@@ -134,7 +135,7 @@ class SnapshotBuilder:
         )
 
     def _total_steps(self, stages: list[StageView]) -> int:
-        return sum(s.step if s.state in ("done", "cut short") else s.steps for s in stages if s.objective != "data")
+        return sum(s.step if s.state in ("done", "cut short") else s.steps for s in stages if not is_build(s.objective))
 
     def _stages(self) -> list[StageView]:
         context = self._context
@@ -156,7 +157,7 @@ class SnapshotBuilder:
         seconds = context.ledger.data_seconds
         if seconds is not None:
             note = "built" if seconds else "was there already"
-            return StageView(name="data", objective="data", state="done", step=100, steps=100, seconds=seconds, note=note)
+            return StageView(name="data", objective=BUILD, state="done", step=100, steps=100, seconds=seconds, note=note)
         part, note = context.live.building
         began = context.live.building_since
         spent = context.clock() - began if began else 0.0
@@ -164,7 +165,7 @@ class SnapshotBuilder:
         left = spent / part - spent if part > 0.02 else None
         return StageView(
             name="data",
-            objective="data",
+            objective=BUILD,
             state=state,  # type: ignore[arg-type]  # one of the two literals above
             step=int(100 * part),
             steps=100,

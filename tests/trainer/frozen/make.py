@@ -272,7 +272,62 @@ def trl() -> Cases:
             "margin": trainer._metrics["train"]["margin"][0],
         }
         cases.add("RewardTrainer.compute_loss", {"scores": scores, "margin": margin, "centre": centre}, answer, ["scores"])
+    kahneman_tversky(cases)
     return cases
+
+
+def kahneman_tversky(cases: Cases) -> None:
+    kto: Any = importlib.import_module("trl.trainer.kto_trainer").KTOTrainer
+    mixed, alike = torch.tensor([True, False, True, False, False, True]), torch.ones(ROWS, dtype=torch.bool)
+    for far, labels, weights in (
+        (0.5, mixed, (1.0, 1.0)),
+        (-0.5, mixed, (1.0, 1.0)),
+        (0.5, mixed, (1.33, 0.5)),
+        (0.1, alike, (2.0, 1.0)),
+    ):
+        mask = masks()["both"][[0, 1, 3, 4, 5, 0]]
+        policy, reference = log_probs(ROWS, TIME)
+        policy, reference = free(policy), reference * mask
+        # Log-probabilities of mismatched responses; the reference point is the mean of their differences, or 0.
+        apart = -normal(ROWS, scale=5).abs() - 5
+        apart_reference = (apart - far + normal(ROWS, scale=0.2)).round(decimals=3)
+        trainer = trl_trainer(
+            loss_type="kto",
+            calculate_KL=True,
+            precompute_ref_logps=True,
+            beta=0.2,
+            desirable_weight=weights[0],
+            undesirable_weight=weights[1],
+            _compute_kl_logps=lambda *_, out=apart: out,
+        )
+        out = SimpleNamespace(**dict.fromkeys(("entropy", "mean_logits"), torch.zeros(ROWS, TIME)))
+        out.log_probs = policy * mask
+        # Its mask is of inputs: one more token, the first, than there are targets.
+        given = torch.cat([torch.zeros(ROWS, 1), mask], 1)
+        asked = {"completion_mask": given, "input_ids": given.long(), "attention_mask": given, "label": labels}
+        asked |= {"ref_logps": reference.sum(-1), "ref_KL_logps": apart_reference}
+        trainer.model = Answering(out)
+        found = kto._compute_loss(trainer, trainer.model, asked, False)
+        inputs = {"policy": policy, "reference": reference, "mask": mask, "desirable": labels.double(), "beta": 0.2}
+        inputs |= {"mismatched": apart, "mismatched_reference": apart_reference}
+        inputs |= {"desirable_weight": weights[0], "undesirable_weight": weights[1]}
+        metrics = trainer._metrics["train"]
+        answer = {"loss": found, "kl": metrics["kl"][0]}
+        named = {"chosen": "rewards/chosen", "rejected": "rewards/rejected", "margin": "rewards/margins"}
+        answer |= {name: metrics[key][0] for name, key in named.items() if metrics[key]}
+        cases.add("KTOTrainer._compute_loss", inputs, answer, ["policy"])
+
+
+class Answering:
+    """A model whose output is given."""
+
+    training = True
+
+    def __init__(self, out: Any) -> None:
+        self.out = out
+
+    def __call__(self, **_: Any) -> Any:
+        return self.out
 
 
 def trl_trainer(**settings: Any) -> Any:

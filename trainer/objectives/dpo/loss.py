@@ -7,18 +7,20 @@ rewards are beta (log pi - log pi_ref), equation 5 without the term that both re
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from midwatch.recipe import Stage
 from trainer.batches import DeviceRows
-from trainer.objectives.loss import Loss, real, summed
+from trainer.objectives.dpo.spec import Settings
+from trainer.objectives.loss import Loss, summed
+from trainer.objectives.objective import Objective
+from trainer.objectives.preference_pairs import METRICS, complete, responses, weight
 
-METRICS = ("preference/accuracy", "preference/margin", "preference/chosen_reward", "preference/rejected_reward")
 Kind = Literal["sigmoid", "ipo"]
 
 
@@ -45,22 +47,6 @@ def loss(
     return summed(values, there, metrics)
 
 
-def complete(mask: Tensor) -> Tensor:
-    """Which pairs have both responses, bool [pairs], from a mask [2 pairs, time]. Only these are learned from.
-
-    Nothing can be preferred to an empty response: its log-probability is 0 whatever the model, so the loss would only raise or
-    lower the other one.
-    """
-    chosen, rejected = mask.any(-1).chunk(2)
-    return chosen & rejected
-
-
-def responses(log_probs: Tensor, rows: DeviceRows, length_normalised: bool = False) -> Tensor:
-    """Log-probability of each row's response, summed over its tokens, or their mean: [rows]; 0 of an empty one."""
-    found = real(log_probs, rows.mask).sum(-1)
-    return found / rows.mask.sum(-1).clamp(min=1) if length_normalised else found
-
-
 def preferences(
     policy: Tensor, reference: Tensor, beta: float, label_smoothing: float, kind: Kind = "sigmoid"
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -80,7 +66,8 @@ def preferences(
     return values, dict(zip(METRICS, detached, strict=True))
 
 
-def weight(mask: npt.NDArray[np.float32]) -> float:
-    """Pairs that have both responses."""
-    chosen, rejected = np.split(mask.any(-1), 2)
-    return float((chosen & rejected).sum())
+def objective(stage: Stage) -> Objective:
+    given = stage.settings
+    assert isinstance(given, Settings)
+    bound = partial(loss, kind=given.dpo_loss, length_normalised=given.length_normalised, reference_free=given.reference_free)
+    return Objective(bound, weight, METRICS, needs_reference=stage.needs_reference)

@@ -15,12 +15,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from midwatch.recipe import Stage
+from midwatch.recipe.rollout import Rollout
 from trainer.batches import DeviceRows
-from trainer.objectives.advantages import kl
+from trainer.objectives.advantages import gae, kl, token_rewards, whiten
 from trainer.objectives.loss import Loss, real, summed
-from trainer.objectives.pretrain import weight as tokens
+from trainer.objectives.metrics import POLICY
+from trainer.objectives.objective import Credit, Objective, RolloutRules, ScoredResponses
+from trainer.objectives.pretrain.loss import weight as tokens
 
-METRICS = ("policy/clip_fraction", "policy/ratio", "policy/ratio_outlier_fraction", "policy/approx_kl")
+METRICS = tuple(POLICY)
 CRITIC_METRICS = (
     "value/loss",
     "value/clip_fraction",
@@ -60,6 +64,27 @@ def critic_loss(values: Tensor, rows: DeviceRows, settings: Mapping[str, float],
     assert extra.returns is not None and extra.old_values is not None, "a critic learns returns"
     found, metrics = value_loss(values, extra.old_values, extra.returns, rows.mask, settings["value_clip"])
     return summed(found, rows.mask, metrics)
+
+
+def objective(stage: Stage) -> Objective:
+    critic = Objective(critic_loss, weight, CRITIC_METRICS, critic_metrics)
+    return Objective(loss, weight, METRICS, rollout=RolloutRules(learned, credit), critic=critic)
+
+
+def learned(scored: Tensor, settings: Rollout) -> Tensor:
+    """All responses that have a score."""
+    return scored
+
+
+def credit(responses: ScoredResponses) -> Credit:
+    """Advantages of generalised advantage estimation, and the returns that the critic learns."""
+    assert responses.values is not None, "PPO has a value model"
+    settings, mask = responses.settings, responses.mask
+    rewards = token_rewards(responses.scores, responses.policy - responses.reference, mask, responses.kl_coefficient)
+    advantages, returns = gae(rewards, responses.values, mask, settings.gamma, settings.gae_lambda)
+    if settings.whiten:
+        advantages = whiten(advantages, mask)
+    return Credit(advantages, returns)
 
 
 def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, dict[str, Tensor]]:

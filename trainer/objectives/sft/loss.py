@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from trainer.objectives.pretrain import loss, weight
+from trainer.objectives.pretrain.loss import loss, objective, weight
 
-__all__ = ["loss", "weight"]
+__all__ = ["loss", "objective", "weight"]

@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from midwatch.recipe import Stage
 from trainer.batches import DeviceRows
 from trainer.objectives.loss import Loss, real
+from trainer.objectives.objective import Objective
 
 
 def loss(policy: Tensor, rows: DeviceRows, settings: Mapping[str, float], reference: Tensor | None) -> Loss:
@@ -19,3 +21,7 @@ def loss(policy: Tensor, rows: DeviceRows, settings: Mapping[str, float], refere
 
 def weight(mask: npt.NDArray[np.float32]) -> float:
     return float(mask.sum())
+
+
+def objective(stage: Stage) -> Objective:
+    return Objective(loss, weight, by_token=True)

@@ -6,6 +6,7 @@ Shao et al. 2024 (DeepSeekMath), section 4.1; leave-one-out: Ahmadian et al. 202
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -13,15 +14,37 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from midwatch.recipe import Stage
+from midwatch.recipe.rollout import Rollout
 from trainer.batches import DeviceRows
-from trainer.objectives import ppo
 from trainer.objectives.advantages import kl
 from trainer.objectives.loss import Loss, real, summed
-from trainer.objectives.ppo import RolloutData
+from trainer.objectives.objective import Credit, Objective, RolloutRules, ScoredResponses
+from trainer.objectives.ppo import loss as ppo
+from trainer.objectives.ppo.loss import RolloutData
 
 METRICS = (*ppo.METRICS, "policy/kl")
 """`policy/kl`, k3 a token, is there where there is a reference."""
 Normalisation = Literal["token", "sequence"]
+
+
+def objective(stage: Stage) -> Objective:
+    by = stage.rollout_settings.normalisation
+    rules = RolloutRules(learned, credit)
+    return Objective(partial(loss, normalisation=by), partial(weight, normalisation=by), METRICS, rollout=rules)
+
+
+def learned(scored: Tensor, settings: Rollout) -> Tensor:
+    """Those that can be compared with another response to their prompt."""
+    return comparable(scored, settings.num_generations)
+
+
+def credit(responses: ScoredResponses) -> Credit:
+    """One advantage for all tokens of a response."""
+    group, leave_one_out = responses.settings.num_generations, responses.settings.advantage == "leave-one-out"
+    found = advantages(responses.scores, group, leave_one_out, responses.scored)[:, None] * responses.mask
+    skipped = ~comparable(responses.scored, group).view(-1, group).any(-1)
+    return Credit(found, metrics={"policy/groups_skipped": float(skipped.sum())})
 
 
 def advantages(scores: Tensor, group: int, leave_one_out: bool = False, scored: Tensor | None = None) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from midwatch.recipe import Stage
 from trainer.batches import DeviceRows
-from trainer.objectives.dpo import METRICS, complete, weight
 from trainer.objectives.loss import Loss, last_place, real, summed
-
-__all__ = ["METRICS", "calibration", "gaps", "loss", "preferences", "score_places", "weight"]
+from trainer.objectives.objective import Objective
+from trainer.objectives.preference_pairs import METRICS, complete, weight
 
 
 def loss(values: Tensor, rows: DeviceRows, settings: Mapping[str, float], reference: Tensor | None = None) -> Loss:
@@ -30,6 +30,10 @@ def loss(values: Tensor, rows: DeviceRows, settings: Mapping[str, float], refere
     scores = real(values, place & (there.repeat(2) > 0)[:, None]).sum(1)
     found, metrics = preferences(scores, settings["margin"], settings["center_rewards"])
     return summed(found, there, metrics)
+
+
+def objective(stage: Stage) -> Objective:
+    return Objective(loss, weight, METRICS)
 
 
 def score_places(rows: DeviceRows) -> Tensor:

@@ -1,0 +1,1 @@
+"""Objective `constitutional`: responses revised by principles, as data for later stages."""

@@ -1,0 +1,1 @@
+"""Objective `dpo`: direct preference optimisation."""

@@ -1,0 +1,1 @@
+"""Objective `grpo`: group-relative policy optimisation."""

@@ -1,0 +1,1 @@
+"""Objective `kto`: Kahneman-Tversky optimisation."""

@@ -1,0 +1,1 @@
+"""Objective `ppo`: proximal policy optimisation with a value model."""

@@ -1,0 +1,1 @@
+"""Objective `pretrain`: next-token prediction on text."""

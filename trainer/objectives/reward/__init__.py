@@ -1,0 +1,1 @@
+"""Objective `reward`: a reward model from preference pairs."""

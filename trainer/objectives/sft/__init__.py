@@ -1,0 +1,1 @@
+"""Objective `sft`: next-token prediction on an assistant's answers."""
