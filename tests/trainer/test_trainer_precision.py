@@ -75,10 +75,10 @@ def test_explained_variance_is_right_where_returns_hardly_differ(mean: float, de
         return summed(each, mask, metrics)
 
     network: Any = SimpleNamespace(
-        speaks=True, backward=lambda rows, loss_of: [loss_of(at, each) for at, (each, _) in enumerate(parts)]
+        is_replica_leader=True, backward=lambda rows, loss_of: [loss_of(at, each) for at, (each, _) in enumerate(parts)]
     )
     student = loop.TrainableObjective(
-        SimpleNamespace(network=network), SimpleNamespace(loss=loss, metrics=CRITIC_METRICS, by_token=False), ""
+        SimpleNamespace(model=network), SimpleNamespace(loss=loss, metrics=CRITIC_METRICS, by_token=False), ""
     )  # type: ignore[arg-type]
     training: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu")), progress=SimpleNamespace(settings={}))
     lesson: Any = SimpleNamespace(parts=parts, held=[given for _, given in parts], weight=values.numel())
