@@ -105,7 +105,7 @@ def test_what_is_no_manifest_is_said_to_be_none(content: bytes, there: tuple[Pat
         read_header(directory)
 
 
-@pytest.mark.parametrize("changes", [{"format": 3}, {"format": 1, "files": ["a", "b"]}], ids=["future", "past"])
+@pytest.mark.parametrize("changes", [{"format": 4}, {"format": 1, "files": ["a", "b"]}], ids=["future", "past"])
 def test_another_format_is_refused_with_the_way_out_whatever_else_it_holds(
     changes: dict[str, Any], there: tuple[Path, str]
 ) -> None:

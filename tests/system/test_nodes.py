@@ -73,7 +73,7 @@ def test_a_model_laid_over_ranks_shrinks_and_grows_by_whole_copies_of_itself(
     make_run: Callable[[str], Run], data: Path, hosts: Hosts
 ) -> None:
     """Two halves of the layers, and two ranks share each row: four ranks hold a copy, and of three nodes of two ranks two train."""
-    run, plain = make_run("mesh"), recipe_text(data, steps=20_000, every=20).replace("layers = 1", "layers = 2")
+    run, plain = make_run("mesh"), recipe_text(data, steps=20_000, every=20).replace("num_layers = 1", "num_layers = 2")
     text = spread(hosts, plain, "1:3").replace("ranks_per_node = 1", "ranks_per_node = 2")
     text = text.replace("[checkpoint]", "[parallel]\npipeline = 2\n[checkpoint]").replace(
         "context = ", "context_parallel = 2\ncontext = "
