@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import sys
 import types
 import typing
@@ -17,7 +18,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from midwatch.recipe.load import Recipe
+from midwatch.objectives.registry import built_in
+from midwatch.objectives.setting import Setting, settings_of
+from midwatch.recipe import Recipe, Stage
+from midwatch.recipe.objective_settings import FIELD
 from midwatch.run_directory import write_atomically
 
 PAGE = Path(__file__).with_name("recipe-keys.md")
@@ -31,7 +35,7 @@ This page is generated from the code: `python -m docs.recipe_keys`.
 
 
 class Table(NamedTuple):
-    """A table of a recipe: `path` is `stage.policy`, `many` says whether it is written `[[...]]`."""
+    """A table of a recipe: `path` is `stage.rollout`, `many` says whether it is written `[[...]]`."""
 
     path: str
     struct: type[msgspec.Struct]
@@ -84,6 +88,8 @@ def keys(table: Table) -> list[Key]:
     meanings, bounds = _meanings(table.struct), _bounds(table.struct)
     found = []
     for field in msgspec.structs.fields(table.struct):
+        if (table.struct, field.name) == (Stage, FIELD):
+            continue  # an objective's own keys, which have tables of their own
         hint = hints[field.name]
         inner, many = _struct_in(hint)
         if inner is not None:
@@ -94,6 +100,25 @@ def keys(table: Table) -> list[Key]:
         limits = "; ".join(filter(None, (_choices(hint), _metadata(hint) or bounds.get(field.encode_name, ""))))
         found.append(Key(field.encode_name, kind, default_of(field), limits, meanings.get(field.name, "")))
     return found
+
+
+def objective_keys(struct: type[msgspec.Struct]) -> list[Key]:
+    """The keys of a stage that are an objective's own."""
+    hints, settings = typing.get_type_hints(struct, include_extras=True), settings_of(struct)
+    found = []
+    for field in msgspec.structs.fields(struct):
+        setting, hint = settings[field.name], hints[field.name]
+        limits = "; ".join(filter(None, (_choices(hint), _span(setting))))
+        live = f" Live: {setting.live[0]:g} to {setting.live[1]:g}." if setting.live else ""
+        meaning = setting.help[:1].upper() + setting.help[1:].rstrip(".") + "."
+        found.append(Key(field.encode_name, kind_of(hint), default_of(field), limits, meaning + live))
+    return found
+
+
+def _span(setting: Setting) -> str:
+    least = f"{'> ' if setting.above else '≥ '}{setting.least:g}" if setting.least > -math.inf else ""
+    most = f"≤ {setting.most:g}" if setting.most < math.inf else ""
+    return ", ".join(filter(None, (least, most)))
 
 
 def kind_of(hint: Any) -> str:
@@ -110,7 +135,7 @@ def kind_of(hint: Any) -> str:
         return f"list of {kind_of(of[0])}" if Ellipsis in arguments else f"list of {len(of)} {kind_of(of[0])}s"
     if origin is dict:
         return f"table of {kind_of(arguments[1])}"
-    names = {int: "integer", float: "number", str: "string", bool: "boolean"}
+    names = {int: "integer", float: "number", str: "string", bool: "boolean", Any: "any"}
     return names[hint]
 
 
@@ -215,11 +240,23 @@ def page() -> str:
         about = ast.get_docstring(_class(table.struct))
         if about:
             parts.append(f"\n{about}\n")
-        parts.append("\n| key | type | default | values | meaning |\n| --- | --- | --- | --- | --- |\n")
+        parts.append(f"\n{_HEADER}")
         for key in keys(table):
             cells = (f"`{key.name}`", key.kind, key.default, key.bounds, key.meaning)
-            parts.append(f"| {' | '.join(map(_cell, cells))} |\n".replace("|  |", "| |").replace("|  |", "| |"))
+            parts.append(_row(cells))
+        if table.struct is Stage:
+            for spec in built_in():
+                if own := objective_keys(spec.settings):
+                    parts.append(f"\n### Of objective `{spec.name}`\n\n{spec.summary}\n\n{_HEADER}")
+                    parts += [_row((f"`{key.name}`", key.kind, key.default, key.bounds, key.meaning)) for key in own]
     return "".join(parts)
+
+
+_HEADER = "| key | type | default | values | meaning |\n| --- | --- | --- | --- | --- |\n"
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(map(_cell, cells))} |\n".replace("|  |", "| |").replace("|  |", "| |")
 
 
 if __name__ == "__main__":

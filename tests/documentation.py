@@ -159,7 +159,7 @@ def is_metric(name: str) -> bool:
 
 @cache
 def recipe_structs() -> dict[str, type[msgspec.Struct]]:
-    """Every table of a recipe by its path: `model`, `stage.policy`, `data.clean.pii`."""
+    """Every table of a recipe by its path: `model`, `stage.rollout`, `data.clean.pii`."""
     from midwatch.recipe.load import Recipe
 
     found: dict[str, type[msgspec.Struct]] = {}
@@ -179,21 +179,29 @@ def recipe_structs() -> dict[str, type[msgspec.Struct]]:
 @cache
 def keys_named(name: str) -> list[tuple[type[msgspec.Struct], msgspec.structs.FieldInfo]]:
     """All recipe keys of this name, in whatever table."""
-    structs = dict.fromkeys(recipe_structs().values())
+    from midwatch.objectives.registry import built_in
+
+    structs = dict.fromkeys([*recipe_structs().values(), *(spec.settings for spec in built_in())])
     return [(struct, field) for struct in structs for field in msgspec.structs.fields(struct) if field.encode_name == name]
 
 
 def completed(raw: dict[str, Any], struct: type[msgspec.Struct]) -> dict[str, Any]:
     """A fragment of a table with something in the place of each required key that it leaves out."""
+    from midwatch.objectives.registry import built_in
+    from midwatch.recipe import Stage
+
     hints = typing.get_type_hints(struct)
     whole = dict(raw)
+    if struct is Stage and "objective" not in raw:
+        fitting = [spec.name for spec in built_in() if raw.keys() & set(spec.settings.__struct_encode_fields__)]
+        whole["objective"] = (fitting or ["pretrain"])[0]
     for field in msgspec.structs.fields(struct):
         kind, name = hints[field.name], field.encode_name
         inner = [k for k in (kind, *typing.get_args(kind)) if isinstance(k, type) and issubclass(k, msgspec.Struct)]
         if name in raw and inner:
             value = raw[name]
             whole[name] = [completed(each, inner[0]) for each in value] if isinstance(value, list) else completed(value, inner[0])
-        elif name not in raw and field.required:
+        elif name not in whole and field.required:
             whole[name] = _something(kind)
     return whole
 

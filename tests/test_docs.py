@@ -18,9 +18,9 @@ import pytest
 
 from docs import recipe_keys
 from launcher.cli.parser import make_parser
-from midwatch.recipe import load_recipe
+from midwatch.recipe import Recipe, load_recipe, objective_settings
+from midwatch.recipe.conversion import ConversionError
 from midwatch.recipe.live_settings import stage_settings
-from midwatch.recipe.load import Recipe
 from tests import documentation
 from tests.documentation import PAGES, ROOT, Span, all_spans, commands, completed, is_metric, keys_named, recipe_structs
 from tui.core.command_line import parse
@@ -173,8 +173,10 @@ def test_every_recipe_fragment_is_one() -> None:
     wrong = {}
     for span in found:
         try:
-            msgspec.convert(completed(tomllib.loads(span.text), Recipe), Recipe)
-        except (msgspec.ValidationError, tomllib.TOMLDecodeError) as error:
+            raw, problems = objective_settings.taken(completed(tomllib.loads(span.text), Recipe))
+            assert not problems, problems
+            msgspec.convert(raw, Recipe)
+        except (msgspec.ValidationError, tomllib.TOMLDecodeError, ConversionError) as error:
             wrong[str(span)] = str(error)
     assert wrong == {}
 

@@ -224,7 +224,7 @@ SPECS: tuple[CommandSpec, ...] = (
         ),
         order="SET",
         pair=True,
-        key=CommandKey("E", "change a live setting: begins `:set`"),
+        key=CommandKey("E", "change a live setting: begins a `set` command"),
     ),
     CommandSpec(
         verb="cancel",
@@ -234,7 +234,7 @@ SPECS: tuple[CommandSpec, ...] = (
         arguments=(Argument("id", "the command's number or id", metavar="NUMBER", required=True, choices=_queued),),
         at_once=True,
         by_rule=False,  # no number is known when a recipe is written
-        key=CommandKey("C", "take back a command that waits: begins `:cancel`"),
+        key=CommandKey("C", "take back a command that waits: begins a `cancel` command"),
     ),
     CommandSpec(
         verb="stop",

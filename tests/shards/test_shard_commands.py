@@ -278,7 +278,8 @@ def test_merge_refuses_other_tokenizers_what_is_there_and_what_is_damaged_and_le
 def test_build_takes_a_recipe_by_midwatch_and_a_spec_by_itself(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        '[run]\nname = "r"\n[model]\nnum_layers = 1\nhidden_size = 16\nnum_heads = 2\n[data]\ndir = "shards"\n[tokenizer]\nvocab = 400\n'
+        '[run]\nname = "r"\n[model]\nnum_layers = 1\nhidden_size = 16\nnum_heads = 2\n'
+        '[data]\ndir = "shards"\n[tokenizer]\nvocab = 400\n'
         'sample_bytes = 100000\n[[data.source]]\nname = "t"\nkind = "text"\norigin = "stdlib-topics"\nmax_documents = 9\n'
         '[[stage]]\nname = "p"\nobjective = "pretrain"\nsteps = 1\ncontext = 32\nglobal_batch = 1\nmixture = { t = 1 }\n'
     )

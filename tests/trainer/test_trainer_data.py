@@ -140,7 +140,8 @@ def test_a_file_that_is_away_pauses_the_run_with_an_alarm_and_it_goes_on_when_it
 
 def test_a_run_that_its_data_does_not_last_for_does_not_begin_and_says_how_many_steps_it_does(tmp_path: Path) -> None:
     (tmp_path / "short.toml").write_text(
-        '[run]\nname = "short"\n[model]\nnum_layers = 1\nhidden_size = 16\nnum_heads = 2\n[tokenizer]\nvocab = 400\nsample_bytes = 100000\n'
+        '[run]\nname = "short"\n[model]\nnum_layers = 1\nhidden_size = 16\nnum_heads = 2\n'
+        "[tokenizer]\nvocab = 400\nsample_bytes = 100000\n"
         '[[data.source]]\nname = "t"\nkind = "text"\norigin = "stdlib-topics"\nmax_documents = 9\n[cluster]\nranks_per_node = 1\n'
         '[[stage]]\nname = "p"\nobjective = "pretrain"\nsteps = 4000\ncontext = 32\nglobal_batch = 8\nmixture = { t = 1 }\n'
         "max_epochs = { t = 2 }\n"
