@@ -54,9 +54,9 @@ def lines(read_only: bool) -> list[Line]:
         ":set lr 1e-4                             a live setting, from the next step on",
         ":pause --release   :resume               checkpoint and give the machines back; take them again",
         ":advance --to sft   :stop   :stop --now  end the stage, the run, the run without a checkpoint",
-        ":node drain NAME   :node add NAME        a node out of use, and in again; :node quarantine NAME at once",
+        ":node drain NAME   :node add NAME        take a node out of use, or back; :node quarantine NAME at once",
         ":acknowledge all                         mark alarms as seen; or one, by its name",
-        ":cancel 12                               take back a command that waits in line",
+        ":cancel 12                               cancel a command that waits",
         "a ! after the verb (:stop!) does it without asking",
     ):
         found.append([(f"   {line}", Ink.TEXT)])
