@@ -155,7 +155,7 @@ def test_sources_from_directories_globs_and_compressed_files(tmp_path: Path, mak
     out = build(make_spec(tmp_path / "o", source=sources, tokenizer=TokenizerSpec(vocab=330), held_out=0), workers=0)
     read = set(texts(out, "lines"))
     assert {record["text"] for record in documents(30)} <= read
-    assert manifest.load(out / "lines/train").rejected == {"damaged file, read up to there": 1}
+    assert manifest.load(out / "lines/train").rejected == {"damaged file, read up to the damage": 1}
     assert manifest.load(out / "files/train").rejected == {"not UTF-8 but UTF-16 (convert it with iconv)": 1}
     assert texts(out, "one") == ["# A note\n\nOf a few words.\n"]
 
@@ -191,7 +191,7 @@ def test_a_full_disk_is_one_line_and_the_build_goes_on_when_there_is_room(tmp_pa
     spec = spec_file(tmp_path / "spec.json", make_spec(tmp_path / "o", source=CODE, tokenizer=SMALL))
     build_it = f"{sys.executable} -m shards build --json --workers 0 --spec {spec}"
     done = subprocess.run(["bash", "-c", f"ulimit -f 40; {build_it}"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "make room" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "free some space" in done.stderr
     assert subprocess.run(["bash", "-c", build_it], capture_output=True).returncode == 0
     assert list(manifest.verify(tmp_path / "o/code/train")) == []
 
