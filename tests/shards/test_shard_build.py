@@ -20,7 +20,7 @@ import pytest
 import zstandard
 
 from shards.build.build import build
-from shards.build.marker import build_key, is_built
+from shards.build.marker import build_key, conflict, is_built
 from shards.common.errors import ShardError, SpecError
 from shards.format import manifest
 from shards.format.corpus import Corpus
@@ -229,6 +229,19 @@ def test_another_spec_in_the_same_directory_is_refused_with_the_difference(built
     assert not is_built(spec)
     with pytest.raises(SpecError, match=r"seed was 0, is 5 \(use another out"):
         build(spec)
+
+
+def test_a_build_of_another_release_is_refused_as_that_and_not_as_damaged(copied: Path, make_spec: Callable[..., Build]) -> None:
+    marker = json.loads((copied / "build.json").read_text())
+    marker["spec"]["data"]["key_of_another_release"] = 1
+    (copied / "build.json").write_text(json.dumps(marker))
+    spec = make_spec(copied)
+    assert not is_built(spec) and "built by another release" in conflict(spec)
+    with pytest.raises(SpecError, match=r"built by another release.*\(use another out, or delete it\)"):
+        build(spec, workers=0)
+    (copied / "build.json").write_text("{")
+    with pytest.raises(SpecError, match="damaged"):
+        build(spec, workers=0)
 
 
 def test_a_directory_with_other_things_in_it_is_refused(tmp_path: Path, make_spec: Callable[..., Build]) -> None:
