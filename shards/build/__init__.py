@@ -1,1 +1,1 @@
-"""From sources to clean documents: read, find what comes twice, judge, encode; in steps of independent tasks."""
+"""Builds shards: reads sources, removes duplicates, filters and encodes documents, and writes; in steps of independent tasks."""

@@ -66,7 +66,8 @@ def build(spec: Build, report: Report = lambda progress: None, workers: int | No
             Work(spec, "").remove()
     except OSError as error:
         raise ShardError(
-            f"{error.filename or out}: {error.strerror or error} (make room or access, then give the same command again)"
+            f"{error.filename or out}: {error.strerror or error}"
+            " (free some space or fix the permissions, then run the same command again)"
         ) from None
     tokens = sum(manifests.load(out / name).tokens for name in digests)
     meter.begin("done", f"{out} is built", "tokens", tokens, tokens)

@@ -1,4 +1,4 @@
-"""Files between a build's steps that end with a hash of all before it, so that no changed or lost byte decides anything."""
+"""Files between the steps of a build. Each ends with a hash of its content, so that damage is found when it is read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCK = 1 << 20  # bytes that are hashed at once
 
 
 class Sealed:
-    """A file that is being written, under its final name once it is closed whole. A context: left early, nothing stays."""
+    """A file that gets its final name when it is closed. As a context: an error inside it removes the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -56,8 +56,8 @@ class Sealed:
 
 
 def damaged(path: Path, why: object) -> ShardError:
-    """The error for any file of OUT/work that is not as it was written."""
-    return ShardError(f"{path}: {why} (delete {_work(path)}: the same command then begins anew; check this disk)")
+    """The error for a file of OUT/work that differs from what was written."""
+    return ShardError(f"{path}: {why} (delete {_work(path)}: the same command then starts over; check the disk for errors)")
 
 
 def _work(path: Path) -> Path:
@@ -72,14 +72,14 @@ def save_bytes(path: Path, raw: bytes | memoryview) -> None:
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """As numpy's .npy, which does not mind what follows."""
+    """Save an array as .npy; numpy ignores the hash after it."""
     with Sealed(path) as file:
         np.save(file, array, allow_pickle=False)
         file.close()
 
 
 def load_bytes(path: Path) -> bytes:
-    """What was saved. Raises ShardError if it is not that."""
+    """The bytes that were saved. Raises ShardError if the file is missing or damaged."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -90,13 +90,13 @@ def load_bytes(path: Path) -> bytes:
 
 
 def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Of a file that numpy's savez wrote."""
+    """The arrays of a file that numpy's savez wrote. Raises ShardError if it is missing or damaged."""
     with np.load(io.BytesIO(load_bytes(path))) as arrays:
         return dict(arrays)
 
 
 def map_array(path: Path) -> npt.NDArray[Any]:
-    """An array, of which only what is looked at is read; all of it is checked when a process first opens it."""
+    """A memory-mapped array. A process checks the whole file when it first opens it; ShardError if it is missing or damaged."""
     try:
         _check(path, path.stat().st_mtime_ns)
         found: npt.NDArray[Any] = np.load(path, mmap_mode="r")
@@ -106,7 +106,7 @@ def map_array(path: Path) -> npt.NDArray[Any]:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file that may be larger than the memory, checked before the first."""
+    """The lines of a file, streamed; the whole file is checked before the first one is returned."""
     try:
         _check(path, path.stat().st_mtime_ns)
         left = path.stat().st_size - SEAL

@@ -1,4 +1,4 @@
-"""Chunks of documents on the disk, between the steps of a build: compressed, checked, readable from any place.
+"""Chunks of documents on disk, between the steps of a build: compressed, checksummed, with random access.
 
 A chunk is zstd frames of about 1 MB of text each, every one a msgpack list of documents, then the index,
 where each frame begins and its first document, with its length and hash. A chunk under its final name is whole.
@@ -28,9 +28,9 @@ TAIL = struct.Struct("<Q16s")  # the length of the index before it, and its XXH3
 
 
 class StoredDocument(msgspec.Struct, array_like=True, frozen=True):
-    """A document, as a chunk has it."""
+    """A document as a chunk stores it."""
 
-    key: str | None  # None: its only part
+    key: str | None  # None: the document's only part
     parts: tuple[str, ...]
     roles: tuple[str, ...]
     where: str
@@ -57,7 +57,7 @@ class ChunkIndex(msgspec.Struct, array_like=True, frozen=True):
 
 
 def stored(document: Document) -> StoredDocument:
-    """What of a document is kept."""
+    """A document in the form that chunks store."""
     alone = len(document.parts) == 1 and document.key == document.parts[0]
     key = None if alone else document.key
     sampled = tuple((each.ids, each.ended) for each in document.sampled)

@@ -1,4 +1,4 @@
-"""Step `clean`: of a chunk's documents those that stay, as they stay, and what became of the others."""
+"""Step `clean`: removes duplicates and what the filters reject from a chunk, and counts what was removed and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shards.build.workspace import DOCUMENT_BITS, Work
 
 
 class Cleaning:
-    """One task a chunk: the chunk that is left, and its part of the funnel."""
+    """One task for each chunk; it writes the cleaned chunk and its part of the funnel."""
 
     name = "clean"
     about = "cleaning"
@@ -55,7 +55,7 @@ class Cleaning:
     def _own(
         self, work: Work, chunk: DocumentChunk, frame: int, gone: Sequence[Duplicates], funnel: Funnel
     ) -> Iterator[StoredDocument]:
-        """The documents of a frame that no earlier document says."""
+        """The documents of a frame that are no duplicates of earlier ones."""
         for place, document in enumerate(chunk.frame(frame), chunk.frames[frame].first):
             size = size_of(document)
             funnel.passed("read", size)
@@ -73,7 +73,7 @@ class Cleaning:
 
 
 def _where(work: Work, document: int) -> str:
-    """Of a document by its id: source and place in its files."""
+    """The source of a document and its place in the source's files, by the document's id."""
     number, place = document >> DOCUMENT_BITS, document & MASK
     where = work.chunk(number).document(place).where
     return f"{work.sources[work.chunks[number].source].name}, {where or f'document {place}'}"

@@ -1,7 +1,7 @@
-"""Steps `exact`, `near` and `verify`: which documents say what an earlier one, of any source, has said.
+"""Steps `exact`, `near` and `verify`: find documents that duplicate an earlier one, of any source.
 
-Hashes are looked at by ranges, so that what is in memory at once does not grow with the data: a task gathers one range of
-all chunks' sorted hashes. Near duplicates are candidates first, pairs that share a band of their signatures (Indyk and
+Hashes are compared range by range, so that memory does not grow with the data: a task gathers one range of all chunks' sorted
+hashes. Near duplicates are candidates first, pairs that share a band of their signatures (Indyk and
 Motwani 1998), and count only if the Jaccard similarity of their n-grams, computed from the texts, reaches the threshold.
 A document goes if an earlier one is that similar, so of each group of duplicates the first stays.
 """
@@ -21,15 +21,15 @@ from shards.build.chunks import DocumentChunk
 from shards.build.minhash_signatures import BAND, EXACT
 from shards.build.workspace import DOCUMENT_BITS, Ids, Work
 
-RANGE = 4_000_000  # hashes looked at in one task, on average
+RANGE = 4_000_000  # hashes compared in one task, on average
 PAIR = np.dtype([("later", "<u8"), ("earlier", "<u8")])
 VERIFIED = np.dtype([("later", "<u8"), ("earlier", "<u8"), ("similarity", "<f4")])
 MASK = (1 << DOCUMENT_BITS) - 1
-SETS_KEPT = 64  # documents of other chunks whose n-grams are at hand
+SETS_KEPT = 64  # documents of other chunks whose n-grams are cached
 
 Array = npt.NDArray[Any]
 Duplicates = dict[int, tuple[str, int]]
-"""Documents of a chunk, by place: how they are like an earlier one, and that one's id."""
+"""By a document's place in its chunk: how it matches an earlier document, and the id of that one."""
 
 
 def ranges(work: Work) -> int:
@@ -43,10 +43,10 @@ def _gather(work: Work, part: int, end: str, dtype: np.dtype[Any], key: str, ban
     found, ids = [np.empty(0, dtype)], [np.empty(0, np.uint64)]
     for number, name in enumerate(work.chunks):
         if band is not None and work.sources[name.source].kind != "text":
-            continue  # near duplicates are looked for in text only
+            continue  # near duplicates are searched for in text only
         hashes = map_array(work.path("sign", name, end))
         hashes = hashes if band is None else hashes[band]
-        # By hand: numpy's own search would read the whole file first.
+        # bisect, not np.searchsorted, which would read the whole file into memory.
         start, stop = (bisect_left(hashes[key], edge) for edge in (low, high))
         found.append(np.array(hashes[start:stop]))
         ids.append(found[-1]["document"].astype(np.uint64) | np.uint64(number << DOCUMENT_BITS))
@@ -54,7 +54,7 @@ def _gather(work: Work, part: int, end: str, dtype: np.dtype[Any], key: str, ban
 
 
 class Exact:
-    """One task a range of hashes: the documents whose normalised text is an earlier one's."""
+    """One task for each range of hashes: finds documents whose normalised text equals that of an earlier one."""
 
     name = "exact"
     about = "finding exact duplicates"
@@ -81,7 +81,7 @@ class Exact:
 
 
 class Near:
-    """One task a band and a range: pairs that may be near duplicates, each later document with two earlier ones at most."""
+    """One task for each band and range: finds candidate pairs, each document with at most two earlier ones."""
 
     name = "near"
     about = "finding near duplicates"
@@ -114,7 +114,7 @@ class Near:
 
 
 def of_chunk(work: Work, step: str, dtype: np.dtype[Any], number: int) -> Array:
-    """What the tasks of a step say of the documents of one chunk."""
+    """The results of a step's tasks for the documents of one chunk."""
     low, high = number << DOCUMENT_BITS, (number + 1) << DOCUMENT_BITS
     found = [np.empty(0, dtype)]
     for path in sorted((work.root / step).glob("*.npy")):
@@ -125,7 +125,7 @@ def of_chunk(work: Work, step: str, dtype: np.dtype[Any], number: int) -> Array:
 
 
 class Verify:
-    """One task a chunk: which of its candidates are as similar to an earlier document as the threshold says."""
+    """One task for each chunk: computes the similarity of its candidate pairs and keeps those that reach the threshold."""
 
     name = "verify"
     about = "comparing texts"
@@ -144,7 +144,7 @@ class Verify:
     def do(self, work: Work, task: tuple[int]) -> None:
         number = task[0]
         pairs = np.unique(of_chunk(work, "near", PAIR, number))
-        if work.clean.exact:  # those go anyway
+        if work.clean.exact:  # removed already
             pairs = pairs[~np.isin(pairs["later"], of_chunk(work, "exact", PAIR, number)["later"])]
         found: list[tuple[int, int, float]] = []
         gone: set[int] = set()
@@ -160,7 +160,7 @@ class Verify:
 
 
 class _Texts:
-    """The n-grams of documents: those of one chunk are kept, of others the latest few."""
+    """N-grams of documents. It keeps those of one chunk, and of other chunks the most recent ones."""
 
     def __init__(self, work: Work, own: int) -> None:
         self._work = work
@@ -168,7 +168,7 @@ class _Texts:
         self._sets: dict[int, hashing.Hashes] = {}
         self._others: dict[int, hashing.Hashes] = {}
         self._chunks: dict[int, DocumentChunk] = {}
-        self._frames: dict[bool, tuple[int, int, list[Any]]] = {}  # the latest one of the own chunk, and of others
+        self._frames: dict[bool, tuple[int, int, list[Any]]] = {}  # the most recent frame: of this chunk (True), of others (False)
 
     def ngrams(self, document: int) -> hashing.Hashes:
         own = document >> DOCUMENT_BITS == self._own
@@ -194,14 +194,14 @@ class _Texts:
 
 
 def exact(work: Work, number: int) -> Duplicates:
-    """Documents of a chunk, by place, that say just what an earlier one says: how much alike they are, and the other's id."""
+    """The exact duplicates of a chunk."""
     if not work.clean.exact:
         return {}
     return {later & MASK: ("the same text", earlier) for later, earlier in of_chunk(work, "exact", PAIR, number).tolist()}
 
 
 def near(work: Work, number: int) -> Duplicates:
-    """Documents of a chunk, by place, that say nearly what an earlier one says."""
+    """The near duplicates of a chunk."""
     if work.clean.near_dup_threshold <= 0 or work.sources[work.chunks[number].source].kind != "text":
         return {}
     found = map_array(work.path("verify", work.chunks[number], ".npy")).tolist()

@@ -1,4 +1,4 @@
-"""Step `encode`: a chunk's clean documents as tokens, ready for whoever writes the shards."""
+"""Step `encode`: encodes the cleaned documents of a chunk."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from shards.tokenization.templates import kept
 from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
 BATCH = 1 << 20  # characters encoded at once
-LONGEST_LABEL = 80  # characters; with a source's name before it, it is still a directory's
+LONGEST_LABEL = 80  # characters; with a source's name before it, it still fits into a file name
 MADE = {"held out": 0, "trained on": 2**64 - 1}
-"""The hash of what is made, by its key: what is made of held-out documents is held out, and nothing else."""
+"""The hash of a synthetic document, by its key: those made of held-out documents are held out, and no others."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedDocument:
-    """One encoded document. `hash`: of its key, by which it is held out or not."""
+    """One encoded document. `hash` is that of its key, which decides whether it is held out."""
 
     hash: int
     label: str
@@ -44,7 +44,7 @@ class EncodedDocument:
     text_bytes: int
 
     def hashed(self, seed: int) -> int:
-        """Of its key, with the build's seed, which was known when it was encoded."""
+        """The hash of its key; the seed was applied when it was encoded."""
         return self.hash
 
 
@@ -60,7 +60,7 @@ def _tokenizer(path: Path, changed: int) -> Tokenizer:
 
 
 class Encoding:
-    """One task a chunk: NAME.npz with all documents' tokens, one after the other, and what they were refused for."""
+    """One task for each chunk: writes NAME.npz, the concatenated tokens, and NAME.json, the labels and the rejected documents."""
 
     name = "encode"
     about = "encoding"
@@ -130,7 +130,7 @@ def _save(path: Path, encoded: list[Encoded], hashes: list[int], masked: bool) -
 
 
 def _directory(label: str) -> str:
-    """A label as a part of a directory's name."""
+    """A label in a form that fits into a directory's name."""
     name = re.sub(r"[^a-z0-9_+#-]+", "-", label.lower()).strip("-") or "none"
     return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 17]}-{xxhash.xxh3_64_hexdigest(name.encode())}"
 
@@ -142,9 +142,9 @@ def of_length(tokens: int, lengths: Sequence[int]) -> str:
 
 
 def labels(work: Work, source: int) -> list[str]:
-    """The labels by which a source is split, known once it is encoded; of one that is not split, an empty one.
+    """The labels by which a source is split; [""] for one that is not. Available once the source is encoded.
 
-    An empty one too where no document is left: what was left out must have a place.
+    Also [""] where no document is left, so that its rejected records are written somewhere.
     """
     if not work.sources[source].split_by:
         return [""]
@@ -155,7 +155,7 @@ def labels(work: Work, source: int) -> list[str]:
 
 
 def notes_of(work: Work, source: int) -> Counter[str]:
-    """What is to be counted of a source's documents, known once it is encoded."""
+    """The notes on a source's documents, counted. Available once the source is encoded."""
     found: Counter[str] = Counter()
     for of, _, read in work.units:
         if of == source:
@@ -170,9 +170,9 @@ def _sidecar(work: Work, name: Name) -> _Sidecar:
 
 
 def encoded_documents(work: Work, source: int, label: str, first: bool) -> Iterator[EncodedDocument | Rejected]:
-    """A source's documents of one label, encoded, in order.
+    """A source's encoded documents with one label, in order.
 
-    What was left out, when it was read or encoded, comes with the first label.
+    first: yield the records that were rejected by reading or encoding, too.
     """
     for name in work.names(source):
         if isinstance(name, Path):
@@ -194,7 +194,7 @@ def encoded_documents(work: Work, source: int, label: str, first: bool) -> Itera
 
 
 def concatenated(batch: list[EncodedDocument]) -> Encoded:
-    """Documents one after the other."""
+    """The documents, concatenated."""
     masks = [each.mask for each in batch if each.mask is not None]
     return Encoded(
         tokens=np.concatenate([each.tokens for each in batch]) if batch else np.empty(0, np.uint16),
@@ -205,6 +205,6 @@ def concatenated(batch: list[EncodedDocument]) -> Encoded:
 
 
 def clean_documents(work: Work, source: int) -> Iterator[StoredDocument]:
-    """A source's clean documents, in order."""
+    """A source's cleaned documents, in order."""
     for name in work.of_source(source):
         yield from DocumentChunk(work.path("clean", name, ".docs"))

@@ -1,7 +1,7 @@
-"""Steps on a cluster, by datatrove's executors: Slurm's job arrays, or Ray's tasks, over a directory that all nodes see.
+"""Runs steps on a cluster through datatrove's executors: Slurm job arrays or Ray tasks, over a directory that all nodes share.
 
-The head waits for files, not for jobs' words: a task is done when its file is there. What jobs did not finish, because
-their time or their node ended, is sent again, as long as something gets done.
+The head node waits for the tasks' files and does not rely on what jobs report. Tasks that jobs did not finish, because of a
+time limit or a lost node, are submitted again, as long as each round finishes at least one.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from shards.build.workspace import Work
 from shards.common.errors import ShardError, SpecError
 from shards.spec import Build
 
-LOOK = 1.0  # seconds between looks at what is done
+LOOK = 1.0  # seconds between two checks of which tasks are done
 
 
 @dataclass
 class TaskShare:
-    """A rank's part of a step's tasks, as datatrove calls it: every `world_size`th."""
+    """A step's tasks as a datatrove pipeline step: rank r of n does tasks r, r + n, r + 2n, ..."""
 
     build: bytes
     key: str
     step: str
     tasks: list[Any]
-    said: Path  # where a rank writes why it ended, since libraries tell it their own ways or not at all
+    said: Path  # directory where a rank writes why it failed, because libraries report that in different ways, or not at all
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         from shards.build.steps import STEPS, do
@@ -51,7 +51,7 @@ class TaskShare:
 
 
 def run_elsewhere(step: Any, work: Work, waiting: list[Any]) -> Iterator[Any]:
-    """Yields tasks as they are done. Raises ShardError where a round of jobs ends and nothing was done."""
+    """Yields tasks as they are done. Raises ShardError if a round of jobs ends without finishing a task."""
     attempt = 0
     while waiting:
         logs = work.root / "jobs" / f"{step.name}-{int(time.time() * 1000)}-{attempt}"
@@ -61,7 +61,7 @@ def run_elsewhere(step: Any, work: Work, waiting: list[Any]) -> Iterator[Any]:
         before = len(waiting)
         try:
             while waiting:
-                alive = jobs.alive()  # asked first: what ends after the question is looked at once more
+                alive = jobs.alive()  # first: what ends after this call is checked in the next round
                 done = [task for task in waiting if step.output(work, task).exists()]
                 yield from done
                 waiting = [task for task in waiting if task not in set(done)]
@@ -74,14 +74,14 @@ def run_elsewhere(step: Any, work: Work, waiting: list[Any]) -> Iterator[Any]:
         if len(waiting) == before:
             told = [path.read_text(errors="replace") for path in sorted(share.said.glob("*.txt"))]
             raise ShardError(
-                f"{step.about}: the {work.build.data.executor} jobs ended and did nothing: {(told or [jobs.why()])[0]}"
-                f" (their logs are in {logs}; the same command goes on)"
+                f"{step.about}: the {work.build.data.executor} jobs ended without finishing a task: {(told or [jobs.why()])[0]}"
+                f" (logs: {logs}; the same command resumes)"
             )
         attempt += 1
 
 
 def _datatrove() -> None:
-    """Makes sure that it is there, and quiet."""
+    """Check that datatrove is installed, and turn its logging off."""
     try:
         from datatrove.utils.logging import logger
     except ImportError:
@@ -98,9 +98,9 @@ def _check_partition(name: str) -> None:
     try:
         done = subprocess.run(["sinfo", "-h", "-p", name, "-o", "%P"], capture_output=True, text=True)
     except OSError as error:
-        raise SpecError(f"executor slurm: sinfo: {error.strerror} (build where Slurm's commands are)") from None
+        raise SpecError(f"executor slurm: sinfo: {error.strerror} (run the build on a host that has Slurm's commands)") from None
     if done.returncode:
-        raise ShardError(f"executor slurm: sinfo says: {done.stderr.strip()} (see that Slurm's controller answers)")
+        raise ShardError(f"executor slurm: sinfo failed: {done.stderr.strip()} (check that slurmctld answers)")
     if not done.stdout.strip():
         known = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True).stdout.split()
         raise SpecError(
@@ -134,15 +134,15 @@ class _Slurm:
             skip_completed=False,
             requeue=False,
         )
-        executor.launch_merge_stats = _nothing  # a job more each step, for statistics that nobody reads
+        executor.launch_merge_stats = _nothing  # it would add a job for each step, for statistics that are not used
         try:
             executor.run()
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ShardError(f"executor slurm: the jobs could not be sent: {error} (see sinfo, and [data.slurm])") from None
+            raise ShardError(f"executor slurm: the jobs could not be submitted: {error} (check sinfo, [data.slurm])") from None
 
     def alive(self) -> bool:
         done = subprocess.run(["squeue", "-h", "-n", self._name, "-o", "%i"], capture_output=True, text=True)
-        return done.returncode != 0 or bool(done.stdout.strip())  # a silent controller says nothing of the jobs
+        return done.returncode != 0 or bool(done.stdout.strip())  # no answer from the Slurm controller: assume that they run
 
     def why(self) -> str:
         said = [
@@ -156,7 +156,7 @@ class _Slurm:
 
 
 class _InThread:
-    """Ray's tasks, waited for by a thread named shards-executor."""
+    """Ray tasks, run by a thread named shards-executor."""
 
     def __init__(self, share: TaskShare, tasks: int, logs: Path, work: Work) -> None:
         _datatrove()
@@ -175,14 +175,14 @@ class _InThread:
     def _run(self) -> None:
         try:
             self._executor.run()
-        except Exception as error:  # whatever a cluster's library raises is told by whoever waits
+        except Exception as error:  # reported by the waiting thread, whatever the library raises
             self._error = f"{type(error).__name__}: {error}"
 
     def alive(self) -> bool:
         return self._thread.is_alive()
 
     def why(self) -> str:
-        return self._error or "no task said why"
+        return self._error or "no task gave a reason"
 
     def close(self) -> None:
         self._thread.join(timeout=5)

@@ -1,4 +1,4 @@
-"""What became of the documents between a source and its shards: counts after each step, reasons, and samples."""
+"""Statistics of cleaning: documents left after each step, what was removed by reason, and samples of it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import msgspec
 
-SAMPLES = 5  # kept of a reason
+SAMPLES = 5  # kept for each reason
 
 
 class Count(msgspec.Struct):
-    """Documents and bytes of their text, in UTF-8."""
+    """A number of documents, and the bytes of their text in UTF-8."""
 
     documents: int = 0
     bytes: int = 0
@@ -32,13 +32,13 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Funnel(msgspec.Struct):
-    """Of one chunk, or of a whole source."""
+    """Statistics of one chunk or of a whole source."""
 
-    steps: dict[str, Count]  # what was there after each step, in order; "read" first
+    steps: dict[str, Count]  # what was left after each step, in order; "read" first
     reasons: dict[str, Count] = {}  # what was removed, by reason
     samples: dict[str, list[Sample]] = {}
     changed: dict[str, Count] = {}  # what was changed and kept, by reason
-    told: dict[str, dict[str, Count]] = {}  # what judges said, kept or not: of each judge, by its answer
+    told: dict[str, dict[str, Count]] = {}  # results of each filter for all documents, kept or not, by result
 
     def passed(self, step: str, size: int) -> None:
         self.steps[step].add(1, size)
@@ -47,14 +47,14 @@ class Funnel(msgspec.Struct):
         self.reasons.setdefault(reason, Count()).add(1, size)
 
     def wants(self, reason: str) -> bool:
-        """Whether there are too few samples of a reason yet."""
+        """Whether more samples of a reason are needed."""
         return len(self.samples.get(reason, ())) < SAMPLES
 
     def show(self, reason: str, sample: Sample) -> None:
         self.samples.setdefault(reason, []).append(sample)
 
     def altered(self, reason: str, size: int) -> None:
-        """`size`: the bytes that it lost."""
+        """Count a document that was changed and kept; `size`: the bytes that it lost."""
         self.changed.setdefault(reason, Count()).add(1, size)
 
     def tell(self, judge: str, answer: str, size: int, count: int = 1) -> None:
@@ -62,7 +62,7 @@ class Funnel(msgspec.Struct):
 
 
 def together(funnels: Iterable[Funnel]) -> Funnel:
-    """The funnel of a source from those of its chunks, in their order."""
+    """The funnel of a source: the sum over its chunks, in their order."""
     total = Funnel({})
     for funnel in funnels:
         for step, count in funnel.steps.items():

@@ -1,8 +1,8 @@
-"""What tells two texts alike: a hash of the normalised text, and the MinHash signature of its word 5-grams.
+"""Hashes that find duplicates: of the normalised text, and the MinHash signature of its word 5-grams.
 
-Words are lower-case runs of letters, digits and what hangs on them, punctuation left out; in scripts written without
-spaces each character is one. An n-gram's hash is made of its words' hashes, so the set of them stands for the text in the
-signature (Broder 1997) and in the exact Jaccard similarity alike.
+Words are lower-case runs of letters, digits and marks, without punctuation; in scripts written without spaces each character is
+a word. The hash of an n-gram is computed from those of its words. The MinHash signature (Broder 1997) and the exact Jaccard
+similarity are both computed from the set of n-gram hashes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Hashes = npt.NDArray[np.uint64]
 NGRAM = 5
 BANDS, ROWS = 20, 6  # finds a pair of similarity 0.8 with probability 0.998, 0.7: 0.92, 0.5: 0.27
 SEED = 42
-REMEMBERED = 500_000  # words whose hashes are kept
+REMEMBERED = 500_000  # words whose hashes are cached
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 # In UTF-8: ASCII in lower case, its punctuation and control characters as spaces, all else as it is.
@@ -32,20 +32,20 @@ _SPACES = re.compile("[\u0080-\u00bf\u2000-\u206f\u3000-\u303f\ufe30-\ufe4f\uff0
 
 
 def normalised(text: str) -> str:
-    """Texts that differ in case, white space or Unicode's ways to write the same give the same."""
+    """The text in one case, with single spaces, in Unicode's normal form NFC."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     return " ".join(text.casefold().split())
 
 
 def exact(kind: str, parts: Sequence[str], roles: Sequence[str]) -> bytes:
-    """128 bits that stand for a document's normalised text."""
+    """A 128-bit hash of a document's kind, roles and normalised text."""
     fields = (kind, *roles, *(normalised(part) for part in parts))
     return xxhash.xxh3_128_digest("\x1e".join(fields).encode())
 
 
 def words(text: str) -> list[bytes]:
-    """The words that n-grams are made of, in UTF-8."""
+    """The words of a text, in UTF-8."""
     if not text.isascii():
         text = _SPACES.sub(" ", unicodedata.normalize("NFC", text).lower())
         text = apart(text)
@@ -53,7 +53,7 @@ def words(text: str) -> list[bytes]:
 
 
 class _WordHashes(dict[bytes, int]):
-    """A word's hash, kept."""
+    """A cache of the hashes of words."""
 
     def __missing__(self, word: bytes) -> int:
         if len(self) >= REMEMBERED:
@@ -66,7 +66,7 @@ _hashes = _WordHashes()
 
 
 def shingles(text: str) -> Hashes:
-    """The hashes of a text's word n-grams, with repetitions; of a shorter text one, of all its words."""
+    """The hashes of a text's word n-grams, with repetitions; one hash of all its words for a text that is too short."""
     found = words(text)
     if len(found) < NGRAM:
         return np.array([xxhash.xxh3_64_intdigest(b" ".join(found) or text.strip().encode())], np.uint64)

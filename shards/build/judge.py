@@ -1,4 +1,4 @@
-"""What is asked of each document: every check that a build's `clean` table turns on, in order, a batch at a time."""
+"""The filters of a build: every check that its `clean` table turns on, applied in order to batches of documents."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from shards.filters.heuristics.families import Rules
 from shards.spec import Kind, Source
 
 Verdict = tuple[StoredDocument, str]
-"""A document as it is kept, and why it is not, empty where it is."""
+"""The document, which a filter may have changed, and the reason why it is removed; empty where it is kept."""
 Judge = Callable[[Sequence[StoredDocument], Funnel], list[Verdict]]
 
 
 class SourceFilters:
-    """The checks of one source."""
+    """The filters of one source."""
 
     def __init__(self, judges: dict[str, Judge]) -> None:
         self._judges = judges
 
     @classmethod
     def of(cls, work: Work, source: Source) -> SourceFilters:
-        """Made once a process: models take seconds to load."""
+        """Cached for each process, because models take seconds to load."""
         return _made(work, source.kind, source.split_by)
 
     @property
@@ -36,7 +36,7 @@ class SourceFilters:
         return list(self._judges)
 
     def apply(self, documents: Sequence[StoredDocument], funnel: Funnel) -> list[tuple[StoredDocument | None, str]]:
-        """Each document as it is kept, or None and why; every step is noted in the funnel."""
+        """Each document as it is kept, or None with the reason; updates the funnel."""
         verdicts: list[tuple[StoredDocument | None, str]] = [(document, "") for document in documents]
         for step, judge in self._judges.items():
             places = [place for place, (document, _) in enumerate(verdicts) if document is not None]
@@ -58,7 +58,7 @@ def _text(document: StoredDocument) -> str:
 
 
 def _with_parts(document: StoredDocument, parts: tuple[str, ...]) -> StoredDocument:
-    """The same document, saying something else; what it is held out by stays what it was."""
+    """The document with other parts; the key that decides whether it is held out stays the same."""
     key = document.parts[0] if document.key is None else document.key
     return msgspec.structs.replace(document, key=key, parts=parts)
 
@@ -85,7 +85,7 @@ def _made(work: Work, kind: Kind, split_by: str | None) -> SourceFilters:
 
 
 def _rules(work: Work) -> dict[str, Judge]:
-    """A step for each family of rules."""
+    """A filter for each family of heuristic rules."""
 
     def family(rules: Rules) -> Judge:
         def judge(documents: Sequence[StoredDocument], funnel: Funnel) -> list[Verdict]:
@@ -136,7 +136,7 @@ def _perplexity(work: Work, settings: Any) -> Judge:
 
 
 def _power(value: float) -> str:
-    """The power of two that a perplexity is below, by which they are counted."""
+    """The bin of a perplexity: the next power of two."""
     return f"below {1 << min(40, max(0, int(value)).bit_length()):,}" if value < 1 << 40 else "beyond"
 
 

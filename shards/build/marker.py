@@ -94,7 +94,25 @@ def conflict(spec: Build) -> str:
     marker = read_marker(out)
     if marker is not None and marker.key != build_key(spec):
         return f"{out}: built from another spec: {_difference(marker, spec)} (use another out, or delete it)"
+    if marker is None and _is_of_another_release(out):
+        return f"{out}: built by another release, whose spec this one cannot read (use another out, or delete it)"
     return ""
+
+
+class _MarkerHead(msgspec.Struct):
+    """The part of a marker that every release can read."""
+
+    key: str
+    done: bool
+
+
+def _is_of_another_release(out: Path) -> bool:
+    """Whether OUT has a marker that is a marker and has a spec with other keys."""
+    try:
+        msgspec.json.decode((out / MARKER).read_bytes(), type=_MarkerHead)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def claim(spec: Build, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Step `sign`: the hashes of a chunk's documents, sorted, so that any range of them can be cut out of the file."""
+"""Step `sign`: hashes the documents of a chunk, sorted, so that a range of them can be read from the file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shards.build.workspace import Work
 
 EXACT = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u4")])
 BAND = np.dtype([("hash", "<u8"), ("document", "<u4")])
-BATCH = 1 << 22  # characters that are signed at once
+BATCH = 1 << 22  # characters that are hashed at once
 
 Task = tuple[int]  # chunk
 
 
 class Sign:
-    """One task a chunk: NAME.bands.npy, [bands, documents], and NAME.exact.npy, each sorted by hash."""
+    """One task for each chunk: writes NAME.bands.npy, [bands, documents], and NAME.exact.npy, both sorted by hash."""
 
     name = "sign"
     about = "hashing"
@@ -64,7 +64,7 @@ def _halves(digest: bytes) -> tuple[int, int]:
 
 
 def _sorted(hashes: hashing.Hashes) -> npt.NDArray[Any]:
-    """Each band's hashes with their documents, in order of both."""
+    """The hashes of each band with their documents, sorted by both."""
     order = np.argsort(hashes, axis=1, kind="stable")
     found = np.empty(hashes.shape, BAND)
     found["hash"] = np.take_along_axis(hashes, order, axis=1)

@@ -1,6 +1,6 @@
-"""Step `model`: what judges learn from text that the recipe names, before any document is judged.
+"""Step `model`: trains the filters' models on reference texts that the recipe names, before any document is filtered.
 
-Kept in OUT/models when the build is done: a perplexity or quality score says little without the model that gave it.
+They stay in OUT/models when the build is done: a perplexity or quality score means little without its model.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from shards.tokenization.records import Document
 
 SEALED = ".seal"
 ASIDE = "rejected.jsonl"
-TOO_SHORT = "too short to be looked for"
+TOO_SHORT = "too short to search for"
 PERPLEXITY, QUALITY, CONTAMINATION = "perplexity.arpa", "quality.model", "contamination.index"
 
 
-def beside(clean: Clean) -> list[Source]:
-    """Text beside the sources that decides what is kept, as sources."""
+def reference_sources(clean: Clean) -> list[Source]:
+    """The reference texts that decide which documents are kept, as sources."""
     return [as_source(purpose, path) for purpose, path in clean.references().items()]
 
 
 def as_source(purpose: str, path: str) -> Source:
-    """Text that a recipe names by its path alone: JSON lines, Parquet, or text files, told by their names."""
+    """A reference text as a source. Its origin is detected from file names: Parquet, JSON lines, else text files."""
     place = Path(path)
     seen = [each for each in sorted(place.rglob("*")) if each.is_file() and not is_hidden(each.relative_to(place).parts)]
     names = [place.name] if not place.is_dir() else [each.name for each in seen]
@@ -48,7 +48,7 @@ def as_source(purpose: str, path: str) -> Source:
 
 
 def _texts(purpose: str, path: str, aside: IO[bytes]) -> Iterator[str]:
-    """What a judge learns from. Records that are no text are kept aside; SpecError if nothing else is there."""
+    """The texts that a filter's model is trained on. Other records go to `aside`; SpecError if there are no texts."""
     source = as_source(purpose, path)
     first: Rejected | None = None
     found = 0
@@ -62,16 +62,16 @@ def _texts(purpose: str, path: str, aside: IO[bytes]) -> Iterator[str]:
                 aside.write(msgspec.json.encode(record) + b"\n")
     if not found:
         why = f"{first.where}: {first.reason}" if first else "no records"
-        raise SpecError(f'clean.{purpose}: {path}: nothing in it is text: {why} (give text files, or records with a field "text")')
+        raise SpecError(f'clean.{purpose}: {path}: it holds no text: {why} (give text files, or records with a field "text")')
 
 
 def model(work: Work, name: str) -> Path:
-    """Where a model lies."""
+    """The path of a model."""
     return Path(work.build.out, "models", name)
 
 
 def trained(work: Work, name: str) -> Path:
-    """A model that is what this build made. Raises ShardError for any other."""
+    """The path of a model that this build trained. Raises ShardError if it is missing or changed."""
     path = model(work, name)
     try:
         if hash_of(path) == load_bytes(work.path(FilterModel.name, name, SEALED)):
@@ -79,14 +79,14 @@ def trained(work: Work, name: str) -> Path:
         why = "not as it was written"
     except OSError as error:
         why = str(error.strerror)
-    raise ShardError(f"{path}: {why} (delete {work.root}: the same command then begins anew; check this disk)")
+    raise ShardError(f"{path}: {why} (delete {work.root}: the same command then starts over; check the disk for errors)")
 
 
 class FilterModel:
-    """One task a model."""
+    """One task for each model."""
 
     name = "model"
-    about = "training judges"
+    about = "training filter models"
 
     def tasks(self, work: Work) -> list[tuple[str]]:
         clean = work.clean
@@ -117,7 +117,7 @@ class FilterModel:
 
 
 def described(work: Work) -> dict[str, str]:
-    """What each model is, for people: how large, and how well it does."""
+    """A description of each model for people: its size, and how accurate it is."""
     found = {}
     for (name,) in FilterModel().tasks(work):
         path = model(work, name)
@@ -139,7 +139,7 @@ def described(work: Work) -> dict[str, str]:
             sets = []
             for each, size, short in zip(index.names, index.sizes, index.too_short, strict=True):
                 sets.append(f"{each} ({size:,} texts{f', {short:,} of them {TOO_SHORT}' if short else ''})")
-            found["contamination"] = f"looked for {', '.join(sets) or 'nothing'}"
+            found["contamination"] = f"searched for {', '.join(sets) or 'nothing'}"
     return found
 
 

@@ -1,4 +1,4 @@
-"""Step `read`: a source's units, small ones together, into chunks of documents."""
+"""Step `read`: reads the units of a source, small ones in groups, into chunks of documents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Task = tuple[int, int]  # source, group of units
 
 
 class Read:
-    """One task a group of units. What was being read when a build was killed is read again."""
+    """One task for each group of units. A group that was being read when the build was killed is read again."""
 
     name = "read"
     about = "reading"
@@ -50,7 +50,7 @@ def _held_out(work: Work, key: str) -> bool:
 
 
 class _UnitReader:
-    """The chunks of one group of units, and what was left out of them."""
+    """Writes the chunks of one group of units, and its rejected records."""
 
     def __init__(self, work: Work, source: int, unit: int) -> None:
         self._work = work
@@ -95,9 +95,9 @@ class _UnitReader:
 
 
 def refuse_broken(work: Work) -> None:
-    """Raises ShardError where more of a source's files are broken than it allows, which are then read again the next time.
+    """Raises ShardError if more files of a source are broken than it allows, or if a source has no documents.
 
-    Or where nothing in a source is a document.
+    The next build reads the broken files again.
     """
     for number, source in enumerate(work.sources):
         own = [(unit, read) for of, unit, read in work.units if of == number]

@@ -1,4 +1,4 @@
-"""OUT/report.json: from what was read to what is in the shards, by source, with what each step removed."""
+"""OUT/report.json: for each source what was read, what each step removed, and what is in the shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 class SourceReport(msgspec.Struct, frozen=True):
-    """One source's."""
+    """The report of one source."""
 
     name: str
     origin: str
@@ -35,14 +35,14 @@ class SourceReport(msgspec.Struct, frozen=True):
 
 
 class BuildReport(msgspec.Struct, frozen=True):
-    """A whole build's."""
+    """The report of a build."""
 
     format: int
     sources: list[SourceReport]
-    models: dict[str, str] = {}  # what judges learned, by their names
+    models: dict[str, str] = {}  # descriptions of the filters' models, by filter
 
     def total(self) -> Funnel:
-        """Of all sources; one that a step is not for counts there as it was before, and what was made from its making on."""
+        """The sum over all sources. A source that lacks a step counts there as before; a synthetic one counts from `made` on."""
         total = together(source.funnel for source in self.sources)
         total.steps = _steps([source.funnel.steps for source in self.sources])
         return total
@@ -101,7 +101,7 @@ def counted(reasons: Mapping[str, int]) -> str:
 
 
 def left_out(out: Path) -> Iterator[str]:
-    """What the shards of a build do not have of their sources, a line each: nothing is left out in silence. Raises ShardError."""
+    """Lines for the operator on what the shards of a build leave out of their sources. Raises ShardError."""
     report = load(out)
     for name, said in report.models.items():
         if TOO_SHORT in said:
@@ -118,14 +118,14 @@ class _Marker(msgspec.Struct):
 
 
 def _is_done(out: Path) -> bool:
-    """Whether a build has come to its end; what was merged of several need not have been one."""
+    """Whether a build is complete; a directory without a marker may be a merge."""
     with suppress(OSError, msgspec.MsgspecError):
         return msgspec.json.decode((out / "build.json").read_bytes(), type=_Marker).done
     return True
 
 
 def load(out: Path) -> BuildReport:
-    """A build's report; of one that does not clean, what its manifests say. Raises ShardError where there is neither."""
+    """A build's report; for one without cleaning it is made from the manifests. Raises ShardError if there is neither."""
     path = out / FILE_NAME
     try:
         return msgspec.json.decode(path.read_bytes(), type=BuildReport)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from shards.build.executors import run_elsewhere
-from shards.build.models import beside
+from shards.build.models import reference_sources
 from shards.build.read import refuse_broken
 from shards.build.steps import STEPS, BuildStep, do, forget, left
 from shards.build.workspace import Work
@@ -22,24 +22,24 @@ AFTER_TOKENIZER = ("encode",)
 def begin(work: Work) -> None:
     """Make the working directory, or take over that of a killed build; nothing for a build without steps."""
     if work.has_steps:
-        work.begin(list(STEPS), beside(work.clean))
+        work.begin(list(STEPS), reference_sources(work.clean))
 
 
 def run(names: tuple[str, ...], work: Work, pool: Workers, meter: ProgressMeter) -> Work:
     """Do what is not done yet of these steps, in order; returns `work` as it is after them. A build may have no steps."""
     for name in names if work.has_steps else ():
         _run_step(STEPS[name], work, pool, meter)
-        work = Work(work.build, work.key)  # one a step: what it remembers was known when the step began
+        work = Work(work.build, work.key)  # a new one for each step: it caches what was known when the step began
         if name == "read":
-            work.refuse_changed(beside(work.clean))
+            work.refuse_changed(reference_sources(work.clean))
             refuse_broken(work)
         if name == "model":
-            work.refuse_changed(beside(work.clean))
+            work.refuse_changed(reference_sources(work.clean))
     return work
 
 
 def _run_step(step: BuildStep, work: Work, pool: Workers, meter: ProgressMeter) -> None:
-    forget()  # what another build in this process knew
+    forget()  # cached by another build in this process
     weights = {task: step.weight(work, task) for task in step.tasks(work)}
     waiting = left(step, work)
     total, done = sum(weights.values()), sum(weights.values()) - sum(weights[task] for task in waiting)
@@ -55,7 +55,7 @@ def _tasks_done(step: BuildStep, work: Work, waiting: list[Any], pool: Workers) 
         yield from run_elsewhere(step, work, waiting)
         return
     build = msgspec.json.encode(work.build)
-    # The longest first, so that none is alone at the end.
+    # The longest first, so that the last ones end at about the same time.
     waiting = sorted(waiting, key=lambda task: -step.weight(work, task))
     for _, _, _, task in pool.run(do, ((build, work.key, step.name, task) for task in waiting)):
         yield task

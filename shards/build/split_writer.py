@@ -1,4 +1,4 @@
-"""Writes the shards of one source and split, one after the other, and keeps how far it got."""
+"""Writes the shards of one source and split, one after the other, and saves its progress after each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROGRESS = "progress.json"
 
 
 class Done(msgspec.Struct):
-    """What one split has in whole shards."""
+    """The complete shards of one split."""
 
     shards: list[Shard] = []
     next_document: int = 0  # number, within the source, of the first document that is not in them
@@ -31,7 +31,7 @@ class Done(msgspec.Struct):
 
 
 class SourceProgress(msgspec.Struct):
-    """A source's progress.json: where a killed build goes on. Gone when the source is whole."""
+    """A source's progress.json: where a killed build resumes. Removed when the source is complete."""
 
     inputs: str  # the fingerprint of the source's files
     train: Done = msgspec.field(default_factory=Done)
@@ -39,7 +39,7 @@ class SourceProgress(msgspec.Struct):
 
     @classmethod
     def load(cls, directory: Path, inputs: str) -> SourceProgress:
-        """What is there, if it was made from the same files; else a new beginning."""
+        """The saved progress, if it is of the same input files; else empty progress."""
         try:
             found = msgspec.json.decode((directory / PROGRESS).read_bytes(), type=cls)
         except (OSError, msgspec.MsgspecError):
@@ -78,7 +78,7 @@ class SplitWriter:
         return self._done.shards
 
     def add(self, number: int, tokens: Array, mask: npt.NDArray[np.uint8] | None, text_bytes: int) -> None:
-        """One document, the source's `number`th; ignored once it is full, which the first that does not fit makes it."""
+        """Add the source's `number`th document. The first one that exceeds the limit and all after it are ignored."""
         if self._limit is not None and self.tokens + len(tokens) > self._limit and self.documents:
             self.full = True
         if self.full:
@@ -114,7 +114,7 @@ class SplitWriter:
             self._mask_column = column("mask", "uint8")
 
     def finish(self) -> None:
-        """End the shard being written, if any, and note it down."""
+        """Complete the shard being written, if any, and save the progress."""
         if self._open is None:
             return
         self._ends_column.append(np.array(self._ends, np.uint64))
@@ -134,5 +134,5 @@ class SplitWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> Any:
         if self._open is not None:
             self._open.close()
-        for leftover in self.directory.glob(f"*{TEMPORARY}"):  # opened just as a signal came
+        for leftover in self.directory.glob(f"*{TEMPORARY}"):  # opened when a signal arrived
             leftover.unlink()

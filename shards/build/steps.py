@@ -1,4 +1,4 @@
-"""The steps of a build that cleans, in order, and how one of their tasks is done in whichever process it is."""
+"""The steps of a build with cleaning, in order, and how any process does one of their tasks."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from shards.spec import Build
 
 
 class BuildStep(Protocol):
-    """Tasks that do not depend on each other, each with one file to show for it."""
+    """Independent tasks. Each writes one file last, which marks it as done."""
 
     @property
     def name(self) -> str:
-        """Of its directory in OUT/work."""
+        """The name of its directory in OUT/work."""
 
     @property
     def about(self) -> str:
-        """For people."""
+        """A description for the progress report."""
 
     def tasks(self, work: Work) -> list[Any]:
-        """All of them; known once the steps before it are done."""
+        """All tasks. Available once the steps before are done."""
 
     def weight(self, work: Work, task: Any) -> int:
-        """Bytes, or 1 where tasks are equally long."""
+        """The share of a task in the step's work: bytes, or 1 where all tasks take about as long."""
 
     def output(self, work: Work, task: Any) -> Path:
-        """The file that is there when the task is done."""
+        """The file that marks the task as done."""
 
     def do(self, work: Work, task: Any) -> None:
         """Do it."""
@@ -55,14 +55,15 @@ def left(step: BuildStep, work: Work) -> list[Any]:
 
 @lru_cache(maxsize=2)
 def _work(build: bytes, key: str, step: str) -> Work:
-    return Work(msgspec.json.decode(build, type=Build), key)  # one a step: what it remembers was known when the step began
+    # A new one for each step: it caches what was known when the step began.
+    return Work(msgspec.json.decode(build, type=Build), key)
 
 
 def forget() -> None:
-    """Makes the next task look anew at what is there."""
+    """Make the next task read the state of the working directory again."""
     _work.cache_clear()
 
 
 def do(build: bytes, key: str, step: str, task: Any) -> None:
-    """One task, in any process: `build` as JSON."""
+    """Do one task, in any process; `build` is JSON."""
     STEPS[step].do(_work(build, key, step), tuple(task))

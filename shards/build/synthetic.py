@@ -1,6 +1,6 @@
-"""Step `make`: long documents of the clean ones of other sources, a chunk of those at a time, each marked as made.
+"""Step `make`: makes long documents from the cleaned documents of other sources, a chunk of those at a time.
 
-What is held out and what is trained on are never put together: what is made of held-out documents is held out itself.
+Held-out documents and training documents are never combined: what is made of held-out documents is held out itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Task = tuple[int, int, int, int, int]  # made source, place of its chunk, and th
 
 
 class Make:
-    """One task a made source and a chunk that it is made of; it ends with the marker that makes its own chunk known."""
+    """One task for each source of origin `made` and each chunk that it is made of."""
 
     name = "make"
     about = "making long documents"
@@ -78,7 +78,7 @@ def _make(source: Source, documents: list[StoredDocument], key: str, seed: int) 
             for part in joined.parts:
                 masked += [start + at for at in documents[part].masked]
                 start += len(documents[part].parts)
-                if any(not ended for _, ended in documents[part].sampled):  # something follows it now: its end is not its own
+                if any(not ended for _, ended in documents[part].sampled):  # it was cut off, and something follows it now
                     masked.append(start - 1)
             yield StoredDocument(key, said, roles, where(joined.parts), joined.label, tuple(masked))
         return

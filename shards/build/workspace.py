@@ -1,7 +1,7 @@
-"""Where a build keeps what is between its steps: OUT/work, a directory a step, a file a task.
+"""The working directory of a build, OUT/work: a directory for each step, a file for each task.
 
-A task is done when its file is there under its final name; so any process that knows the build can tell what is left, and
-a killed build goes on. Documents are numbered through the chunks, which follow sources, then units, then their own order.
+A task is done when its file has its final name, so any process can tell which tasks are left, and a killed build resumes.
+Documents are numbered through all chunks, which are in the order of sources, of units, and of the parts of a unit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shards.spec import Build, Clean, Source
 DIRECTORY = "work"
 PLAN = "plan.json"
 MADE = ("report.json", "tokenizer.model", "tokenizer.template")
-GATHERED = 4  # part of a chunk, in stored bytes, up to which units are read as one
+GATHERED = 4  # units up to this fraction of a chunk, in stored bytes, are read together
 LARGEST_GROUP = 4096  # units
 DOCUMENT_BITS = 24  # of a document's id; the rest is its chunk's number
 
@@ -47,7 +47,7 @@ class Name(NamedTuple):
 
 
 def gathered(found: Sequence[Unit], size: int) -> list[list[Unit]]:
-    """Neighbours together up to so many bytes as stored; a unit that is larger, or of unknown size, by itself."""
+    """Units in groups of neighbours of up to `size` stored bytes; a larger unit, or one of unknown size, is alone."""
     groups: list[list[Unit]] = []
     left = 0
     for unit in found:
@@ -61,16 +61,16 @@ def gathered(found: Sequence[Unit], size: int) -> list[list[Unit]]:
 
 
 class ReadUnit(msgspec.Struct, frozen=True):
-    """What the reading of one group of units gave."""
+    """The result of reading one group of units."""
 
     chunks: list[tuple[int, int]]  # documents and bytes of text of each
     rejected: dict[str, int]  # records left out, by reason
-    broken: list[str] = []  # its files of which the rest was lost
+    broken: list[str] = []  # files that are damaged
     notes: dict[str, int] = {}  # of the documents: see shards.format.manifest
 
 
 class BuildPlan(msgspec.Struct, frozen=True):
-    """What a working directory was begun for."""
+    """The build and the input files that a working directory belongs to."""
 
     key: str
     inputs: list[str]  # the fingerprint of each source's files
@@ -78,7 +78,7 @@ class BuildPlan(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """The working directory of one build, and what the build says."""
+    """The working directory of one build, and the build's spec."""
 
     build: Build
     key: str
@@ -103,19 +103,19 @@ class Work:
 
     @cached_property
     def inputs(self) -> list[list[list[Unit]]]:
-        """The units of each source, small ones together: a task for each of a million files would take longer than its work."""
+        """The units of each source, small ones in groups: a task for each small file would cost more than its work."""
         return [gathered(units(source), self.clean.chunk_bytes // GATHERED) for source in self.sources]
 
     def path(self, step: str, name: object, end: str) -> Path:
         """A task's file."""
         return self.root / step / f"{name}{end}"
 
-    def begin(self, steps: list[str], beside: Iterable[Source] = ()) -> None:
-        """Go on with what is there if it was begun for the same build and files; else begin anew, with all of OUT.
+    def begin(self, steps: list[str], references: Iterable[Source] = ()) -> None:
+        """Resume if the directory is of the same build and input files; else start over and remove what OUT has of other text.
 
-        beside: text that is not encoded but decides what is.
+        references: the reference texts of filters.
         """
-        plan = self._plan(beside)
+        plan = self._plan(references)
         path = self.root / PLAN
         try:
             found = msgspec.json.decode(path.read_bytes(), type=BuildPlan)
@@ -129,23 +129,23 @@ class Work:
         if found != plan:
             write_atomically(path, msgspec.json.encode(plan))
 
-    def _plan(self, beside: Iterable[Source]) -> BuildPlan:
-        return BuildPlan(self.key, [fingerprint(source) for source in (*self.sources, *beside)])
+    def _plan(self, references: Iterable[Source]) -> BuildPlan:
+        return BuildPlan(self.key, [fingerprint(source) for source in (*self.sources, *references)])
 
-    def refuse_changed(self, beside: Iterable[Source] = ()) -> None:
-        """Raises ShardError where files are not those that the build was begun for. Arguments as of `begin`."""
-        found = [*self.sources, *beside]
+    def refuse_changed(self, references: Iterable[Source] = ()) -> None:
+        """Raises ShardError if input files changed since `begin`, which takes the same arguments."""
+        found = [*self.sources, *references]
         path = self.root / PLAN
         try:
             before = msgspec.json.decode(path.read_bytes(), type=BuildPlan).inputs
         except (OSError, msgspec.MsgspecError) as error:
-            raise ShardError(f"{path}: {error} (give the same command again: the build begins anew)") from None
-        for source, one, other in zip(found, before, self._plan(beside).inputs, strict=True):
+            raise ShardError(f"{path}: {error} (run the same command again: the build starts over)") from None
+        for source, one, other in zip(found, before, self._plan(references).inputs, strict=True):
             if one != other:
                 raise changed(source)
 
     def _remove_made(self) -> None:
-        """Whatever of OUT was made of other text: a tokenizer or a source's shards of before would not fit the rest."""
+        """Remove the tokenizer, models, report and shards in OUT that were made of other text."""
         out = Path(self.build.out)
         for path in sorted(out.iterdir()):
             if path.name == "models" or (path / "train").is_dir() or (path / "held_out").is_dir():
@@ -154,9 +154,9 @@ class Work:
                 path.unlink()
 
     def remove(self) -> None:
-        """All of it; ends with a directory that is gone, or was never there."""
+        """Remove the directory, if it exists."""
         if self.root.exists():
-            (self.root / PLAN).unlink(missing_ok=True)  # first: without it, what is left is never gone on with
+            (self.root / PLAN).unlink(missing_ok=True)  # first: without it, the rest of the directory is never resumed from
             shutil.rmtree(self.root)
 
     def unit(self, source: int, unit: int) -> ReadUnit:
@@ -165,19 +165,19 @@ class Work:
 
     @cached_property
     def units(self) -> list[tuple[int, int, ReadUnit]]:
-        """What was read, in order: source, unit, result. All of it must be there."""
+        """What was read, in order: source, unit, result. Available once the step `read` is done."""
         names = [path.stem.split("-") for path in (self.root / "read").glob("*.json")]
         places = sorted((int(source), int(unit)) for source, unit in names)
         return [(source, unit, self.unit(source, unit)) for source, unit in places]
 
     @cached_property
     def chunks(self) -> list[Name]:
-        """All chunks that were read, in order; a chunk's place here is its number. Those that were made come later."""
+        """All chunks that were read, in order; a chunk's index here is its number. Synthetic chunks are not among them."""
         return [Name(source, unit, part) for source, unit, read in self._read for part in range(len(read.chunks))]
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        """Documents and bytes of text of each of them."""
+        """Documents and bytes of text of each chunk."""
         return [size for _, _, read in self._read for size in read.chunks]
 
     @cached_property
@@ -186,7 +186,7 @@ class Work:
 
     @cached_property
     def all_sizes(self) -> dict[Name, int]:
-        """Bytes of text of every chunk, in order, made ones included."""
+        """Bytes of text of every chunk, in order, synthetic ones included."""
         return {Name(source, unit, part): size for source, unit, read in self.units for part, (_, size) in enumerate(read.chunks)}
 
     @property
@@ -197,14 +197,14 @@ class Work:
         return DocumentChunk(self.path(step, self.chunks[number], ".docs"))
 
     def names(self, source: int) -> Iterator[Name | Path]:
-        """For each unit of a source the file with what was left out of it, then its chunks."""
+        """For each unit of a source the file with its rejected records, then its chunks."""
         for of, unit, read in self.units:
             if of == source:
                 yield self.path("read", f"{source:03d}-{unit:06d}", ".rejected.jsonl")
                 yield from (Name(source, unit, part) for part in range(len(read.chunks)))
 
     def funnel(self, source: int) -> Funnel:
-        """What became of a source's documents; known once they are clean."""
+        """The statistics of a source. Available once it is cleaned."""
         paths = [self.path("clean", name, ".json") for name in self.names(source) if isinstance(name, Name)]
         return together(msgspec.json.decode(checksummed_files.load_bytes(path), type=Funnel) for path in paths)
 

@@ -1,4 +1,4 @@
-"""`shards build`: from a spec, or from what midwatch made of a recipe; stopped at any time, it goes on later."""
+"""`shards build`: builds from a spec, or from a recipe that midwatch has read. It can be stopped and resumed at any time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from shards.common.errors import SpecError
 from shards.common.terminal import OutputError, write_error, write_path
 from shards.spec import Build, decode_build
 
-PARENT_LOOK = 0.5  # seconds between looks whether the parent still lives
+PARENT_LOOK = 0.5  # seconds between two checks that the parent is alive
 
 
 class Stopped(BaseException):
-    """The build was asked to end, or nobody is left to read its progress."""
+    """The build was asked to stop, or nobody reads its progress any more."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -50,13 +50,13 @@ def main(args: argparse.Namespace) -> int:
                 if args.recipe is not None:
                     write_path(spec.out)
     except (Stopped, KeyboardInterrupt):
-        write_error(f"stopped; the same command goes on from what {spec.out} has")
+        write_error(f"stopped; the same command resumes from what is in {spec.out}")
         return 1
     return 0
 
 
 def _spec(args: argparse.Namespace) -> Build:
-    """`args.build`, where midwatch has read a recipe: this package knows nothing of them."""
+    """The spec of --spec, or `args.build`, which midwatch sets: this package cannot read recipes."""
     if (args.recipe is None) == (args.spec is None):
         raise SpecError("build takes a recipe, or --spec FILE (give one of the two)")
     if args.recipe is not None:

@@ -1,7 +1,7 @@
-"""`shards cat`: a document, a range of tokens, or a sample, as text with what is learned of it, or as ids.
+"""`shards cat`: prints a document, a range of tokens, or a sample, as text with its loss mask, or as ids.
 
-On a terminal what is learned is green, a rejected response red and a prompt dim; elsewhere what is learned stands in
-`⟦ ⟧` and a rejected response in `⟨ ⟩`.
+On a terminal tokens that count for the loss are green, a rejected response is red and a prompt is dim; elsewhere the former are in
+`⟦ ⟧` and a rejected response is in `⟨ ⟩`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _cut(corpus: Corpus, start: int, stop: int) -> list[TokenRun]:
 
 
 def _sample(corpus: Corpus, sample: int, context: int | None) -> list[TokenRun]:
-    """What the trainer makes of it at this context: a window of text, a row of conversations, a pair."""
+    """What the trainer reads at this context: a window of text, a row of packed conversations, or a pair."""
     from shards.sampling.packing import make
     from shards.sampling.rows import PairView, TextView
 
@@ -129,7 +129,7 @@ def _check(name: str, sample: int, size: int, context: int) -> None:
 
 
 def _runs(part: TokenRun) -> Iterator[tuple[int, Array]]:
-    """Stretches of one mask."""
+    """Runs of tokens with the same mask."""
     mask = np.zeros(len(part.ids), np.uint8) if part.mask is None else part.mask
     cuts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
     for start, stop in itertools.pairwise(cuts):
@@ -143,7 +143,7 @@ def _plain(part: TokenRun, tokenizer: Tokenizer) -> dict[str, object]:
 
 
 def _print(parts: list[TokenRun], tokenizer: Tokenizer, *, always: bool) -> None:
-    """always: documents are told apart in a pipe too."""
+    """always: print the headers in a pipe, too."""
     from rich.text import Text
 
     console = make_console()

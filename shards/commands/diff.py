@@ -1,4 +1,4 @@
-"""`shards diff`: what differs between two builds, down to the first document that does."""
+"""`shards diff`: prints how two builds differ, down to the first document that does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
 CHUNK = 1024  # documents compared at a time
 SHOWN = 70  # characters of a document that differs
-LINE = 78  # characters of a difference that is told in one line
+LINE = 78  # characters of a difference that fits on one line
 COUNTS = ("kind", "tokenizer", "dtype", "frame_items", "documents", "tokens", "text_bytes", "rejected", "notes", "origin")
 
 
@@ -82,7 +82,7 @@ def _spec(a: Path, b: Path) -> list[Difference]:
         spec.pop("out", None), spec.get("data", {}).pop("dir", None)
         by_name = {f"source {each['name']}": each for each in spec.get("data", {}).pop("source", ())}
         plain.append({**spec, **by_name})
-    # What one of them lacks altogether is said once, not key by key.
+    # A table that only one of them has is one difference, not one for each key.
     alone = plain[0].keys() ^ plain[1].keys()
     found = [Difference(f"spec.{key}", *("there" if key in each else None for each in plain)) for key in sorted(alone)]
     plain = [_flat({key: value for key, value in each.items() if key not in alone}, "spec") for each in plain]
@@ -111,7 +111,7 @@ def _manifests(name: str, x: SplitManifest, y: SplitManifest) -> list[Difference
 
 
 def _first_document(name: str, a: Path, b: Path, tell: Callable[[int], None]) -> list[Difference]:
-    """The first one that says something else; by its tokens or, where the tokenizers differ, by its text."""
+    """The first document that differs: in its tokens or, where the tokenizers differ, in its text."""
     source, split = name.split("/")
     x, y = (Corpus(root, source, split) for root in (a, b))
     tokenizers = [Tokenizer.load(root / FILE_NAME) for root in (a, b)]

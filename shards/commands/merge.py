@@ -1,8 +1,8 @@
-"""`shards merge`: one directory of several builds that share a tokenizer.
+"""`shards merge`: combines several builds with the same tokenizer into one directory.
 
-Files become hard links where the disk allows it, else copies. A source that several builds have gets all their shards, in
-the order of the builds; one that is the very same in two is taken once. All of it is verified; nothing is left of a
-merge that failed.
+Files become hard links where the file system allows it, else copies. A source that several builds have gets all their shards, in
+the order of the builds; one that is identical in two builds is taken once. The result is verified. A merge that fails leaves
+nothing behind.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Found = dict[str, list[tuple[Path, SplitManifest]]]  # by SOURCE/SPLIT, the mani
 def main(args: argparse.Namespace) -> int:
     out, builds = Path(args.out), [Path(build) for build in args.builds]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SpecError(f"{out}: there is something already (name a new directory)")
+        raise SpecError(f"{out}: already exists (name a new directory)")
     _check_tokenizers(builds)
     found = _collect(builds)
     being_made = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -48,7 +48,9 @@ def main(args: argparse.Namespace) -> int:
             out.rmdir()
         os.replace(being_made, out)
     except OSError as error:
-        raise ShardError(f"{error.filename or out}: {error.strerror} (make room or access, then merge again)") from None
+        raise ShardError(
+            f"{error.filename or out}: {error.strerror} (free some space or fix the permissions, then merge again)"
+        ) from None
     finally:
         shutil.rmtree(being_made, ignore_errors=True)
     told = {name: {"tokens": each.tokens, "documents": each.documents, "shards": len(each.shards)} for name, each in made.items()}
@@ -64,9 +66,9 @@ def main(args: argparse.Namespace) -> int:
     if fits:
         listed = ", ".join(fits)
         write_out(f"a recipe with the sources {listed}, in this order, and the [tokenizer] of {builds[0]}")
-        write_out("may have it as its [data] dir")
+        write_out("can use it as its [data] dir")
     else:
-        write_out("no recipe describes it: of one source it has several builds, or they were built with other settings")
+        write_out("no recipe describes it: it combines several builds of one source, or builds with different settings")
     return 0
 
 
@@ -87,7 +89,7 @@ def _collect(builds: Sequence[Path]) -> Found:
     for build in builds:
         marker = read_marker(build)
         if marker is not None and not marker.done:
-            raise SpecError(f"{build}: its build is not done (give its command again first)")
+            raise SpecError(f"{build}: its build is not complete (run its command again first)")
         names = sorted({name for split in SPLITS for name in sources(build, split)})
         if not names:
             raise SpecError(f"{build}: no shards here (give directories that were built)")
@@ -130,7 +132,10 @@ def _make(args: argparse.Namespace, out: Path, found: Found, builds: Sequence[Pa
 
 
 def _mark(place: Path, out: Path, builds: Sequence[Path], found: Found, made: dict[str, SplitManifest]) -> list[str]:
-    """Says in build.json what the whole is, as one spec, so that runs take it; its sources, none where no spec would build it."""
+    """Write build.json with one spec for the merged sources, so that runs accept the directory.
+
+    Returns the sources; none if no spec would build them.
+    """
     from shards.build.marker import read_marker, write_marker
 
     markers = [marker for marker in map(read_marker, builds) if marker is not None and marker.done]
@@ -195,11 +200,11 @@ def _verify(out: Path, made: dict[str, SplitManifest], meter: ProgressMeter, don
 
     for name in made:
         for message in verify(out / name, tell=tell):
-            raise ShardError(f"what was merged is not whole: {message}")
+            raise ShardError(f"the merged shards are damaged: {message}")
 
 
 def _reject(out: Path, parts: Sequence[Path]) -> None:
-    """What was left out of the source's parts, together."""
+    """Concatenate the rejected records of a source's parts."""
     files = [part / REJECTED for part in parts if (part / REJECTED).exists()]
     if files:
         with (out / REJECTED).open("wb") as file:

@@ -30,13 +30,13 @@ def directories(path: Path) -> list[Path]:
 
     marker = read_marker(path)
     if marker is not None and not marker.done:
-        write_error(f"note: {path}: its build is not done: some sources are not here yet")
+        write_error(f"note: {path}: its build is not complete: some sources are missing")
     return found
 
 
 @contextmanager
 def working(args: Any, phase: Phase, message: str, unit: str, total: int) -> Iterator[ProgressMeter]:
-    """A bar on a terminal's stderr while something long goes on; nothing for scripts and in pipes."""
+    """A progress bar on a terminal's stderr; nothing for scripts and in pipes."""
     from shards.common.progress import ProgressMeter, Screen
 
     with Screen(transient=True) as screen:

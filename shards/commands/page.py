@@ -1,4 +1,4 @@
-"""The report of a build as a page: what was read, what each step took away, what is left, and samples of what went."""
+"""The report of a build as a page: what was read, what each step removed, what is left, and samples of what was removed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = 160  # characters of a sample
 
 
 def page(report: BuildReport, samples: int) -> RenderableType:
-    """All of it; `samples`: of each reason."""
+    """The whole page; `samples`: how many are shown for each reason."""
     parts: list[RenderableType] = []
     if len(report.sources) > 1:
         tokens = sum(source.tokens for source in report.sources)
@@ -61,7 +61,7 @@ def _source(source: SourceReport, samples: int) -> Iterator[RenderableType]:
 
 
 def _funnel(funnel: Funnel, tokens: int, text_bytes: int) -> Table:
-    """A row for what was there after each step. Tokens before encoding are estimated by the bytes that one takes in the end."""
+    """A row for each step. Tokens before encoding are estimated from the mean bytes of a token in the shards."""
     table = Table(box=None, pad_edge=False)
     for name in ("after", "documents", "text", "tokens", "of all text"):
         table.add_column(name, justify="left" if name in ("after", "of all text") else "right", no_wrap=True)
@@ -70,7 +70,7 @@ def _funnel(funnel: Funnel, tokens: int, text_bytes: int) -> Table:
     each = text_bytes / tokens if tokens else 0.0
     for step, count in counts:
         share = count.bytes / most if most else 0.0
-        bar = "━" * min(BAR, round(share * BAR))  # what is made can be more than what was read
+        bar = "━" * min(BAR, round(share * BAR))  # synthetic documents can be more than what was read
         about = f"~{short(count.bytes / each)}" if each else "-"
         table.add_row(step, f"{count.documents:,}", size(count.bytes), about, f"{bar:<{BAR}} {share:>6.1%}")
     table.add_row("encoded", "", size(text_bytes), f"{tokens:,}", "", style="bold")

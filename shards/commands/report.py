@@ -1,4 +1,4 @@
-"""`report`: what became of a build's text on its way into the shards, as one page."""
+"""`report`: shows what cleaning removed from a build's text, on one page."""
 
 from __future__ import annotations
 

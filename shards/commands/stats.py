@@ -98,7 +98,7 @@ def _in_windows(lengths: Counts, context: int) -> float:
 
 
 def _counted(args: argparse.Namespace, corpora: list[Corpus]) -> Counts:
-    """How often each id comes, all corpora together: [vocabulary]."""
+    """How often each id occurs in all corpora: [vocabulary]."""
     total = sum(corpus.tokens for corpus in corpora)
     counts = np.zeros(max(corpus.manifest.vocab for corpus in corpora), np.int64)
     done = 0
@@ -172,7 +172,7 @@ def _show(entries: list[SplitStatistics]) -> None:
 
 def _show_vocabulary(found: dict[str, Any]) -> None:
     used = found["ids"] - found["never"]
-    write_out(f"vocabulary: {used:,} of {found['ids']:,} ids come; {found['half']:,} ids make half of all tokens")
+    write_out(f"vocabulary: {used:,} of {found['ids']:,} ids occur; {found['half']:,} ids make up half of all tokens")
     if found["never_first"]:
         names = " ".join(repr(piece) for _, piece in found["never_first"])
         write_out(f"never: {found['never']:,} ids, the first {names}")

@@ -1,4 +1,4 @@
-"""`shards verify`: reads all of it, and names what is bad."""
+"""`shards verify`: reads everything, and names what is damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding of what others wrote: one exception for everything that can be wrong with the bytes, and messages of bounded length."""
+"""Decoding of foreign bytes: one exception for everything that can be wrong with them, and messages of bounded length."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 T = TypeVar("T")
 
 MOST_DIGITS = 400
-"""Of a number in JSON: more than any float or integer of use has."""
+"""Digits of a number in JSON: more than any useful float or integer has."""
 LONGEST_LINE = 1200
 """Characters of a line of a message."""
 LARGEST = 2**63 - 1
@@ -67,7 +67,7 @@ def _integer(text: str) -> int:
 
 
 def brief(message: object) -> str:
-    """A message whose lines are cut in the middle where they are too long: place and way out stand at the ends."""
+    """A message with lines that are too long cut in the middle: the place is at the start, the way out at the end."""
     return "\n".join(_cut(line, LONGEST_LINE) for line in str(message).split("\n"))
 
 
@@ -81,7 +81,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def _small(value: object, most: int) -> object:
-    """What is enough of a value to show it: an integer of millions of digits, for one, cannot be written."""
+    """A short form of a value: Python refuses to write an integer of millions of digits, for one."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 1000:
         return f"an integer of {value.bit_length()} bits"
     return value[: most * 2] if isinstance(value, str | bytes) else value

@@ -6,15 +6,15 @@ from shards.common.decoding import brief
 
 
 class ShardError(Exception):
-    """Data that is damaged, missing or not what it is said to be, or a build that could not go on."""
+    """Data is damaged, missing or of another kind than stated, or a build failed."""
 
     def __init__(self, message: object) -> None:
         super().__init__(brief(message))
 
 
 class SpecError(ShardError):
-    """What was asked for is wrong: a bad spec, a missing path, arguments that contradict each other."""
+    """The request is wrong: a bad spec, a missing path, arguments that contradict each other."""
 
 
 class BusyError(ShardError):
-    """Another build is writing to the directory; it can be waited for."""
+    """Another build is writing to the directory; the caller can wait for it."""

@@ -1,4 +1,4 @@
-"""How far a build is, as JSON lines for programs, bars for a terminal, or plain lines for a log."""
+"""The progress of a build, as JSON lines for programs, a bar on a terminal, or plain lines in a log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Report = Callable[[ProgressReport], None]
 
 
 class ProgressMeter:
-    """Turns "so much is done" into reports, not too many of them."""
+    """Turns updates into reports with a rate and the time left, at most one every INTERVAL seconds."""
 
     def __init__(self, report: Report, clock: Callable[[], float] = time.monotonic) -> None:
         self._report = report
@@ -39,13 +39,13 @@ class ProgressMeter:
         self._from = 0
 
     def begin(self, phase: Phase, message: str, unit: str = "", total: int | None = None, done: int = 0) -> None:
-        """A phase, or another source within it."""
+        """Start a phase, or another source within it."""
         self._phase, self._message, self._unit = phase, message, unit
         self._start, self._from = self._clock(), done
         self.update(done, total, now=True)
 
     def update(self, done: int, total: int | None = None, *, unit: str | None = None, now: bool = False) -> None:
-        """So much is done; reported if the last report is old enough, or if asked to `now`."""
+        """Set how much is done. Reports it if the last report is INTERVAL seconds old, or with `now`."""
         moment = self._clock()
         if not now and moment - self._last < INTERVAL:
             return

@@ -1,1 +1,1 @@
-"""Judges of text: its language, how likely it reads, its quality, personal data, toxicity, and evaluation texts in it."""
+"""Filters of text: language, perplexity, quality, personal data, toxicity, contamination, and heuristic rules."""

@@ -1,9 +1,9 @@
-"""Evaluation texts inside documents, by n-grams of words as GPT-3 looked for them (Brown et al. 2020, appendix C).
+"""Finds evaluation texts in documents, by n-grams of words, as GPT-3 did (Brown et al. 2020, appendix C).
 
 Words are lower-cased and stripped of punctuation. A document matches an evaluation set where it has any 13 words in a row
-of one of its texts; a shorter text is looked for as a whole, from 8 words on, and left alone below. In scripts without spaces
-each character is a word; but a text mostly in kana is looked for by twice as many of them, and one mostly in Thai or the like
-by four times, as 13 characters are hardly three words there. The index is one sorted array of hashes for each length of n-gram.
+of one of its texts; a shorter text is searched for as a whole, from 8 words on, and ignored below. In scripts without spaces
+each character is a word; but for a text mostly in kana n-grams are twice as long, and for one mostly in Thai or the like
+four times, because 13 characters are hardly three words there. The index is one sorted array of hashes for each length of n-gram.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def words(text: str) -> list[str]:
 
 
 def _length(tokens: list[str], settings: Contamination) -> int:
-    """How many of an evaluation text's words in a row are looked for; 0 where it is too short."""
+    """The length of the n-grams that are searched for an evaluation text, in words; 0 where it is too short."""
     letters, kana = (sum(map(bool, map(script.match, tokens))) for script in (ALPHABETS, KANA))
     count = len(tokens) - letters * 3 / 4 - kana / 2  # what would be words with spaces between
     each = 1 if 4 * count >= 3 * len(tokens) else 2 if 3 * count >= len(tokens) else 4
@@ -98,7 +98,7 @@ class NgramIndex:
 
     @classmethod
     def build(cls, sets: Mapping[str, Iterable[str]], settings: Contamination) -> NgramIndex:
-        """An index of the texts of each set; those of fewer than `least` words are counted but not looked for."""
+        """An index of the texts of each set; those of fewer than `least` words are counted but not searched for."""
         grams: dict[int, list[Hashes]] = {}
         owners: dict[int, list[npt.NDArray[np.int32]]] = {}
         names, sizes, number = [], [], 0
@@ -123,7 +123,7 @@ class NgramIndex:
 
     @property
     def too_short(self) -> list[int]:
-        """Of each set, how many of its texts are too short to be looked for."""
+        """Of each set, how many of its texts are too short to search for."""
         sought: set[int] = set()
         for _, owners in self._tables.values():
             sought.update(np.unique(owners).tolist())
@@ -135,7 +135,7 @@ class NgramIndex:
         tokens = words(text)
         if len(tokens) < self.settings.least or not self._tables:
             return EvaluationOverlap({}, 0.0)
-        if len(self._known) > 1 << 20:  # words of a large build: begin anew rather than grow
+        if len(self._known) > 1 << 20:  # limits the memory of a large build
             self._known.clear()
         hashes = _hashes(tokens, self._known)
         covered = np.zeros(len(tokens) + 1, np.int64)
@@ -179,7 +179,7 @@ class NgramIndex:
 
     @classmethod
     def load(cls, path: Path) -> NgramIndex:
-        """Read an index; ShardError where the file is not a whole one."""
+        """Read an index; ShardError where the file is damaged."""
         try:
             raw = path.read_bytes()
             line, _, body = raw.partition(b"\n")

@@ -1,4 +1,4 @@
-"""The language of a text, by CLD2's model, which lies inside its wheel."""
+"""The language of a text, by CLD2, whose wheel contains its model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Guess(NamedTuple):
 
 
 class Detector:
-    """Tells languages; SpecError where pycld2 is not installed."""
+    """Detects languages; SpecError where pycld2 is not installed."""
 
     def __init__(self) -> None:
         self._cld = need("pycld2", "telling languages")
 
     def guess(self, text: str) -> Guess:
-        """The first language of a text and its share; ("un", 0) where CLD2 does not trust itself."""
+        """The first language of a text and its share; ("un", 0) where CLD2 is not sure."""
         raw = text.encode("utf-8", "replace")
         try:
             reliable, _, found = self._cld.detect(raw)

@@ -1,4 +1,4 @@
-"""How likely a text reads after a reference: the perplexity of an n-gram model of words, trained here and scored by kenlm.
+"""The perplexity of a text under an n-gram model of words, trained here on a reference and scored by kenlm.
 
 Words, not SentencePiece pieces: cleaning comes before the tokenizer is trained, and a model of words needs none. They are
 lower-cased, digits become 0, and punctuation and characters of scripts without spaces stand alone, after CCNet's
@@ -138,7 +138,7 @@ def _write_arpa(orders: list[NgramOrder], vocabulary: list[str], path: Path) -> 
 
 
 class Scorer:
-    """Scores texts by a model's ARPA file. Raises SpecError where kenlm is missing, ShardError where the file is none."""
+    """Scores texts by a model's ARPA file. Raises SpecError if kenlm is missing, ShardError if the file is not a model."""
 
     def __init__(self, path: Path) -> None:
         kenlm = need("kenlm", "scoring perplexity")

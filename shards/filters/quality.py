@@ -1,4 +1,4 @@
-"""How much a text is like the user's good text and unlike the bad: logistic regression on hashed words and pairs of words.
+"""A classifier of the user's good and bad text: logistic regression on hashed words and pairs of words.
 
 A model's file is a line of JSON (what it was trained on, how it scored on examples kept apart) and the coefficients as
 little-endian float32: nothing in it is ever executed.
@@ -107,7 +107,7 @@ class Classifier:
 
     @classmethod
     def load(cls, path: Path) -> Classifier:
-        """Read a model; ShardError where the file is not a whole one."""
+        """Read a model; ShardError where the file is damaged."""
         try:
             line, _, body = path.read_bytes().partition(b"\n")
             head = msgspec.json.decode(line)

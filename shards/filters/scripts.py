@@ -1,4 +1,4 @@
-"""Scripts that are written without spaces between words: where a split at white space would give a clause for a word."""
+"""Scripts written without spaces between words, where splitting at white space would give clauses instead of words."""
 
 from __future__ import annotations
 

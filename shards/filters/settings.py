@@ -1,4 +1,4 @@
-"""Settings of what judges text, a struct for each judge."""
+"""Settings of the filters, a struct for each."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TOXIC_KINDS = ("profanity", "slurs", "sexual", "violence")
 class Language(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which languages are kept."""
 
-    keep: tuple[str, ...] = ()  # ISO 639-1 codes such as "en"; empty: all, the language is only told
+    keep: tuple[str, ...] = ()  # ISO 639-1 codes such as "en"; empty: keep all, and only report the language
     min_score: float = 0.65  # share of the text in its first language; FineWeb keeps English from 0.65
-    unknown: bool = False  # keep texts that are too short or too mixed to tell
+    unknown: bool = False  # keep texts whose language is not clear
 
     def check(self, where: str) -> None:
         """Raise SpecError for settings that no text can meet."""
@@ -31,10 +31,10 @@ class Language(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class Perplexity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An n-gram model of a reference text, and which perplexities are kept."""
 
-    reference: str = ""  # a file or directory of text like what is wanted
+    reference: str = ""  # a file or directory of text like the wanted text
     order: int = 5  # words an n-gram; 2 to 6
-    vocabulary: int = 65_536  # most frequent words that are told apart; the others are <unk>
-    min_count: int = 2  # occurrences below which n-grams of three words and more are left out
+    vocabulary: int = 65_536  # the most frequent words; the others are <unk>
+    min_count: int = 2  # n-grams of three words and more that occur less often are left out
     max_words: int = 20_000_000  # words of the reference that are read; training takes about 150 bytes of memory for each
     max_perplexity: float = 0  # texts above it are refused; 0: none
     min_perplexity: float = 0  # texts below it are refused, such as lists of one word; 0: none
@@ -61,10 +61,10 @@ class Quality(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     bad: str = ""  # a file or directory of text that is not
     features: int = 1 << 18  # columns that words and pairs of words are hashed to, a power of two
     held_out: float = 0.2  # share of the examples that the model's own scores are measured on
-    characters: int = 20_000  # characters of a document that are looked at, from its start
+    characters: int = 20_000  # characters from the start of a document that are scored
     regularisation: float = 1.0  # logistic regression's C
-    min_score: float = 0  # texts below it are refused; 0: none, the score is only told
-    edges: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)  # scores that part the buckets q0, q1, ...
+    min_score: float = 0  # texts below it are refused; 0: none, and only report the score
+    edges: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)  # scores between the buckets q0, q1, ...
 
     def check(self, where: str) -> None:
         """Raise SpecError for settings that cannot work."""
@@ -80,12 +80,12 @@ class Quality(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Pii(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Personal data: what is looked for, and what is done with it."""
+    """Personal data: what is searched for, and what is done with it."""
 
     mode: Literal["redact", "drop"] = "redact"  # put a placeholder such as <EMAIL>, or refuse the document
     kinds: tuple[str, ...] = PII_KINDS
     region: str = "US"  # of telephone numbers without a country code; "" leaves such numbers alone
-    names: str = ""  # a spaCy model that finds people's names, such as "en_core_web_sm"; "": names are not looked for
+    names: str = ""  # a spaCy model that finds people's names, such as "en_core_web_sm"; "": names are not searched for
     drop_at: int = 1  # findings from which `drop` refuses a document
 
     def check(self, where: str) -> None:
@@ -126,8 +126,8 @@ class Contamination(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     mode: Literal["drop", "report"] = "drop"
     sets: dict[str, str] = {}  # name of an evaluation set: file or directory of its texts
     ngram: int = 13  # words, as in GPT-3
-    least: int = 8  # words of the shortest evaluation text that is looked for, whole
-    min_share: float = 0  # share of a document's words inside matches below which it is kept all the same
+    least: int = 8  # words of the shortest evaluation text that is searched for, as a whole
+    min_share: float = 0  # a document with a smaller share of its words in matches is kept
 
     def check(self, where: str) -> None:
         """Raise SpecError for settings that cannot work."""

@@ -1,7 +1,7 @@
-"""How toxic a text is, by kind: words of small lists over the text's words, and lines that a model takes for profane.
+"""The toxicity of a text, by kind: the share of words that are in small lists, and of lines that a model classifies as profane.
 
-The model is alt-profanity-check's linear classifier of words, which lies inside its wheel. Words that medicine, law and
-history cannot do without (anatomy, crimes, what archives quote) count only in the company of words of the same list that no
+The model is alt-profanity-check's linear classifier of words, which its wheel contains. Words that medicine, law and
+history need (anatomy, crimes, what archives quote) count only in the company of words of the same list that no
 field needs, and never in texts that use the vocabulary of those fields; the model's share is not looked at there either,
 since it knows words and not their company. Violence has no words that no field needs: it goes by the vocabulary alone.
 """
@@ -25,7 +25,7 @@ _PROFANE = 0.8
 
 
 class Measured(NamedTuple):
-    """What one text was found to hold."""
+    """The measurements of one text."""
 
     words: int
     counts: dict[str, int]  # by kind, words of its list
@@ -35,7 +35,7 @@ class Measured(NamedTuple):
 
 
 class ToxicityScorer:
-    """Measures texts, many at a time; SpecError where the model is asked for and not installed."""
+    """Measures texts, many at a time; SpecError where the model is needed and not installed."""
 
     def __init__(self, settings: Toxicity) -> None:
         self.settings = settings

@@ -32,7 +32,7 @@ class Corpus:
         self.manifest: SplitManifest = load(self.directory)
         if (self.manifest.source, self.manifest.split) != (source, split):
             other = f"{self.manifest.source}/{self.manifest.split}"
-            raise ShardError(f"{self.directory}: its manifest is that of {other} (put both back in their places)")
+            raise ShardError(f"{self.directory}: its manifest is that of {other} (restore both)")
         self._cache = cache if cache is not None else Cache()
         shards = self.manifest.shards
         self._token_starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
@@ -58,13 +58,13 @@ class Corpus:
                 reader = ColumnReader(path, known.dtype, frame_items, known=known, cache=self._cache)
                 self._readers[shard, column] = reader
                 if len(self._readers) > OPEN_FILES:
-                    self._readers.popitem(last=False)  # closes with its last user, who may be another thread
+                    self._readers.popitem(last=False)  # closed with its last user, which may be another thread
             self._readers.move_to_end((shard, column))
             return reader
 
     @contextmanager
     def _reading(self, shard: int, column: str) -> Iterator[ColumnReader]:
-        """A reader; let go of where it raises, so that a file put back in its place is what the next try reads."""
+        """A reader. It is dropped where it raises, so that the next try reads a file that was restored in its place."""
         reader = self._reader(shard, column)
         try:
             yield reader

@@ -34,7 +34,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SplitManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """All there is to know of one source's split without opening its shards."""
+    """The manifest of one source and split: everything about its shards except their content."""
 
     format: int = FORMAT
     source: str
@@ -50,14 +50,14 @@ class SplitManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     text_bytes: Count  # bytes of UTF-8 that the tokens stand for
     rejected: dict[str, Count]  # records that were left out, by reason; of the whole source, the same in both splits
     shards: tuple[Shard, ...]
-    notes: dict[str, Count] = {}  # what is to be known of records that were kept, and of how many: fields that were not read
+    notes: dict[str, Count] = {}  # notes on records that were kept, with their number, such as fields that were not read
     # The mask column: for sft 1 where the assistant speaks, else 0; for preference 0 prompt, 1 chosen, 2 rejected.
     digest: str = ""
 
     def computed_digest(self) -> str:
         """xxh3_128, hex, of this manifest's JSON with sorted keys, no spaces, an empty digest, and no empty `notes`."""
         plain = msgspec.to_builtins(msgspec.structs.replace(self, digest=""))
-        if not self.notes:  # which came later: manifests of before stay what they are
+        if not self.notes:  # a later addition: without notes, digests are those of older manifests
             del plain["notes"]
         return xxhash.xxh3_128_hexdigest(msgspec.json.encode(plain, order="sorted"))
 
@@ -99,16 +99,16 @@ class _Version(msgspec.Struct):
 
 
 def _contradiction(manifest: SplitManifest) -> str | None:
-    """What of a manifest contradicts the rest of it, or cannot be; a digest that is right says only who wrote it."""
+    """A contradiction in a manifest, or an impossible value: a matching digest does not exclude them."""
     if manifest.split not in SPLITS or not 1 <= manifest.frame_items <= MOST_FRAME_ITEMS:
-        return f"split {shown(manifest.split)} in frames of {manifest.frame_items} items is none that was written"
+        return f"split {shown(manifest.split)} in frames of {manifest.frame_items} items is not valid"
     for number, shard in enumerate(manifest.shards):
         problem = _shard_problem(shard, manifest)
         if problem:
             return f"shard {number}: {problem}"
     for what in ("tokens", "documents"):
         if sum(getattr(shard, what) for shard in manifest.shards) != getattr(manifest, what):
-            return f"its {what} are not those of its shards together"
+            return f"its {what} are not the sums over its shards"
     return None
 
 
@@ -128,10 +128,10 @@ def _shard_problem(shard: Shard, manifest: SplitManifest) -> str | None:
 
 
 def verify(directory: Path, *, full: bool = True, tell: Callable[[int], None] = lambda count: None) -> Iterator[str]:
-    """Yield a message for all that is wrong with the shards of one manifest; nothing, if they are whole.
+    """Yield a message for each fault of the shards of one manifest; nothing if they are intact.
 
-    Not full: that files are there with the right size and seek table. Full: every byte, by hash, and every frame, and
-    that each shard's columns agree with each other. tell: called with each so many bytes that were read.
+    Not full: checks that files exist with the right size and seek table. Full: checks every byte by hash, every frame, and
+    that each shard's columns agree with each other. tell: called with the number of bytes after each read.
     """
     try:
         manifest = load(directory)
@@ -180,7 +180,7 @@ def _verify_shard(readers: dict[str, ColumnReader], shard: Shard, manifest: Spli
     for number in range(ends.frames):
         frame = ends.decode_frame(number).astype(np.int64)
         if np.any(np.diff(frame, prepend=before) <= 0):
-            yield f"{ends.path}: frame {number}: document ends do not rise"
+            yield f"{ends.path}: frame {number}: document ends are not ascending"
         before = int(frame[-1])
     if before != tokens.items:
         yield f"{ends.path}: the last document ends at {before}, the tokens at {tokens.items}"

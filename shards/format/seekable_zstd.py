@@ -148,7 +148,7 @@ class ColumnWriter:
         )
 
     def abort(self) -> None:
-        """Give up: close and remove what was written so far."""
+        """Close the file and remove what was written so far."""
         if not self._file.closed:
             self._file.close()
             self._temporary.unlink(missing_ok=True)
@@ -186,13 +186,13 @@ class ColumnReader:
         self.path = path
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.frame_items = frame_items
-        self._full = frame_items * self.dtype.itemsize  # bytes of a whole frame's items
+        self._full = frame_items * self.dtype.itemsize  # bytes of the items of a full frame
         self._cache = cache if cache is not None else Cache()
-        self._number = next(_readers)  # not id(), which a later reader may get again
+        self._number = next(_readers)  # not id(), which a later reader may reuse
         self._nothing = np.empty(0, self.dtype)
-        self._latest = -1, self._nothing  # the frame that was asked for last, which mostly is asked for again
-        self._run = 0  # frames asked for one after the other; of several threads' reading it is a guess
-        self._header = b""  # of a frame that was found well; all whole ones of a writer begin alike
+        self._latest = -1, self._nothing  # the frame that was requested last, which is often requested again
+        self._run = 0  # consecutive frames requested; with several threads it is a guess
+        self._header = b""  # of a valid frame; all full frames of a writer have the same header
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -225,7 +225,7 @@ class ColumnReader:
         if HEADER.unpack_from(table) != (SKIPPABLE_MAGIC, length - HEADER.size):
             raise self._refuse(f"damaged seek table header at byte {size - length}")
         if known is not None and xxhash.xxh3_128_hexdigest(table) != known.table:
-            raise self._refuse(f"the seek table at byte {size - length} is not the one of the manifest")
+            raise self._refuse(f"the seek table at byte {size - length} is not the one in the manifest")
         entries = np.frombuffer(table, ENTRY, frames, HEADER.size)
         # Offsets in 64 bits: the table holds only 32-bit sizes, and a shard may well pass 4 GiB.
         self._offsets = np.zeros(frames + 1, np.uint64)
@@ -235,7 +235,7 @@ class ColumnReader:
         plain = entries["plain"].astype(np.int64)
         if frames and (np.any(plain[:-1] != self._full) or not 0 < plain[-1] <= self._full or plain[-1] % self.dtype.itemsize):
             raise self._refuse(f"its frames do not hold {self.frame_items} items of {self.dtype.name} each")
-        # Views that give Python's own numbers: a look into an array takes several times as long.
+        # Memory views give Python's own numbers: indexing an array takes several times as long.
         self._starts, self._checksums = self._offsets.data, entries["checksum"].astype(np.uint32).data
         self.frames = frames
         self.bytes = size
@@ -252,7 +252,7 @@ class ColumnReader:
             while len(raw) < count:
                 more = os.pread(self._handle, count - len(raw), offset + len(raw))
                 if not more:
-                    raise self._refuse(f"ends at byte {offset + len(raw)}, within what should be there")
+                    raise self._refuse(f"ends at byte {offset + len(raw)}, before its end")
                 raw += more
         except OSError as error:
             raise self._refuse(f"cannot be read at byte {offset}: {error.strerror}") from None
@@ -268,7 +268,7 @@ class ColumnReader:
         cached = self._cache.get(key)
         if cached is None and self._run >= PASSING:
             self._latest = -1, self._nothing
-            del latest, found  # whose memory the next one may have
+            del latest, found  # the next frame may use its memory
             cached = self.decode_frame(number)
         elif cached is None:
             cached = self.decode_frame(number)
@@ -283,11 +283,11 @@ class ColumnReader:
         last = number == self.frames - 1
         expected = self._last_plain if last else self._full
         try:
-            # What was found well once need not be taken apart again.
+            # A header that was valid once need not be parsed again.
             if last or not self._header or not raw.startswith(self._header):
                 self._check_header(raw, expected, number, keep=not last)
-            # A frame ends with its content's checksum, which is the very number that the table has, and which zstd checks:
-            # so one hash is enough to know both damage and a frame of another place.
+            # A frame ends with its content's checksum, the same number as in the seek table, and zstd checks it:
+            # so one hash detects both damage and a frame from another place.
             if int.from_bytes(raw[-CHECKSUM_BYTES:], "little") != self._checksums[number]:
                 raise self._refuse(f"{self._where(number)}: its content is not what the seek table says")
             plain = _decompressor().decompress(raw, allow_extra_data=False)
@@ -301,10 +301,10 @@ class ColumnReader:
         return f"frame {number} at byte {self._starts[number]}"
 
     def _check_header(self, raw: bytes, expected: int, number: int, *, keep: bool) -> None:
-        """That a frame's header asks for what the table says. keep: it is that of a whole frame, to be known again."""
+        """Check that a frame's header agrees with the table. keep: it is that of a full frame, and is remembered."""
         header = zstandard.get_frame_parameters(raw)
-        # A flipped bit in a frame's own header could ask for gigabytes, or turn its checksum off: look first.
-        unused = raw[4] & 0x18  # bits of the header's descriptor that no encoder sets and no decoder looks at
+        # A flipped bit in a frame's header could request gigabytes, or turn its checksum off: check it first.
+        unused = raw[4] & 0x18  # bits of the header's descriptor that encoders leave 0 and decoders ignore
         if header.content_size != expected or not header.has_checksum or header.dict_id or unused:
             raise self._refuse(f"{self._where(number)}: its header is damaged")
         if keep:
@@ -366,7 +366,7 @@ class ColumnReader:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Let go of the file. Frames already decoded stay valid."""
+        """Close the file. Frames already decoded stay valid."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1

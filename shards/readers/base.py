@@ -22,34 +22,34 @@ from shards.tokenization.records import Document
 
 LONGEST_RECORD = 64 << 20  # bytes of one line, and of one file's document
 KEPT_ASIDE = 4096  # characters of a broken record that are kept
-LOOKED_AT = 4096  # bytes by which an encoding is told
-DAMAGED = "damaged file, read up to there"
+LOOKED_AT = 4096  # bytes from which the encoding is detected
+DAMAGED = "damaged file, read up to the damage"
 NULS = "NUL characters, which no text has"
 SPECIAL = re.compile(r"[*?\[]")  # what makes a path a glob
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A record that is no document."""
+    """A record that cannot be used as a document."""
 
     where: str  # file and line
     reason: str
     record: str  # its beginning
-    rest: bool = False  # the rest of the file is lost with it, or all of it: the file is broken
+    rest: bool = False  # the file is broken: the rest of it, or all of it, is lost
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is read as one, by one process: mostly a file; or a repository, a paper, a dump."""
+    """What one process reads at a time: usually a file; or a repository, a paper, a dump."""
 
     name: str  # for people: the path, or the directory
-    size: int  # bytes as stored; 0 where that is not known
+    size: int  # bytes as stored; 0 where unknown
     paths: tuple[str, ...]  # local paths or URLs
 
 
 @dataclass
 class ReadPosition:
-    """How far a source was read; readers move `done`."""
+    """How far a source was read; readers update `done`."""
 
     unit: str = "bytes"
     total: int = 0
@@ -61,14 +61,14 @@ Record = Document | Rejected
 
 
 def shown(raw: bytes | str) -> str:
-    """The beginning of a broken record, as text that every file can hold."""
+    """The beginning of a broken record, as text that can be encoded as UTF-8."""
     if isinstance(raw, str):
         return raw[:KEPT_ASIDE].encode("utf-8", errors="backslashreplace").decode()
     return raw[:KEPT_ASIDE].decode("utf-8", errors="backslashreplace")
 
 
 def decoded(raw: bytes) -> tuple[str, str]:
-    """(text, "") of UTF-8 with or without a mark, or ("", why not). Text has no NULs; UTF-16 without a mark has, as a rule."""
+    """(text, "") of UTF-8 with or without a byte order mark, else ("", the reason). NULs are refused: they mean UTF-16."""
     if b"\0" in raw:
         return "", not_utf8(raw)
     try:
@@ -78,7 +78,7 @@ def decoded(raw: bytes) -> tuple[str, str]:
 
 
 def not_utf8(raw: bytes) -> str:
-    """What to call bytes that are not UTF-8 text. UTF-16 and UTF-32 are known by their marks, or by where their NULs are."""
+    """The reason for bytes that are not UTF-8 text. UTF-16 and UTF-32 are detected by byte order marks, or by their NULs."""
     zeros = [raw[place:LOOKED_AT:4].count(0) * 4 / max(1, len(raw[:LOOKED_AT])) for place in range(4)]
     even, odd = (zeros[0] + zeros[2]) / 2, (zeros[1] + zeros[3]) / 2
     if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) or (len(raw) >= 8 and max(min(zeros[:2]), min(zeros[2:])) > 0.9):

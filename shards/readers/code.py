@@ -1,4 +1,4 @@
-"""Code: files by their endings, one document each, or a whole repository as one; what nobody wrote is left out, and counted."""
+"""Code: files by their endings, one document each, or a whole repository as one. Generated and vendored files are rejected."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shards.tokenization.records import Document
 SUFFIXES = tuple(LANGUAGES)
 KINDS = ("text",)
 OPTIONS = ("suffixes", "repository")
-DOTTED_ARE_HIDDEN = False  # .eslintrc.js and .github are code; what is none among them is counted as vendored
+DOTTED_ARE_HIDDEN = False  # .eslintrc.js and .github are code; other hidden files count as vendored
 LONGEST_FILE = 1 << 20  # bytes; longer files are data, as a rule
-LONG_LINE = 1000  # characters; of code a line in thousands, of data and of what is minified all
+LONG_LINE = 1000  # characters; few lines of code are longer, most lines of data and of minified files are
 LONG_MEAN = 100  # characters of the mean line (Chen et al. 2021, section 3.1: the Codex paper's filter)
-HEAD = 1500  # characters in which a generated file says so
+HEAD = 1500  # characters at the start of a file in which a note that it was generated is searched for
 VENDORED = frozenset(
     (
         "node_modules", "bower_components", "vendor", "vendored", "_vendor", "third_party", "third-party", "thirdparty", "3rdparty",
@@ -65,7 +65,7 @@ def wanted(name: str) -> bool:
 
 
 def units(source: Source, found: list[InputFile]) -> list[Unit]:
-    """Files, those of vendored directories left out when they are read; or the repositories directly beneath the path."""
+    """The files (those in vendored directories are rejected when they are read), or the repositories directly beneath the path."""
     if not source.repository:
         return [Unit(each.path, each.size, (each.path,)) for each in found]
     assert source.path is not None
@@ -96,7 +96,7 @@ def _order(top: str) -> Callable[[InputFile], tuple[int, int, str]]:
 
 
 def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
-    """A file's code, or a repository's with each file's path over it."""
+    """The code of a file; or that of a repository, with a header line for each file."""
     if source.repository:
         yield from _repository(unit, reading)
         return
@@ -105,7 +105,7 @@ def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
 
 
 def _code(path: str, inner: str, reading: ReadPosition) -> Record:
-    """`inner` is what counts for vendored directories: where the user keeps the tree does not."""
+    """inner: the path below the user's directory, which decides whether a directory is vendored."""
     reason = of_path(inner)
     if reason:
         return Rejected(path, reason, "")
@@ -127,7 +127,7 @@ def _code(path: str, inner: str, reading: ReadPosition) -> Record:
 
 
 def of_path(path: str) -> str:
-    """Why a file is left out by its path alone; "" if it is not."""
+    """Why a file is rejected by its path; "" if it is not."""
     pure = PurePath(path)
     if any(part in VENDORED for part in pure.parts[:-1]):
         return "vendored"
@@ -140,7 +140,7 @@ def of_path(path: str) -> str:
 
 
 def of_text(text: str) -> str:
-    """Why a file is left out by what it holds; "" if it is not."""
+    """Why a file is rejected by its content; "" if it is not."""
     if GENERATED_HEADS.search(text, 0, HEAD):
         return "generated"
     lines = text.count("\n") + 1
@@ -154,7 +154,7 @@ def of_text(text: str) -> str:
 
 
 def _may_be_data(text: str) -> bool:
-    """Spares nearly all code the slow search."""
+    """A fast check that saves most files the slow search."""
     return text.count("0x") >= 256 or text.count(",") * 6 > len(text) or max(map(len, text.split()), default=0) >= 1024
 
 

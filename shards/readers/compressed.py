@@ -1,6 +1,6 @@
-"""The bytes inside .gz, .zst, .bz2 and .xz: streamed, in bounded memory whatever the ratio, cut-off files told from whole ones.
+"""Streams the content of .gz, .zst, .bz2 and .xz, in bounded memory whatever the ratio, and detects truncated files.
 
-Concatenated members are read as one. What is damaged raises one of DAMAGE after all that is whole was given.
+Concatenated members are read as one. A damaged file raises one of DAMAGE after all data before the damage was returned.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Gzip:
 
 
 class _Members(io.RawIOBase):
-    """Decompressed bytes of concatenated members. Zeros between and after them, which tape and `xz` leave, are skipped."""
+    """Decompressed bytes of concatenated members. Zeros between and after them, which tapes and `xz` add, are skipped."""
 
     def __init__(self, raw: IO[bytes], new: Callable[[], Any]) -> None:
         self._raw, self._new = raw, new
@@ -92,14 +92,14 @@ class _Members(io.RawIOBase):
 
 
 class _Frames(io.RawIOBase):
-    """Follows a .zst's frames as its bytes pass by, as the decompressor does not tell a file that was cut off from a whole one.
+    """Parses the frames of a .zst as its bytes pass by, because the decompressor does not report a truncated file.
 
     The frame's layout: RFC 8878, section 3.1. Only block headers are looked at: 3 bytes in up to 128 KiB.
     """
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
-        self._have = bytearray()  # of a header that is not whole yet
+        self._have = bytearray()  # of an incomplete header
         self._skip = 0  # bytes up to the next header
         self._inside = False  # a frame, between its header and its last block
         self._checksum = 0
@@ -154,7 +154,7 @@ class _Frames(io.RawIOBase):
             self._inside = True
             have.clear()
         elif len(have) >= 8:
-            self._gave_up = True  # no frame: the decompressor says so
+            self._gave_up = True  # not a frame: the decompressor reports it
 
 
 class _Zstd(io.RawIOBase):
@@ -167,14 +167,14 @@ class _Zstd(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._stream.readinto1(buffer)  # not more than one frame: of those before a damaged one nothing is lost
+        count = self._stream.readinto1(buffer)  # at most one frame, so that none before a damaged one is lost
         if not count and not self._frames.whole:
             raise EOFError("it ends within a zstd frame")
         return count
 
 
 def opened(name: str, raw: io.BufferedReader[Any]) -> io.BufferedReader[Any]:
-    """The bytes inside, by the name's ending; those of `raw` itself for any other name."""
+    """The decompressed bytes, by the name's ending; for any other ending `raw` itself."""
     if name.endswith(".gz"):
         return io.BufferedReader(_Members(raw, _Gzip), BLOCK)
     if name.endswith(".zst"):

@@ -19,7 +19,7 @@ from shards.readers.hidden import is_hidden, is_hidden_match
 
 
 class InputFile(NamedTuple):
-    """A file: path or URL, bytes as stored, and what changes when its content does."""
+    """A file: path or URL, bytes as stored, and a stamp that changes with its content."""
 
     path: str
     size: int
@@ -53,7 +53,7 @@ def find(path: str, where: str, wanted: Callable[[str], bool], endings: str, *, 
 
 def _beneath(root: Path, dotted: bool) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
-        raise error  # os.walk would leave out what it cannot look into without a word
+        raise error  # by default os.walk skips directories that it cannot read
 
     for directory, inner, names in os.walk(root, onerror=refuse):
         inner[:] = [name for name in inner if not is_hidden((name,), dotted=dotted)]
@@ -68,13 +68,13 @@ def stat(file: Path) -> InputFile:
 
 
 def beneath(path: str, top: str) -> str:
-    """The path within a directory; "" for one that is not in it. A store's own spelling of a URL may have more slashes."""
+    """The path relative to a directory; "" outside of it. Object stores may write a URL with more slashes."""
     path, top = (re.sub(r"\A([A-Za-z][A-Za-z0-9+.-]*):/+", r"\1:/", each) for each in (path, top.rstrip("/")))
     return path[len(top) + 1 :] if path.startswith(f"{top}/") else ""
 
 
 class _CountingStream(io.RawIOBase):
-    """A raw stream that moves `reading.done` by what is read from it: once a block, which costs records nothing."""
+    """A raw stream that adds what is read from it to `reading.done`, once for each block."""
 
     def __init__(self, raw: io.RawIOBase, reading: ReadPosition) -> None:
         self._raw, self._reading = raw, reading

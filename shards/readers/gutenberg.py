@@ -1,4 +1,4 @@
-"""Books of Project Gutenberg: a .txt a document, without header, licence and transcriber's notes."""
+"""Books of Project Gutenberg: each .txt is a document, without header, licence and transcriber's notes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.tokenization.records import Document
 SUFFIXES = (".txt",)
 KINDS = ("text",)
 OPTIONS = ("suffixes",)
-HEADER = 60_000  # characters in which a header ends; small prints of the 1990s have some 12,000
+HEADER = 60_000  # characters within which a header ends; that of the 1990s has about 12,000
 _START = re.compile(
     # Since 2000; a long title goes on in the next line.
     r"^[ \t]*\*{2,}[ \t]*START[ \t]*OF[ \t]*(?:THE|THIS)[ \t]*PROJECT[ \t]*GUTENBERG[^\n]*?(?:\n[^\n*]+)?\*{2,}[^\n]*$"
@@ -75,7 +75,7 @@ def _book(path: str, raw: bytes) -> Record:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     header, body = without_licence(text)
     if body is None:
-        return Rejected(path, "a Project Gutenberg header that has no end", shown(text))
+        return Rejected(path, "a Project Gutenberg header without an end", shown(text))
     body = without_notes(body).strip("\n")
     key = told("Title", header) or path
     return Document(key, (body + "\n" if body.strip() else "",), (), path, told("Language", header))
@@ -95,13 +95,13 @@ def _decoded(raw: bytes) -> tuple[str, str]:
 
 
 def told(name: str, header: str) -> str:
-    """What a header says of the book, such as its Title or Language."""
+    """A field of the header, such as Title or Language."""
     found = re.search(_FIELD.format(re.escape(name)), header, re.MULTILINE | re.IGNORECASE)
     return found[1].strip() if found else ""
 
 
 def without_licence(text: str) -> tuple[str, str | None]:
-    """(header, book); the book is None where a header begins and does not end."""
+    """(header, book); the book is None where the header does not end."""
     start, end = 0, len(text)
     last = None
     for last in _START.finditer(text, 0, HEADER):  # noqa: B007  # some have the small print's end after the marker

@@ -1,4 +1,4 @@
-"""Files that programs put beside data and that are no data: not read from directories, archives and globs, unless named."""
+"""Hidden files, which programs put next to data: not read from directories, archives and globs unless they are named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_hidden(parts: Iterable[str], *, dotted: bool = True) -> bool:
 
 
 def is_hidden_match(path: str, pattern: str, *, dotted: bool = True) -> bool:
-    """The same of a path that a glob has found: a part that the pattern itself writes, or the dot that it begins with, is named."""
+    """The same for a match of a glob: a part that the pattern spells out, or whose leading dot it has, counts as named."""
     named = pattern.split("/")
     asks = any(part.startswith(".") and SPECIAL.search(part) for part in named)
     parts = [part for part in path.split("/") if part not in named and not (asks and part.startswith("."))]

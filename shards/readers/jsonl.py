@@ -1,4 +1,4 @@
-"""JSON lines: a record a line."""
+"""JSON lines: one record on each line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _records(path: str, lines: io.BufferedReader) -> Iterator[Placed]:
 
 
 def _of_nuls(line: bytes) -> str:
-    """What a line with NULs is; JSON has none."""
+    """The reason for a line with NULs, which JSON does not allow."""
     return not_utf8(line) if b"\0" in line else ""
 
 
@@ -72,5 +72,5 @@ def _why(error: Exception, line: bytes) -> str:
     if isinstance(error, UnicodeDecodeError) or "utf-8" in said:
         return "not UTF-8"
     if "surrogate" in said:
-        return "a lone surrogate, which is no character"
+        return "a lone surrogate, which is not a character"
     return "not JSON"

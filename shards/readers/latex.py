@@ -1,4 +1,4 @@
-"""LaTeX: a paper a document, from trees of sources and from arXiv's archives (.tar.gz, or one file in .gz)."""
+"""LaTeX: each paper is a document, from directories of sources and from arXiv's archives (.tar.gz, or one file in .gz)."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _members(path: str, file: io.BufferedReader[Any]) -> Iterator[tuple[str, byt
 
 
 def _decoded(raw: bytes) -> str:
-    """UTF-8, else Latin-1, in which most older sources are, and in which every byte is a character."""
+    """The text, as UTF-8, else as Latin-1, which most older sources use and which decodes every byte."""
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
@@ -134,7 +134,7 @@ def papers(where: str, files: dict[str, str]) -> Iterator[Record]:
         try:
             text = _paper(tree.inlined(name), kept)
         except (MacroError, RecursionError) as error:
-            yield Rejected(place, "macros that do not come to an end", shown(str(error)))
+            yield Rejected(place, "macros that do not terminate", shown(str(error)))
             continue
         if text.strip():
             yield Document(text, (text,), (), place)
@@ -211,7 +211,7 @@ class _Tree:
         text = self._files[name]
         room[0] -= len(text)
         if room[0] < 0:
-            raise MacroError("files that include each other again and again")
+            raise MacroError("files that include each other in a circle")
         if _CLASS.search(text) and inside:
             begin, end = _BODY.search(text), _END.search(text)  # of a subfile its body
             text = text[begin.end() if begin else 0 : end.start() if end else len(text)]

@@ -88,7 +88,7 @@ def _of_messages(flat: list[tuple[str, Mapping[str, Any]]], source: Source) -> I
         elif parent in known and parent != own:
             known[parent].replies.append(known[own])
         else:
-            yield Rejected(where, "its parent is not beside it", shown(msgspec.json.encode(fields, enc_hook=str)))
+            yield Rejected(where, "its parent message is missing", shown(msgspec.json.encode(fields, enc_hook=str)))
     for where, root in roots:
         yield from _documents(root, where, source)
 

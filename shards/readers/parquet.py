@@ -26,7 +26,7 @@ def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
 
 
 def columns(names: list[str], source: Source) -> list[str]:
-    """Those of a file's columns that are read: of texts one, of instruction data all that hold no tensors."""
+    """The columns of a file that are read: one for texts; for instruction data all except tensors."""
     return [source.text_field] if source.kind == "text" and source.text_field in names else names
 
 

@@ -1,4 +1,4 @@
-"""Files on object stores and web servers, through fsspec: listed, opened as streams, and gone on with after a lost connection."""
+"""Files on object stores and web servers, through fsspec: listing, streaming, and resuming after a lost connection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shards.readers.hidden import is_hidden, is_hidden_match
 TRIES = 4  # of one read, and of a listing
 PAUSE = 0.2  # seconds before the second try; doubled before each further one
 REQUEST, CONNECT, SILENCE = 300.0, 30.0, 60.0  # seconds of one request to a web server, of its connecting, and between bytes
-LARGEST = 1 << 26  # bytes of an answer that is held in memory
+LARGEST = 1 << 26  # bytes of a response that is held in memory
 STAMPS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created", "Last-Modified", "Content-MD5")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -36,7 +36,7 @@ def filesystem(path: str, where: str) -> tuple[Any, str]:
     core = need("fsspec.core", f"{where}: {path}")
     options: dict[str, Any] = {}
     if path.startswith(("http://", "https://")):
-        # Of a whole request, so that a server that drips is given up too; a file is gone on with from where it broke off.
+        # The limit is for a whole request, so that a very slow server is given up, too; a file is resumed where it broke off.
         aiohttp = need("aiohttp", f"{where}: {path}")
         timeout = aiohttp.ClientTimeout(total=REQUEST, sock_connect=CONNECT, sock_read=SILENCE)
         options["client_kwargs"] = {"timeout": timeout, "response_class": _bounded_response(aiohttp)}
@@ -71,7 +71,7 @@ def _bounded_response(aiohttp: Any) -> type[Any]:
 
 
 def find(path: str, where: str, wanted: Callable[[str], bool], endings: str, dotted: bool = True) -> list[tuple[str, int, str]]:
-    """(URL, bytes, stamp) of each file, sorted. SpecError if there are none, or nobody answers."""
+    """(URL, bytes, stamp) of each file, sorted. SpecError if there are none, or the server does not answer."""
     fs, inner = filesystem(path, where)
     try:
         found: list[tuple[str, int, str]] = again(lambda: _find(fs, inner, path, where, wanted, endings, dotted))
@@ -117,13 +117,13 @@ def _said(error: BaseException) -> str:
 
 
 def _is_missing(error: BaseException) -> bool:
-    """Whether a file is not there. fsspec says so of a web server too that cannot be reached; then the cause has no status."""
+    """Whether a file does not exist. fsspec raises the same for an unreachable web server; then the cause has no status."""
     cause = error.__cause__
     return isinstance(error, FileNotFoundError) and (cause is None or getattr(cause, "status", 0) in (401, 403, 404, 410))
 
 
 def again(call: Callable[[], Any], sleep: Callable[[float], None] = time.sleep) -> Any:
-    """The call's result, tried a few times: what is not found or refused as a question is not tried again."""
+    """The result of a call, with a few retries, but none for a file that does not exist or an invalid request."""
     pause, until = PAUSE, time.monotonic() + REQUEST
     for left in range(TRIES - 1, -1, -1):
         try:

@@ -1,7 +1,7 @@
-"""Documents out of a source, in an order that never changes, and the records that had to be left out.
+"""The documents of a source, in an order that never changes, and its rejected records.
 
-A broken record never ends a build: it is counted by its reason and kept aside. A broken file does so where it is one of more
-than the source's share of them.
+A broken record never stops a build: it is counted by reason and written to rejected.jsonl. Broken files stop it if they are more
+than the source's `broken_files` allows.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def files(source: Source) -> list[InputFile]:
 
 
 def units(source: Source) -> list[Unit]:
-    """What is read as one, in the order of reading: mostly a file. Raises SpecError if there are none, or a library is missing."""
+    """The units of a source, in the order of reading. Raises SpecError if there are none, or a library is missing."""
     if source.origin == "made":
         return []
     if source.path is None:
@@ -83,15 +83,15 @@ def fingerprint(source: Source) -> str:
 
 
 def changed(source: Source) -> ShardError:
-    """The error for a source whose fingerprint is another after it was read."""
+    """The error for a source whose fingerprint changed while it was read."""
     return ShardError(
-        f'source "{source.name}": {source.path}: files changed, came or went while they were read'
-        " (leave them alone while the build runs; the same command begins anew with what is there then)"
+        f'source "{source.name}": {source.path}: files were modified, added or removed while they were read'
+        " (do not change them during a build; the same command starts over with the files as they are then)"
     )
 
 
 def describe(source: Source) -> str:
-    """Where the text comes from, for the manifest."""
+    """Where the text comes from, for the manifest's `origin`."""
     if source.origin == "made":
         return f"made: {source.made} of {', '.join(source.of)}, {source.characters:,} characters or more each"
     if source.path is None:
@@ -127,23 +127,23 @@ def read_unit(
 
 
 def broken(source: Source, names: Sequence[str], of: int) -> None:
-    """Raises a ShardError naming the files, if so many broken ones, of all that are to be read, are more than the share."""
+    """Raises a ShardError that names the broken files, if they are more than the source allows of its `of` files."""
     if names and len(names) > source.broken_files * of:
         some = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
         raise ShardError(
             f'source "{source.name}": {len(names)} of {of} files are broken, which is more than broken_files = '
-            f"{source.broken_files:g}: {some} (fetch them again, take them away, or raise broken_files)"
+            f"{source.broken_files:g}: {some} (download them again, remove them, or raise broken_files)"
         )
 
 
 def unreadable(source: Source, rejected: Mapping[str, int]) -> None:
-    """Raises ShardError for a source of which no record is a document, where there were any."""
+    """Raises ShardError for a source that has records and no documents."""
     if rejected:
         most = sorted(rejected.items(), key=lambda item: (-item[1], item[0]))[:3]
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in most)
         raise ShardError(
             f'source "{source.name}": none of its {sum(rejected.values()):,} records is a document ({reasons})'
-            " (see that path, kind and the names of its fields are right)"
+            " (check path, kind and the names of its fields)"
         )
 
 

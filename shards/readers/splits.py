@@ -10,11 +10,11 @@ from shards.readers.stdlib import Wanted
 from shards.spec import Source
 from shards.tokenization.records import Document
 
-SMALL = 100_000  # documents up to which a source that would hold out nothing holds out its last one
+SMALL = 100_000  # a source with up to so many documents holds out its last one if it would hold out none
 
 
 class Keyed(Protocol):
-    """What is held out or not by the hash of its key."""
+    """A document, held out or not by the hash of its key."""
 
     def hashed(self, seed: int) -> int:
         """64 bits."""
@@ -22,11 +22,11 @@ class Keyed(Protocol):
 
 Record = TypeVar("Record", bound=Keyed)
 Records = Callable[[Callable[[str], bool], Wanted], Iterator[Record | Rejected]]
-"""All of a source's records; what is held out and what is still of use, by key, spares making those that are not."""
+"""Gives all records of a source. By the two functions of a key, held out and still needed, it can skip documents."""
 
 
 def quotas(limit: int | None, share: float) -> tuple[int | None, int | None]:
-    """How much of a limit is for training and how much is held out: at least 1, if any share and 2 or more are."""
+    """A limit divided into training and held out: of a limit of 2 or more at least 1 is held out, if the share is above 0."""
     if limit is None:
         return None, None
     held = min(max(1, round(limit * share)), limit - 1) if share > 0 else 0
@@ -49,7 +49,7 @@ def divide(
     limits = (train_limit, held_limit if share > 0 else 0)
     taken = [0, 0]
     keys: set[int] = set()
-    last: tuple[int, Record] | None = None  # a training document is kept back until another follows it
+    last: tuple[int, Record] | None = None  # the latest training document waits until another follows it
 
     def is_full(held: bool) -> bool:
         limit = limits[held]
@@ -88,7 +88,7 @@ def divide(
         if is_full(False) and is_full(True):
             break
     if early and source.path is not None:
-        # The user's few documents would all be held out: then the first is trained on.
+        # All of the user's few documents would be held out: then the first one is for training.
         yield early[0][0], early[0][1], False
         early = early[1:]
     for waited, document in early:
@@ -102,7 +102,7 @@ def divide(
 
 
 def _remember(keys: set[int], hashed: int) -> bool:
-    """Whether a key is new; forgets to count beyond what a small source has."""
+    """Whether a key is new; keys are not remembered beyond the size of a small source."""
     new = hashed not in keys
     if len(keys) <= SMALL:
         keys.add(hashed)

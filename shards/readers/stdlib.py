@@ -1,6 +1,6 @@
-"""Real documents that every Python brings along: its own standard library, as code, prose, questions and preferences.
+"""Documents that every Python has: its standard library, as code, prose, questions and preferences.
 
-Everything is held out by file: where a function's file is held out, so is it in all of these sources at once.
+Documents are held out by file: if a function's file is held out, the function is held out in all of these sources.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import xxhash
 
-# Tests are not what one would learn from; pydoc_data is the source of the topics, which must not come twice.
+# Tests are poor examples of code; pydoc_data holds the topics, which must not be duplicated.
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "lib2to3"}
 QUESTIONS = (
     "What does this Python function do?",
@@ -57,7 +57,7 @@ COMMON = frozenset(
     ]
 )
 
-Wanted = Callable[[str], bool]  # whether documents of this key are still of use; spares parsing those that are not
+Wanted = Callable[[str], bool]  # whether documents of this key are still needed; others are not parsed
 
 
 class Documented(NamedTuple):
@@ -147,7 +147,7 @@ def _opens_with_name(prompt: str, answer: str) -> bool:
 
 
 def _words(text: str) -> set[str]:
-    """The words that a text is about: of names their parts, of common words none."""
+    """The content words of a text: parts of names, without common words."""
     return {word for word in re.findall(r"[A-Z]?[a-z]{2,}", text) for word in [word.lower()] if word not in COMMON}
 
 
@@ -168,7 +168,7 @@ def _pairs(key: str, path: Path) -> Iterator[tuple[str, str]]:
 
 @cache
 def documented(path: Path) -> tuple[Documented, ...]:
-    """What has a docstring in a file, from top to bottom; kept, as three sources ask for it."""
+    """Everything in a file that has a docstring, from top to bottom; cached, because three sources need it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

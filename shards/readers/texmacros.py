@@ -14,7 +14,7 @@ LARGEST = 1 << 25  # characters that a paper may become
 
 
 class MacroError(ValueError):
-    """Macros whose expansion does not end, or grows beyond all measure."""
+    """Macros whose expansion does not terminate, or grows without bound."""
 
 
 class Macro(NamedTuple):
@@ -122,7 +122,7 @@ class _Expansion:
             self._left -= 1
             self._room -= len(macro.text) + sum(map(len, arguments))
             if self._left < 0 or self._room < 0:
-                raise MacroError(f"\\{found[1]} grows beyond all measure")
+                raise MacroError(f"\\{found[1]} grows without bound")
             inner = _with(macro.text, arguments)
             out.append(text[at : found.start()])
             said = self.of(inner, depth + 1)

@@ -1,4 +1,4 @@
-"""Text and Markdown: a file is a document; a very large one several, cut at line ends."""
+"""Text and Markdown: each file is a document; a very large file is split at line ends."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def pieces(file: io.BufferedReader) -> Iterator[bytes | Rejected]:
 
 
 def _fill(file: io.BufferedReader, begun: bytes, size: int) -> tuple[bytes, Exception | None]:
-    """Up to so many bytes; what was read before a damage is not lost with it."""
+    """Read up to so many bytes; data before a damage is not lost."""
     parts, have = [begun], len(begun)
     try:
         while have < size and (block := file.read1(min(1 << 20, size - have))):

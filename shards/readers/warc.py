@@ -38,7 +38,7 @@ def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
 
 
 class _Eager:
-    """A stream whose reads give what is there: so damage takes away only what comes after it."""
+    """A stream whose reads return what is available, so that damage loses only what follows it."""
 
     def __init__(self, file: io.BufferedReader[Any]) -> None:
         self.read = file.read1
@@ -59,7 +59,7 @@ def records(path: str, reading: ReadPosition, kind: str, take: Callable[[str, An
 
 
 def _whole(iterator: Iterator[Any]) -> Iterator[Any]:
-    """warcio's records; what it makes of headers that are cut off or mangled is told as damage too."""
+    """warcio's records; what it makes of headers that are cut off or mangled is reported as damage, too."""
     while True:
         try:
             record = next(iterator, None)
@@ -128,7 +128,7 @@ def _is_plain(raw: bytes) -> bool:
 
 def main_text(html: bytes) -> str:
     """The main text of a page as trafilatura finds it, comments left out; "" if it finds none."""
-    # Not `deduplicate`: it remembers earlier pages, and what came out would depend on who read them.
+    # Without `deduplicate`: it remembers earlier pages, so the result would depend on which process read them.
     trafilatura = need("trafilatura", "origin warc")
     try:
         return trafilatura.extract(html, favor_precision=True, include_comments=False, deduplicate=False) or ""

@@ -1,4 +1,4 @@
-"""XML in bounded memory: the elements that are asked for, as they end, and nothing else kept."""
+"""XML in bounded memory: yields the requested elements as they end, and keeps nothing else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Element:
 
 
 def elements(stream: io.BufferedReader[Any], wanted: tuple[str, ...]) -> Iterator[Element]:
-    """The elements of these names, in order; of a text that comes twice the last one. Raises XMLDamage, and what reading does."""
+    """The elements of these names, in order; of a repeated text the last one. Raises XMLDamage, and what reading does."""
     parser = expat.ParserCreate(encoding="UTF-8")
     parser.buffer_text = True
     parser.buffer_size = 1 << 16

@@ -3,8 +3,8 @@
     feed = Feed(root, "train", "text", context=1024, mixture={"code": 3, "docs": 1}, seed=0)
     batch = feed.read(position, position + rows)   # the same rows at any number of ranks, after any restart
 
-A feed keeps no position: ranks ask for theirs. What it does keep, the segments of the mixture and the hashes of all it
-reads, is in `state()`, which `restore()` takes back or refuses.
+A feed has no position: each rank passes its own. Its state is the segments of the mixture and the hashes of all data; `state()`
+returns it, and `restore()` accepts or refuses it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class BatchFeed:
     def _weigh(self, mixture: Mapping[str, float]) -> dict[str, float]:
         meant = mixing.named(mixture, self._views)
         weights = mixing.weigh(mixture, meant, {name: self._corpora[name].tokens for name in meant}, self._mixing)
-        # A part too small for one sample is no reason to refuse the whole.
+        # A part that is too small for one sample does not make the whole unusable.
         return {name: weight if self._views[name].size or meant[name] == name else 0.0 for name, weight in weights.items()}
 
     def _limits(self) -> dict[str, int]:
@@ -167,9 +167,9 @@ class BatchFeed:
         return "\n".join(self.tokenizer.decode(part, reserved=True) for part in parts)
 
     def reweight(self, position: int, mixture: Mapping[str, float]) -> None:
-        """Read with another mixture from `position` on, until the next scheduled one.
+        """Use another mixture from `position` on, until the next scheduled one.
 
-        It may name sources that were not read so far.
+        It may name sources that were not used before.
         """
         self._known(self._name(mixture))
         self.order.reweight(position, self._weigh(mixture), mixture)
@@ -195,13 +195,13 @@ class BatchFeed:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on in the order of `state()`; ShardError, and no change, where that cannot be done exactly."""
+        """Continue in the order of a `state()`. ShardError, without any change, where that is not possible exactly."""
         own = self.state()
         for key in [key for key in own if key not in ("order", "digests")]:
             if state.get(key) != own[key]:
                 raise ShardError(
                     f"the checkpoint's data has {key.replace('_', ' ')} {state.get(key)!r}, this stage {own[key]!r}"
-                    " (make them the same, or begin the stage anew)"
+                    " (make them the same, or restart the stage)"
                 )
         order, digests = state.get("order"), state.get("digests")
         if not isinstance(order, Mapping) or not isinstance(digests, Mapping):
@@ -213,6 +213,6 @@ class BatchFeed:
             if self.digests[name] != digest:
                 raise ShardError(
                     f"{self._corpora[name].directory}: manifest {self.digests[name][:12]}, but the checkpoint was made from"
-                    f" {digest[:12]} (put those shards back, or begin the stage anew)"
+                    f" {digest[:12]} (put those shards back, or restart the stage)"
                 )
         self.order.restore(order)

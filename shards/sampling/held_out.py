@@ -1,4 +1,4 @@
-"""What is never trained on: a source's held-out samples in storage order, for evaluation."""
+"""The held-out samples of a source, in storage order, for evaluation. They are never trained on."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ MixtureBy = Literal["weight", "tokens"]
 
 
 class Mixing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a stage's mixture is to be taken."""
+    """How a stage's mixture is interpreted."""
 
     by: MixtureBy = "weight"  # "tokens": weights are factors on what sources have for their tokens
     temperature: float = 1.0  # of the shares by tokens; above 1 small sources get more than their tokens' share

@@ -38,14 +38,14 @@ Sample = tuple[str, int, int]  # source, epoch, sample of the epoch's order
 
 
 class OrderState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that decides the order; a checkpoint keeps it beside the position."""
+    """The whole state of the order; a checkpoint stores it with the position."""
 
     version: int
     seed: int
     sizes: dict[str, int]  # samples of an epoch of each source
     limits: dict[str, int]  # samples that a source gives in all, where it is limited
     changes: list[Change]
-    segments: list[MixtureSegment]  # which follow from the rest: what they were when this was written
+    segments: list[MixtureSegment]  # they follow from the rest; stored to detect a change of the algorithm
 
 
 class SampleOrder:
@@ -74,7 +74,7 @@ class SampleOrder:
             self._check(change.weights)
         starts = [change.start for change in schedule]
         if starts != sorted({start for start in starts if start > 0}):
-            raise ShardError(f"mixture: scheduled at {starts}, which do not rise from above 0 (put them in order)")
+            raise ShardError(f"mixture: scheduled at {starts}, which are not above 0 and ascending (put them in order)")
         self._changes = tuple(msgspec.structs.replace(change, planned=True) for change in schedule)
         self.reweight(0, mixture, asked)
 
@@ -198,12 +198,12 @@ class SampleOrder:
         return plain
 
     def restore(self, plain: Mapping[str, Any]) -> None:
-        """Take over the order that `state()` gave; ShardError where it cannot be continued exactly."""
+        """Restore the order of a `state()`. ShardError where it cannot be continued exactly."""
         version = plain.get("version")
         if version != VERSION:
             raise ShardError(
                 f"the checkpoint's data order is of version {version}, this release reads version {VERSION}"
-                " (go on with the release that wrote it, or begin the stage anew)"
+                " (go on with the release that wrote it, or restart the stage)"
             )
         try:
             state = msgspec.convert(plain, OrderState)
@@ -213,12 +213,12 @@ class SampleOrder:
             if self.sizes.get(name) != size:
                 raise ShardError(
                     f'source "{name}" has {self.sizes.get(name, "no")} samples an epoch, the checkpoint\'s order counts on'
-                    f" {size} (put its shards back as they were, or begin the stage anew)"
+                    f" {size} (put its shards back as they were, or restart the stage)"
                 )
             if self.limits.get(name) != state.limits.get(name):
                 raise ShardError(
                     f'source "{name}" gives {self.limits.get(name, "any number of")} samples in all, the checkpoint\'s order counts'
-                    f" on {state.limits.get(name, 'any number')} (make max_epochs what it was, or begin the stage anew)"
+                    f" on {state.limits.get(name, 'any number')} (make max_epochs what it was, or restart the stage)"
                 )
         if state.seed != self.seed:
             raise ShardError(f"the checkpoint's data seed is {state.seed}, the recipe's {self.seed} (use {state.seed})")

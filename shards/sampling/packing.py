@@ -52,12 +52,12 @@ class PackingPlan:
 
 
 def key(digest: str, context: int, long_samples: LongSamples) -> str:
-    """Names a plan by all that decides it."""
+    """A hash of everything that a plan depends on."""
     return xxhash.xxh3_64_hexdigest(f"{VERSION} {digest} {context} {long_samples}".encode())
 
 
 def plan(corpus: Corpus, context: int, long_samples: LongSamples = "truncate") -> PackingPlan:
-    """The plan for a corpus: read from beside its manifest, else made and put there.
+    """The plan for a corpus, from the file next to its manifest; it is made if that does not exist.
 
     Ranks may make it at the same time: each writes the same bytes, and the last rename wins. Where the shards are on a
     read-only disk the plan is made anew by everyone who opens them.

@@ -1,4 +1,4 @@
-"""A keyed permutation of range(N): what shuffles without a shuffled list.
+"""A keyed permutation of range(N), which shuffles without storing a list.
 
 A Feistel network (Luby and Rackoff 1988) with cycle-walking (Black and Rogaway 2002), whose rounds are keyed by BLAKE2b.
 """

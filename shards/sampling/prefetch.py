@@ -25,7 +25,7 @@ class Prefetcher:
         self._ahead: tuple[int, int, Future[tuple[tuple[MixtureSegment, ...], Batch]]] | None = None
 
     def _read(self, start: int, stop: int) -> tuple[tuple[MixtureSegment, ...], Batch]:
-        # Looked at first: a mixture changed while this reads makes the batch stale, not the other way round.
+        # Read first, so that a mixture that changes during the read makes the batch stale.
         segments = self._feed.order.segments
         return segments, self._feed.read(start, stop)
 

@@ -57,7 +57,7 @@ NOT_FOR_ALL = ("layout", "suffixes", "repository", "score_margin", "made", "of",
 TEMPLATES = ("midwatch", "llama2", "llama3", "chatml", "zephyr", "own")
 """Chat templates that have a name; any other is a Jinja file's path."""
 RESERVED = ("build.json", "models", "report.json", "tokenizer.model", "tokenizer.template", "work")
-"""What else lies in the directory of a build, beside its sources."""
+"""Names in the directory of a build that are not sources."""
 SMALLEST_VOCAB = 320  # 8 reserved ids, 256 bytes, the newline, and room for an alphabet
 
 
@@ -78,32 +78,32 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     messages_field: str = "messages"  # sft: a conversation, where there is no response_field
     max_documents: int | None = None  # documents, held-out ones included
     max_tokens: int | None = None  # tokens, held-out ones included
-    split_by: Literal["language", "quality", "length", "label"] | None = None  # clean: a source of its own for each, NAME.LABEL
+    split_by: Literal["language", "quality", "length", "label"] | None = None  # clean: a separate source for each label, NAME.LABEL
     lengths: tuple[int, ...] = (8192, 32_768, 131_072)  # split_by "length": tokens up to which each part's documents go
-    layout: Layout = "auto"  # jsonl, parquet: how instruction data is laid out; auto: told from a file's first record
+    layout: Layout = "auto"  # jsonl, parquet: how instruction data is laid out; auto: detected from a file's first record
     suffixes: tuple[str, ...] = ()  # endings of the files read in a directory, such as ".py"; (): the origin's own
     repository: bool = False  # code: each directory directly beneath the path is one document
     score_margin: int = 2  # stackexchange, preference: by how many votes the chosen answer is ahead, at least
     made: Made | None = None  # made: long documents of related ones, long conversations, or tasks that need all their length
     of: tuple[str, ...] = ()  # made: the sources whose clean documents it is made of
     characters: int = 131_072  # made: length to reach
-    broken_files: float = 0.05  # share of the files that may be broken, 0 to 1; the build stops at more
+    broken_files: float = 0.05  # share of the files that may be broken, 0 to 1; with more the build stops
 
 
 class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A SentencePiece tokenizer: trained on a sample of the sources' training documents, or brought along."""
+    """The tokenizer: a SentencePiece model trained on a sample of the sources' training documents, or an existing one."""
 
     vocab: int = 32_000  # ids, the reserved ones and the 256 bytes included
     kind: Literal["bpe", "unigram"] = "bpe"
-    path: str | None = None  # a trained .model to use instead; `vocab` and `kind` are then not looked at
+    path: str | None = None  # a trained .model to use instead; `vocab` and `kind` are then ignored
     sample_bytes: int = 20_000_000  # bytes of text to train on, in equal parts from all sources
     template: str = "midwatch"  # of TEMPLATES, or a Jinja file; "own": the one that comes with `path`
 
 
 class Clean(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is removed before anything is encoded. Without this table sources are taken as they are."""
+    """What is removed before documents are encoded. Without this table sources are used as they are."""
 
-    exact: bool = True  # documents whose text, but for case and white space, an earlier one of any source has
+    exact: bool = True  # remove documents that equal an earlier one of any source, except for case and white space
     near_dup_threshold: float = 0.8  # texts whose word 5-grams are this similar (Jaccard) to an earlier one's; 0: not looked for
     language: Language | None = None
     gopher_repetition: GopherRepetition | None = None
@@ -116,10 +116,10 @@ class Clean(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     pii: Pii | None = None
     toxicity: Toxicity | None = None
     contamination: Contamination | None = None
-    chunk_bytes: int = 16_777_216  # of text that is handled at once; a step's memory grows with it
+    chunk_bytes: int = 16_777_216  # of text in a task; the memory of a step grows with it
 
     def check(self, where: str) -> None:
-        """Raise SpecError for what is well-formed but cannot work."""
+        """Raise SpecError for values that are well-formed but cannot work."""
         near = self.near_dup_threshold
         if not (near == 0 or 0.5 <= near <= 1):
             raise SpecError(f"{where}: near_dup_threshold is {near} (use a similarity from 0.5 to 1, such as 0.8, or 0 for none)")
@@ -133,7 +133,7 @@ class Clean(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
                 raise SpecError(f"{where}.{key} is not set (name a file or directory of text)")
 
     def references(self) -> dict[str, str]:
-        """Paths by their keys: text beside the sources that decides what is kept."""
+        """Paths by their keys: reference texts that decide which documents are kept."""
         found: dict[str, str] = {}
         if self.perplexity is not None:
             found["perplexity.reference"] = self.perplexity.reference
@@ -144,7 +144,7 @@ class Clean(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return found
 
     def placed(self, place: Callable[[str], str]) -> Clean:
-        """With each of those paths as `place` gives it; paths that are not set stay so."""
+        """A copy with each of those paths replaced by what `place` returns for it; paths that are not set stay empty."""
 
         def moved(path: str) -> str:
             return place(path) if path else ""
@@ -169,7 +169,7 @@ class Slurm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     time: str = "24:00:00"  # limit of a job
     memory_gb: int = 4  # of a job, which takes one core
     qos: str = ""
-    sbatch: dict[str, str] = {}  # more arguments of sbatch, without their dashes
+    sbatch: dict[str, str] = {}  # further arguments of sbatch, without their dashes
 
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -183,7 +183,7 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     shard_tokens: int = 67_108_864  # tokens after which a shard ends (with its document); also the unit of resuming
     clean: Clean | None = None
     executor: Literal["local", "slurm", "ray"] = "local"  # where the steps of `clean` run
-    executor_tasks: int = 64  # jobs that a step is sent as, where that is not here
+    executor_tasks: int = 64  # jobs that a step is split into with another executor than local
     slurm: Slurm = Slurm()
 
 
@@ -229,7 +229,8 @@ def check(build: Build, where: str = "data") -> None:
     if data.shard_tokens < data.frame_tokens:
         raise SpecError(f"{where}: shard_tokens is less than frame_tokens (use at least {data.frame_tokens})")
     if data.clean is None and data.executor != "local":
-        raise SpecError(f'{where}: executor "{data.executor}" runs the steps of `clean`, which is not there (add [data.clean])')
+        why = "runs the steps of cleaning, but there is no [data.clean]"
+        raise SpecError(f'{where}: executor "{data.executor}" {why} (add it, or drop executor)')
     if data.clean is not None:
         data.clean.check(f"{where}.clean")
     _check_made_of(data, where)
@@ -238,7 +239,9 @@ def check(build: Build, where: str = "data") -> None:
     if tokenizer.path is None and tokenizer.vocab < SMALLEST_VOCAB:
         raise SpecError(f"{where}: tokenizer vocab is {tokenizer.vocab} (use at least {SMALLEST_VOCAB})")
     if tokenizer.template == "own" and tokenizer.path is None:
-        raise SpecError(f'{where}: tokenizer template is "own", but no tokenizer is brought along (give path, or another template)')
+        raise SpecError(
+            f'{where}: tokenizer template is "own", but [tokenizer] path is not set (set it, or choose another template)'
+        )
     if tokenizer.sample_bytes < 1:
         raise SpecError(f"{where}: tokenizer sample_bytes is {tokenizer.sample_bytes} (use at least 1)")
     if not 0 <= build.seed < 1 << 63:
@@ -263,7 +266,7 @@ def _check_source(source: Source, where: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", source.name):
         raise SpecError(f"{where}: a name is up to 100 letters, digits, `_`, `-` or `.`, and does not begin with `.`")
     if source.name.lower() in RESERVED or source.name.lower().endswith(".tmp"):
-        raise SpecError(f"{where}: a directory of shards has files of its own of that name (rename the source)")
+        raise SpecError(f"{where}: a build has a file of its own with that name (rename the source)")
     if source.origin in STDLIB_KINDS:
         if source.kind != STDLIB_KINDS[source.origin]:
             raise SpecError(f'{where}: origin {source.origin} is of kind "{STDLIB_KINDS[source.origin]}"')
@@ -271,7 +274,7 @@ def _check_source(source: Source, where: str) -> None:
             raise SpecError(f"{where}: origin {source.origin} takes no path (drop it, or use jsonl or text)")
     elif source.origin == "stage":
         if source.stage is None or source.part is None or source.path is not None:
-            raise SpecError(f"{where}: origin stage needs the stage's name as stage and what it makes as part, and no path")
+            raise SpecError(f"{where}: origin stage needs stage (a stage's name) and part (which of its outputs), and no path")
     elif source.origin == "made":
         _check_made(source, where)
     elif not READERS.knows(source.origin):
@@ -288,10 +291,10 @@ def _check_source(source: Source, where: str) -> None:
     if source.origin != "stage" and (source.stage is not None or source.part is not None):
         raise SpecError(f"{where}: stage and part are for origin stage (drop them)")
     if list(source.lengths) != sorted(set(source.lengths)) or not source.lengths or source.lengths[0] < 1:
-        raise SpecError(f"{where}: lengths are {list(source.lengths)} (use rising numbers of tokens)")
+        raise SpecError(f"{where}: lengths are {list(source.lengths)} (use numbers of tokens in ascending order)")
     for limit in (source.max_documents, source.max_tokens):
         if limit is not None and limit < 1:
-            raise SpecError(f"{where}: max_documents and max_tokens are at least 1 (or left out)")
+            raise SpecError(f"{where}: max_documents and max_tokens must be at least 1, or left out")
 
 
 def _check_made(source: Source, where: str) -> None:
@@ -306,7 +309,7 @@ def _check_made(source: Source, where: str) -> None:
 
 
 def _check_made_of(data: Data, where: str) -> None:
-    """That what is made is made of sources that are there, of its kind."""
+    """Check that sources of origin `made` are made of existing sources of the same kind."""
     known = {source.name: source for source in data.source}
     for source in data.source:
         for name in source.of:
@@ -317,7 +320,7 @@ def _check_made_of(data: Data, where: str) -> None:
             if known[name].kind != source.kind:
                 raise SpecError(f'{place}: "{name}" is of kind {known[name].kind}, not {source.kind}')
         if source.origin == "made" and data.clean is None:
-            raise SpecError(f'{where}: source "{source.name}" is made of clean documents: add [data.clean]')
+            raise SpecError(f'{where}: source "{source.name}" is made of cleaned documents: add [data.clean]')
 
 
 def _check_fitting(source: Source, where: str) -> None:

@@ -1,11 +1,10 @@
-"""A conversation as token ids and the mask of what is learned: 1 for what the assistant says and the token that ends its turn.
+"""A conversation as token ids and a loss mask: 1 for what the assistant says and for the token that ends its turn.
 
-No message can forge a turn. Names of special tokens are looked for in the template's own text alone, never in what a message
-says. Where a template's marker is plain text to a tokenizer brought along (Llama 2's `[INST]`), as it was to the model that
-learned it, a document that says it is refused.
+No message can forge a turn. Special tokens are recognised in the template's own text only, never in a message. Where a template's
+marker is plain text to the tokenizer of an existing model (Llama 2's `[INST]`), a document that contains it is refused.
 
-Text between two special tokens is encoded in one piece, contents and template's text together, as `transformers` does; but it is
-cut where the assistant begins, so that an answer is learned behind the very ids that it is asked for with.
+Text between two special tokens is encoded in one piece, messages and template text together, as `transformers` does; but it is
+cut where the assistant begins, so that an answer follows exactly the ids of the prompt that it is generated from.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ _PROBES = (("user", "assistant", "user", "assistant"), ("system", "user", "assis
 
 
 class Encoder(Protocol):
-    """What a chat needs of a tokenizer."""
+    """The part of a tokenizer that a chat needs."""
 
     special: dict[str, int]  # ids that no text encodes to, by what a template calls them
-    swallows: dict[str, tuple[bool, bool]]  # of these, those that take the blanks on their left or right with them
+    swallows: dict[str, tuple[bool, bool]]  # of these, those that absorb the blanks on their left or right
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
@@ -40,7 +39,7 @@ class Encoder(Protocol):
 
 
 class Markers:
-    """What a template writes that may be a token of its own."""
+    """Text of a template that may be a special token."""
 
     def __init__(self, template: Template, names: Mapping[str, str], known: Collection[str]) -> None:
         """names: `bos_token` and so on; known: special tokens that the model has already. Raises SpecError."""
@@ -48,7 +47,7 @@ class Markers:
         self._known = [*known, *names.values()]
         text = "".join(self._probe())
         found = dict.fromkeys(re.findall(self._pattern(f"{_OWN}|{_TEXT}"), text))
-        fresh = template.name != "own"  # else what it has no token for was plain text all along
+        fresh = template.name != "own"  # else a marker without a token was plain text to the model
         self.special = [name for name in found if name in known or (fresh and re.fullmatch(_OWN, name))]
         """Those that are a token, in the order in which they come up."""
         self.plain = [name for name in found if name not in self.special and name not in names.values()]
@@ -103,7 +102,7 @@ class Chat:
                     yield from (self._encoder.special[name] for name in self._special.findall(piece.text))
 
     def refusal(self, messages: Sequence[Message]) -> str:
-        """Why a conversation is not to be learned from; empty where it is."""
+        """Why a conversation cannot be trained on; empty where it can."""
         try:
             roles, contents = _told(messages)
             if not self._template.is_named:
@@ -112,10 +111,10 @@ class Chat:
         except ChatError as error:
             return str(error)
         forged = next((name for name in self._forgeable if any(name in content for content in contents)), None)
-        return f"says {forged}, which would be a turn" if forged is not None else ""
+        return f"says {forged}, which would start a turn" if forged is not None else ""
 
     def notes(self, messages: Sequence[Message]) -> list[str]:
-        """What is to be counted of a conversation that is learned from. Raises ChatError."""
+        """Notes on a conversation that is trained on, to be counted. Raises ChatError."""
         layout = self._layouts.of(_told(messages)[0])
         return [] if all(piece.as_asked for piece in layout if piece.turn >= 0) else [NOT_AS_ASKED]
 

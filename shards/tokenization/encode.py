@@ -1,4 +1,4 @@
-"""Documents to token ids, by worker processes; what comes out does not depend on how many there are."""
+"""Encodes documents in worker processes; the result does not depend on their number."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def chats(document: Document, kind: Kind) -> list[list[Message]]:
 
 
 def refusal(tokenizer: Tokenizer, kind: Kind, document: Document) -> str:
-    """Why the tokenizer's template does not take a document; empty where it does."""
+    """Why the tokenizer's template refuses a document; empty where it does not."""
     both = chats(document, kind)
     reason = next(filter(None, (tokenizer.refusal(chat) for chat in both)), "")
     if not reason and kind == "preference" and _bare(document.parts[-2]) == _bare(document.parts[-1]):
@@ -91,18 +91,18 @@ def refusal(tokenizer: Tokenizer, kind: Kind, document: Document) -> str:
 
 
 def _bare(text: str) -> str:
-    """A text without what templates trim and tokenizers normalise: blanks, case, accents, compatible forms of characters."""
+    """A text without the differences that templates trim and tokenizers normalise: blanks, case, accents, compatibility forms."""
     plain = unicodedata.normalize("NFKD", text.casefold())
     return "".join(letter for letter in plain if not letter.isspace() and not unicodedata.combining(letter))
 
 
 def notes(tokenizer: Tokenizer, kind: Kind, document: Document) -> list[str]:
-    """What is to be counted of a document that is learned from, because not all of it is."""
+    """Notes on a document that is trained on, to be counted: what of it is not used."""
     return [*document.notes, *(tokenizer.notes(chats(document, kind)[0]) if kind == "sft" else [])]
 
 
 def _conversation(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[int]]:
-    """Ids and mask. An answer that a model drew has the very ids that were drawn, and an end only if it came to its end."""
+    """Ids and mask. A sampled answer has exactly the ids that were sampled, and an end only if it ended."""
     (chat,) = chats(document, "sft")
     if not document.sampled:
         return tokenizer.chat(chat, document.masked)
@@ -115,7 +115,7 @@ def _conversation(tokenizer: Tokenizer, document: Document) -> tuple[list[int], 
 
 
 def _pair(tokenizer: Tokenizer, document: Document) -> list[tuple[list[int], list[int]]]:
-    """Twice the prompt, with the chosen answer and with the rejected one; see `_conversation`."""
+    """(prompt, answer) for the chosen answer and for the rejected one; see `_conversation`."""
     found = []
     drawn = document.sampled or (SampledAnswer((), True),) * 2
     for chat, text, sampled in zip(chats(document, "preference"), document.parts[-2:], drawn, strict=True):
@@ -125,7 +125,7 @@ def _pair(tokenizer: Tokenizer, document: Document) -> list[tuple[list[int], lis
 
 
 def _is_as_drawn(tokenizer: Tokenizer, text: str, sampled: SampledAnswer) -> bool:
-    """Whether ids are a text by this tokenizer; else another one drew them, or the text was edited since."""
+    """Whether the ids decode to the text. If not, another tokenizer made them, or the text was edited since."""
     ids = sampled.ids
     body = ids[:-1] if sampled.ended else ids
     if not ids or sampled.ended != (ids[-1] in tokenizer.stops) or not all(0 <= id < tokenizer.vocab for id in ids):
@@ -134,7 +134,7 @@ def _is_as_drawn(tokenizer: Tokenizer, text: str, sampled: SampledAnswer) -> boo
 
 
 def _answered(ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
-    """The prompt and the last answer of a conversation; what the template writes behind that is left out."""
+    """The prompt and the last answer of a conversation, without what the template writes after it."""
     stop = len(mask) - mask[::-1].index(1)
     start = stop
     while start and mask[start - 1]:
@@ -143,10 +143,10 @@ def _answered(ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
 
 
 class Workers:
-    """`count` processes that train a tokenizer and encode; with 0 all is done here. A context: it ends them.
+    """`count` processes that train a tokenizer and encode; with 0 this process does it. As a context it ends them.
 
-    Each has one pipe and one batch at a time, taken in turn, so results come in the batches' order. A worker whose
-    parent is gone reads the end of its pipe, and ends too.
+    Each has one pipe and one batch at a time, in turn, so results are in the order of the batches. A worker whose parent has
+    ended reads the end of its pipe, and ends, too.
     """
 
     def __init__(self, count: int) -> None:
@@ -154,11 +154,11 @@ class Workers:
         self._workers: list[tuple[BaseProcess, Connection]] = []
         context = multiprocessing.get_context("spawn")
         if count:
-            resource_tracker.ensure_running()  # which would unblock below what is blocked
+            resource_tracker.ensure_running()  # now: starting it below would unblock the signals
         for number in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, os.getpid()), name=f"shards-encode-{number}", daemon=True)
-            # A process begins with what is blocked here: a signal to all the group does not meet it before it is ready.
+            # A process inherits blocked signals, so that a signal to the group does not reach it before it is ready.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
             try:
                 process.start()
@@ -184,7 +184,7 @@ class Workers:
             self._receive(worker)
 
     def run(self, function: Callable[..., None], tasks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-        """`function(*task)` for each task, on whichever process is free; yields each task when it is done, in any order."""
+        """Call `function(*task)` for each task in a free process; yields each task when it is done, in any order."""
         if not self._workers:
             for task in tasks:
                 function(*task)
@@ -208,11 +208,11 @@ class Workers:
                     idle.append(worker)
                     yield task
         except BaseException:
-            self.close()  # a task may take minutes more, and nobody waits for its answer
+            self.close()  # a running task may take minutes, and its result is not needed
             raise
 
     def encode(self, kind: Kind, batches: Iterable[tuple[list[Document], Any]]) -> Iterator[tuple[Encoded, Any]]:
-        """Each batch encoded, in order, with whatever came along with it. Reads ahead by the number of workers."""
+        """Each batch encoded, in order, with the object that came with it. Reads ahead by the number of workers."""
         assert self._tokenizer is not None
         if not self._workers:
             for batch, along in batches:
@@ -235,7 +235,7 @@ class Workers:
                 result = self._receive(worker)
                 yield result, along
         finally:
-            while busy:  # left early: what is under way must not answer the next question
+            while busy:  # left early: a running batch must not be taken for the answer to the next request
                 with suppress(ShardError):
                     self._receive(busy.popleft()[0])
 
@@ -264,8 +264,8 @@ class Workers:
     def _lost(self, process: BaseProcess) -> ShardError:
         process.join(5)
         return ShardError(
-            f"an encoding worker ended by itself (exit status {process.exitcode}; -9 is often too little memory):"
-            " the same command goes on from the last whole shard; --workers 1 takes less memory"
+            f"an encoding worker exited unexpectedly (exit status {process.exitcode}; -9 usually means that memory ran out):"
+            " the same command resumes after the last complete shard; --workers 1 needs less memory"
         )
 
     def close(self) -> None:
@@ -295,12 +295,12 @@ def _end_with(parent: int) -> None:
 
 
 def _work(pipe: Connection, parent: int) -> None:
-    """A worker's whole life: answer until the pipe ends."""
+    """The main loop of a worker: answer requests until the pipe ends."""
     _end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # of rensa: there is a process a core already
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # of rensa: there is already a process for each core
     tokenizer: Tokenizer | None = None
     while True:
         try:

@@ -1,7 +1,7 @@
-"""Hugging Face tokenizers: one brought along as a `tokenizer.json` is read, one of SentencePiece is written as such.
+"""Hugging Face tokenizers: reads a `tokenizer.json`, and writes a SentencePiece model as one.
 
-What is kept of such a tokenizer is a bundle, JSON again: {"tokenizer": a tokenizer.json, "special": {"bos": "<s>", ...}, "stops":
-[2, ...]}, because the special tokens are named in other files. A null in "special" is a token that the tokenizer does not have.
+A build keeps such a tokenizer as a bundle, which is JSON, too: {"tokenizer": a tokenizer.json, "special": {"bos": "<s>", ...},
+"stops": [2, ...]}, because other files name the special tokens. A null in "special" is a token that the tokenizer does not have.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class JsonModel:
             self.stops = frozenset(content.get("stops", ()))
             self._size = ids_in(tokenizer)
             self._model: Any = Tokenizer.from_str(json.dumps(tokenizer))
-        except Exception as error:  # what the library raises is a bare Exception
+        except Exception as error:  # the library raises a bare Exception
             raise SpecError(f"{where}: not a tokenizer.json that `tokenizers` can read: {error} (fetch it again)") from None
         self._model.no_truncation()
         self._model.no_padding()
@@ -68,7 +68,7 @@ class JsonModel:
         alone, behind = self.encode("a"), self.encode(control + "a")
         self.spaces_each = behind[-len(alone) :] == alone
         """Whether a text behind a special token gets a space put before it like one that begins a document, if that does."""
-        # Else text could forge a turn, or an end.
+        # Otherwise text could forge a turn or an end.
         self._model.encode_special_tokens = True
         for token in added:
             if token.special and token.id in self.encode(token.content):
@@ -172,7 +172,7 @@ def from_sentencepiece(model: bytes, reserved: Mapping[int, str]) -> dict[str, A
 
 
 def _merges(names: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """Every way to put a piece together from two others, the pieces by their score, which is SentencePiece's order."""
+    """Every merge of two pieces into a third, in the order of the pieces' scores, as in SentencePiece."""
     known = {name: number for number, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind == NORMAL}
     for name, _ in sorted(known.items(), key=lambda item: -scores[item[1]]):
         ways = [(name[:cut], name[cut:]) for cut in range(1, len(name))]

@@ -11,7 +11,7 @@ Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31 - 1)]
 
 
 class AddedToken(msgspec.Struct):
-    """What counts here of an entry of `added_tokens`."""
+    """The fields of an entry of `added_tokens` that are used here."""
 
     id: Id
     content: str

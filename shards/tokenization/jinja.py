@@ -1,6 +1,6 @@
-"""Jinja for chat templates, as `transformers` sets it up, in a sandbox: a template is somebody else's program.
+"""Jinja for chat templates, set up as in `transformers`, in a sandbox: a template is a foreign program.
 
-The one difference is the day: it is always the same, because a document's ids must not depend on when it was encoded.
+The only difference is the date: it is always the same, because a document's ids must not depend on when it was encoded.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from shards.common.errors import SpecError
 from shards.tokenization.templates import Template
 
 LONGEST_TEMPLATE = 1 << 20
-"""Characters; the longest in use have some ten thousand."""
+"""Characters; the longest templates in use have about ten thousand."""
 TODAY = datetime(2024, 7, 26)
-"""The date that Llama 3's own templates take where they are told none."""
+"""The default date of Llama 3's templates."""
 
 
 class ChatError(ValueError):
-    """A conversation that the template cannot tell; the message is the reason, without the place."""
+    """The template cannot render a conversation; the message is the reason, without the place."""
 
 
 class Renderer:
@@ -65,7 +65,7 @@ class Renderer:
             text: str = self._bounded(
                 lambda: self._compiled.render(messages=copies, add_generation_prompt=prompt, **given), characters
             )
-        except Exception as error:  # a template can fail in any way that a program can
+        except Exception as error:  # a template can fail in any way, like any program
             reason = " ".join(brief(error).split()) or type(error).__name__
             raise ChatError(f"the template refuses it: {reason}") from None
         return text
@@ -96,7 +96,7 @@ def _environment() -> Any:
         return names
 
     class Namespace(jinja2.utils.Namespace):
-        """Without names that begin with `_`, which lead to what the sandbox hides."""
+        """A namespace without names that begin with `_`, which give access to what the sandbox hides."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(checked(dict(*args, **kwargs)))

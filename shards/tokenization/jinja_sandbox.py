@@ -1,8 +1,8 @@
-"""A Jinja sandbox in which a template can take neither time nor memory beyond what its input accounts for.
+"""A Jinja sandbox that bounds the time and memory of a template in proportion to its input.
 
-Jinja's own sandbox keeps a template from Python's internals and bounds `range`; strings that double, nested loops and wide formats
-go on for ever in it. Here each block that is entered and each value that is made costs its size, and what a render may spend is
-counted, not measured by a clock: the same template and conversation come to the same end on every machine.
+Jinja's own sandbox hides Python's internals and bounds `range`, but not strings that double, nested loops and wide formats. Here
+each block that is entered and each value that is made costs its size, and a render has a budget. Costs are counted, and time is not
+measured, so the same template and conversation give the same result on every machine.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _WIDE = re.compile(r"\d{6}")
 
 
 class ExcessError(jinja2.TemplateRuntimeError):
-    """The template asks for more than it may have."""
+    """The template exceeds its budget."""
 
 
 class RenderBudget:
-    """What is left to one render of a conversation of so many characters."""
+    """The budget of one render of a conversation of so many characters."""
 
     def __init__(self, characters: int) -> None:
         self.size = SIZE + SIZE_FACTOR * characters
@@ -47,7 +47,7 @@ class RenderBudget:
     def spend(self, amount: int) -> None:
         self.work -= amount
         if self.work < 0:
-            raise ExcessError("it does not come to an end")
+            raise ExcessError("it does not terminate")
 
     def measure(self, *values: object) -> int:
         """Characters and items in plain values, those that stand in several places counted in each. Raises ExcessError."""

@@ -1,8 +1,8 @@
-"""Which fields of a conversation's record are read, which forbid its use, and which are only counted as not read.
+"""Which fields of a conversation's record are read, which lead to its rejection, and which are only counted as not read.
 
-A field that changes what the conversation means is honoured, or its record is rejected with a reason that names the field. Any
-other field that is neither read nor mere metadata is counted, so that nothing is lost in silence. An empty value (null, "", [], {},
-false) is no field: Parquet gives every row every field.
+A field that changes the meaning of the conversation is either supported, or its record is rejected with a reason that names the
+field. Any other field that is neither read nor metadata is counted, so that nothing is dropped silently. A field with an empty
+value (null, "", [], {}, false) counts as absent: Parquet gives every row every field.
 
 Loss weights of turns follow the formats that have them: OpenAI's fine-tuning (`weight`, 0 or 1), axolotl (`train`, `training`),
 ms-swift (`loss`). `system` and `history` follow LLaMA-Factory's alpaca and ShareGPT formats.
@@ -17,7 +17,7 @@ from shards.tokenization.templates import ROLES
 
 
 class ChatMessage(NamedTuple):
-    """One message. learned: false for an assistant's that is context only."""
+    """One message. learned: false for an assistant's message that is context only."""
 
     role: str
     content: str
@@ -27,11 +27,11 @@ class ChatMessage(NamedTuple):
 Turns = list[ChatMessage]
 
 WEIGHTS = ("weight", "train", "training", "loss")
-"""Of a turn: whether it is learned, as 0 or 1, or false or true."""
+"""Fields of a turn that say whether it is learned, as 0 or 1, or false or true."""
 SYSTEMS = ("system", "system_prompt")
-_NO_TOOLS, _NO_IMAGES = "tool calls are not learned", "text alone is learned"
+_NO_TOOLS, _NO_IMAGES = "tool calls are not learned", "only text is learned"
 _NO_REASONING = "reasoning apart from the content is not learned: put it into the content"
-_NOT_GIVEN = "templates are not given it"
+_NOT_GIVEN = "templates do not receive it"
 REASONING = ("reasoning_content", "reasoning", "thinking")
 FORBIDDEN = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _NO_TOOLS),
@@ -47,9 +47,9 @@ FORBIDDEN_IN_TURNS = {
     **dict.fromkeys(("name", "recipient", "channel", "prefix"), _NOT_GIVEN),
     **dict.fromkeys(("train_detail", "refusal"), "it is not honoured"),
 }
-"""The same of a turn."""
+"""The same for fields of a turn."""
 FINISHED, CUT_OFF = ("stop", "eos", "end_turn"), ("length", "max_tokens", "aborted")
-"""Why a model's answer is over: it came to its end, or not."""
+"""Values of `finish_reason`: the answer ended, or it was cut off."""
 UNDESIRED = ("label", "kto_tag", "desirable")
 """Where one of these is false, a response is an example of what not to say (the format of KTO's data)."""
 METADATA = frozenset({
@@ -61,18 +61,18 @@ METADATA = frozenset({
     "checkpoints", "decision", "pair", "of", "original", "principle", "critique", "probability", "chosen_reward", "rejected_reward",
     "response_ids", "chosen_ids", "rejected_ids", "finish_reason", "chosen_finish_reason", "rejected_finish_reason",
 })  # fmt: skip
-"""Fields that say something about a conversation, and nothing in it."""
+"""Metadata: fields about a conversation that do not change its meaning."""
 
 
 class Around(NamedTuple):
-    """What a record says beside its own turns."""
+    """The content of a record besides its turns."""
 
     before: Turns
     unread: tuple[str, ...]
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field's value is as good as none."""
+    """Whether a field's value counts as absent."""
     return value is None or value is False or (isinstance(value, str | list | tuple | dict) and not value)
 
 
@@ -85,7 +85,7 @@ def _is_flag(name: str, value: Any) -> bool:
 
 
 def _holds_nothing(value: Any) -> bool:
-    """The same of a list that is padded, or written as JSON."""
+    """The same for a list that is padded, or written as JSON."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return is_empty(value) or (isinstance(value, list | tuple) and all(each is None for each in value))
@@ -144,7 +144,7 @@ def _history(value: Any) -> Turns | str:
 def messages(value: Sequence[Any], name: str, unread: dict[str, None]) -> Turns | str:
     """The turns of a list of messages with role and content, without empty system messages; or why they are rejected.
 
-    unread: gets the names of fields that are not read.
+    unread: the names of fields that are not read are added to it.
     """
     turns: Turns = []
     for message in value:
@@ -160,7 +160,7 @@ def messages(value: Sequence[Any], name: str, unread: dict[str, None]) -> Turns 
         if not isinstance(role, str) or content is None:
             return f'field "{name}" is not a list of messages with role and content'
         if isinstance(content, _Part):
-            return f'a part of the content is of type "{content.type}": text alone is learned'
+            return f'a part of the content is of type "{content.type}": only text is learned'
         if role not in ROLES:
             return f"a role that is none of {', '.join(ROLES)}"
         if not content.strip():
@@ -180,7 +180,7 @@ def messages(value: Sequence[Any], name: str, unread: dict[str, None]) -> Turns 
 
 
 class _Part(NamedTuple):
-    """A part of a message's content that is no text."""
+    """A part of a message's content that is not text."""
 
     type: str
 

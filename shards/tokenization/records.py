@@ -13,7 +13,7 @@ from shards.tokenization.record_fields import CUT_OFF, FINISHED, REASONING, UNDE
 
 
 class SampledAnswer(NamedTuple):
-    """An answer as a model drew it."""
+    """An answer as a model sampled it."""
 
     ids: tuple[int, ...]  # () where only the text is known; the id that ended it among them
     ended: bool  # false: it was cut off at a length, so that no end is to be learned
@@ -27,18 +27,18 @@ class Document:
     parts: tuple[str, ...]
     roles: tuple[str, ...] = ()  # of a conversation: who says each part, but for the two last ones of a preference
     where: str = ""  # file and line
-    label: str = ""  # what it is, where the source tells: the language of a code file, the language of a book
+    label: str = ""  # if the source gives one: the programming language of a code file, the language of a book
     masked: tuple[int, ...] = ()  # of a conversation: places of the assistant's parts that are context, and not learned
-    sampled: tuple[SampledAnswer, ...] = ()  # how a model came by the last part, or by the two last ones of a preference
-    unread: tuple[str, ...] = ()  # fields of its record that were not read and may say something of it
+    sampled: tuple[SampledAnswer, ...] = ()  # how a model sampled the last part, or the last two of a preference
+    unread: tuple[str, ...] = ()  # fields of its record that were not read and may matter
 
     @property
     def notes(self) -> list[str]:
-        """What is to be counted of it, though it is kept."""
+        """Notes on the document, to be counted."""
         return [f'field not read: "{name}"' for name in self.unread]
 
     def hashed(self, seed: int) -> int:
-        """64 bits of the key, by which it is held out or not."""
+        """A 64-bit hash of the key, which decides whether the document is held out."""
         return xxhash.xxh3_64_intdigest(self.key.encode(), seed=seed)
 
 
@@ -69,7 +69,7 @@ def _conversation(record: Mapping[str, Any], source: Source, where: str) -> Docu
     if isinstance(turns, str):
         return turns
     first = next((at for at, turn in enumerate(turns) if turn.role == "user"), len(turns))
-    # Nothing was asked before the first question: what the assistant says there is context.
+    # An assistant's message before the first question answers nothing, so it is context.
     turns = [turn._replace(learned=turn.learned and turn.role == "assistant" and at > first) for at, turn in enumerate(turns)]
     last = max((at for at, turn in enumerate(turns) if turn.learned), default=None)
     if last is None:
@@ -79,7 +79,7 @@ def _conversation(record: Mapping[str, Any], source: Source, where: str) -> Docu
     sampled = _sampled(record, "")
     if isinstance(sampled, str):
         return sampled
-    if any(turn.role == "assistant" for turn in rest):  # it is of another answer
+    if any(turn.role == "assistant" for turn in rest):  # it belongs to another answer
         sampled = None
     masked = tuple(at for at, turn in enumerate(turns) if turn.role == "assistant" and not turn.learned)
     parts, roles = tuple(turn.content for turn in turns), tuple(turn.role for turn in turns)
@@ -112,7 +112,7 @@ def _preference(record: Mapping[str, Any], source: Source, where: str) -> Docume
             return f'the answer in "{name}" is not to be learned'
     if chosen[-1].content == rejected[-1].content:
         return "both answers are the same"
-    allowed = (*REASONING, *UNDESIRED)  # a judge's reasons, mostly, and its marks
+    allowed = (*REASONING, *UNDESIRED)  # mostly the reasons and scores of a judge
     prompt = _whole(record, (source.prompt_field, *names), prompt, unread, allowed)
     if isinstance(prompt, str):
         return prompt

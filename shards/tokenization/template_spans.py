@@ -1,6 +1,6 @@
-"""Where a template puts what the messages of a conversation say, and which of it the assistant is to learn.
+"""Where a template puts the messages of a conversation, and which part of the text the assistant learns.
 
-It is found by rendering marks in the contents' places. Where they come out depends on the roles alone, so it is kept by them.
+It is found by rendering marks in place of the messages. The layout depends on the roles only, so it is cached by the roles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shards.tokenization.jinja import ChatError, Renderer
 
 KEPT = 4096  # sequences of roles
 
-# Blanks, so that a template's `trim` takes them away: that is how it is seen.
+# With blanks around them, which shows whether the template trims.
 _LEFT, _RIGHT = "\u2003\u2004", "\u2004\u2003"
 _BEGINS, _ENDS = "\ue002", "\ue003"
 _SLOT = re.compile(f"(?P<left>{_LEFT})?\ue000(?P<message>[0-9]+)\ue001(?P<right>{_RIGHT})?")
@@ -36,7 +36,7 @@ class TemplateSpan:
     as_asked: bool  # of a turn: it is rendered here as it is where it is the newest, so that it can be learned
 
     def said(self, contents: Sequence[str]) -> str:
-        """Its text, given what the messages say."""
+        """Its text, given the messages."""
         if self.message < 0:
             return self.text
         content = contents[self.message]
@@ -59,7 +59,7 @@ class Layouts:
         self.of: Callable[[tuple[str, ...]], Layout] = lru_cache(KEPT)(self._of)
 
     def check(self) -> None:
-        """Raise SpecError for a template that nothing could be learned from, or that does not give back what it is given."""
+        """Raise SpecError for a template without text to learn, or one that changes the messages."""
         where, way = f"tokenizer: template: {self._render.template.where}", "correct it, or name another template"
         for roles in _PROBES:
             try:
@@ -69,7 +69,7 @@ class Layouts:
                 self.of(roles)
                 self.verify(roles, _SAYINGS[: len(roles)])
             except ChatError as error:
-                # That it refuses a system's message, or a second turn, is its right: such conversations are left out.
+                # A template may refuse a system message or a second turn: such conversations are rejected.
                 if roles is _PROBES[0] or not str(error).startswith("the template refuses it"):
                     said = f"{' and '.join(roles)}: {error}" if roles is not _PROBES[0] else error
                     raise SpecError(f"{where}: {said} ({way})") from None
@@ -128,10 +128,10 @@ class Layouts:
         return tuple(pieces)
 
     def _as_asked(self, text: str, number: int, roles: tuple[str, ...]) -> bool:
-        """Whether the conversation up to the end of a turn is what it is without what follows.
+        """Whether the conversation up to the end of a turn is the same without the turns after it.
 
-        Templates that think strip the thoughts from earlier turns, and some move the system's text to the newest question: there an
-        earlier answer follows text that it is never asked for with.
+        Templates that think strip the thoughts from earlier turns, and some move the system's text to the newest question: then an
+        earlier answer follows other text than the prompt that it was generated from.
         """
         if number == len(roles) - 1:
             return True
@@ -152,10 +152,10 @@ class Layouts:
     def _turn(
         self, text: str, number: int, slots: dict[int, re.Match[str]], roles: tuple[str, ...], tagged: tuple[int, int] | None
     ) -> tuple[int, int]:
-        """What the assistant has to write itself: from the end of the prompt, over the content, to the end of its turn.
+        """What the assistant has to generate: from the end of the prompt, through the content, to the end of its turn.
 
-        Where the template has tags they say so, if they fit the prompt. Raises ChatError where an answer would be learned behind
-        text that it is never asked for with.
+        Where the template has tags they say so, if they fit the prompt. Raises ChatError where an answer would follow other
+        text than its prompt.
         """
         start, stop = tagged or (slots[number].start(), self._end(text, number, slots))
         try:
@@ -184,7 +184,7 @@ class Layouts:
         return ending.end()
 
     def _tags(self, marked: str, slots: dict[int, re.Match[str]], roles: tuple[str, ...]) -> dict[int, tuple[int, int]]:
-        """What `{% generation %}` says is to be learned, by the assistant's message that it holds."""
+        """What `{% generation %}` marks as learned, by the assistant's message in it."""
         spans, start = [], 0
         for before, mark in enumerate(re.finditer(f"[{_BEGINS}{_ENDS}]", marked)):
             if mark[0] == _BEGINS:
@@ -203,7 +203,7 @@ class Layouts:
 
 
 def _end_of(prompt: str, text: str) -> str:
-    """What the end of a prompt has that the text does not have there."""
+    """The part at the end of a prompt in which it differs from the text."""
     same = next((at for at, (one, other) in enumerate(zip(prompt, text, strict=False)) if one != other), len(text))
     return repr(_SLOT.sub("...", prompt[max(0, same - 20) :]))
 

@@ -1,4 +1,4 @@
-"""Chat templates: the named ones, a Jinja file of the user's, or the one that a tokenizer brought along has itself.
+"""Chat templates: the named ones, a Jinja file of the user, or the one that comes with an existing tokenizer.
 
 All are Jinja, with what `transformers` gives its templates: `messages`, `add_generation_prompt`, `bos_token`, `eos_token`.
 """

@@ -260,7 +260,7 @@ class Tokenizer:
         return self._chat.encode(messages, masked, ended=ended)
 
     def notes(self, messages: Sequence[Message]) -> list[str]:
-        """What is to be counted of a conversation that is learned from. Raises ChatError."""
+        """Notes on a conversation that is trained on, to be counted. Raises ChatError."""
         return self._chat.notes(messages)
 
     def refusal(self, messages: Sequence[Message]) -> str:

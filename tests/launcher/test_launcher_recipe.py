@@ -284,7 +284,7 @@ def test_a_chat_template_is_looked_over_before_a_run_is_made(tmp_path: Path) -> 
     template.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}")
     check_recipe(file)
     file.write_text('[tokenizer]\ntemplate = "own"\n' + GOOD)
-    with pytest.raises(RecipeError, match=r"r\.toml:2: .*no tokenizer is brought along"):
+    with pytest.raises(RecipeError, match=r"r\.toml:2: .*\[tokenizer\] path is not set"):
         load_recipe(file)
 
 

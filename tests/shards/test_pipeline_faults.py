@@ -173,7 +173,7 @@ def test_a_source_that_changes_while_it_is_read_is_said(
         if (progress.phase, progress.message) == (phase, message) and path.stat().st_size:
             jsonl(path, prose(30))
 
-    with pytest.raises(ShardError, match=r'source "web": .*a\.jsonl: files changed, came or went while they were read'):
+    with pytest.raises(ShardError, match=r'source "web": .*a\.jsonl: files were modified, added or removed while they were read'):
         build(spec, change, workers=0)
     out = build(spec, workers=0)
     assert content(out) == content(build(make({"web": str(path)}, clean, "fresh"), workers=0))
@@ -304,8 +304,8 @@ def test_a_build_that_is_not_done_is_told_from_one_that_is(make: Make, tmp_path:
     spec = make({name: jsonl(tmp_path / f"{name}.jsonl", prose(5)) for name in "ab"}, Clean(near_dup_threshold=0, exact=False))
     stop_at(spec, "b", "encode")
     merged = shards("merge", str(tmp_path / "merged"), spec.out)
-    assert merged.returncode == 2 and "its build is not done" in merged.stderr
-    assert "its build is not done" in shards("verify", spec.out).stderr
+    assert merged.returncode == 2 and "its build is not complete" in merged.stderr
+    assert "its build is not complete" in shards("verify", spec.out).stderr
     assert "when it is done" in shards("report", spec.out).stderr
     build(spec, workers=0)
     assert "not done" not in shards("verify", spec.out).stderr

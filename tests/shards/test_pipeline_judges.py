@@ -106,7 +106,7 @@ def test_what_judges_learn_from_is_read_once_and_decides(make: Make, tmp_path: P
     assert funnel.reasons["quality: score too low"].documents > 40
     said = report.load(out).models
     assert said["quality"].startswith("trained on 60 good and 60 bad documents: accuracy ")
-    assert said["contamination"] == "looked for exam (1 texts)" and said["perplexity"].startswith("n-grams of 1 to 3 words: ")
+    assert said["contamination"] == "searched for exam (1 texts)" and said["perplexity"].startswith("n-grams of 1 to 3 words: ")
     assert funnel.reasons["contamination: exam"].documents == 1
     assert sum(count.documents for count in funnel.told["perplexity"].values()) == funnel.steps["near"].documents
     assert sorted(path.name for path in (out / "models").iterdir()) == ["contamination.index", "perplexity.arpa", "quality.model"]

@@ -352,4 +352,4 @@ def test_the_encoding_that_a_header_names_is_believed_and_a_header_without_end_i
     (tmp_path / "d.txt").write_text("A book from elsewhere.\n")
     found, rejected = read(tmp_path, "gutenberg")
     assert [each.parts[0] for each in found] == ["Ein schöner Käse.\n", "A book from elsewhere.\n"]
-    assert [each.reason for each in rejected] == ["not UTF-8", "a Project Gutenberg header that has no end"]
+    assert [each.reason for each in rejected] == ["not UTF-8", "a Project Gutenberg header without an end"]

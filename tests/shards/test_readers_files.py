@@ -158,7 +158,7 @@ def test_a_byte_order_mark_is_no_text_and_other_encodings_are_named(tmp_path: Pa
 def test_broken_records_are_kept_with_place_and_reason(tmp_path: Path) -> None:
     broken_lines = [
         (b'{"text": "bad \xff utf-8"}', "not UTF-8"),
-        (b'{"text": "\\ud800 alone"}', "a lone surrogate, which is no character"),
+        (b'{"text": "\\ud800 alone"}', "a lone surrogate, which is not a character"),
         (b'{"text": "cut', "not JSON"),
         (b"\x00\x00", NULS),
         (b'{"text": "a\\u0000b"}', NULS),
@@ -241,7 +241,7 @@ def test_a_build_stops_at_more_broken_files_than_its_share_and_names_them(tmp_pa
         path.write_bytes(path.read_bytes()[:-9])
     given = source(tmp_path, broken_files=0.1)
     spec = Build(data=Data(source=(given,)), tokenizer=TokenizerSpec(vocab=330), out=str(tmp_path / "o"))
-    with pytest.raises(ShardError, match=r"2 of 10 files are broken.*3\.jsonl\.gz, .*7\.jsonl\.gz \(fetch them again"):
+    with pytest.raises(ShardError, match=r"2 of 10 files are broken.*3\.jsonl\.gz, .*7\.jsonl\.gz \(download them again"):
         build(spec, workers=0)
     enough = [*documents(source(tmp_path, broken_files=0.2), ReadPosition(), lambda key: False, lambda key: True)]
     assert sum(isinstance(record, Rejected) and record.rest for record in enough) == 2

@@ -143,7 +143,7 @@ def test_a_gz_is_one_file_or_an_archive_and_damage_is_told(tmp_path: Path) -> No
     assert [each.parts[0] for each in found] == ["One.\n", "Two.\n"]
     assert [(each.reason, each.rest) for each in rejected] == [
         ("no file with a document class", False),
-        ("damaged file, read up to there", True),
+        ("damaged file, read up to the damage", True),
     ]
 
 
@@ -256,7 +256,7 @@ def test_macros_without_end_and_files_in_a_circle_are_told_of(tmp_path: Path) ->
     found, rejected = read(tmp_path)
     assert time.perf_counter() - started < 10
     assert [each.parts[0].split() for each in found] == [["M", "N"]]
-    assert [each.reason for each in rejected] == ["macros that do not come to an end"] * 2
+    assert [each.reason for each in rejected] == ["macros that do not terminate"] * 2
 
 
 def test_broken_sources_take_time_in_proportion_to_their_length(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_openassistants_trees_give_the_best_path_and_ranked_pairs(tmp_path: Path
 
 def test_a_message_whose_parent_is_missing_is_told_of(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [*FLAT[:3], message("ax", "zz", "assistant", "lost")])
-    assert [each.reason for each in read(tmp_path)[1]] == ["its parent is not beside it"]
+    assert [each.reason for each in read(tmp_path)[1]] == ["its parent message is missing"]
 
 
 HH = {

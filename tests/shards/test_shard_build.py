@@ -20,7 +20,7 @@ import pytest
 import zstandard
 
 from shards.build.build import build
-from shards.build.marker import build_key, is_built
+from shards.build.marker import build_key, conflict, is_built
 from shards.common.errors import ShardError, SpecError
 from shards.format import manifest
 from shards.format.corpus import Corpus
@@ -155,7 +155,7 @@ def test_sources_from_directories_globs_and_compressed_files(tmp_path: Path, mak
     out = build(make_spec(tmp_path / "o", source=sources, tokenizer=TokenizerSpec(vocab=330), held_out=0), workers=0)
     read = set(texts(out, "lines"))
     assert {record["text"] for record in documents(30)} <= read
-    assert manifest.load(out / "lines/train").rejected == {"damaged file, read up to there": 1}
+    assert manifest.load(out / "lines/train").rejected == {"damaged file, read up to the damage": 1}
     assert manifest.load(out / "files/train").rejected == {"not UTF-8 but UTF-16 (convert it with iconv)": 1}
     assert texts(out, "one") == ["# A note\n\nOf a few words.\n"]
 
@@ -191,7 +191,7 @@ def test_a_full_disk_is_one_line_and_the_build_goes_on_when_there_is_room(tmp_pa
     spec = spec_file(tmp_path / "spec.json", make_spec(tmp_path / "o", source=CODE, tokenizer=SMALL))
     build_it = f"{sys.executable} -m shards build --json --workers 0 --spec {spec}"
     done = subprocess.run(["bash", "-c", f"ulimit -f 40; {build_it}"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "make room" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "free some space" in done.stderr
     assert subprocess.run(["bash", "-c", build_it], capture_output=True).returncode == 0
     assert list(manifest.verify(tmp_path / "o/code/train")) == []
 
@@ -229,6 +229,19 @@ def test_another_spec_in_the_same_directory_is_refused_with_the_difference(built
     assert not is_built(spec)
     with pytest.raises(SpecError, match=r"seed was 0, is 5 \(use another out"):
         build(spec)
+
+
+def test_a_build_of_another_release_is_refused_as_that_and_not_as_damaged(copied: Path, make_spec: Callable[..., Build]) -> None:
+    marker = json.loads((copied / "build.json").read_text())
+    marker["spec"]["data"]["key_of_another_release"] = 1
+    (copied / "build.json").write_text(json.dumps(marker))
+    spec = make_spec(copied)
+    assert not is_built(spec) and "built by another release" in conflict(spec)
+    with pytest.raises(SpecError, match=r"built by another release.*\(use another out, or delete it\)"):
+        build(spec, workers=0)
+    (copied / "build.json").write_text("{")
+    with pytest.raises(SpecError, match="damaged"):
+        build(spec, workers=0)
 
 
 def test_a_directory_with_other_things_in_it_is_refused(tmp_path: Path, make_spec: Callable[..., Build]) -> None:

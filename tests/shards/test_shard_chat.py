@@ -73,7 +73,7 @@ def test_a_template_that_cannot_be_used_is_an_error_in_one_line_before_anything_
 def test_a_template_that_does_not_exist_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r'lama3: No such file or directory \(did you mean "llama3"\?\)'):
         build(spec_of(tmp_path, template=str(tmp_path / "lama3")), workers=0)
-    with pytest.raises(SpecError, match=r'template is "own", but no tokenizer is brought along'):
+    with pytest.raises(SpecError, match=r'template is "own", but \[tokenizer\] path is not set'):
         build(spec_of(tmp_path, template="own"), workers=0)
 
 

@@ -269,7 +269,10 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "frames of nothing": (lambda said: said.update(frame_items=0), "in frames of 0 items"),
     "frames without end": (lambda said: said.update(frame_items=2**40), "in frames of 1099511627776 items"),
-    "more tokens than its shards": (lambda said: said.update(tokens=said["tokens"] + 1), "its tokens are not those of its shards"),
+    "more tokens than its shards": (
+        lambda said: said.update(tokens=said["tokens"] + 1),
+        "its tokens are not the sums over its shards",
+    ),
     "more than 64 bits": (lambda said: said.update(tokens=10**23), "not a manifest: Expected `int` <="),
     "a name with a NUL": (in_shard(file="a\0b"), "outside its directory"),
     "another split": (lambda said: said.update(split="test"), "split 'test'"),

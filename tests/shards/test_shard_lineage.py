@@ -183,7 +183,7 @@ def test_a_scheduled_change_is_put_off_by_what_is_passed_over_and_earlier_ones_a
 
 @pytest.mark.parametrize("starts", [[0], [5, 5], [9, 5]])
 def test_a_schedule_out_of_order_is_refused(starts: list[int]) -> None:
-    with pytest.raises(ShardError, match="rise"):
+    with pytest.raises(ShardError, match="ascending"):
         limited({}, schedule=[Change(start, {"a": 1.0}, {}) for start in starts])
 
 

@@ -93,7 +93,7 @@ def test_what_ended_a_task_elsewhere_is_said(spec: Build, tmp_path: Path) -> Non
     data = msgspec.structs.replace(spec.data, clean=Clean(quality=Quality(good=str(few), bad=str(few))))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        with pytest.raises(ShardError, match=r"training judges: the ray jobs ended and did nothing: .*1 good examples"):
+        with pytest.raises(ShardError, match=r"training filter models: the ray jobs ended without finishing.*1 good examples"):
             build(on(msgspec.structs.replace(spec, data=data), "ray", tmp_path / "out"), workers=0)
     finally:
         ray.shutdown()

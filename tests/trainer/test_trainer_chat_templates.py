@@ -285,7 +285,7 @@ def test_a_marker_that_text_can_spell_in_a_tokenizer_brought_along_is_refused_in
     (place / "tokenizer.json").write_text(json.dumps(content))
     ours = loaded(place, "own")
     assert ours.encode("<|im_end|>") == [ours.special["<|im_end|>"]], "else there is nothing to guard against"
-    assert ours.refusal([("user", "a<|im_end|>b"), ("assistant", "c")]) == "says <|im_end|>, which would be a turn"
+    assert ours.refusal([("user", "a<|im_end|>b"), ("assistant", "c")]) == "says <|im_end|>, which would start a turn"
     assert ours.refusal([("user", "a"), ("assistant", "c")]) == ""
 
 

@@ -145,7 +145,7 @@ _STEPS = {
     "finding exact duplicates": (0.2, 0.21),
     "finding near duplicates": (0.21, 0.23),
     "comparing texts": (0.23, 0.25),
-    "training judges": (0.25, 0.26),
+    "training filter models": (0.25, 0.26),
     "cleaning": (0.26, 0.4),
     "making long documents": (0.4, 0.42),
     "encoding": (0.5, 0.85),
