@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test soak bench picture setup clean
+.PHONY: demo test soak bench picture recording docs setup clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Midwatch needs Python 3.11 or newer (PYTHON=python3.12 make ...)"; exit 2; }
@@ -35,5 +35,15 @@ bench: $(STAMP)
 picture: $(STAMP)
 	@$(BIN)/python -m docs.picture
 
+recording: $(STAMP)
+	@$(BIN)/python -m docs.recording
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(STAMP)
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(if $(SERVE),serve,build)
+
 clean:
-	rm -rf $(VENV) .venv-vllm build dist *.egg-info
+	rm -rf $(VENV) .venv-vllm build dist site *.egg-info

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from midwatch.recipe.model import Model, Rope
-from shards.build.sources import ReadPosition
+from shards.readers.sources import ReadPosition
 from shards.readers.splits import split
 from shards.spec import Source
 from shards.tokenization.records import Document

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from midwatch.directory_identity import DirectoryId
-from shards.decoding import DecodeError, json_as
+from shards.common.decoding import DecodeError, json_as
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from shards.commands import add_commands, run
-from shards.terminal import Parser, run_command
+from shards.common.terminal import Parser, run_command
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Only `shards.terminal` prints: text from others reaches a terminal through it, made safe, and is never read as markup."""
+"""Only `shards.common.terminal` prints: text from others reaches a terminal through it, made safe, and is never read as markup."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PRINTING = {"shards/terminal.py", "midwatch/terminal.py"}
+PRINTING = {"shards/common/terminal.py", "midwatch/terminal.py"}
 """The module that prints, and the one that passes its names on to the screen."""
 PACKAGES = ("launcher", "midwatch", "shards", "tui", "trainer")
 STREAM_QUESTIONS = {"isatty", "fileno", "flush", "encoding"}

@@ -23,7 +23,7 @@ from midwatch.signals import ignore_stray
 from midwatch.transport.addresses import NetworkError
 from midwatch.transport.node_join import NodeJoin, await_controller, read_key_file
 from midwatch.transport.tls_identity import KeysError, TlsIdentity, store_identity
-from shards.terminal import Parser, log_to_stderr, write_error, write_out
+from shards.common.terminal import Parser, log_to_stderr, write_error, write_out
 
 log = logging.getLogger("launcher.agent")
 

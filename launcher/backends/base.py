@@ -8,7 +8,7 @@ import msgspec
 
 from midwatch.journal import journal as j
 from midwatch.transport.ssh import SILENT
-from shards.decoding import Count, DecodeError, json_as
+from shards.common.decoding import Count, DecodeError, json_as
 
 FIRST_SECONDS = 60.0
 """That the fewest nodes are waited for when a run starts, where starting an agent is a matter of seconds."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.cli.parser import make_parser
-from shards.terminal import run_command, write_error, write_out, write_path
+from shards.common.terminal import run_command, write_error, write_out, write_path
 
 if TYPE_CHECKING:
     from midwatch.transport.ssh_url import RemoteRun

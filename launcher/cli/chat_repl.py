@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import msgspec
 
 from midwatch import protocol as p
-from shards.terminal import write_out
+from shards.common.terminal import write_out
 
 HELP = """\
 /checkpoint ID      talk to another one: its id, a step, newest or golden

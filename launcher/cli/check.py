@@ -16,7 +16,7 @@ from launcher.preflight.checks import RUNTIME_WAY, NodeReport, What, check_nodes
 from launcher.preflight.node_report import Findings, runtime_problem
 from midwatch.recipe import Recipe, RecipeError, warnings
 from midwatch.words import plural
-from shards.terminal import make_console, write_error, write_json, write_out
+from shards.common.terminal import make_console, write_error, write_json, write_out
 
 MANY = 20
 """Nodes beyond this number are shown only where something is to be said of them."""

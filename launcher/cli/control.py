@@ -19,7 +19,7 @@ from midwatch.run_directory import RunPaths
 from midwatch.transport.client import Client, ClientError
 from midwatch.transport.discovery import Looks, SilentError
 from midwatch.transport.ssh_url import RemoteRun
-from shards.terminal import indented, make_console, write_error, write_json, write_out
+from shards.common.terminal import indented, make_console, write_error, write_json, write_out
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import sys
 from launcher.cli.runs import find_run, read_ledger
 from midwatch.recipe import load_recipe
 from midwatch.run_directory import RunPaths
-from shards.terminal import write_error
+from shards.common.terminal import write_error
 
 
 def export(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from launcher.controller.core.queries import read_log
-from shards.terminal import safe, write_error, write_out
+from shards.common.terminal import safe, write_error, write_out
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 

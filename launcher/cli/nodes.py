@@ -16,7 +16,7 @@ from midwatch import protocol as p
 from midwatch.run_directory import RunPaths, host_name
 from midwatch.transport.node_join import check_url, make_key, read_key_file
 from midwatch.transport.tls_identity import KeysError
-from shards.terminal import make_console, write_error, write_json, write_out
+from shards.common.terminal import make_console, write_error, write_json, write_out
 
 
 def node(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from midwatch.commands import BY_NAME, add_arguments
 from shards.commands import add_commands as add_shards_commands
-from shards.terminal import Parser
+from shards.common.terminal import Parser
 
 EPILOG = """exit status: 0 done or finished; 1 failed or refused; 2 the recipe or the arguments are wrong;
 3 a watch rule stopped the run; 4 an operator or a signal stopped it (it can be resumed)

@@ -8,8 +8,8 @@ from pathlib import Path
 from launcher.plan import Assumptions, PlanError, find_accelerator, plan_budget, plan_recipe
 from launcher.plan.accelerators import DEFAULT
 from midwatch.recipe import RecipeError, load_recipe
-from shards.decoding import shown
-from shards.terminal import make_console, write_json
+from shards.common.decoding import shown
+from shards.common.terminal import make_console, write_json
 
 MOST = 10**9
 _OF_A_RECIPE = ("pipeline", "micro_batches", "virtual")

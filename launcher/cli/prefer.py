@@ -19,7 +19,7 @@ from midwatch.run_directory import RunPaths
 from midwatch.transport.client import Client, ClientError
 from midwatch.transport.ssh_url import RemoteRun
 from midwatch.words import plural
-from shards.terminal import write_json, write_out
+from shards.common.terminal import write_json, write_out
 
 LEFT_OUT = {
     "tie": "ties",

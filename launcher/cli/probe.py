@@ -27,7 +27,7 @@ from midwatch.run_directory import RunPaths, controller_lives
 from midwatch.transport.client import Client, ClientError
 from midwatch.transport.ssh_url import RemoteRun
 from midwatch.words import plural
-from shards.terminal import write_error, write_json, write_out
+from shards.common.terminal import write_error, write_json, write_out
 
 Answers = Callable[[p.ProbeAsk], AsyncGenerator[p.ProbeAnswer]]
 CONNECT_SECONDS = 90.0

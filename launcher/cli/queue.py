@@ -25,7 +25,7 @@ from midwatch.run_directory import RunPaths, read_address, shows_life
 from midwatch.signals import EndingSignals
 from midwatch.transport.access import own_name
 from midwatch.transport.discovery import ClientError
-from shards.terminal import OutputError, discard_out, reader_is_gone, write_error, write_json, write_out
+from shards.common.terminal import OutputError, discard_out, reader_is_gone, write_error, write_json, write_out
 
 POLL_SECONDS = 2.0
 """Between two questions to Slurm while a job waits: its controller has other work."""

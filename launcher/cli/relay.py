@@ -17,7 +17,7 @@ from midwatch.journal.journal import JournalError
 from midwatch.recipe import RecipeError
 from midwatch.run_directory import Address, RunPaths
 from midwatch.transport.discovery import ClientError, Looks, reach_controller
-from shards.terminal import write_error
+from shards.common.terminal import write_error
 
 ROOM = 256 * 1024
 """Bytes kept for a side that does not take them; then the other is read no further."""

@@ -20,8 +20,8 @@ from midwatch.recipe.watch_checks import condition_problems
 from midwatch.run_directory import PRIVATE_FILE, RunPaths, cache_directories, controller_lives, runtime_directory, write_atomically
 from midwatch.transport.access import group_id
 from midwatch.transport.ssh_url import RemoteError, RemoteRun, parse_remote
-from shards.build.build import build_key, conflict, is_built
-from shards.errors import ShardError
+from shards.build.marker import build_key, conflict, is_built
+from shards.common.errors import ShardError
 from shards.tokenization.tokenizer import check_template
 
 

@@ -9,7 +9,7 @@ from launcher.cli.runs import find_anywhere
 from midwatch import protocol as p
 from midwatch.transport.client import Client
 from midwatch.words import plural
-from shards.terminal import make_console, write_error, write_json
+from shards.common.terminal import make_console, write_error, write_json
 
 
 def samples(arguments: argparse.Namespace) -> int:

@@ -59,7 +59,7 @@ from midwatch.run_directory import (
 from midwatch.signals import ignore_stray
 from midwatch.transport.access import group_id, socket_directory
 from midwatch.transport.tls_identity import KeysError, RunKeys
-from shards.terminal import log_to_stderr
+from shards.common.terminal import log_to_stderr
 
 log = logging.getLogger("launcher.controller")
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import msgspec
 import xxhash
 
-from shards.decoding import UNDECODABLE, Count, Int64, brief
+from shards.common.decoding import UNDECODABLE, Count, Int64, brief
 
 log = logging.getLogger(__name__)
 

@@ -111,7 +111,7 @@ def _vocabulary(recipe: Recipe) -> tuple[int, list[str]]:
     if recipe.tokenizer.path is not None and not Path(recipe.tokenizer.path).is_file():
         notes.append(f"{recipe.tokenizer.path} is not here: a tokenizer of {ids:,} ids is assumed")
     elif recipe.tokenizer.path is not None:
-        from shards.errors import ShardError
+        from shards.common.errors import ShardError
         from shards.tokenization.templates import read
         from shards.tokenization.tokenizer import Tokenizer, read_model
 

@@ -20,7 +20,7 @@ from launcher.preflight.node_report import Findings, look
 from midwatch.recipe import Cluster, Recipe
 from midwatch.transport.ssh import Result, Ssh, SshError, remote_command
 from midwatch.words import plural
-from shards.decoding import DecodeError, json_as
+from shards.common.decoding import DecodeError, json_as
 
 VISIT_SECONDS = 45.0
 MOST_SKEW, WARN_SKEW = 5.0, 1.0

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from shards.terminal import Parser, write_error, write_out
+from shards.common.terminal import Parser, write_error, write_out
 
 PACKAGES = ("launcher", "midwatch", "shards", "trainer")
 """What runs on nodes: their files are what must be the same everywhere."""

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from shards.decoding import UNDECODABLE, brief
+from shards.common.decoding import UNDECODABLE, brief
 
 FORMAT = 3
 """3: live settings and recipe keys have the field's names.

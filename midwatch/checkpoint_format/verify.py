@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from shards.decoding import UNDECODABLE, brief
+from shards.common.decoding import UNDECODABLE, brief
 
 MANIFEST = "manifest.msgpack"
 RECORD = "record.json"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from midwatch.commands.spec import Argument, CommandSpec
 from midwatch.commands.table import BY_NAME, BY_VERB
-from shards.terminal import Parser
+from shards.common.terminal import Parser
 
 
 class CommandError(ValueError):

@@ -15,7 +15,7 @@ import msgspec
 from midwatch.directory_identity import DirectoryId
 from midwatch.journal import journal as j
 from midwatch.run_directory import PUBLIC_FILE, RunPaths, write_atomically
-from shards.decoding import DecodeError, json_as
+from shards.common.decoding import DecodeError, json_as
 
 
 class RunRecord(msgspec.Struct, frozen=True):

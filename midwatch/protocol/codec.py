@@ -47,7 +47,7 @@ from midwatch.protocol.queries import (
 )
 from midwatch.protocol.ranks import Ack, CommitRefused, Committed, Hold, Numbered, Order, RankHello, RankWelcome
 from midwatch.protocol.snapshot import Snapshot
-from shards.decoding import UNDECODABLE, brief
+from shards.common.decoding import UNDECODABLE, brief
 
 Message = (
     RankHello

@@ -10,7 +10,7 @@ import msgspec
 from midwatch.extensions import Registry
 from midwatch.recipe.bounds import MOST_COUNT, bounded
 from midwatch.recipe.hosts import expand
-from shards.decoding import shown
+from shards.common.decoding import shown
 
 
 class Sbatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from midwatch.recipe.recipe import Recipe
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.sampling.mixing import covers, named
 
 

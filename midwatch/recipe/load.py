@@ -24,8 +24,8 @@ from midwatch.recipe.toml import TomlError, dump_toml, parse_toml, too_large
 from midwatch.recipe.toml_lines import Path as KeyPath
 from midwatch.recipe.toml_lines import key_lines, line_of
 from midwatch.recipe.watch_checks import action_problem
-from shards.decoding import brief, shown
-from shards.errors import SpecError
+from shards.common.decoding import brief, shown
+from shards.common.errors import SpecError
 from shards.sampling.mixing import covers
 from shards.spec import TEMPLATES, Build, Data, Source
 from shards.spec import check as check_build

@@ -11,7 +11,7 @@ from midwatch.recipe.huggingface.files import PREFIX, Directory, DirectoryError,
 from midwatch.recipe.model import Model, Rope
 from midwatch.recipe.text import TextError, home_expanded
 from midwatch.recipe.toml_lines import Path as KeyPath
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 
 FREE = ("from", "dtype", "float8", "compile")
 """Keys of `[model]` that the directory does not decide."""

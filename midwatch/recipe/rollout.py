@@ -61,6 +61,13 @@ class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     A rollout that a server drew is not learned from then.
     """
 
+    def of_one_objective(self) -> list[tuple[str, str]]:
+        """Keys that are set and that only one objective reads, with that objective."""
+        keys = dict.fromkeys(("kl_target", "kl_horizon", "value_clip", "value_lr", "gamma", "gae_lambda", "whiten"), "ppo")
+        keys |= dict.fromkeys(("advantage", "normalisation"), "grpo")
+        usual = Rollout()
+        return [(key, objective) for key, objective in keys.items() if getattr(self, key) != getattr(usual, key)]
+
     def problems(self) -> list[tuple[str, str]]:
         """(key, what is wrong and the way out)."""
         found = bounded(self, 1, MOST_COUNT, ("prompts", "num_generations", "epochs"))

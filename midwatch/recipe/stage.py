@@ -13,7 +13,7 @@ from midwatch.recipe.bounds import MOST_COUNT, MOST_STEPS, MOST_TOKENS, bounded
 from midwatch.recipe.mixture import Anneal
 from midwatch.recipe.model import Model, Rope
 from midwatch.recipe.rollout import Rollout
-from shards.decoding import LARGEST
+from shards.common.decoding import LARGEST
 from shards.sampling.mixing import Mixing, MixtureBy
 
 ObjectiveKind = Literal["text", "sft", "preference", "scored", "prompt"]
@@ -263,8 +263,11 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.draws or self.makes:
             found += [(f"rollout.{key}", message) for key, message in self.rollout_settings.problems()]
             found += [("rollout", message) for message in self._rollout_problems()]
-            if self.objective != "grpo" and self.rollout_settings.normalisation != "token":
-                found.append(("rollout.normalisation", f'is for objective "grpo", this stage\'s is "{self.objective}" (drop it)'))
+            for key, objective in self.rollout_settings.of_one_objective():
+                if objective != self.objective:
+                    found.append(
+                        (f"rollout.{key}", f'is for objective "{objective}", this stage\'s is "{self.objective}" (drop it)')
+                    )
         elif self.rollout is not None:
             message = f"is for objectives that draw responses, and the objective is {self.objective} (drop it)"
             found.append(("rollout", message))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from midwatch.recipe.toml_lines import Path as KeyPath
-from shards.decoding import LARGEST, MOST_DIGITS
+from shards.common.decoding import LARGEST, MOST_DIGITS
 
 
 class TomlError(ValueError):

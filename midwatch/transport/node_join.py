@@ -29,8 +29,8 @@ from midwatch.transport.tls_identity import (
     client_context,
     load_identity,
 )
-from shards.decoding import DecodeError, json_as
-from shards.terminal import write_error
+from shards.common.decoding import DecodeError, json_as
+from shards.common.terminal import write_error
 
 RETRY_SECONDS = 2.0
 CONNECT_SECONDS = 5.0

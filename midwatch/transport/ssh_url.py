@@ -22,7 +22,7 @@ from websockets.exceptions import InvalidMessage, WebSocketException
 from midwatch import protocol
 from midwatch.signals import send_signal
 from midwatch.transport.discovery import Looks
-from shards.terminal import safe
+from shards.common.terminal import safe
 
 OPEN_SECONDS = 60.0
 """Login included, which may ask for a second factor."""

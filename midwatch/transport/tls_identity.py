@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Literal, cast
 import msgspec
 
 from midwatch.run_directory import RunPaths, write_atomically
-from shards.decoding import DecodeError, json_as
+from shards.common.decoding import DecodeError, json_as
 
 if TYPE_CHECKING:
     from cryptography import x509

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shards.format.seekable_zstd import TEMPORARY, sync_directory
-from shards.errors import ShardError
+from shards.common.errors import ShardError
+from shards.common.files import TEMPORARY, sync_directory
 
 SEAL = 16  # bytes of XXH3-128
 BLOCK = 1 << 20  # bytes that are hashed at once

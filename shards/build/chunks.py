@@ -18,8 +18,8 @@ import msgspec
 import xxhash
 import zstandard
 
-from shards.format.seekable_zstd import TEMPORARY
 from shards.build.checksummed_files import damaged
+from shards.common.files import TEMPORARY
 from shards.tokenization.records import Document, SampledAnswer
 
 FRAME_BYTES = 1 << 20  # of text in a frame

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
+from shards.build.checksummed_files import save_bytes
+from shards.build.chunks import DocumentChunk, DocumentChunkWriter, StoredDocument, size_of
 from shards.build.duplicates import MASK, Duplicates, exact, near
 from shards.build.filter_stats import Count, Funnel, Sample
 from shards.build.judge import SourceFilters
-from shards.build.checksummed_files import save_bytes
-from shards.build.chunks import DocumentChunk, DocumentChunkWriter, StoredDocument, size_of
 from shards.build.workspace import DOCUMENT_BITS, Work
 
 
@@ -52,7 +52,9 @@ class Cleaning:
             writer.close()
         save_bytes(self.output(work, task), msgspec.json.encode(funnel))
 
-    def _own(self, work: Work, chunk: DocumentChunk, frame: int, gone: Sequence[Duplicates], funnel: Funnel) -> Iterator[StoredDocument]:
+    def _own(
+        self, work: Work, chunk: DocumentChunk, frame: int, gone: Sequence[Duplicates], funnel: Funnel
+    ) -> Iterator[StoredDocument]:
         """The documents of a frame that no earlier document says."""
         for place, document in enumerate(chunk.frame(frame), chunk.frames[frame].first):
             size = size_of(document)

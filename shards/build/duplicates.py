@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from shards.build import hashing
 from shards.build.checksummed_files import map_array, save_array
-from shards.build.minhash_signatures import BAND, EXACT
 from shards.build.chunks import DocumentChunk
+from shards.build.minhash_signatures import BAND, EXACT
 from shards.build.workspace import DOCUMENT_BITS, Ids, Work
 
 RANGE = 4_000_000  # hashes looked at in one task, on average

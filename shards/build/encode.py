@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shards.format.seekable_zstd import Array
-from shards.tokenization.encode import Encoded, encode, notes, refusal
 from shards.build.checksummed_files import lines, load_arrays, load_bytes, save_bytes
 from shards.build.chunks import DocumentChunk, StoredDocument
 from shards.build.workspace import Name, Work
+from shards.common.arrays import Array
+from shards.readers.sources import KEPT_ASIDE, Rejected
+from shards.tokenization.encode import Encoded, encode, notes, refusal
 from shards.tokenization.records import Document
-from shards.build.sources import KEPT_ASIDE, Rejected
 from shards.tokenization.templates import kept
 from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
@@ -34,7 +34,7 @@ MADE = {"held out": 0, "trained on": 2**64 - 1}
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class EncodedDocument:
     """One encoded document. `hash`: of its key, by which it is held out or not."""
 
     hash: int
@@ -154,7 +154,7 @@ def labels(work: Work, source: int) -> list[str]:
     return sorted(found, key=lambda label: (len(label), label) if by_length else (0, label)) or [""]
 
 
-def noted(work: Work, source: int) -> Counter[str]:
+def notes_of(work: Work, source: int) -> Counter[str]:
     """What is to be counted of a source's documents, known once it is encoded."""
     found: Counter[str] = Counter()
     for of, _, read in work.units:
@@ -169,7 +169,7 @@ def _sidecar(work: Work, name: Name) -> _Sidecar:
     return msgspec.json.decode(load_bytes(work.path("encode", name, ".json")), type=_Sidecar)
 
 
-def ready(work: Work, source: int, label: str, first: bool) -> Iterator[Ready | Rejected]:
+def encoded_documents(work: Work, source: int, label: str, first: bool) -> Iterator[EncodedDocument | Rejected]:
     """A source's documents of one label, encoded, in order.
 
     What was left out, when it was read or encoded, comes with the first label.
@@ -189,11 +189,11 @@ def ready(work: Work, source: int, label: str, first: bool) -> Iterator[Ready | 
         start = 0
         for stop, size, hashed, of in zip(ends, sizes, hashes, sidecar.labels, strict=True):
             if of == label:
-                yield Ready(hashed, of, tokens[start:stop], None if mask is None else mask[start:stop], size)
+                yield EncodedDocument(hashed, of, tokens[start:stop], None if mask is None else mask[start:stop], size)
             start = stop
 
 
-def gathered(batch: list[Ready]) -> Encoded:
+def concatenated(batch: list[EncodedDocument]) -> Encoded:
     """Documents one after the other."""
     masks = [each.mask for each in batch if each.mask is not None]
     return Encoded(
@@ -204,7 +204,7 @@ def gathered(batch: list[Ready]) -> Encoded:
     )
 
 
-def clean(work: Work, source: int) -> Iterator[StoredDocument]:
+def clean_documents(work: Work, source: int) -> Iterator[StoredDocument]:
     """A source's clean documents, in order."""
     for name in work.of_source(source):
         yield from DocumentChunk(work.path("clean", name, ".docs"))

@@ -19,8 +19,8 @@ from typing import Any
 
 import msgspec
 
-from shards.errors import ShardError, SpecError
 from shards.build.workspace import Work
+from shards.common.errors import ShardError, SpecError
 from shards.spec import Build
 
 LOOK = 1.0  # seconds between looks at what is done

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shards.errors import SpecError
-from shards.scripts import apart
+from shards.common.errors import SpecError
+from shards.filters.scripts import apart
 
 Hashes = npt.NDArray[np.uint64]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
+from shards.build.chunks import StoredDocument, size_of
 from shards.build.filter_stats import Funnel
 from shards.build.models import CONTAMINATION, PERPLEXITY, QUALITY, trained
-from shards.build.chunks import StoredDocument, size_of
 from shards.build.workspace import Work
 from shards.filters.heuristics.families import Rules
 from shards.spec import Kind, Source

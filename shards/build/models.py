@@ -14,15 +14,14 @@ from typing import IO
 
 import msgspec
 
-from shards.format.seekable_zstd import sync_directory
-from shards.errors import ShardError, SpecError
 from shards.build.checksummed_files import hash_of, load_bytes, save_bytes
 from shards.build.workspace import Work
+from shards.common.errors import ShardError, SpecError
+from shards.common.files import kept_if_written, sync_directory
 from shards.readers.hidden import is_hidden
-from shards.tokenization.records import Document
-from shards.build.sources import Rejected, read_unit, units
+from shards.readers.sources import Rejected, read_unit, units
 from shards.spec import Clean, Origin, Source
-from shards.format.writer import kept_aside
+from shards.tokenization.records import Document
 
 SEALED = ".seal"
 ASIDE = "rejected.jsonl"
@@ -105,7 +104,7 @@ class FilterModel:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
         try:
-            with kept_aside(final.with_name(f"{final.name}.{ASIDE}")) as aside:
+            with kept_if_written(final.with_name(f"{final.name}.{ASIDE}")) as aside:
                 _train(work.clean, task[0], temporary, aside)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())

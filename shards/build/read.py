@@ -8,12 +8,12 @@ from pathlib import Path
 
 import msgspec
 
-from shards.errors import ShardError
 from shards.build.checksummed_files import Sealed, save_bytes
 from shards.build.chunks import DocumentChunkWriter, size_of, stored
 from shards.build.workspace import Name, ReadUnit, Work
+from shards.common.errors import ShardError
+from shards.readers.sources import Rejected, broken, is_held_out, read_unit, unreadable
 from shards.tokenization.records import Document
-from shards.build.sources import Rejected, broken, is_held_out, read_unit, unreadable
 
 CHUNK_DOCUMENTS = 16_384
 

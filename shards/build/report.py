@@ -9,13 +9,13 @@ from pathlib import Path
 
 import msgspec
 
-from shards.format import manifest as manifests
-from shards.format.seekable_zstd import write_atomically
-from shards.errors import ShardError
-from shards.format.manifest import SPLITS
 from shards.build.filter_stats import Count, Funnel, together
 from shards.build.models import TOO_SHORT, described
 from shards.build.workspace import Work
+from shards.common.errors import ShardError
+from shards.common.files import write_atomically
+from shards.format import manifest as manifests
+from shards.format.manifest import SPLITS
 
 FILE_NAME = "report.json"
 FORMAT = 1

@@ -7,21 +7,27 @@ from typing import Any
 
 import msgspec
 
-from shards.tokenization.encode import Workers
 from shards.build.executors import run_elsewhere
 from shards.build.models import beside
 from shards.build.read import refuse_broken
 from shards.build.steps import STEPS, BuildStep, do, forget, left
 from shards.build.workspace import Work
-from shards.progress import ProgressMeter
+from shards.common.progress import ProgressMeter
+from shards.tokenization.encode import Workers
 
 BEFORE_TOKENIZER = ("read", "sign", "exact", "near", "verify", "model", "clean", "make")
 AFTER_TOKENIZER = ("encode",)
 
 
+def begin(work: Work) -> None:
+    """Make the working directory, or take over that of a killed build; nothing for a build without steps."""
+    if work.has_steps:
+        work.begin(list(STEPS), beside(work.clean))
+
+
 def run(names: tuple[str, ...], work: Work, pool: Workers, meter: ProgressMeter) -> Work:
-    """What is left of these steps, in order; returns `work` as it is after them."""
-    for name in names:
+    """Do what is not done yet of these steps, in order; returns `work` as it is after them. A build may have no steps."""
+    for name in names if work.has_steps else ():
         _run_step(STEPS[name], work, pool, meter)
         work = Work(work.build, work.key)  # one a step: what it remembers was known when the step began
         if name == "read":

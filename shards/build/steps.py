@@ -11,10 +11,10 @@ import msgspec
 from shards.build.clean import Cleaning
 from shards.build.duplicates import Exact, Near, Verify
 from shards.build.encode import Encoding
-from shards.build.synthetic import Make
+from shards.build.minhash_signatures import Sign
 from shards.build.models import FilterModel
 from shards.build.read import Read
-from shards.build.minhash_signatures import Sign
+from shards.build.synthetic import Make
 from shards.build.workspace import Work
 from shards.spec import Build
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from shards.build.encode import MADE
-from shards.build.filter_stats import Count, Funnel
 from shards.build.checksummed_files import save_bytes
 from shards.build.chunks import DocumentChunk, DocumentChunkWriter, StoredDocument, size_of
+from shards.build.encode import MADE
+from shards.build.filter_stats import Count, Funnel
 from shards.build.workspace import Name, ReadUnit, Work
 from shards.spec import Source
 

@@ -17,12 +17,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shards.format.seekable_zstd import write_atomically
-from shards.errors import ShardError
 from shards.build import checksummed_files
-from shards.build.filter_stats import Funnel, together
 from shards.build.chunks import DocumentChunk
-from shards.build.sources import Unit, changed, fingerprint, units
+from shards.build.filter_stats import Funnel, together
+from shards.common.errors import ShardError
+from shards.common.files import write_atomically
+from shards.readers.sources import Unit, changed, fingerprint, units
 from shards.spec import Build, Clean, Source
 
 DIRECTORY = "work"
@@ -90,6 +90,11 @@ class Work:
     @property
     def sources(self) -> tuple[Source, ...]:
         return self.build.data.source
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether anything is done to documents before they are encoded; else there is no working directory."""
+        return self.build.data.clean is not None
 
     @property
     def clean(self) -> Clean:

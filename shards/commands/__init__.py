@@ -7,8 +7,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from shards.errors import BusyError, ShardError, SpecError
-from shards.terminal import write_error
+from shards.common.errors import BusyError, ShardError, SpecError
+from shards.common.terminal import write_error
 
 __all__ = ["BUSY", "add_commands", "run"]
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
+from shards.common.terminal import OutputError, write_error, write_path
 from shards.spec import Build, decode_build
-from shards.terminal import OutputError, write_error, write_path
 
 PARENT_LOOK = 0.5  # seconds between looks whether the parent still lives
 
@@ -25,7 +25,7 @@ class Stopped(BaseException):
 def main(args: argparse.Namespace) -> int:
     from shards.build.build import build
     from shards.build.report import left_out
-    from shards.progress import ProgressReport, Report, Screen, print_progress
+    from shards.common.progress import ProgressReport, Report, Screen, print_progress
 
     if args.workers is not None and args.workers < 0:
         raise SpecError(f"--workers is {args.workers} (use 0 or more)")

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import SpecError
+from shards.common.arrays import Array
+from shards.common.errors import SpecError
+from shards.common.terminal import make_console, safe, write_json, write_out
 from shards.format.corpus import Corpus, sources
-from shards.format.seekable_zstd import Array
-from shards.terminal import make_console, safe, write_json, write_out
 from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
 STYLES = {0: "dim", 1: "green", 2: "red"}

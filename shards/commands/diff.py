@@ -11,11 +11,11 @@ import msgspec
 import numpy as np
 
 from shards.commands.output import working
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
+from shards.common.terminal import write_json, write_out
 from shards.format.corpus import Corpus, sources
 from shards.format.manifest import FILE_NAME as MANIFEST
 from shards.format.manifest import SPLITS, SplitManifest, load
-from shards.terminal import write_json, write_out
 from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
 CHUNK = 1024  # documents compared at a time
@@ -73,7 +73,7 @@ def _said(value: Any) -> str:
 
 def _spec(a: Path, b: Path) -> list[Difference]:
     """Keys of the two specs, but for where they were built."""
-    from shards.build.build import read_marker
+    from shards.build.marker import read_marker
 
     plain = []
     for root in (a, b):

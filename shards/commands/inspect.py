@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from shards.commands.output import directories, print_table, size
-from shards.terminal import write_json, write_out
+from shards.common.terminal import write_json, write_out
 
 
 def main(args: argparse.Namespace) -> int:

@@ -17,13 +17,13 @@ from pathlib import Path
 import msgspec
 
 from shards.commands.output import size, working
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
+from shards.common.progress import ProgressMeter
+from shards.common.terminal import write_json, write_out
 from shards.format.corpus import sources
 from shards.format.manifest import SPLITS, Shard, SplitManifest, load, verify
 from shards.format.seekable_zstd import ColumnFile
-from shards.progress import ProgressMeter
 from shards.spec import Build
-from shards.terminal import write_json, write_out
 from shards.tokenization.templates import FILE_NAME as TEMPLATE_FILE
 from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
@@ -81,7 +81,7 @@ def _check_tokenizers(builds: Sequence[Path]) -> None:
 
 
 def _collect(builds: Sequence[Path]) -> Found:
-    from shards.build.build import read_marker
+    from shards.build.marker import read_marker
 
     found: Found = {}
     for build in builds:
@@ -131,7 +131,7 @@ def _make(args: argparse.Namespace, out: Path, found: Found, builds: Sequence[Pa
 
 def _mark(place: Path, out: Path, builds: Sequence[Path], found: Found, made: dict[str, SplitManifest]) -> list[str]:
     """Says in build.json what the whole is, as one spec, so that runs take it; its sources, none where no spec would build it."""
-    from shards.build.build import read_marker, write_marker
+    from shards.build.marker import read_marker, write_marker
 
     markers = [marker for marker in map(read_marker, builds) if marker is not None and marker.done]
     first = markers[0].spec if markers else None

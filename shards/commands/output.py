@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.errors import SpecError
-from shards.terminal import make_console, safe, write_error
+from shards.common.errors import SpecError
+from shards.common.terminal import make_console, safe, write_error
 
 if TYPE_CHECKING:
-    from shards.progress import Phase, ProgressMeter
+    from shards.common.progress import Phase, ProgressMeter
 
 PIPE_WIDTH = 250  # in a pipe there is no width to fit: a row stays one line
 
@@ -26,7 +26,7 @@ def directories(path: Path) -> list[Path]:
     found = sorted(file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{FILE_NAME}"))
     if not found:
         raise SpecError(f"{path}: no shards here (give the directory that was built, or one of a source in it)")
-    from shards.build.build import read_marker
+    from shards.build.marker import read_marker
 
     marker = read_marker(path)
     if marker is not None and not marker.done:
@@ -37,7 +37,7 @@ def directories(path: Path) -> list[Path]:
 @contextmanager
 def working(args: Any, phase: Phase, message: str, unit: str, total: int) -> Iterator[ProgressMeter]:
     """A bar on a terminal's stderr while something long goes on; nothing for scripts and in pipes."""
-    from shards.progress import ProgressMeter, Screen
+    from shards.common.progress import ProgressMeter, Screen
 
     with Screen(transient=True) as screen:
         meter = ProgressMeter((lambda progress: None) if args.json or not screen.is_terminal else screen)

@@ -14,7 +14,7 @@ from rich.text import Text
 from shards.build.filter_stats import Count, Funnel, Sample
 from shards.build.report import BuildReport, SourceReport
 from shards.commands.output import short, size
-from shards.terminal import make_console
+from shards.common.terminal import make_console
 
 BAR = 16  # cells; a line with a rule's long name still fits 80 columns
 SHOWN = 160  # characters of a sample

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from shards.errors import SpecError
-from shards.terminal import make_console, write_json
+from shards.common.errors import SpecError
+from shards.common.terminal import make_console, write_json
 
 
 def main(args: argparse.Namespace) -> int:

@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from shards.build.report import counted
 from shards.commands.output import directories, print_table, short, size, working
-from shards.errors import SpecError
+from shards.common.errors import SpecError
+from shards.common.progress import ProgressMeter
+from shards.common.terminal import write_json, write_out
 from shards.format.corpus import Corpus
-from shards.progress import ProgressMeter
-from shards.terminal import write_json, write_out
 from shards.tokenization.tokenizer import FILE_NAME, Tokenizer
 
 CHUNK = 1 << 20  # tokens read at a time

@@ -7,8 +7,8 @@ import contextlib
 from pathlib import Path
 
 from shards.commands.output import directories, size, working
-from shards.errors import ShardError
-from shards.terminal import write_error, write_json, write_out
+from shards.common.errors import ShardError
+from shards.common.terminal import write_error, write_json, write_out
 
 
 def main(args: argparse.Namespace) -> int:

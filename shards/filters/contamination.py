@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
+from shards.filters.scripts import ALPHABETS, KANA, apart
 from shards.filters.settings import Contamination
-from shards.scripts import ALPHABETS, KANA, apart
 
 Hashes = npt.NDArray[np.uint64]
 _VERSION = 2

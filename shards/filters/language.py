@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from shards.common.optional import need
 from shards.filters.settings import Language
-from shards.optional import need
 
 UNKNOWN = "un"
 # CLD2 refuses bytes that are not characters of an interchange: controls but tab, line feed and return; surrogates; and

@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from shards.common.optional import need
 from shards.filters.heuristics.text import Text
-from shards.optional import need
 
 BATCH = 4096  # documents compared with each other at a time; bounds time, which grows with its square
 PERMUTATIONS = 64

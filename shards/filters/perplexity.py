@@ -21,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
+from shards.common.optional import need
 from shards.filters.kneser_ney import BOS, EOS, NgramOrder, estimate
 from shards.filters.settings import Perplexity
-from shards.optional import need
 
 # Symbols stand alone, and so do the characters of scripts written without spaces: Thai, Lao, Burmese, Khmer, kana, Han.
 _UNSPACED = (

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
+from shards.common.optional import need
 from shards.filters import check_digits
 from shards.filters.settings import Pii
-from shards.optional import need
 
 PLACEHOLDERS = {
     "email": "<EMAIL>",

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
+from shards.common.optional import need
 from shards.filters.settings import Quality
-from shards.optional import need
 
 FEWEST = 10  # examples of a kind that a model can be trained on
 _VERSION = 1

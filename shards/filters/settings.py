@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 
 PII_KINDS = ("email", "phone", "ip", "card", "iban", "national_id")
 TOXIC_KINDS = ("profanity", "slurs", "sexual", "violence")

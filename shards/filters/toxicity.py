@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from shards.common.optional import need
 from shards.filters.settings import TOXIC_KINDS, Toxicity
 from shards.filters.wordlists import FIELDS, NEEDED, NEEDED_SLURS, SLURS, WORDS, digest
-from shards.optional import need
 
 FIELD_SHARE = 0.02  # of a text's words that are a field's vocabulary, from which it counts as of that field
 _FEWEST_FIELD_WORDS = 3  # different ones

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import ShardError
+from shards.common.arrays import Array
+from shards.common.errors import ShardError
 from shards.format.manifest import FILE_NAME, SplitManifest, load
-from shards.format.seekable_zstd import Array, Cache, ColumnReader
+from shards.format.seekable_zstd import Cache, ColumnReader
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer
 

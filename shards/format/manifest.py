@@ -13,9 +13,10 @@ import msgspec
 import numpy as np
 import xxhash
 
-from shards.decoding import Count, DecodeError, json_as, shown
-from shards.errors import ShardError
-from shards.format.seekable_zstd import DTYPES, ColumnFile, ColumnReader, write_atomically
+from shards.common.decoding import Count, DecodeError, json_as, shown
+from shards.common.errors import ShardError
+from shards.common.files import write_atomically
+from shards.format.seekable_zstd import DTYPES, ColumnFile, ColumnReader
 from shards.spec import Kind
 
 FORMAT = 1

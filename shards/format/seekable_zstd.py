@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,10 +23,10 @@ import numpy.typing as npt
 import xxhash
 import zstandard
 
-from shards.decoding import Count
-from shards.errors import ShardError
-
-Array = npt.NDArray[Any]
+from shards.common.arrays import Array
+from shards.common.decoding import Count
+from shards.common.errors import ShardError
+from shards.common.files import TEMPORARY, sync_directory
 
 SKIPPABLE_MAGIC = 0x184D2A5E
 SEEKABLE_MAGIC = 0x8F92EAB1
@@ -37,7 +36,6 @@ FOOTER = struct.Struct("<IBI")  # frames, descriptor, magic
 HEADER = struct.Struct("<II")  # skippable magic, bytes that follow
 ENTRY = np.dtype([("compressed", "<u4"), ("plain", "<u4"), ("checksum", "<u4")])
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
-TEMPORARY = ".tmp"
 PASSING = 4  # frames read one after the other, from which on they are not kept: what is decoded into the same memory is faster
 
 
@@ -160,29 +158,6 @@ class ColumnWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.abort()
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames within `path` durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, raw: bytes) -> None:
-    """Replace `path` by `raw`, so that a reader or a crash sees the old file or the new one, whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
 
 
 _decompressors = threading.local()

@@ -1,1 +1,1 @@
-"""Readers: one module for each kind of source, from stored bytes to documents. `shards.build.sources` is their front."""
+"""Readers: one module for each kind of source, from stored bytes to documents. `shards.readers.sources` is their front."""

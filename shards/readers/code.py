@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.readers.base import DAMAGED, LONGEST_RECORD, ReadPosition, Record, Rejected, Unit, decoded, shown
 from shards.readers.compressed import DAMAGE, plain_name
 from shards.readers.files import InputFile, beneath, stream

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.readers import remote
 from shards.readers.base import ReadPosition
 from shards.readers.compressed import opened

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from shards.optional import need
+from shards.common.optional import need
 from shards.readers.base import DAMAGED, LONGEST_RECORD, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.files import raw_file
 from shards.readers.layouts import Placed, documents

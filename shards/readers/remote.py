@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from shards.errors import SpecError
-from shards.optional import need
+from shards.common.errors import SpecError
+from shards.common.optional import need
 from shards.readers.base import SPECIAL
 from shards.readers.hidden import is_hidden, is_hidden_match
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
-from shards.build.sources import ReadPosition, Rejected, documents, is_held_out
+from shards.readers.sources import ReadPosition, Rejected, documents, is_held_out
 from shards.readers.stdlib import Wanted
 from shards.spec import Source
 from shards.tokenization.records import Document

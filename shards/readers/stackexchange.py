@@ -12,7 +12,7 @@ from contextlib import closing
 from itertools import groupby
 from typing import NamedTuple
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.readers.base import DAMAGED, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.compressed import DAMAGE
 from shards.readers.files import InputFile, stream

@@ -7,11 +7,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import zstandard
-
-from shards.optional import need
+from shards.common.optional import need
 from shards.readers.base import DAMAGED, ReadPosition, Record, Rejected, Unit, shown
-from shards.readers.compressed import DAMAGE, LARGEST_WINDOW
+from shards.readers.codings import CodingError, decode
+from shards.readers.compressed import DAMAGE
 from shards.readers.files import stream
 from shards.spec import Source
 from shards.tokenization.records import Document
@@ -19,8 +18,6 @@ from shards.tokenization.records import Document
 SUFFIXES = (".warc",)
 LONGEST_PAGE = 8 << 20  # bytes of HTML
 PAGES = ("text/html", "application/xhtml+xml")
-CODINGS = frozenset(("br", "zstd", "dcb", "dcz", "compress", "x-compress", "x-gzip"))
-"""Content codings (RFC 9110, section 8.4.1; RFC 8878; RFC 9842) that warcio may leave as they are."""
 _MARKUP = re.compile(rb"<(?:!doctype\s+html|html|head|body|title)\b", re.IGNORECASE)
 
 
@@ -29,6 +26,7 @@ def check(source: Source) -> None:
     need("warcio", f'source "{source.name}": origin {source.origin}')
     if source.origin == "warc":
         need("trafilatura", f'source "{source.name}": origin warc')
+        need("brotli", f'source "{source.name}": origin warc')
 
 
 def read(source: Source, unit: Unit, reading: ReadPosition) -> Iterator[Record]:
@@ -71,14 +69,23 @@ def _whole(iterator: Iterator[Any]) -> Iterator[Any]:
 
 
 def content(record: Any, most: int) -> bytes:
-    """A record's content, `most` bytes and one more at the most. Raises EOFError where the file ends within it."""
-    source, parts, left = record.content_stream(), [], most + 1
+    """A record's content, not decoded; `most` bytes and one more at the most. Raises EOFError where the file ends within it."""
+    source, parts, left = _dechunked(record, 2 * most), [], most + 1
     while left and (part := source.read(left)):
         parts.append(part)
         left -= len(part)
-    if left and getattr(record.raw_stream, "limit", 0):
+    if left and getattr(record.raw_stream, "limit", 0) and not record.raw_stream.read(1):
         raise EOFError("it ends within a record")
     return b"".join(parts)
+
+
+def _dechunked(record: Any, most: int) -> Any:
+    """A record's content without chunks (RFC 9112, section 7.1). warcio takes a whole chunk into memory, so that is bounded."""
+    headers = record.http_headers
+    if headers is None or (headers.get_header("Transfer-Encoding") or "").strip().lower() != "chunked":
+        return record.raw_stream
+    bounded = need("warcio.limitreader", "origin warc").LimitReader(record.raw_stream, most)
+    return need("warcio.bufferedreaders", "origin warc").ChunkedDataReader(bounded)
 
 
 def address(path: str, record: Any) -> str:
@@ -98,14 +105,12 @@ def _page(path: str, record: Any) -> Record:
     if kind and kind not in PAGES:
         return Rejected(where, "not HTML", kind[:200])
     raw = content(record, LONGEST_PAGE)
-    coding = (headers.get_header("Content-Encoding") or "").strip().lower()
-    if coding in CODINGS and coding not in _decoded_by_warcio() and not _is_plain(raw):
-        if coding != "zstd":
-            return Rejected(where, f"content-encoding {coding} not read", shown(raw[:256]))
+    coding = headers.get_header("Content-Encoding") or ""
+    if coding and not _is_plain(raw):
         try:
-            raw = _from_zstd(raw)
-        except zstandard.ZstdError as error:
-            return Rejected(where, "content-encoding zstd is damaged", shown(str(error)))
+            raw = decode(raw, coding, LONGEST_PAGE)
+        except CodingError as error:
+            return Rejected(where, str(error), shown(raw[:256]))
     if len(raw) > LONGEST_PAGE:
         return Rejected(where, f"longer than {LONGEST_PAGE >> 20} MiB", shown(raw[:256]))
     if not kind and not _MARKUP.search(raw, 0, 4096):
@@ -117,19 +122,6 @@ def _page(path: str, record: Any) -> Record:
 def _is_plain(raw: bytes) -> bool:
     """Whether a page is markup as it stands: crawlers decode pages, and may leave the header that tells how they came."""
     return raw[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<" and _MARKUP.search(raw, 0, 4096) is not None
-
-
-def _decoded_by_warcio() -> frozenset[str]:
-    """The codings that warcio takes away itself; which they are depends on what is installed beside it."""
-    found: list[str] = need("warcio.bufferedreaders", "origin warc").BufferedReader.get_supported_decompressors()
-    return frozenset(found)
-
-
-def _from_zstd(raw: bytes) -> bytes:
-    """A page, up to one byte more than the longest. Raises ZstdError."""
-    with zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).stream_reader(raw, read_across_frames=True) as reader:
-        page: bytes = reader.read(LONGEST_PAGE + 1)
-    return page
 
 
 def main_text(html: bytes) -> str:

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shards.errors import ShardError
+from shards.common.arrays import Array
+from shards.common.errors import ShardError
 from shards.format.corpus import Corpus, open_source, sources
-from shards.format.seekable_zstd import Array, Cache
+from shards.format.seekable_zstd import Cache
 from shards.sampling import mixing, packing
 from shards.sampling.held_out import HeldOut, open_held_out
 from shards.sampling.mixing import Mixing

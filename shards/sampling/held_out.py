@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shards.common.arrays import Array
 from shards.format.corpus import Corpus, open_source
-from shards.format.seekable_zstd import Array, Cache
+from shards.format.seekable_zstd import Cache
 from shards.sampling.rows import Batch, ObjectiveKind, SourceRows, fill, view
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 
 MixtureBy = Literal["weight", "tokens"]
 

@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.sampling.permutation import permute
 from shards.sampling.segments import BLOCK, Change, MixtureSegment, block_of, lay_out, taken
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.format.corpus import Corpus
 from shards.format.seekable_zstd import ColumnReader, ColumnWriter
 

@@ -13,9 +13,9 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import ShardError
+from shards.common.arrays import Array
+from shards.common.errors import ShardError
 from shards.format.corpus import Corpus
-from shards.format.seekable_zstd import Array
 from shards.sampling.packing import LongSamples, plan
 
 ObjectiveKind = Literal["text", "sft", "preference", "scored", "prompt"]

@@ -14,7 +14,7 @@ from functools import lru_cache
 import msgspec
 import numpy as np
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.sampling.permutation import U64, permute
 
 BLOCK = 4096

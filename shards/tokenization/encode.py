@@ -21,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import ShardError, SpecError
-from shards.format.seekable_zstd import Array
+from shards.common.arrays import Array
+from shards.common.errors import ShardError, SpecError
 from shards.spec import Kind
 from shards.tokenization.chat import Message
 from shards.tokenization.records import Document, SampledAnswer

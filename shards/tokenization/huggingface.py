@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shards.decoding import json_value
-from shards.errors import SpecError
+from shards.common.decoding import json_value
+from shards.common.errors import SpecError
 from shards.tokenization.huggingface_directory import CONFIG, read_tokenizer
 from shards.tokenization.huggingface_tokens import added_tokens, ids_in
 from shards.tokenization.sentencepiece_model import BYTE, CONTROL, META_SPACE, NORMAL, UNKNOWN, USER_DEFINED, parse

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from shards.decoding import DecodeError, json_value, shown
-from shards.errors import SpecError
+from shards.common.decoding import DecodeError, json_value, shown
+from shards.common.errors import SpecError
 from shards.tokenization.huggingface_tokens import Id, Token, added_tokens, as_token, ids_in, token_entries, vocabulary_of
 from shards.tokenization.sentencepiece_model import BYTE, CONTROL, USER_DEFINED, parse
 

@@ -11,8 +11,8 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
-from shards.decoding import brief
-from shards.errors import SpecError
+from shards.common.decoding import brief
+from shards.common.errors import SpecError
 from shards.tokenization.templates import Template
 
 LONGEST_TEMPLATE = 1 << 20
@@ -32,7 +32,7 @@ class Renderer:
         """Raises SpecError for what is not Jinja."""
         import jinja2
 
-        from shards.sandbox import bounded
+        from shards.tokenization.jinja_sandbox import bounded
 
         self._bounded = bounded
         self.template = template
@@ -77,7 +77,7 @@ def _environment() -> Any:
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
 
-    from shards.sandbox import BoundedEnvironment
+    from shards.tokenization.jinja_sandbox import BoundedEnvironment
 
     class Generation(Extension):
         """`{% generation %}`: what the assistant says, marked by whoever wrote the template."""

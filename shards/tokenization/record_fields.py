@@ -76,6 +76,14 @@ def is_empty(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | tuple | dict) and not value)
 
 
+def _is_flag(name: str, value: Any) -> bool:
+    """Whether a field says that an answer reasons, or does not, instead of what: NVIDIA's Nemotron data have "on" and "off".
+
+    Where it is on, the reasoning is in the content.
+    """
+    return name in REASONING and (value is True or (isinstance(value, str) and value.strip().lower() in ("on", "off")))
+
+
 def _holds_nothing(value: Any) -> bool:
     """The same of a list that is padded, or written as JSON."""
     if isinstance(value, str):
@@ -95,7 +103,7 @@ def around(record: Mapping[str, Any], known: Collection[str], allowed: Collectio
             continue
         if name in UNDESIRED and name not in allowed and (value is False or (name != "label" and value == 0)):
             return f'"{name}" is false: an example of what not to say'
-        if is_empty(value) or name in METADATA or name.endswith("_id"):
+        if is_empty(value) or _is_flag(name, value) or name in METADATA or name.endswith("_id"):
             continue
         if name in SYSTEMS:
             if not isinstance(value, str):
@@ -144,7 +152,8 @@ def messages(value: Sequence[Any], name: str, unread: dict[str, None]) -> Turns 
             return f'field "{name}" is not a list of messages with role and content'
         if message.get("role") == "system" and is_empty(message.get("content")):
             continue
-        forbidden = next((field for field in FORBIDDEN_IN_TURNS if not _holds_nothing(message.get(field))), None)
+        given = {field: message[field] for field in message if not _is_flag(field, message[field])}
+        forbidden = next((field for field in FORBIDDEN_IN_TURNS if not _holds_nothing(given.get(field))), None)
         if forbidden is not None:
             return f'a turn has "{forbidden}": {FORBIDDEN_IN_TURNS[forbidden]}'
         role, content = message.get("role"), _content(message.get("content"))
@@ -164,7 +173,7 @@ def messages(value: Sequence[Any], name: str, unread: dict[str, None]) -> Turns 
         if isinstance(learned, str):
             return learned
         turns.append(ChatMessage(role, content, learned))
-        for field in message.keys() - METADATA - {"role", "content", *WEIGHTS}:
+        for field in given.keys() - METADATA - {"role", "content", *WEIGHTS}:
             if not is_empty(message[field]) and not field.endswith("_id"):
                 unread[f"{field} of a turn"] = None
     return turns or "empty"

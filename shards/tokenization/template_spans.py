@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.tokenization.jinja import ChatError, Renderer
 
 KEPT = 4096  # sequences of roles

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
 from shards.spec import TEMPLATES, TokenizerSpec
 
 ROLES = ("system", "user", "assistant")

@@ -23,8 +23,8 @@ import numpy.typing as npt
 import sentencepiece
 import xxhash
 
-from shards.decoding import json_value
-from shards.errors import ShardError, SpecError
+from shards.common.decoding import json_value
+from shards.common.errors import ShardError, SpecError
 from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.chat import Chat, Markers, Message, trained
 from shards.tokenization.huggingface import JsonModel, bundle, ids_in

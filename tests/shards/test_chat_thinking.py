@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shards.build.build import build
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.format import manifest
 from shards.spec import Build, Data, Source
 from shards.spec import TokenizerSpec as TokenizerSpec

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.filters.language import UNKNOWN, Detector, Guess, judge
 from shards.filters.settings import Language
 

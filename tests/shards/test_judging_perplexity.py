@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
 from shards.filters.kneser_ney import discounts
 from shards.filters.perplexity import Scorer, judge, sentences, train
 from shards.filters.settings import Perplexity

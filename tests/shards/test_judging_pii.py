@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.filters import check_digits
 from shards.filters.pii import Finder, Finding
 from shards.filters.settings import Pii

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
 from shards.filters.quality import Classifier, bucket, judge, quantiles
 from shards.filters.settings import Quality
 

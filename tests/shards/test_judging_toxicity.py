@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.filters.settings import Toxicity
 from shards.filters.toxicity import ToxicityScorer
 from shards.filters.wordlists import NEEDED, NEEDED_SLURS, SLURS, WORDS, digest

@@ -22,7 +22,7 @@ import pytest
 from shards.build import hashing
 from shards.build import report as reporting
 from shards.build.build import build
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.format.corpus import Corpus
 from shards.readers import stdlib
 from shards.spec import Build, Clean, Source, TokenizerSpec
@@ -180,6 +180,35 @@ def test_finished_tasks_are_not_done_again(spec: Build, tmp_path: Path) -> None:
 
     build(spec, look, workers=0)
     assert kept == done
+
+
+@pytest.mark.parametrize("clean", [Clean(near=0, chunk_bytes=1024), None], ids=["cleaned", "plain"])
+def test_a_limited_source_is_read_as_far_by_a_resumed_build(
+    make_spec: Callable[..., Build], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean: Clean | None
+) -> None:
+    """How many records were rejected up to the limit is in the manifest, so it must not depend on where a build was killed."""
+    for number in range(60):
+        lines = [json.dumps({"text": f"document {place} of file {number}"}) for place in range(100)]
+        (tmp_path / f"{number:02d}.jsonl").write_text("\n".join([*lines, "no record"]))
+    source = Source(name="a", kind="text", origin="jsonl", path=str(tmp_path / "*.jsonl"), max_tokens=24_000)
+    data: dict[str, Any] = {"source": (source,), "clean": clean, "held_out": 0.0, "shard_tokens": 4096}
+    data["tokenizer"] = TokenizerSpec(vocab=330)
+    whole = content(build(make_spec(tmp_path / "whole", **data), workers=0))
+
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        if (tmp_path / "resumed/a/train/tokens-00001.zst").exists():
+            raise Stop
+
+    monkeypatch.setattr("shards.common.progress.INTERVAL", 0.0)
+    with pytest.raises(Stop):
+        build(make_spec(tmp_path / "resumed", **data), stop, workers=0)
+    assert (tmp_path / "resumed/a/progress.json").exists()
+    assert content(build(make_spec(tmp_path / "resumed", **data), workers=0)) == whole
+    (rejected,) = json.loads(whole["a/train/manifest.json"])["rejected"].values()
+    assert 20 < rejected < 60
 
 
 def test_changed_inputs_begin_the_work_anew(spec: Build, tmp_path: Path, planted: dict[str, Any]) -> None:

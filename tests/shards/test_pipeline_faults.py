@@ -21,13 +21,13 @@ from shards.build import checksummed_files
 from shards.build import report as reporting
 from shards.build.build import build
 from shards.build.encode import LONGEST_LABEL
-from shards.build.sources import Unit
 from shards.build.workspace import ReadUnit, Work, gathered
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
+from shards.common.progress import ProgressReport
 from shards.filters.heuristics.settings import GopherQuality, UniqueWords
 from shards.filters.settings import Contamination, Language, Perplexity
-from shards.progress import ProgressReport
 from shards.readers import stdlib
+from shards.readers.sources import Unit
 from shards.spec import Build, Clean, Source, TokenizerSpec
 from shards.tokenization.tokenizer import FILE_NAME
 
@@ -89,7 +89,7 @@ def test_a_source_cannot_be_called_like_a_part_of_another(make: Make, tmp_path: 
         build(make({"web": path, "web.en": path}, Clean(language=Language()), split_by="language"), workers=0)
 
 
-def test_records_left_out_of_a_split_source_of_which_nothing_stays_are_kept_aside(make: Make, tmp_path: Path) -> None:
+def test_records_left_out_of_a_split_source_of_which_nothing_stays_are_kept_if_written(make: Make, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", ["tiny"], "{broken", '{"title": "no text"}')
     out = build(make({"web": path}, Clean(gopher_quality=GopherQuality()), split_by="label"), workers=0)
     assert len((out / "web" / "rejected.jsonl").read_bytes().splitlines()) == 2
@@ -153,7 +153,7 @@ def test_a_reference_without_texts_is_refused_with_the_reason(make: Make, tmp_pa
         build(make({"web": jsonl(tmp_path / "a.jsonl", prose(3))}, clean), workers=0)
 
 
-def test_records_of_a_reference_that_are_no_text_are_kept_aside(make: Make, tmp_path: Path) -> None:
+def test_records_of_a_reference_that_are_no_text_are_kept_if_written(make: Make, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "exam.jsonl", prose(2), '{"question": "What is the capital of France, and since when?"}')
     clean = Clean(contamination=Contamination(sets={"exam": path}))
     out = build(make({"web": jsonl(tmp_path / "a.jsonl", prose(3))}, clean), workers=0)

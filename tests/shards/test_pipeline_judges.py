@@ -13,7 +13,7 @@ import pytest
 
 from shards.build import report
 from shards.build.build import build
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.filters.heuristics.settings import GopherQuality, GopherRepetition
 from shards.filters.settings import Contamination, Language, Perplexity, Pii, Quality, Toxicity
 from shards.format.corpus import Corpus, sources

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from shards.build.sources import Rejected, read_unit, units
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.readers.base import DAMAGED
 from shards.readers.markup import text_of
+from shards.readers.sources import Rejected, read_unit, units
 from shards.readers.wikitext import plain
 from shards.spec import Source
 from shards.tokenization.records import Document
@@ -189,7 +189,7 @@ def test_a_dump_that_declares_entities_is_refused(tmp_path: Path) -> None:
 
 PEAK = """
 import json, sys
-from shards.build.sources import read_unit, units
+from shards.readers.sources import read_unit, units
 from shards.spec import Source
 source = Source(name="a", kind="text", origin=sys.argv[2], path=sys.argv[1])
 unit, = units(source)

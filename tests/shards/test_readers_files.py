@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import zstandard
 
-from shards.build.build import build, build_key
-from shards.build.sources import ReadPosition, Rejected, broken, documents, fingerprint, read_unit, units
-from shards.errors import ShardError, SpecError
+from shards.build.build import build
+from shards.build.marker import build_key
+from shards.common.errors import ShardError, SpecError
 from shards.readers.base import DAMAGED, NULS
+from shards.readers.sources import ReadPosition, Rejected, broken, documents, fingerprint, read_unit, units
 from shards.spec import Build, Data, Source, TokenizerSpec, check
 from shards.tokenization.records import Document
 
@@ -183,7 +184,7 @@ def test_empty_files_and_documents_are_told_of(tmp_path: Path) -> None:
 
 PEAK = """
 import json, sys
-from shards.build.sources import read_unit, units
+from shards.readers.sources import read_unit, units
 from shards.tokenization.records import Document
 from shards.spec import Source
 given = Source(name="a", kind="text", origin=sys.argv[2], path=sys.argv[1])
@@ -286,7 +287,7 @@ def test_keys_that_do_not_fit_are_refused(change: dict[str, Any], message: str) 
 
 
 def test_keys_that_are_not_used_do_not_change_what_is_built() -> None:
-    """The first is what this spec is called since files are read as they are now (shards.build.build.READING)."""
+    """The first is what this spec is called since files are read as they are now (shards.build.marker.READING)."""
     assert build_key(Build(data=Data(source=(source("x", name="a"),)), out="o")) == "cf684e2a6b7d960e110f37785c405401"
     keys = {
         build_key(Build(data=Data(source=(source("x", **more),)), out="o"))

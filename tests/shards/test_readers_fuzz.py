@@ -18,9 +18,9 @@ import zstandard
 from warcio.warcwriter import WARCWriter
 
 from shards.build.build import build
-from shards.build.sources import Rejected, read_unit, units
 from shards.format.corpus import Corpus
 from shards.format.manifest import verify
+from shards.readers.sources import Rejected, read_unit, units
 from shards.spec import Build, Data, Source, TokenizerSpec
 from shards.tokenization.records import Document
 

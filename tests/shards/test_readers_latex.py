@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.build.sources import Rejected, read_unit, units
+from shards.readers.sources import Rejected, read_unit, units
 from shards.readers.texlexer import lexed
 from shards.spec import Source
 from shards.tokenization.records import Document
@@ -43,7 +43,7 @@ is ``done''.% trailing
 \item[Second] \href{http://x.y}{a link} \url{http://a.b/c_d}.
 \end{itemize}
 \begin{figure}[ht]
-\includegraphics[width=3cm]{fig.pdf}
+\includegraphics[hidden_size=3cm]{fig.pdf}
 \caption{The \ours{} loop.}
 \end{figure}
 \begin{table}\begin{tabular}{ll} a & b \\ c & d \end{tabular}\caption{Numbers.}\end{table}

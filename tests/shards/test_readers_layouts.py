@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards.build.sources import Rejected, read_unit, units
 from shards.readers.base import DAMAGED
+from shards.readers.sources import Rejected, read_unit, units
 from shards.spec import Source
 from shards.tokenization.records import Document
 
@@ -218,7 +218,7 @@ def test_parquet_that_is_damaged_or_lacks_the_column_is_broken(tmp_path: Path) -
     assert not found and [(each.reason, each.rest) for each in rejected] == [(DAMAGED, True)]
 
 
-def test_rows_of_parquet_that_are_not_utf8_null_or_too_long_are_kept_aside(tmp_path: Path) -> None:
+def test_rows_of_parquet_that_are_not_utf8_null_or_too_long_are_kept_if_written(tmp_path: Path) -> None:
     raw = pa.array([b"good", b"bad \xff", None, b"a" * (65 << 20), b"fine"], pa.binary())
     pq.write_table(pa.table({"text": raw.view(pa.string())}), tmp_path / "a.parquet")
     found, rejected = read(tmp_path, "parquet", "text")

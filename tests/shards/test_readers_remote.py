@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards.build.sources import ReadPosition, Rejected, describe, fingerprint, read_unit, units
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.readers import remote
 from shards.readers.base import DAMAGED
+from shards.readers.sources import ReadPosition, Rejected, describe, fingerprint, read_unit, units
 from shards.spec import Source
 from shards.tokenization.records import Document
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gzip
 import io
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
+import brotli
 import pytest
 import zstandard
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from shards.build.sources import Rejected, read_unit, units
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.readers.base import DAMAGED
 from shards.readers.code import language, of_path, of_text
+from shards.readers.sources import Rejected, read_unit, units
 from shards.spec import Source
 from shards.tokenization.records import Document
 
@@ -87,32 +90,93 @@ def coded(coding: str, body: bytes, *, chunked: bool = False) -> bytes:
     return out.getvalue()
 
 
+BODY = PAGE.encode()
+BOMB = b"<html>" + bytes(1 << 26)
+
+
+def inflated_raw(body: bytes) -> bytes:
+    """As some servers send `deflate`: without zlib's header."""
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(body) + packer.flush()
+
+
 @pytest.mark.parametrize(
     ("coding", "body", "reason"),
     [
-        ("gzip", gzip.compress(PAGE.encode()), ""),
-        ("zstd", zstandard.compress(PAGE.encode()), ""),
-        ("ZSTD", zstandard.ZstdCompressor(write_content_size=False).compress(PAGE.encode()), ""),
+        ("gzip", gzip.compress(BODY), ""),
+        ("X-GZip", gzip.compress(BODY) + b"what browsers ignore", ""),
+        ("gzip", gzip.compress(BODY)[:-100], "content-encoding gzip is damaged"),
+        ("gzip", b"no tag, <p>and no gzip</p>" + BODY, ""),
+        ("deflate", zlib.compress(BODY), ""),
+        ("deflate", inflated_raw(BODY), ""),
+        ("deflate", zlib.compress(BODY)[:-100], "content-encoding deflate is damaged"),
+        ("zstd", zstandard.compress(BODY), ""),
+        ("ZSTD", zstandard.ZstdCompressor(write_content_size=False).compress(BODY), ""),
+        ("zstd", zstandard.compress(BODY)[:-100], "content-encoding zstd is damaged"),
         ("zstd", b"\x28\xb5\x2f\xfd broken", "content-encoding zstd is damaged"),
-        ("zstd", zstandard.compress(b"<html>" + bytes(9 << 20)), "longer than 8 MiB"),
         ("compress", b"\x1f\x9d\x90" + bytes(range(128, 256)), "content-encoding compress not read"),
-        ("br", bytes(range(128, 256)), "content-encoding br not read"),
-        ("br", PAGE.encode(), ""),  # the crawler has decoded it, and left the header
-        ("utf-8", PAGE.encode(), ""),  # no coding at all, but servers send it
+        ("br", brotli.compress(BODY), ""),
+        ("br", brotli.compress(BODY)[:-100], "content-encoding br is damaged"),
+        ("br", bytes(range(128, 256)), "content-encoding br is damaged"),
+        ("br", BODY, ""),  # the crawler has decoded it, and left the header
+        ("br, gzip", gzip.compress(brotli.compress(BODY)), ""),  # in the order in which they were applied
+        ("identity", BODY, ""),
+        ("utf-8", BODY, ""),  # no coding at all, but servers send it
+        ("br", b"", "no main text"),
     ],
+    ids=lambda each: each if isinstance(each, str) else "",
 )
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_pages_content_coding_is_taken_away_or_named(
-    tmp_path: Path, coding: str, body: bytes, reason: str, chunked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from warcio.bufferedreaders import BufferedReader
-
-    monkeypatch.delitem(BufferedReader.DECOMPRESSORS, "br", raising=False)  # warcio has it where brotli is installed
+def test_a_pages_content_coding_is_decoded_or_named(tmp_path: Path, coding: str, body: bytes, reason: str, chunked: bool) -> None:
     (tmp_path / "x.warc").write_bytes(coded(coding, body, chunked=chunked))
     found, rejected = read(tmp_path, "warc")
     assert [each.reason for each in rejected] == ([reason] if reason else [])
     assert not reason or not found
     assert reason or found[0].parts[0].split("\n")[-3:] == SENTENCES
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        ("br", brotli.compress(BOMB, quality=5)),
+        ("gzip", gzip.compress(BOMB)),
+        ("deflate", zlib.compress(BOMB)),
+        ("zstd", zstandard.compress(BOMB)),
+        ("gzip, br", brotli.compress(gzip.compress(BOMB))),
+    ],
+    ids=["br", "gzip", "deflate", "zstd", "both"],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_page_that_expands_without_end_takes_little_memory(tmp_path: Path, coding: str, body: bytes, chunked: bool) -> None:
+    (tmp_path / "x.warc").write_bytes(coded(coding, body, chunked=chunked))
+    read(tmp_path, "warc")  # what is loaded and compiled the first time
+    tracemalloc.start()
+    found, rejected = read(tmp_path, "warc")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not found and [each.reason for each in rejected] == ["longer than 8 MiB"]
+    assert most < 40 << 20
+
+
+def test_one_chunk_of_any_length_takes_little_memory(tmp_path: Path) -> None:
+    """WARC files are compressed, so a page in one chunk of 64 MiB costs a small file."""
+    (tmp_path / "x.warc.gz").write_bytes(gzip.compress(coded("identity", BOMB, chunked=True)))
+    tracemalloc.start()
+    found, rejected = read(tmp_path, "warc")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not found and [each.reason for each in rejected] == ["longer than 8 MiB"]
+    assert most < 40 << 20
+
+
+def test_what_follows_the_last_chunk_is_no_damage(tmp_path: Path) -> None:
+    raw = coded("identity", BODY, chunked=True)
+    length = b"Content-Length: %d" % (len(raw.partition(b"\r\n\r\n")[2]) - 4)
+    assert length in raw
+    longer = raw.replace(length, b"Content-Length: %d" % (int(length[16:]) + 4))[:-4] + b"junk\r\n\r\n"
+    (tmp_path / "x.warc").write_bytes(longer + raw)
+    found, rejected = read(tmp_path, "warc")
+    assert len(found) == 2 and not rejected
 
 
 def test_a_warc_that_was_cut_off_gives_what_it_has(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 from shards.build import report as reporting
 from shards.build.build import build
 from shards.build.chunks import stored
-from shards.build.sources import Rejected
 from shards.format import manifest
 from shards.format.corpus import Corpus
 from shards.readers.layouts import documents
+from shards.readers.sources import Rejected
 from shards.spec import Build, Clean, Data, Source, TokenizerSpec
 from shards.tokenization.encode import encode, refusal
 from shards.tokenization.records import Document
@@ -131,6 +131,17 @@ def test_a_system_message_beside_the_conversation_is_not_said_twice() -> None:
 def test_a_record_that_means_something_else_is_rejected_by_its_field(more: dict[str, Any], reason: str) -> None:
     for own in ({"messages": [ASK, ANSWER]}, {"instruction": "2+2?", "output": "4"}):
         assert read(own | more) == reason
+
+
+@pytest.mark.parametrize("value", ["off", "on", "Off", True, False])
+@pytest.mark.parametrize("name", ["reasoning", "thinking"])
+def test_a_flag_that_says_whether_an_answer_reasons_is_no_reasoning(name: str, value: Any) -> None:
+    """As NVIDIA's Nemotron post-training data have it; where it is on, the reasoning is in the content."""
+    answer = ANSWER | {"content": "<think>two and two</think>4"}
+    for turns in ([ASK, answer], [ASK, answer | {name: value}]):
+        found = read({"messages": turns, name: value, "system_prompt": f"detailed thinking {value}"})
+        assert isinstance(found, Document)
+        assert found.parts == (f"detailed thinking {value}", "2+2?", answer["content"]) and not found.unread
 
 
 def test_what_a_judge_says_of_a_pair_does_not_reject_it() -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.filters.heuristics import marks
 from shards.filters.heuristics import text as splitting
 from shards.filters.heuristics.families import C4, FineWeb, GopherQuality, GopherRepetition, Rules, Text, UniqueWords

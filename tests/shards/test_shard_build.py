@@ -19,12 +19,13 @@ import psutil
 import pytest
 import zstandard
 
-from shards.build.build import build, build_key, is_built
-from shards.build.sources import ReadPosition, Rejected, is_held_out
-from shards.errors import ShardError, SpecError
+from shards.build.build import build
+from shards.build.marker import build_key, is_built
+from shards.common.errors import ShardError, SpecError
 from shards.format import manifest
 from shards.format.corpus import Corpus
 from shards.readers import splits as splitting
+from shards.readers.sources import ReadPosition, Rejected, is_held_out
 from shards.spec import Build, Source, TokenizerSpec, decode_build
 from shards.tokenization.encode import Workers
 from shards.tokenization.records import Document
@@ -291,7 +292,7 @@ def test_whole_shards_are_not_made_again(tmp_path: Path, make_spec: Callable[...
         if len(list(tmp_path.glob("o/code/train/tokens-*.zst"))) >= 3:
             raise Enough
 
-    from shards import progress
+    from shards.common import progress
 
     interval, progress.INTERVAL = progress.INTERVAL, 0.0
     try:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import xxhash
 
-from shards.build.build import build, build_key, conflict, is_built
-from shards.errors import ShardError, SpecError
+from shards.build.build import build
+from shards.build.marker import build_key, conflict, is_built
+from shards.common.errors import ShardError, SpecError
 from shards.format import manifest
 from shards.format.corpus import Corpus
 from shards.sampling.batches import BatchFeed
@@ -151,7 +152,7 @@ def test_another_template_is_another_build(tmp_path: Path) -> None:
     assert is_built(spec)
     assert "tokenizer.template was" in conflict(spec_of(tmp_path, template="chatml"))
     file.write_text(GOOD + "\n\n.")
-    assert not is_built(spec) and "said something else" in conflict(spec)
+    assert not is_built(spec) and "had other content" in conflict(spec)
     moved = tmp_path / "moved.jinja"
     moved.write_text(GOOD)
     assert is_built(spec_of(tmp_path, template=str(moved))), "where the file lies does not count"
@@ -255,7 +256,7 @@ def test_a_conversation_and_a_preference_that_begin_alike_are_held_out_together(
 def test_a_build_that_was_interrupted_counts_what_the_template_refuses_once(
     tmp_path: Path, make_spec: Callable[..., Build], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shards.format import writer
+    from shards.build import split_writer
 
     records = [{"messages": [USER, ASSISTANT] if n % 5 else [USER, USER, ASSISTANT], "n": n} for n in range(400)]
     path = write(tmp_path / "d.jsonl", records)
@@ -268,7 +269,7 @@ def test_a_build_that_was_interrupted_counts_what_the_template_refuses_once(
         "held_out": 0,
     }
     whole = build(make_spec(tmp_path / "whole", **small), workers=0)
-    finish, times = writer.SplitWriter.finish, []
+    finish, times = split_writer.SplitWriter.finish, []
 
     def cut(self: Any) -> None:
         finish(self)
@@ -277,7 +278,7 @@ def test_a_build_that_was_interrupted_counts_what_the_template_refuses_once(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer.SplitWriter, "finish", cut)
+        patched.setattr(split_writer.SplitWriter, "finish", cut)
         with pytest.raises(KeyboardInterrupt):
             build(make_spec(tmp_path / "cut", **small), workers=0)
     again = build(make_spec(tmp_path / "cut", **small), workers=0)

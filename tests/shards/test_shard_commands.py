@@ -236,7 +236,7 @@ def test_diff_names_what_differs_down_to_the_first_document(built: Path, others:
 
 
 def test_merge_makes_one_directory_of_builds_whose_sources_differ_that_runs_take(built: Path, others, tmp_path: Path) -> None:
-    from shards.build.build import is_built, read_marker
+    from shards.build.marker import is_built, read_marker
 
     done = merged(tmp_path / "all", built, others[1])
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.format.seekable_zstd import (
     CHECKSUM_FLAG,
     ENTRY,

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.errors import ShardError
+from shards.common.arrays import Array
+from shards.common.errors import ShardError
 from shards.format import manifest
 from shards.format.corpus import Corpus
-from shards.format.seekable_zstd import Array
 from shards.sampling.batches import BatchFeed
 
 FLIPS = 2000

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.format.corpus import Corpus
 from shards.format.seekable_zstd import ColumnReader
 from shards.sampling.batches import BatchFeed, ObjectiveKind, open_held_out

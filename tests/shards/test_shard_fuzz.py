@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 from shards.build.build import build
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.format import manifest
 from shards.format.corpus import Corpus
 from shards.format.seekable_zstd import HEADER, ColumnFile

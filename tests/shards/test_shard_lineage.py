@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.sampling.order import BLOCK, Sample, SampleOrder
 from shards.sampling.segments import Change
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.build.build import build
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.format.corpus import Corpus
 from shards.sampling.batches import BatchFeed
 from shards.sampling.mixing import Mixing, limit, named, parts, shares, weigh

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.sampling.order import BLOCK, VERSION, SampleOrder
 from shards.sampling.permutation import permute
 from shards.sampling.segments import apportion

@@ -16,7 +16,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from shards.terminal import json_text, make_console, safe
+from shards.common.terminal import json_text, make_console, safe
 
 ATTACKS = {
     "title": ("\x1b]0;owned\x07", "\\x1b]0;owned\\x07"),
@@ -103,7 +103,7 @@ def test_a_console_neither_obeys_escapes_nor_reads_markup() -> None:
     assert "\x1b]" not in out.getvalue() and "\u202e" not in out.getvalue()
 
 
-CALL = "import sys; from shards import terminal as t; sys.exit(t.run_command(lambda: {body}))"
+CALL = "import sys; from shards.common import terminal as t; sys.exit(t.run_command(lambda: {body}))"
 
 
 def run(body: str, shell: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +140,7 @@ def test_closed_streams_are_as_if_nobody_listened(closed: str, tmp_path: Path) -
 
 BAR = """
 import time
-from shards.progress import ProgressReport, Screen
+from shards.common.progress import ProgressReport, Screen
 
 def work():
     with Screen() as screen:
@@ -153,7 +153,7 @@ def work():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_under_a_bar_shows_the_cursor_again(number: signal.Signals, tmp_path: Path) -> None:
     script = tmp_path / "bar.py"
-    script.write_text(BAR + "\nfrom shards.terminal import run_command\nimport sys\nsys.exit(run_command(work))\n")
+    script.write_text(BAR + "\nfrom shards.common.terminal import run_command\nimport sys\nsys.exit(run_command(work))\n")
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, str(script)],

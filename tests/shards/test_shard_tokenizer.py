@@ -10,7 +10,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
 from shards.readers import stdlib
 from shards.tokenization.tokenizer import LONG, RESERVED, Tokenizer, train
 

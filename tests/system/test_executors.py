@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from shards.build.build import build
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.filters.settings import Quality
 from shards.readers import stdlib
 from shards.spec import Build, Clean, Data, Slurm, Source, TokenizerSpec

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.huggingface_directory import QWEN2_SPLIT
 from shards.tokenization.templates import DEFAULT, read

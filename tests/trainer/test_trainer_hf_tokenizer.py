@@ -11,8 +11,8 @@ import pytest
 import sentencepiece
 
 from shards.build.build import build
-from shards.build.sources import ReadPosition
-from shards.errors import SpecError
+from shards.common.errors import SpecError
+from shards.readers.sources import ReadPosition
 from shards.readers.splits import split
 from shards.spec import Build, Data, Source
 from shards.spec import TokenizerSpec as TokenizerSpec

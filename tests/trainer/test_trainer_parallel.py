@@ -228,3 +228,70 @@ def test_what_needs_less_memory_gives_the_same(tmp_path: Path) -> None:
     ]
     layouts = [(Parallel(), 1), (Parallel(tensor=2, pipeline=2), 1), (Parallel(tensor=2), 2)]
     hold(tmp_path, 4, [Case("llama", *layouts[n % 3], masked=n % 2 == 0, more=way) for n, way in enumerate(ways)])
+
+
+def products_on_rank(root: Path) -> None:
+    """What each rank does: products of gathered tokens in both ways, and when what was begun."""
+    import torch.nn.functional as F
+
+    from trainer.distributed import sequence_parallel
+    from trainer.distributed.mesh import join, open_store
+
+    torch.set_num_threads(1)
+    world = join(open_store(), "test", Cluster(device="cpu"), Parallel(tensor=2))
+    spread = sequence_parallel.Spread(world.tensor)
+    same = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for widths, biased in (((40,), True), ((24, 24), False)):
+            source = torch.Generator().manual_seed(world.rank)
+
+            def drawn(*shape: int, source: torch.Generator = source, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.randn(*shape, generator=source).to(dtype).requires_grad_()
+
+            x, weights = drawn(3, 8, 16), [drawn(width, 16) for width in widths]
+            biases = [drawn(width) if biased else None for width in widths]
+            back = [drawn(3, 16, width).detach() for width in widths]
+            given = [each for each in (x, *weights, *biases) if each is not None]
+            whole = spread.gather(x)
+            expected = [F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            exact = torch.autograd.grad(expected, given, back)
+            found = spread.gathered_products(x, weights, biases)
+            gradients = torch.autograd.grad(found, given, back)
+            same += [torch.equal(*each) for each in zip((*found, *gradients), (*expected, *exact), strict=True)]
+    (root / f"same-{world.rank}.json").write_text(json.dumps(same))
+
+
+def test_gathered_products_are_the_same_to_the_bit(tmp_path: Path) -> None:
+    assert start_ranks(tmp_path, 2, products_on_rank).wait(120) == [0, 0], logs(tmp_path)
+    for rank in range(2):
+        same = json.loads((tmp_path / f"same-{rank}.json").read_text())
+        assert len(same) == 2 * (1 + 3 + 2 + 3) and all(same)
+
+
+def test_weights_gradients_are_computed_while_the_inputs_is_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank's own gradient is waited for last."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from trainer.distributed import sequence_parallel
+
+    order: list[str] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), more: Any = None) -> Any:
+            if function is torch.ops.aten.mm.default:
+                order.append("product")
+            return function(*arguments, **(more or {}))
+
+    def begun(x: Tensor, *_: Any) -> Tensor:
+        order.append("begun")
+        return x[:, : x.shape[1] // 2]
+
+    monkeypatch.setattr(sequence_parallel, "_gather", lambda x, *_: torch.cat([x, x], 1))
+    monkeypatch.setattr(sequence_parallel, "_begin_scatter", begun)
+    arrived = sequence_parallel._arrived
+    x, weights = torch.randn(1, 4, 8, requires_grad=True), [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
+    found = sequence_parallel.Spread(sequence_parallel.Group(size=2)).gathered_products(x, weights, [None, None])
+    monkeypatch.setattr(sequence_parallel, "_arrived", lambda x: (order.append("waited"), arrived(x))[1])
+    with Products():
+        torch.stack(found).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    assert order == ["product", "product", "begun", "product", "product", "waited"]

@@ -328,10 +328,15 @@ def test_grpo_weighs_by_responses_where_the_recipe_says_so(build: Build) -> None
     assert series(by_response, "train/tokens")[12] == series(by_token, "train/tokens")[12]
 
 
-def test_a_recipes_normalisation_is_checked(recipe: Recipe) -> None:
+def test_what_a_recipes_policy_says_is_checked(recipe: Recipe) -> None:
     for stage, says in (
         (ppo(1, normalisation="sequence"), 'rollout.normalisation: is for objective "grpo", this stage\'s is "ppo" (drop it)'),
         (ppo(1, objective="grpo", num_generations=2, normalisation="batch"), "normalisation"),
+        (ppo(1, advantage="leave-one-out"), 'rollout.advantage: is for objective "grpo", this stage\'s is "ppo" (drop it)'),
+        # Read by nobody, the coefficient stays as it is.
+        (ppo(1, objective="grpo", num_generations=2, kl_target=6.0), 'rollout.kl_target: is for objective "ppo"'),
+        (ppo(1, objective="grpo", num_generations=2, value_clip=0.2), 'rollout.value_clip: is for objective "ppo"'),
+        (ppo(1, objective="grpo", num_generations=2, gamma=0.99), 'rollout.gamma: is for objective "ppo"'),
         (ppo(1, temperature=0.001), "rollout.temperature: must lie between 0.01 and 100"),
     ):
         text = dump_recipe(msgspec.structs.replace(recipe, stage=(recipe.stage[0], stage))).replace("{}/rewards", "/tmp/rewards")

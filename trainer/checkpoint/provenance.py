@@ -12,7 +12,7 @@ from typing import Any
 from midwatch.checkpoint_format import manifest
 from midwatch.checkpoint_format.manifest import CheckpointError
 from midwatch.recipe import Recipe, stage_inputs
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.format import manifest as shards_manifest
 from trainer.progress import TrainProgress
 

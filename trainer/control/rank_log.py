@@ -27,7 +27,7 @@ from midwatch.protocol import (
     Sampled,
     StageBorder,
 )
-from shards.terminal import log_to_stderr
+from shards.common.terminal import log_to_stderr
 from trainer.control.reporting import ControllerLink
 
 log = logging.getLogger("trainer")

@@ -8,6 +8,7 @@ their ends, where nothing looks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, Partial
 # By their new names, where torch has them.
 _gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 _scatter = getattr(collectives, "reduce_scatter_single_autograd", None) or collectives.reduce_scatter_tensor_autograd
+_begin_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,15 @@ class SequenceSharding:
             return x
         return _arrived(_gather(x, 1, self.tensor.ranks))
 
+    def gathered_products(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """`F.linear` of `gather`'s result with each weight and its bias.
+
+        The same to the bit. But on the way back x's gradient is summed over the ranks while those of the weights are computed, as
+        Megatron-LM does it (Korthikanti et al. 2022, section 4.2.2).
+        """
+        found = _GatheredProducts.apply(x, self.tensor, len(weights), *weights, *biases)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return cast(tuple[Tensor, ...], found)
+
     def scatter(self, x: Tensor) -> Tensor:
         """Sums what tensor-parallel ranks have of all their tokens [batch, time, ...], and keeps this rank's."""
         if self.tensor.size == 1:
@@ -122,6 +133,28 @@ class SequenceSharding:
         x = x.view(batch, heads, parts, time // parts, head).permute(2, 0, 1, 3, 4).contiguous()
         x = _arrived(collectives.all_to_all_single_autograd(x, None, None, self.context.ranks))
         return x.transpose(0, 1).reshape(batch, parts * heads, time // parts, head)
+
+
+class _GatheredProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: RankGroup, count: int, *given: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = cast(tuple[Tensor, ...], given[:count]), given[count:]
+        whole = _arrived(_gather(x, 1, group.ranks))
+        ctx.save_for_backward(whole, *weights)
+        ctx.group, ctx.biased = group, [bias is not None for bias in biases]
+        return tuple(F.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        whole, *weights = ctx.saved_tensors
+        flat = [gradient.flatten(0, 1) for gradient in gradients]
+        of_whole = flat[-1] @ weights[-1]
+        for gradient, weight in zip(flat[-2::-1], weights[-2::-1], strict=True):
+            of_whole += gradient @ weight
+        under_way = _begin_scatter(of_whole.view_as(whole), "sum", 1, ctx.group.ranks)
+        of_weights = [gradient.t() @ whole.flatten(0, 1) for gradient in flat]
+        of_biases = [gradient.sum(0) if biased else None for gradient, biased in zip(flat, ctx.biased, strict=True)]
+        return _arrived(under_way), None, None, *of_weights, *of_biases
 
 
 class _Whole(torch.autograd.Function):

@@ -103,8 +103,11 @@ class Runner:
     def _seen(self, chunks: Items[TokenChunk], slots: Tensor) -> AttentionMetadata:
         device = self._device
         rows = rows_of(slots, self.config.key_value_heads, self.size)
-        if self._kernel:
+        if self._kernel:  # which reads nothing past a sequence's end
             return AttentionMetadata(rows, tables=tables(chunks, device), slopes=self._slopes)
+        size = self.size
+        fresh = [page for chunk in chunks for page in chunk.sequence.pages[-(-chunk.start // size) : -(-chunk.stop // size)]]
+        begun = self._sent(fresh) if fresh else None
         single = [chunk for chunk in chunks if chunk.stop - chunk.start == 1]
         those = continued(single, self.size, self._slopes, self.config.key_value_heads, device)
         pieces, start = [], len(single)
@@ -113,7 +116,7 @@ class Runner:
             held = chunk.sequence.pages[: -(-chunk.stop // self.size)]
             pieces.append(PromptChunk(start, stop, chunk.start, on_device(held, torch.int64, device)))
             start = stop
-        return AttentionMetadata(rows, those, tuple(pieces), slopes=self._slopes)
+        return AttentionMetadata(rows, those, tuple(pieces), slopes=self._slopes, begun=begun)
 
     def _forward(self, tokens: Tensor, positions: Tensor, seen: AttentionMetadata) -> Tensor:
         """[1, tokens] -> [1, tokens, width]"""

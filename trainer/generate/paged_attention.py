@@ -97,6 +97,9 @@ class AttentionMetadata:
     tables: Tables | None = None
     slopes: Tensor | None = None
     """[heads], float32: ALiBi's."""
+    begun: Tensor | None = None
+    """[pages] into which the step writes for the first time since they were given to a sequence; None: none. They are cleared:
+    what is masked still counts if it is NaN, and it is if a damaged policy had the page before."""
 
 
 class Pages:
@@ -142,6 +145,8 @@ class Layer:
         """q [1, heads, tokens, head], k and v [1, kv_heads, tokens, head] -> [1, heads, tokens, head]; keeps k and v."""
         seen = self.seen
         for held, new in ((self.keys, k), (self.values, v)):
+            if seen.begun is not None:
+                held.index_fill_(0, seen.begun, 0)
             held.flatten(0, 2).index_copy_(0, seen.rows, new[0].transpose(0, 1).flatten(0, 1))
         if seen.tables is not None:
             return self._by_kernel(q, seen.tables)

@@ -6,6 +6,7 @@ whether the sequence was sent back in between matters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -58,15 +59,16 @@ def _chosen(every: Tensor, sequences: Items[Sequence]) -> Tensor:
     if any(request.top_k or request.top_p < 1 for request in requests):
         most = every.shape[-1]
         top_k = on_device([min(request.top_k or most, most) for request in requests], torch.int64, device)
-        top_p = on_device([request.top_p for request in requests], torch.float64, device)
+        # Without a limit where nothing is to be left out: rounded chances may add up to more than 1.
+        top_p = on_device([request.top_p if request.top_p < 1 else math.inf for request in requests], torch.float64, device)
         chances = _cut(chances, top_k, top_p)
     sums = chances.cumsum(-1)
     seeds = np.array([request.seed % 2**64 for request in requests], np.uint64)
     numbers = np.array([sequence.drawn for sequence in sequences], np.uint64)
     drawn = on_device(uniform(seeds, numbers), torch.float64, device)[:, None]
     wanted = torch.minimum((drawn * sums[:, -1:]).long(), sums[:, -1:] - 1)
-    # The first whose sum is beyond it: never one whose chance is 0.
-    return torch.searchsorted(sums, wanted, right=True)[:, 0]
+    # The first whose sum is beyond it: never one whose chance is 0. There may be none where logits are NaN.
+    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp(max=every.shape[-1] - 1)
 
 
 def _cut(chances: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

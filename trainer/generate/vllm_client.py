@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from shards.decoding import UNDECODABLE, DecodeError, brief, json_as, shown
+from shards.common.decoding import UNDECODABLE, DecodeError, brief, json_as, shown
 from trainer.generate.bounded import AnswerTooLargeError, bound_answer, read_answer
 from trainer.generate.request import Request, Response
 

@@ -28,8 +28,8 @@ from midwatch.recipe.huggingface.config import config_of, family_of
 from midwatch.recipe.huggingface.files import INDEX, SINGLE
 from midwatch.recipe.huggingface.weights_map import ARCHITECTURES, SCORING, Family, MappedParameter, file_shapes, layout, misfits
 from midwatch.recipe.model import Model
-from shards.errors import ShardError
-from shards.terminal import Parser, run_command, write_error, write_path
+from shards.common.errors import ShardError
+from shards.common.terminal import Parser, run_command, write_error, write_path
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer
 from trainer.checkpoint.provenance import made_from

@@ -11,7 +11,7 @@ from typing import Literal
 
 from midwatch.checkpoint_format.manifest import CheckpointError
 from midwatch.protocol import Ended, Op, Order
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from trainer.loop.stage_end import end_stage
 from trainer.stage.training import Training
 

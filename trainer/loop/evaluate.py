@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from midwatch.recipe import Stage
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.sampling.batches import Batch
 from shards.sampling.mixing import covers
 from trainer.batches import DeviceRows, may_trim, micro_batches, samples_a_replica, share

@@ -115,7 +115,8 @@ def step(training: Training) -> bool:
     parts = torch.split(values, [len(each) for each in for_each])
     for each, found in zip(trainables, parts, strict=True):
         norm, optimizer = found[-1:].sqrt_(), each.trainable.optimizer
-        optimizer.update(at.settings, learning_rate(stage, at.settings, at.stage_step, each.rate), stage.eps, norm[0])
+        lr = learning_rate(stage, at.settings, at.stage_step, each.rate)
+        optimizer.update(at.settings, lr, stage.eps, norm[0].float())
     training.heartbeat.own = training.pace.end(batch.waited)
 
     at.step += 1
@@ -174,10 +175,11 @@ class TrainableObjective:
 def _gradients(training: Training, trained: TrainableObjective, batch: TrainBatch) -> Tensor:
     """Forward and backward of all micro-batches: summed loss, metrics, and what `boundaries` sums; of this rank, on the device.
 
-    The loss is the mean over what the whole batch weighs together.
+    The loss is the mean over what the whole batch weighs together. Sums are float64: `value/explained_variance` takes a
+    difference of them.
     """
     objective, model, settings = trained.objective, trained.trainable.model, training.progress.settings
-    sums = torch.zeros(1 + len(objective.metrics), device=training.world.device)
+    sums = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=training.world.device)
     placed = torch.zeros(packing_metrics.COUNT, device=training.world.device)
 
     def loss_of(number: int, policy: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from midwatch.protocol import StageBorder
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from trainer.loop.evaluate import evaluate
 from trainer.loop.text_samples import show_samples
 from trainer.stage.training import Training

@@ -6,8 +6,8 @@ The ranks' engines write it, with the policy's weights of the moment.
 from __future__ import annotations
 
 from midwatch.protocol import Sampled
-from shards.errors import ShardError
-from shards.format.seekable_zstd import Array
+from shards.common.arrays import Array
+from shards.common.errors import ShardError
 from shards.sampling.batches import open_held_out
 from trainer.distributed.mesh import together
 from trainer.rollout.rollout import distances, score

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.sampling.batches import Batch
 from trainer.batches import DeviceRows, filled, may_trim, micro_batches, samples_a_replica, share
 from trainer.distributed.mesh import first_problem, reduce

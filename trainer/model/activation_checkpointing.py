@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from trainer.model.offloading import buffers_of, on_host
 
 Mode = Literal["none", "selective", "block", "offloaded"]
 
@@ -41,8 +44,10 @@ def recomputed(mode: Mode, function: Callable[[Tensor], Tensor], x: Tensor) -> T
         contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
         found: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         return found
-    if mode == "offloaded":
-        with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda):
+    if mode == "offloaded" and x.device.type != "cpu":
+        # The compiler does not trace our own hooks.
+        kept = save_on_cpu(pin_memory=x.is_cuda) if torch.compiler.is_compiling() else on_host(buffers_of(x.device))
+        with kept:
             return checkpointed(function, x)
     return checkpointed(function, x)
 

@@ -7,7 +7,7 @@ seed and the parameter's name: whatever the number of ranks, the model is the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,16 @@ class ColumnParallelLinear(nn.Linear):
         return out if bias is None else out + bias
 
 
+def of_all_tokens(x: Tensor, sharding: SequenceSharding, *layers: ColumnParallelLinear) -> list[Tensor]:
+    """What each layer gives of the tokens of all tensor-parallel ranks, from this rank's, [batch, time, inward]."""
+    plain = all(layer.product is F.linear for layer in layers)
+    if sharding.tensor.size == 1 or not plain or torch.compiler.is_compiling():
+        x = sharding.gather(x)
+        return [layer(x) for layer in layers]
+    biases = [None if layer.bias is None else held(layer.bias) for layer in layers]
+    return list(sharding.gathered_products(x, [held(layer.weight) for layer in layers], biases))
+
+
 class RowParallelLinear(nn.Module):
     """A linear layer whose inputs are divided among tensor-parallel ranks; the sum comes out, to each rank of its own tokens."""
 
@@ -101,7 +111,7 @@ class Attention(nn.Module):
         self.out = RowParallelLinear(config.num_heads * self.head, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, rotation: Rotation | None, seen: Visible, sharding: SequenceSharding) -> Tensor:
-        qkv: Tensor = self.qkv(sharding.gather(x))
+        (qkv,) = of_all_tokens(x, sharding, self.qkv)
         grouped = qkv.view(*qkv.shape[:2], -1, self.queries + 2, self.head)
         q, k, v = (each.flatten(2, 3).transpose(1, 2) for each in torch.split(grouped, [self.queries, 1, 1], dim=-2))
         if rotation is not None:
@@ -124,12 +134,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, sharding: SequenceSharding, tile: int | None = None) -> Tensor:
         """tile: tokens that pass through at a time, of which only what goes in is kept for the backward."""
-        gathered = sharding.gather(x)
-        if tile is None or gathered.shape[0] * gathered.shape[1] <= tile:
-            inner = self._inner(gathered)
+        if tile is None or x.shape[0] * x.shape[1] * sharding.tensor.size <= tile:
+            inner = self._inner(of_all_tokens(x, sharding, *self._inward))
             with skip_saving(self.is_last):
                 out: Tensor = self.down(inner, sharding)
             return out
+        gathered = sharding.gather(x)
         with skip_saving():
             parts = [checkpointed(self._partial, part) for part in torch.split(gathered.flatten(0, 1), tile)]
         with skip_saving(self.is_last):
@@ -137,14 +147,17 @@ class MLP(nn.Module):
         return summed if self.down.bias is None else summed + held(self.down.bias, partial=True)
 
     def _partial(self, x: Tensor) -> Tensor:
-        return self.down.partial(self._inner(x))
+        return self.down.partial(self._inner([layer(x) for layer in self._inward]))
 
-    def _inner(self, x: Tensor) -> Tensor:
-        if self.gate is not None:
-            gate: Tensor = self.gate(x)
-            up: Tensor = self.up(x)
-            return F.silu(gate) * up
-        up = self.up(x)
+    @property
+    def _inward(self) -> list[ColumnParallelLinear]:
+        return [self.up] if self.gate is None else [self.gate, self.up]
+
+    def _inner(self, found: Sequence[Tensor]) -> Tensor:
+        """From what `_inward` gives."""
+        *gates, up = found
+        if gates:
+            return F.silu(gates[0]) * up
         return F.gelu(up, approximate="tanh") if self.kind == "gelu" else F.relu(up)
 
 
@@ -249,12 +262,14 @@ class Decoder(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         if self.score is not None:
-            return sharding.whole(self.score(x)[..., 0].float().clone(), time)
+            # In float32: scores of one size that differ by little would be the same number in bfloat16.
+            return sharding.whole(F.linear(x.float(), self.score.weight.float())[..., 0].clone(), time)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        x = x if self.temperature == 1.0 else x / self.temperature  # the same as of logits
         if targets is None:
-            return sharding.whole(F.linear(x, weight).float(), time)
-        return sharding.whole(likelihood(x, weight, sharding.take(targets, mine), self.memory.loss_chunk_tokens, entropy), time)
+            logits = F.linear(x, weight).float()
+            return sharding.whole(logits if self.temperature == 1.0 else logits / self.temperature, time)
+        wanted = sharding.take(targets, mine)
+        return sharding.whole(likelihood(x, weight, wanted, self.memory.loss_chunk_tokens, entropy, self.temperature), time)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first block takes, from tokens and positions [batch, time]."""

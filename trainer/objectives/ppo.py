@@ -86,8 +86,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     near = old_values + (values - old_values).clamp(-clip, clip)
     free, clipped = (values - returns).square() / 2, (near - returns).square() / 2
     found = torch.maximum(free, clipped)
-    error = (returns - values).detach()
-    detached = found.detach(), (clipped > free).float(), returns, returns.square(), error, error.square()
+    # In float64: in float32 the mean of squares less the squared mean is noise where returns differ little for their size.
+    wide, error = returns.double(), (returns - values).detach().double()
+    detached = found.detach(), (clipped > free).float(), wide, wide.square(), error, error.square()
     return found, dict(zip(CRITIC_METRICS, detached, strict=True))
 
 

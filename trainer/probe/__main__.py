@@ -14,7 +14,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from shards.terminal import log_to_stderr
+from shards.common.terminal import log_to_stderr
 
 NICE = 10
 

@@ -12,7 +12,7 @@ import torch
 
 from midwatch.checkpoint_format.manifest import CheckpointError
 from midwatch.protocol import Message, ProbeAsk, ProbeBegan, ProbeEnd, ProbeStop, ProbeToken
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from trainer.generate import Event, Finish, RequestError
 from trainer.probe.loading import Loaded
 from trainer.probe.text import Stream, pieces

@@ -18,9 +18,9 @@ from midwatch.protocol import CERTAIN_STATUS, VERSION, Lineage, RankHello, Start
 from midwatch.recipe import Recipe, RecipeError, load_recipe
 from midwatch.transport.rank_client import RankLink
 from shards.build.build import build as build_shards
-from shards.build.build import is_built
-from shards.errors import ShardError
-from shards.terminal import write_error
+from shards.build.marker import is_built
+from shards.common.errors import ShardError
+from shards.common.terminal import write_error
 from trainer.control.rank_log import Logged, begin
 from trainer.control.reporting import ControllerLink, NoLink
 from trainer.control.standalone import LogLink, committed, newest, sweep

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from midwatch.protocol import Sampled
-from shards.errors import ShardError
-from shards.format.seekable_zstd import Array
+from shards.common.arrays import Array
+from shards.common.errors import ShardError
 from trainer.batches import DeviceRows, filled, may_trim, samples_a_replica, share
 from trainer.distributed.mesh import together
 from trainer.model.sharded_model import ShardedModel

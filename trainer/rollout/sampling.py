@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.format.seekable_zstd import Array
+from shards.common.arrays import Array
 from trainer.batches import DeviceRows, may_trim, of_one, samples_a_replica, share, trimmed
 from trainer.generate import Request, Response
 from trainer.generate.vllm_client import ServerError

@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from midwatch.recipe import Stage
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.format.seekable_zstd import ColumnReader, ColumnWriter
 from shards.sampling.batches import Batch
 from trainer.batches import DeviceRows, may_trim, micro_batches, samples_a_replica, share

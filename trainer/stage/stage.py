@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from midwatch.recipe import Recipe, Stage
 from midwatch.recipe.mixture import declared
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.sampling.batches import BatchFeed, HeldOut, ObjectiveKind, open_held_out
 from shards.sampling.mixing import Mixing, parts
 from shards.sampling.prefetch import Prefetcher

@@ -14,7 +14,7 @@ from midwatch.checkpoint_format.manifest import CheckpointError
 from midwatch.protocol import Ended, Note, Phase, Replay, StageBorder, Start
 from midwatch.recipe import Recipe, stage_inputs
 from midwatch.recipe.live_settings import check_setting
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE
 from shards.tokenization.tokenizer import Tokenizer
 from trainer.checkpoint import storage

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.tokenization.tokenizer import ASSISTANT, SYSTEM, USER, Tokenizer
 from trainer.batches import of_one
 from trainer.distributed.mesh import together

@@ -20,7 +20,7 @@ from midwatch.recipe import Recipe, Stage
 from midwatch.recipe.stage import PARTS
 from shards.build.build import build
 from shards.build.report import left_out
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.spec import Build, Source
 from shards.spec import TokenizerSpec as TokenizerSpec
 from shards.tokenization.tokenizer import FILE_NAME as TOKENIZER_FILE

@@ -23,7 +23,7 @@ from midwatch.recipe.cluster import limit_seconds
 from midwatch.run_directory import RunPaths
 from midwatch.signals import ignore_stray
 from midwatch.transport.discovery import start_controller
-from shards.terminal import write_error
+from shards.common.terminal import write_error
 
 MOST_DEATHS = 5
 """Of controllers in a row that did not live for a minute."""

@@ -21,7 +21,7 @@ from midwatch.recipe import Recipe
 from midwatch.run_directory import PUBLIC_FILE, RunPaths, host_name, read_address, write_atomically
 from midwatch.transport.discovery import Looks
 from midwatch.transport.ssh_url import RemoteRun
-from shards.decoding import DecodeError, json_as
+from shards.common.decoding import DecodeError, json_as
 
 ASK_SECONDS = 30.0
 """That Slurm's commands have; a controller that is busy answers late."""

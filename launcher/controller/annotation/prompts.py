@@ -11,9 +11,9 @@ import xxhash
 from launcher.controller.annotation.records import Prompt, PromptMessage, key_of
 from launcher.controller.annotation.store import PreferenceError
 from midwatch.recipe import Recipe
-from shards.build.sources import ReadPosition, documents, is_held_out
-from shards.decoding import UNDECODABLE
-from shards.errors import ShardError
+from shards.common.decoding import UNDECODABLE
+from shards.common.errors import ShardError
+from shards.readers.sources import ReadPosition, documents, is_held_out
 from shards.sampling.mixing import covers
 from shards.spec import Source
 from shards.tokenization.records import Document

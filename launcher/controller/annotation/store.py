@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from launcher.controller.annotation.records import NAME, Decision, Pair, Record, Undo, standing
-from shards.decoding import UNDECODABLE
+from shards.common.decoding import UNDECODABLE
 
 DRAWN = "pairs-drawn.jsonl"
 EXPORTED = "pairs.jsonl"

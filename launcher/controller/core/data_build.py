@@ -17,11 +17,11 @@ from midwatch.recipe import Recipe
 from midwatch.recipe.data_sufficiency import shortages
 from midwatch.run_directory import write_atomically
 from midwatch.signals import send_signal
-from shards.build import build as builder
+from shards.build.marker import is_built
 from shards.build.report import left_out
 from shards.commands import BUSY
-from shards.decoding import DecodeError, json_as
-from shards.errors import ShardError
+from shards.common.decoding import DecodeError, json_as
+from shards.common.errors import ShardError
 from shards.spec import Build
 
 
@@ -55,7 +55,7 @@ class Building:
     async def _there(self) -> None:
         context = self._context
         build = build_of(context.recipe)
-        if await asyncio.to_thread(builder.is_built, build):
+        if await asyncio.to_thread(is_built, build):
             if context.ledger.data_seconds is None:
                 context.record(j.DataBuilt(time=context.clock(), directory=build.out, seconds=0.0))
             return

@@ -24,7 +24,7 @@ from midwatch.checkpoint_format import verify as files
 from midwatch.journal import journal as j
 from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.run_directory import RunPaths, mount_of, read_address
-from shards.decoding import DecodeError, json_as
+from shards.common.decoding import DecodeError, json_as
 
 log = logging.getLogger("launcher.controller")
 

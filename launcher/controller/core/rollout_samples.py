@@ -23,7 +23,7 @@ import msgspec
 from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.protocol import Sampled, SampleQuery, SampleReply, SampleView
 from midwatch.run_directory import PRIVATE_FILE, write_atomically
-from shards.decoding import UNDECODABLE, Int64
+from shards.common.decoding import UNDECODABLE, Int64
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.protocol import CheckpointView, JournalLine, NodeView, Snapshot, StageView
 from midwatch.recipe import Stage, stage_inputs
 from midwatch.words import plural
-from shards.errors import ShardError
+from shards.common.errors import ShardError
 from shards.sampling.mixing import parts, shares
 
 EVENTS = 12

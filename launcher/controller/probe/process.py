@@ -20,7 +20,7 @@ from midwatch import protocol as p
 from midwatch.recipe import Recipe
 from midwatch.run_directory import RunPaths
 from midwatch.signals import send_signal
-from shards.terminal import safe
+from shards.common.terminal import safe
 
 log = logging.getLogger(__name__)
 

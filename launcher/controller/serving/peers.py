@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.core.context import LiveState
 from midwatch.transport.access import is_member, user_name
-from shards.terminal import safe
+from shards.common.terminal import safe
 
 log = logging.getLogger("launcher.controller")
 quiet = logging.getLogger("launcher.controller.wire")

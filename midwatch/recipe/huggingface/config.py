@@ -13,7 +13,7 @@ from typing import Any
 from midwatch.recipe.huggingface.rope import DEFAULT_POSITIONS, read_rope
 from midwatch.recipe.huggingface.weights_map import ARCHITECTURES, Family
 from midwatch.recipe.model import Model, Rope
-from shards.decoding import LARGEST, shown
+from shards.common.decoding import LARGEST, shown
 
 SIZES = frozenset(
     [

@@ -20,7 +20,7 @@ import msgspec
 from midwatch.recipe.huggingface.config import UnknownConfigError, model_keys
 from midwatch.recipe.huggingface.weights_map import Family, file_shapes, layout
 from midwatch.recipe.model import Model
-from shards.decoding import Count, DecodeError, brief, json_value, shown
+from shards.common.decoding import Count, DecodeError, brief, json_value, shown
 
 PREFIX = "hf:"
 INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"

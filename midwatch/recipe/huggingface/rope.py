@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from shards.decoding import shown
+from shards.common.decoding import shown
 
 DEFAULT_POSITIONS = 2048
 """Llama's `max_position_embeddings` where the configuration has none."""

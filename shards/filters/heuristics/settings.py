@@ -9,7 +9,7 @@ import math
 
 import msgspec
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 
 
 class GopherRepetition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from shards.common.arrays import Array
+from shards.common.files import TEMPORARY, write_atomically
 from shards.format.manifest import Shard
-from shards.format.seekable_zstd import TEMPORARY, Array, ColumnWriter, write_atomically
+from shards.format.seekable_zstd import ColumnWriter
 from shards.readers.splits import quotas
 from shards.spec import Data, Source
 from shards.tokenization.tokenizer import Tokenizer, token_dtype
@@ -48,19 +48,6 @@ class SourceProgress(msgspec.Struct):
 
     def save(self, directory: Path) -> None:
         write_atomically(directory / PROGRESS, msgspec.json.encode(self))
-
-
-@contextmanager
-def kept_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file for broken records that is there in the end if any were written, and all was read."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        if temporary.stat().st_size:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class SplitWriter:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from shards.terminal import make_console, safe, write_json
+from shards.common.terminal import make_console, safe, write_json
 
 Phase = Literal["read", "clean", "tokenizer", "encode", "verify", "count", "compare", "merge", "done"]
 INTERVAL = 0.25  # seconds between reports of one phase

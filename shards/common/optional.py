@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 
 
 def need(module: str, what: str) -> Any:

@@ -13,13 +13,13 @@ from types import ModuleType
 
 import xxhash
 
+from shards.common.errors import ShardError, SpecError
 from shards.readers import stdlib
-from shards.errors import ShardError, SpecError
 from shards.readers.base import KEPT_ASIDE, LONGEST_RECORD, NULS, ReadPosition, Record, Rejected, Unit, shown
 from shards.readers.compressed import COMPRESSED
 from shards.readers.files import InputFile, find
-from shards.tokenization.records import Document
 from shards.spec import STDLIB_KINDS, Source
+from shards.tokenization.records import Document
 
 __all__ = [
     "KEPT_ASIDE", "LONGEST_RECORD", "ReadPosition", "Rejected", "Unit",

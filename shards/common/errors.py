@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shards.decoding import brief
+from shards.common.decoding import brief
 
 
 class ShardError(Exception):

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from shards.errors import SpecError
+from shards.common.errors import SpecError
 from shards.filters.heuristics.settings import C4, FineWeb, GopherQuality, GopherRepetition, UniqueWords
 from shards.filters.settings import Contamination, Language, Perplexity, Pii, Quality, Toxicity
 
