@@ -135,7 +135,7 @@ def kind_of(hint: Any) -> str:
         return f"list of {kind_of(of[0])}" if Ellipsis in arguments else f"list of {len(of)} {kind_of(of[0])}s"
     if origin is dict:
         return f"table of {kind_of(arguments[1])}"
-    names = {int: "integer", float: "number", str: "string", bool: "boolean", Any: "any"}
+    names = {int: "integer", float: "number", str: "string", bool: "boolean", Any: "anything"}
     return names[hint]
 
 

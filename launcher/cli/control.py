@@ -12,7 +12,7 @@ from rich.text import Text
 
 from launcher.cli.runs import NoSuchRun, RunLine, find_anywhere, find_run, known_runs, line_of
 from midwatch import protocol as p
-from midwatch.commands import describe, read
+from midwatch.commands import CommandError, describe, read, usage
 from midwatch.journal.journal import JournalError
 from midwatch.recipe import RecipeError
 from midwatch.run_directory import RunPaths
@@ -29,7 +29,11 @@ SNAPSHOT_SECONDS = 15.0
 
 def steer(arguments: argparse.Namespace) -> int:
     """Gives one command and prints its outcome. Raises CommandError for arguments that cannot be right."""
-    verb, values = read(arguments.steering, arguments)
+    name = arguments.steering
+    try:
+        verb, values = read(name, arguments)
+    except CommandError as error:
+        raise CommandError(f"{error} (usage: midwatch {name} RUN{usage(name).removeprefix(name)})") from None
     root = find_anywhere(arguments.run)
 
     async def give() -> p.CommandView:

@@ -100,8 +100,8 @@ SPECS: tuple[CommandSpec, ...] = (
     ),
     CommandSpec(
         verb="resume",
-        help="go on, after a pause, a release, a stop or a failure",
-        done="the ranks go on; without ranks: rank 0 of the next generation is connected. `failed` if the start fails",
+        help="continue, after a pause, a release, a stop or a failure",
+        done="the ranks continue; without ranks: rank 0 of the next generation is connected. `failed` if the start fails",
         states=states(
             building=no("it is starting already"),
             starting=no("it is starting already"),
@@ -138,8 +138,8 @@ SPECS: tuple[CommandSpec, ...] = (
     ),
     CommandSpec(
         verb="ungolden",
-        help="take the golden mark back",
-        done="the mark is taken back in the journal",
+        help="remove the golden mark",
+        done="its removal is journaled",
         states=ALWAYS,
         arguments=(
             Argument(
@@ -150,7 +150,7 @@ SPECS: tuple[CommandSpec, ...] = (
     ),
     CommandSpec(
         verb="acknowledge",
-        help="mark an alarm as seen: it is shown no more until it is raised again",
+        help="mark an alarm as seen, until it is raised again",
         done="the alarm is marked as seen",
         states=ALWAYS,
         arguments=(
@@ -224,22 +224,22 @@ SPECS: tuple[CommandSpec, ...] = (
         ),
         order="SET",
         pair=True,
-        key=CommandKey("E", "change a live setting: begins a `set` command"),
+        key=CommandKey("E", "change a live setting: opens the command line with `set`"),
     ),
     CommandSpec(
         verb="cancel",
-        help="take back a command that waits in line",
-        done="the other command was still waiting, and is taken back",
+        help="withdraw a command that waits in line",
+        done="the other command was still waiting, and is withdrawn",
         states=ALWAYS,
         arguments=(Argument("id", "the command's number or id", metavar="NUMBER", required=True, choices=_queued),),
         at_once=True,
         by_rule=False,  # no number is known when a recipe is written
-        key=CommandKey("C", "take back a command that waits: begins a `cancel` command"),
+        key=CommandKey("C", "withdraw a command that waits: opens the command line with `cancel`"),
     ),
     CommandSpec(
         verb="stop",
         help="write a checkpoint, end the ranks and close the run",
-        done="a checkpoint is committed, and ranks and agents have ended; agents that do not say so are waited for 15 seconds",
+        done="a checkpoint is committed, and ranks and agents have ended; silent agents are waited for, 15 seconds",
         states=states(building=NOW, starting=QUEUE, training=NOW, paused=NOW, recovering=NOW, released=NOW, failed=NOW),
         order="STOP",
         confirm=True,
@@ -251,7 +251,7 @@ SPECS: tuple[CommandSpec, ...] = (
         words="stop",
         flag="--now",
         help="stop at once, without a checkpoint",
-        done="ranks and agents have ended, without a checkpoint; after five seconds without an answer they are ended by force",
+        done="ranks and agents have ended, without a checkpoint; after five seconds without an answer they are killed",
         states=states(building=NOW, starting=NOW, training=NOW, paused=NOW, recovering=NOW, released=NOW, failed=NOW),
         order="STOP_NOW",
         at_once=True,
@@ -261,7 +261,7 @@ SPECS: tuple[CommandSpec, ...] = (
     CommandSpec(
         verb="regroup",
         help="write a checkpoint, end the ranks and start them again on the nodes that are there now",
-        done="the ranks have ended with a checkpoint, and are gathered anew",
+        done="the ranks have saved a checkpoint, and start again with the nodes that are there now",
         states=states(
             building=NO_STEPS,
             starting=QUEUE,
@@ -277,8 +277,8 @@ SPECS: tuple[CommandSpec, ...] = (
     CommandSpec(
         verb="node-drain",
         words="node drain",
-        help="go on without the node, after a checkpoint",
-        done="the node is out of use; ranks on it have ended with a checkpoint, and are gathered anew without it",
+        help="continue without the node, after a checkpoint",
+        done="the node is out of use; if it was in use, the ranks have saved a checkpoint and start again without it",
         states=_OF_A_NODE,
         arguments=(_NODE,),
         order="REGROUP",
@@ -288,8 +288,8 @@ SPECS: tuple[CommandSpec, ...] = (
     CommandSpec(
         verb="node-add",
         words="node add",
-        help="use the node again; its failures are forgotten",
-        done="it may be used again, and its failures are forgotten; the ranks are gathered anew when it is there",
+        help="use the node again and reset its failure count",
+        done="it may be used again, and its failure count is reset; the ranks start again when it is there",
         states=_OF_A_NODE,
         arguments=(_NODE,),
         order="REGROUP",
@@ -299,8 +299,8 @@ SPECS: tuple[CommandSpec, ...] = (
     CommandSpec(
         verb="node-quarantine",
         words="node quarantine",
-        help="go on without the node, at once, from the newest checkpoint",
-        done="all ranks have ended at once, and go on without the node from the newest checkpoint",
+        help="continue without the node, at once, from the newest checkpoint",
+        done="all ranks have ended at once, and continue without the node from the newest checkpoint",
         states=states(building=SHAPE, starting=SHAPE, training=NOW, paused=NOW, recovering=SHAPE, released=SHAPE, failed=SHAPE),
         arguments=(_NODE,),
         confirm=True,

@@ -13,7 +13,11 @@ from midwatch.watch_conditions import BUILT_IN, ConditionError, WatchCondition, 
 
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that may hold of a metric: one of Midwatch's conditions by its own key, or any by `condition`."""
+    """Something that may hold of a metric, by exactly one of the keys from `above` to `condition`.
+
+    Changes and ratios compare the metric with its own past: its mean over the newest quarter of the last `over` steps with that
+    over the oldest quarter of them. They are silent until both have a value.
+    """
 
     metric: str
     """Slash-path of the metric, as `train/loss`."""
@@ -30,8 +34,7 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Newest mean over oldest."""
     ratio_below: float | None = None
     condition: dict[str, Any] | None = None
-    """Its name and its parameters, as `{ name = "plateau", steps = 500 }`. It may be of another package, which is imported by
-    `make` alone: a recipe can be read where the package is missing."""
+    """A condition by its name, with its parameters, as `{ name = "plateau", steps = 500 }`; another package may bring it."""
     window: int = 128
     """Values that `sigma` looks back on; it is silent until there are so many."""
     over: int = 200
@@ -66,7 +69,10 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return found
 
     def make(self) -> WatchCondition:
-        """What judges the metric's values. Raises ConditionError."""
+        """What judges the metric's values. Raises ConditionError.
+
+        Another package's condition is imported here, and never while a recipe is read.
+        """
         key = self._given[0]
         if self.condition is not None:
             name = str(self.condition.get("name"))
@@ -85,8 +91,8 @@ class Watch(Condition, frozen=True, kw_only=True, forbid_unknown_fields=True):
     steps: int = 1
     """Values in a row for which all of it must hold."""
     action: str = "alert"
-    """What is done when it fires: `alert`, or a command as it is typed, as `set lr_scale=0.5`. An alarm is raised by all of them.
-    `rollback` alone goes back to the newest golden checkpoint, by `skip` and `lr_scale`."""
+    """What follows the alarm when it fires: `alert` (nothing), or a command as it is typed, as `set lr_scale=0.5`. `rollback` alone
+    goes back to the newest golden checkpoint, with `skip` and `lr_scale`."""
     skip: int = 0
     """Rollback: steps of data to pass over."""
     lr_scale: float = 1.0

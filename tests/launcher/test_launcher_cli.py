@@ -109,6 +109,8 @@ def test_a_bad_recipe_ends_with_2_before_anything_is_made(tmp_path: Path) -> Non
         (("run", "good.toml", "--headless", "--script", "pause"), "begins with no step"),
         (("run", "good.toml", "--headless", "--script", "5: dance"), "dance"),
         (("run", "good.toml", "--headless", "--script", ";"), "it is empty"),
+        (("set", "run", "lr"), "set: VALUE is missing (usage: midwatch set RUN KEY VALUE)"),
+        (("rollback", "run", "golden", "--skip", "-3"), "skip: -3 must be at least 0 (usage: midwatch rollback RUN ID"),
         (("set", "run", "lr", "much"), "'much' is not a number"),
         (("dance",), "invalid choice"),
         ((), "usage"),

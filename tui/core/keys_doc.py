@@ -6,23 +6,21 @@ from tui.core import keys
 
 HEAD = """# Keys
 
-Keyboard first; the mouse points at charts, scrolls and chooses. Capitals ask first, show what will be lost, and start with the
-focus on Cancel. A read-only screen (`midwatch attach --read-only`) binds no command. `?` shows this in the screen.
+Keyboard first; the mouse points at charts, scrolls and chooses. Commands that lose something are capitals; they ask first, show
+what will be lost, and start with the focus on Cancel. A read-only screen (`midwatch attach --read-only`) binds no command. `?`
+shows this on the screen.
 """
 
 TAIL = """
 ## On the command line
 
 `:` opens it; Tab completes, the arrows go through what was typed before, Esc leaves it. What is typed here is what the command
-line of `midwatch` takes, without the run: `:rollback 140 --skip 5 --lr-scale 0.5`. Commands after which something is lost ask
+line of `midwatch` takes, without the run: `:rollback 140 --skip 5 --lr-scale 0.5`. Commands that lose something ask
 first, unless a `!` ends the verb: `:stop! --now`. The names and letters of views open them; `:q` detaches.
 
 | command | |
 | --- | --- |
 """
-
-BAR = "\\|"
-"""A bar that does not end a table's cell."""
 
 
 def table(rows: list[keys.Key]) -> str:

@@ -37,7 +37,7 @@ def lines(read_only: bool) -> list[Line]:
     found: list[Line] = []
     views = [key for key in keys.GLOBAL if key.action.startswith("open:")]
     rest = [key for key in keys.GLOBAL if key not in views and key not in keys.COMMANDS and not key.planned]
-    commands = "Commands" + (" (not bound: this screen is read-only)" if read_only else "; capitals ask first, with what is lost")
+    commands = "Commands" + (" (not bound: this screen is read-only)" if read_only else "; those that lose something ask first")
     sections: list[tuple[str, list[keys.Key]]] = [("Views", views), (commands, list(keys.COMMANDS)), ("Everywhere", rest)]
     sections += [(f"In {name}", list(own)) for name, own in keys.OF_VIEW.items()]
     sections.append(("Not there yet", [key for key in keys.GLOBAL if key.planned]))

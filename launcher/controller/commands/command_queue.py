@@ -164,8 +164,9 @@ class Dispatch:
         if keys:
             self._end(view, "done", detail={"alarms": keys})
         else:
+            which = "" if wanted == "all" else f" {wanted!r}"
             names = ", ".join(standing[:8]) or "none"
-            self._end(view, "refused", reason=f"no alarm {wanted!r} stands (unacknowledged: {names})")
+            self._end(view, "refused", reason=f"there is no unacknowledged alarm{which} (there are: {names})")
 
     def _stop_now(self, view: CommandView) -> None:
         if self._rank is not None and self._context.state in ("training", "paused"):
