@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from midwatch.checkpoint_format.manifest import CheckpointError, MismatchError
+from midwatch.objectives.registry import ObjectiveError
 from midwatch.protocol import CERTAIN_STATUS, VERSION, Lineage, RankHello, Start
 from midwatch.recipe import Recipe, RecipeError, load_recipe
 from midwatch.transport.rank_client import RankLink
@@ -26,6 +27,7 @@ from trainer.control.reporting import ControllerLink, NoLink
 from trainer.control.standalone import LogLink, committed, newest, sweep
 from trainer.distributed.mesh import World, join, open_store, reduce, settle, share
 from trainer.loop.loop import train
+from trainer.objectives.objective import implementation
 from trainer.stage.training import Training
 
 log = logging.getLogger("trainer")
@@ -60,6 +62,10 @@ def main(arguments: list[str]) -> int:
 def _explained(root: Path) -> int:
     try:
         _main(root)
+    except ObjectiveError as error:
+        log.exception("an objective cannot be loaded:")
+        log.error("%s", error)
+        return CERTAIN_STATUS
     except (RecipeError, ShardError, CheckpointError) as error:
         log.error("%s", error)
         if isinstance(error, MismatchError) or (isinstance(error, RecipeError) and os.access(root / "recipe.toml", os.R_OK)):
@@ -75,6 +81,8 @@ def _explained(root: Path) -> int:
 def _main(root: Path) -> None:
     _held.append(_worker_server())
     recipe = load_recipe(root / "recipe.toml")
+    for stage in recipe.stage:
+        implementation(stage)  # a later stage's objective that cannot be loaded ends the run now, not hours later
     settle(recipe.cluster)
     store = open_store()
     generation = os.environ.get("MIDWATCH_GENERATION")
