@@ -18,7 +18,7 @@ from midwatch.terminal import write_error, write_out
 os.environ.setdefault("TEXTUAL_FPS", "15")  # kind to SSH; Textual reads it when imported
 os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
 
-from textual.app import App, ComposeResult
+from textual.app import ComposeResult
 from textual.containers import Container
 from textual.events import Key as KeyEvent
 from textual.events import Paste, Resize
@@ -27,9 +27,10 @@ from textual.theme import Theme
 from textual.timer import Timer
 
 from midwatch import protocol
+from tui.chart.formatting import UNICODE
 from tui.chart.styles import Ink
 from tui.core import chrome, keys
-from tui.core.formatting import UNICODE
+from tui.core.operator_app import OperatorApp
 from tui.core.scene import ConnectionState, Scene
 from tui.core.text_panel import Line, Panel, broken, joined, spread
 from tui.steering import Steering
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from tui.core.command_bar import CommandPrompt
     from tui.core.command_line import Typed
     from tui.core.controller_queries import ControllerQueries
-    from tui.entry import PromptInput
+    from tui.core.entry import PromptInput
     from tui.views.base import View
 
 DRAW_SECONDS = 0.5
@@ -74,7 +75,7 @@ SETTLE_SECONDS = 0.5
 """After the last change of the terminal's size before all is drawn once more."""
 
 
-class MidwatchApp(App[int]):
+class MidwatchApp(OperatorApp):
     """The screen. `clock` tells the operator's time of day."""
 
     CSS = """
@@ -120,7 +121,7 @@ class MidwatchApp(App[int]):
         self._before: list[str] = []
         self._feed: ControllerQueries | None = None
         self.client: Client | None = None
-        self.steering = Steering(self)
+        self._steering = Steering(self)
         self._keys: deque[KeyEvent | Paste] = deque()
         self._keys_announced = False
         self._said: tuple[Line, float] = ((), 0.0)
@@ -153,6 +154,10 @@ class MidwatchApp(App[int]):
         self.run_worker(self._keep_link(), name="link")
         self.call_later(self.open_view, self._first)
         self.set_interval(1.0, self._tick)
+
+    @property
+    def steering(self) -> Steering:
+        return self._steering
 
     @property
     def prefer(self) -> protocol.PreferenceBegin:

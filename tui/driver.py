@@ -18,10 +18,10 @@ from textual.message import Message
 
 from midwatch.signals import EndingSignals
 from midwatch.terminal import safe
-from tui.core.formatting import UNICODE
+from tui.chart.formatting import UNICODE
 
 if TYPE_CHECKING:
-    from tui.app import MidwatchApp
+    from tui.core.operator_app import OperatorApp
 
 EXIT_SECONDS = 3.0
 """For a screen that a signal ends to leave by itself: it may be held up by a terminal that is gone or does not read."""
@@ -62,7 +62,7 @@ class ScreenDriver(linux_driver.LinuxDriver):
 class ScreenExit:
     """Ends the screen on a signal, with the terminal restored: by the app where it can, else directly after EXIT_SECONDS."""
 
-    def __init__(self, app: MidwatchApp) -> None:
+    def __init__(self, app: OperatorApp) -> None:
         self.number: signal.Signals | None = None
         """The signal that came."""
         self._app = app

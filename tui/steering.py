@@ -6,14 +6,14 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from midwatch import protocol
+from tui.chart.formatting import plural
 from tui.chart.styles import Ink
 from tui.core import chrome
-from tui.core.formatting import plural
 from tui.core.scene import newest_checkpoint
 
 if TYPE_CHECKING:
     from midwatch.transport.client import Client
-    from tui.app import MidwatchApp
+    from tui.core.operator_app import OperatorApp
     from tui.dialogs.base import Dialog
 
 READ_ONLY = "this screen is read-only"
@@ -23,7 +23,7 @@ UNREACHABLE = "the controller is out of reach; nothing was sent"
 class Steering:
     """Of one screen. `pending` holds the words of commands that have no outcome yet, by the order in which they were given."""
 
-    def __init__(self, app: MidwatchApp) -> None:
+    def __init__(self, app: OperatorApp) -> None:
         self._app = app
         self._given = 0
         self.pending: dict[int, str] = {}

@@ -11,20 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.cli.runs import NoSuchRun, RunLine, find_anywhere, find_run, known_runs, line_of
+from launcher.cli.snapshot import archived_snapshot, snapshot_of
 from midwatch import protocol as p
 from midwatch.commands import CommandError, describe, read, usage
-from midwatch.journal.journal import JournalError
-from midwatch.recipe import RecipeError
 from midwatch.run_directory import RunPaths
-from midwatch.transport.client import Client, ClientError
+from midwatch.transport.client import Client
 from midwatch.transport.discovery import Looks, SilentError
 from midwatch.transport.ssh_url import RemoteRun
 from shards.common.terminal import indented, make_console, write_error, write_json, write_out
 
 T = TypeVar("T")
-
-SNAPSHOT_SECONDS = 15.0
-"""That a controller has to draw up the run for one look."""
 
 
 def steer(arguments: argparse.Namespace) -> int:
@@ -124,32 +120,6 @@ def print_status(snapshot: p.Snapshot) -> None:
     for command in snapshot.commands:
         if command.state in ("queued", "sent"):
             console.print(f"waiting: #{command.number} {outcome_text(command)}")
-
-
-async def snapshot_of(root: Path | RemoteRun) -> p.Snapshot:
-    """What a screen would show now; where no controller runs, what the run's files say."""
-    arrived = asyncio.Event()
-    async with Client(root, subscribe=True, read_only=True, looks="always", on_snapshot=lambda _: arrived.set()) as client:
-        try:
-            await asyncio.wait_for(arrived.wait(), SNAPSHOT_SECONDS)
-        except TimeoutError:
-            raise SilentError("the controller received the question but does not answer") from None
-        assert client.snapshot is not None
-        return client.snapshot
-
-
-async def archived_snapshot(root: Path, reason: str) -> p.Snapshot:
-    """What the run's files say, and why its controller does not say it."""
-    from launcher.controller.archive import Archive
-
-    try:
-        archive = Archive(RunPaths(root))
-    except (RecipeError, JournalError, OSError) as error:
-        raise ClientError(f"{reason}; nor can the run's files be read: {error}") from None
-    try:
-        return archive.snapshot(reason)
-    finally:
-        archive.close()
 
 
 def journal(arguments: argparse.Namespace) -> int:

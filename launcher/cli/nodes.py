@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from launcher.cli import control
 from launcher.cli.runs import find_anywhere, find_run
+from launcher.cli.snapshot import snapshot_of
 from midwatch import protocol as p
 from midwatch.run_directory import RunPaths, host_name
 from midwatch.transport.node_join import check_url, make_key, read_key_file
@@ -59,7 +59,7 @@ def _key(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    nodes = asyncio.run(control.snapshot_of(find_anywhere(arguments.run))).nodes
+    nodes = asyncio.run(snapshot_of(find_anywhere(arguments.run))).nodes
     if arguments.json:
         write_json(nodes)
         return 0

@@ -10,9 +10,9 @@ from textual.color import Color as Shade
 
 from tests.tui.conftest import attached
 from tests.tui.stage import Stage
+from tui.chart.formatting import speaks_unicode
 from tui.chart.styles import STYLES, Ink
 from tui.core import keys
-from tui.core.formatting import speaks_unicode
 
 BLACK = Shade(0, 0, 0)
 SIZES = ((1, 1), (2, 1), (1, 30), (20, 5), (300, 3), (80, 24))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.tui.stage import snapshot
+from tui.chart import formatting
 from tui.chart.styles import Ink
-from tui.core import formatting
 from tui.core.command_line import FIRST_WORDS, complete, parse
 from tui.core.keys_doc import page
 from tui.core.text_panel import cut, fit, text, wrapped

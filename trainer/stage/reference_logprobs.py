@@ -8,60 +8,28 @@ uint32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
-from torch import Tensor
 
 from midwatch.recipe import Stage
 from shards.common.errors import ShardError
-from shards.format.seekable_zstd import ColumnReader, ColumnWriter
+from shards.format.seekable_zstd import ColumnWriter
 from shards.sampling.batches import Batch
-from trainer.batches import DeviceRows, may_trim, micro_batches, samples_a_replica, share
+from trainer.batches import may_trim, micro_batches, samples_a_replica, share
 from trainer.checkpoint.dcp_files import make_below
 from trainer.distributed.mesh import share as share_bytes
 from trainer.distributed.mesh import together
 from trainer.model.sharded_model import ShardedModel
-from trainer.objectives.loss import last_place
 from trainer.objectives.preference_pairs import responses
+from trainer.stage.reference_sums import FRAME_ITEMS, ReferenceSums
 from trainer.stage.training import Training
-
-FRAME_ITEMS = 4096
-Sample = tuple[str, int, int]
-"""(source, epoch, number), as a batch has them."""
-
-
-class Sums:
-    """Of the pairs of a stage's sources; `split` is "train" or "held_out"."""
-
-    def __init__(self, files: dict[tuple[str, str], Path]) -> None:
-        self._columns = {at: ColumnReader(file, "uint32", FRAME_ITEMS) for at, file in files.items()}
-
-    def has(self, source: str, split: str) -> bool:
-        return (source, split) in self._columns
-
-    def of(self, samples: Sequence[Sample], rows: DeviceRows, split: str) -> Tensor:
-        """As log-probabilities [rows, time] that sum to theirs: the chosen rows of the samples, then their rejected ones.
-
-        Of rows that are filled up behind the samples' own, nothing.
-        """
-        pairs = len(rows.tokens) // 2
-        found = np.zeros((2, pairs), np.float32)
-        for at, (source, _, number) in enumerate(samples[:pairs]):
-            found[:, at] = self._columns[source, split].read(2 * number, 2 * number + 2).astype("<u4").view("<f4")
-        values = torch.from_numpy(found.reshape(-1)).to(rows.mask.device)
-        return torch.zeros_like(rows.mask).scatter(1, last_place(rows.mask > 0)[:, None], values[:, None])
-
-    def close(self) -> None:
-        for column in self._columns.values():
-            column.close()
 
 
 def prepare(training: Training) -> bool:
@@ -85,8 +53,8 @@ def prepare(training: Training) -> bool:
             if not _write(training, reference, files[at], count, read):
                 return False
         training.phase("training")
-    found: list[Sums] = []
-    problem = together(lambda: found.append(Sums(files)), training.world, ShardError)
+    found: list[ReferenceSums] = []
+    problem = together(lambda: found.append(ReferenceSums(files)), training.world, ShardError)
     if problem:
         training.hold_for_data(problem)
         return False

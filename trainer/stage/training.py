@@ -35,7 +35,7 @@ from trainer.stage.model_roles import ModelFactory, ModelRoles
 from trainer.stage.stage import StageRun, open_stage
 
 if TYPE_CHECKING:
-    from trainer.stage.reference_logprobs import Sums
+    from trainer.stage.reference_sums import ReferenceSums
 
 PhaseName = Literal["loading", "training", "evaluating", "sampling", "generating", "scoring", "saving", "paused", "ending"]
 
@@ -54,7 +54,7 @@ class Training:
         self.progress = TrainProgress(lineage=start.lineage.id)
         self.experience: RolloutBuffer | None = None
         """What the policy learns from at the moment, where it learns from its own responses."""
-        self.sums: Sums | None = None
+        self.sums: ReferenceSums | None = None
         """The reference's log-probabilities of the stage's pairs, where they are cached."""
         self._local_engine: LocalRolloutEngine | VllmRolloutEngine | None = None
         self.checkpointer = Checkpointer(root / "checkpoints", world, link, start.generation, recipe.checkpoint.asynchronous)

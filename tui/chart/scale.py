@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tui.core.formatting import compact, duration
+from tui.chart.formatting import compact, duration
 
 __all__ = ["Scale", "compact", "duration", "nice_step", "scale", "value_range"]
 

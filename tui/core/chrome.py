@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from midwatch.objectives.build_stage import is_build
 from midwatch.protocol import PHASE_WORDS, Alarm, CommandView, JournalLine, Snapshot
+from tui.chart.formatting import UNICODE, age, clock, compact, duration, percent, plural, setting, when
 from tui.chart.styles import Ink
 from tui.core import keys
-from tui.core.formatting import UNICODE, age, clock, compact, duration, percent, plural, setting, when
 from tui.core.scene import Scene, running_span, silence
 from tui.core.text_panel import Line, Run, broken, cut, joined, spread, width
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from textual.events import Key
 from textual.widgets import Input
 
 from tui.chart.styles import Ink
 from tui.core.command_line import complete, parse
-from tui.entry import PromptInput
-
-if TYPE_CHECKING:
-    from tui.app import MidwatchApp
+from tui.core.entry import PromptInput
+from tui.core.operator_app import OperatorApp
 
 
 class CommandPrompt(PromptInput):
@@ -30,8 +28,8 @@ class CommandPrompt(PromptInput):
         self._patterns: dict[str, str] = {}
 
     @property
-    def midwatch(self) -> MidwatchApp:
-        return cast("MidwatchApp", self.app)
+    def midwatch(self) -> OperatorApp:
+        return cast(OperatorApp, self.app)
 
     @property
     def is_open(self) -> bool:

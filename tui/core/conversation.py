@@ -10,10 +10,10 @@ from itertools import groupby
 from typing import NamedTuple
 
 from midwatch.protocol import ProbeAnswer, ProbeBegan, ProbeEnd, ProbeToken, ProbeTurn
+from tui.chart.formatting import UNICODE, plural
 from tui.chart.sparkline import bar
 from tui.chart.styles import Ink
 from tui.chart.text import SECOND, spaced
-from tui.core.formatting import UNICODE, plural
 from tui.core.text_panel import Line, Run, wrapped
 
 NEWLINE = "↵" if UNICODE else "\\"

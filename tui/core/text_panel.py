@@ -17,9 +17,9 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from midwatch.terminal import safe
+from tui.chart.formatting import UNICODE
 from tui.chart.styles import STYLES, Ink
 from tui.chart.text import SECOND, plain
-from tui.core.formatting import UNICODE
 
 Run = tuple[str, Ink]
 Line = Sequence[Run]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from textual.widget import Widget
 
+from tui.chart.formatting import duration, plural
 from tui.chart.styles import Ink
-from tui.core.formatting import duration, plural
 from tui.core.scene import Scene, StageSpan, running_span, stage_spans
 from tui.core.text_panel import Line, LineWindow, wrapped
 from tui.dialogs.base import Answer, Dialog

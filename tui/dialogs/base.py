@@ -21,11 +21,11 @@ from textual.widgets import Input
 
 from midwatch.protocol import Verb
 from midwatch.terminal import safe
+from tui.chart.formatting import UNICODE
 from tui.chart.styles import STYLES, Ink
-from tui.core.formatting import UNICODE
+from tui.core.entry import PromptInput
 from tui.core.scene import Scene
 from tui.core.text_panel import Line, Panel, wrapped
-from tui.entry import PromptInput
 
 Answer = tuple[Verb, dict[str, Any]]
 MOUNT_SECONDS = 5.0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from midwatch.protocol import NodeView, Verb
+from tui.chart.formatting import age, plural
 from tui.chart.styles import Ink
-from tui.core.formatting import age, plural
 from tui.core.scene import Scene, newest_checkpoint
 from tui.core.text_panel import Line, wrapped
 from tui.dialogs.base import Answer, Dialog

@@ -12,11 +12,11 @@ from textual.events import Key
 from textual.widget import Widget
 
 from midwatch.protocol import Alarm, CheckpointView, Refused, UndoQuery, UndoReply
+from tui.chart.formatting import UNICODE, age, compact, duration, plural
 from tui.chart.styles import Ink
 from tui.core.chrome import DOT
 from tui.core.command_line import number, whole
 from tui.core.controller_queries import ControllerQueries
-from tui.core.formatting import UNICODE, age, compact, duration, plural
 from tui.core.scene import Scene, checkpoint_flags, on_line, speaks_against, stage_spans
 from tui.core.text_panel import Line, LineWindow, Panel, Run, wrapped
 from tui.dialogs.base import Answer, Dialog, Field

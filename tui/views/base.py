@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from textual.containers import Vertical
 
+from tui.core.operator_app import OperatorApp
 from tui.core.scene import Scene
 from tui.core.text_panel import Line, LineWindow
-
-if TYPE_CHECKING:
-    from tui.app import MidwatchApp
 
 
 class View(Vertical):
@@ -25,8 +23,8 @@ class View(Vertical):
     """What was typed at its own prompt, where it has one (the sign `>`)."""
 
     @property
-    def midwatch(self) -> MidwatchApp:
-        return cast("MidwatchApp", self.app)
+    def midwatch(self) -> OperatorApp:
+        return cast(OperatorApp, self.app)
 
     def show(self, scene: Scene) -> None:
         raise NotImplementedError

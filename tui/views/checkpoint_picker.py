@@ -1,8 +1,8 @@
 """The list of checkpoints to choose one from: those that are kept, the newest first, goldens marked."""
 
 from midwatch.protocol import CheckpointView
+from tui.chart.formatting import UNICODE, age, compact
 from tui.chart.styles import Ink
-from tui.core.formatting import UNICODE, age, compact
 from tui.core.scene import Scene, checkpoint_flags, speaks_against
 from tui.core.text_panel import Line, LineWindow, Run
 

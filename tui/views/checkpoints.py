@@ -6,8 +6,8 @@ from typing import NamedTuple
 from textual.app import ComposeResult
 
 from midwatch.protocol import CheckpointView, Lineage, Snapshot, UndoQuery, UndoReply
+from tui.chart.formatting import UNICODE, age, compact, plural, size, when
 from tui.chart.styles import Ink
-from tui.core.formatting import UNICODE, age, compact, plural, size, when
 from tui.core.scene import Scene, checkpoint_flags, newest_checkpoint, speaks_against
 from tui.core.text_panel import Line, LineWindow, Panel, Run, wrapped
 from tui.dialogs.rollback import undo_lines

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from midwatch.objectives.registry import ObjectiveError, spec_of
 from midwatch.objectives.spec import GRADIENT_NORM, LOSS, Chart
 from midwatch.protocol import Snapshot
-from tui.core.formatting import setting
+from tui.chart.formatting import setting
 
 Charts = tuple[tuple[Chart, ...], ...]
 GENERAL = (

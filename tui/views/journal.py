@@ -3,9 +3,9 @@
 import re
 
 from midwatch.protocol import JournalLine, JournalQuery, JournalReply
+from tui.chart.formatting import plural
 from tui.chart.styles import Ink
 from tui.core import chrome
-from tui.core.formatting import plural
 from tui.core.scene import Scene
 from tui.core.text_panel import Lazy, Line
 from tui.views.reader import ReaderView

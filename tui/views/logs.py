@@ -5,8 +5,8 @@ import re
 from textual.app import ComposeResult
 
 from midwatch.protocol import LogQuery, LogReply
+from tui.chart.formatting import plural
 from tui.chart.styles import Ink
-from tui.core.formatting import plural
 from tui.core.scene import Scene
 from tui.core.text_panel import Lazy, Line, Panel, joined
 from tui.views.chart_data import Fetcher

@@ -9,10 +9,10 @@ from textual.containers import Grid as Grating
 
 from midwatch.metrics.m4_columns import Columns
 from midwatch.protocol import MetricsQuery, MetricsReply, Snapshot
+from tui.chart.formatting import UNICODE, plural
 from tui.chart.render import Picture, Series
 from tui.chart.styles import Ink
 from tui.chart.widget import Chart
-from tui.core.formatting import UNICODE, plural
 from tui.core.scene import Scene
 from tui.core.text_panel import Line
 from tui.views.base import View

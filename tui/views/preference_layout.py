@@ -1,10 +1,10 @@
 """A pair of answers beside each other, and how far an annotator is. Pure functions on plain data; `tui.views.prefer` shows them."""
 
 from midwatch.protocol import Agreement, Choice, PreferencePair, PreferenceState, Share
+from tui.chart.formatting import UNICODE, plural
 from tui.chart.styles import Ink
 from tui.chart.text import spaced
 from tui.core.conversation import broken
-from tui.core.formatting import UNICODE, plural
 from tui.core.text_panel import Line, joined, width, wrapped
 
 ARROWS = ("←", "→") if UNICODE else ("Left", "Right")

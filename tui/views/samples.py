@@ -7,8 +7,8 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 
 from midwatch.protocol import SampleQuery, SampleReply, SampleView
+from tui.chart.formatting import UNICODE, compact, plural
 from tui.chart.styles import Ink
-from tui.core.formatting import UNICODE, compact, plural
 from tui.core.scene import Scene
 from tui.core.text_panel import Lazy, Line, LineWindow, Panel, Run, cut, fit, spread, wrapped
 from tui.views.base import View

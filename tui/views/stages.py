@@ -4,9 +4,9 @@ from textual.app import ComposeResult
 
 from midwatch.objectives.build_stage import is_build
 from midwatch.protocol import Sampled, Snapshot, StageView, TextQuery, TextReply
+from tui.chart.formatting import UNICODE, compact, duration, percent, plural, setting
 from tui.chart.sparkline import bar
 from tui.chart.styles import Ink
-from tui.core.formatting import UNICODE, compact, duration, percent, plural, setting
 from tui.core.scene import Scene, silence
 from tui.core.text_panel import Line, LineWindow, Run, wrapped
 from tui.views.base import View

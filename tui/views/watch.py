@@ -9,12 +9,12 @@ from textual.containers import Grid as Grating
 from midwatch.metrics.m4_columns import grid
 from midwatch.objectives.build_stage import is_build
 from midwatch.protocol import NodeView, Snapshot, StageView
+from tui.chart.formatting import UNICODE, age, compact, duration, percent, plural, setting, size
 from tui.chart.render import Picture, Series
 from tui.chart.sparkline import bar, spark
 from tui.chart.styles import Ink
 from tui.chart.widget import Chart
 from tui.core import chrome
-from tui.core.formatting import UNICODE, age, compact, duration, percent, plural, setting, size
 from tui.core.scene import Scene, newest_checkpoint, running_span, silence
 from tui.core.text_panel import Line, Panel, Run, cut, fit, joined
 from tui.views.base import View

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from midwatch.protocol import Fault, Gpu, NodeView, Snapshot
-from tui.core.formatting import age
+from tui.chart.formatting import age
 from tui.views.nodes.table import ORDER, QUANTITIES, SLOW, STALE, Fleet, Floats, figures, rank_at, rank_of
 
 SAMPLE_SECONDS = 3.0

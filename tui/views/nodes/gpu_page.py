@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from midwatch.protocol import Gpu, NodeView
+from tui.chart.formatting import UNICODE, age, duration, percent, plural, size
 from tui.chart.sparkline import spark
 from tui.chart.styles import Ink
-from tui.core.formatting import UNICODE, age, duration, percent, plural, size
 from tui.core.scene import Scene
 from tui.core.text_panel import Line, Run, cut, joined, wrapped
 from tui.views.nodes.faults import History, faults_of, straggler_words

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from midwatch.protocol import Gpu, NodeView, Snapshot, Straggler
-from tui.core.formatting import UNICODE
+from tui.chart.formatting import UNICODE
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -10,9 +10,9 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal
 
 from midwatch.protocol import NodeView, Verb
+from tui.chart.formatting import age, plural
 from tui.chart.heatmap import Heat
 from tui.chart.styles import Ink
-from tui.core.formatting import age, plural
 from tui.core.scene import Scene
 from tui.core.text_panel import Line, LineWindow, Panel, Run, cut, fit, joined
 from tui.views.base import View
@@ -36,7 +36,7 @@ class NodesView(View):
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
-        from tui.core.formatting import UNICODE
+        from tui.chart.formatting import UNICODE
 
         self._head, self._legend = Panel(id="fleet-head"), Panel(id="fleet-legend")
         self._heat = Heat(unicode=UNICODE)
