@@ -12,8 +12,8 @@ from torch import Tensor
 
 from midwatch.recipe import Recipe, Stage
 from shards.sampling.batches import Batch
-from trainer.model import document_offsets as documents
-from trainer.model.document_offsets import Documents
+from trainer import document_offsets as documents
+from trainer.document_offsets import Documents
 from trainer.transfer import sent
 
 LENGTHS = 16

@@ -21,9 +21,9 @@ from midwatch.recipe import Model
 from shards.sampling.batches import Batch
 from trainer.batches import micro_batches
 from trainer.distributed.sequence_parallel import SequenceSharding
+from trainer.document_offsets import Documents, found, joined
 from trainer.model import attention
 from trainer.model.decoder import Decoder
-from trainer.model.document_offsets import Documents, found, joined
 from trainer.model.sharded_model import ShardedModel
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -38,8 +38,8 @@ from trainer.model.sharded_model import ShardedModel
 from trainer.objectives.objective import Objective
 from trainer.objectives.ppo.loss import RolloutData as Noted
 from trainer.optimizer import Optimizer
-from trainer.rollout.buffer import RolloutBuffer
 from trainer.stage.model_roles import TrainableModel
+from trainer.stage.rollout_buffer import RolloutBuffer
 
 ACCELERATOR = torch.device("meta")
 CONFIG = Model(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=64)

@@ -14,8 +14,8 @@ from trainer_harness import logs, start_ranks
 from trainer_kernels import FlashAttn
 
 from midwatch.recipe import Cluster, Model, Parallel, Stage
+from trainer import document_offsets
 from trainer.batches import DeviceRows
-from trainer.model import document_offsets
 from trainer.model.decoder import Decoder
 
 VOCABULARY = 61

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.distributed.ring_attention import RingBlocks, ring_attention
 from trainer.distributed.sequence_parallel import SequenceSharding
-from trainer.model.document_offsets import Documents, undivided
+from trainer.document_offsets import Documents, undivided
 
 try:
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]  # an extra, for GPUs only

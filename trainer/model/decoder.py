@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from midwatch.recipe.model import Model, Rope
 from trainer.distributed.ring_attention import RingBlocks
 from trainer.distributed.sequence_parallel import SequenceSharding, held
+from trainer.document_offsets import Documents
 from trainer.model.activation_checkpointing import Mode, checkpointed, recomputed, skip_saving
 from trainer.model.attention import Visible, attend, visible
-from trainer.model.document_offsets import Documents
 from trainer.model.logprobs import likelihood
 from trainer.model.norms import make_norm
 from trainer.model.positions import alibi_slopes, learned, sinusoids

@@ -25,8 +25,8 @@ from midwatch.recipe.stage import Stage
 from trainer.batches import DeviceRows
 from trainer.distributed.mesh import World, box, local
 from trainer.distributed.sequence_parallel import RankGroup, SequenceSharding
+from trainer.document_offsets import joined
 from trainer.model.decoder import Block, ColumnParallelLinear, Decoder, MemoryOptions, PipelineChunk, RowParallelLinear
-from trainer.model.document_offsets import joined
 from trainer.model.float8 import float8_product
 from trainer.model.pipeline_stage import UnbufferedPipelineStage as Relay
 

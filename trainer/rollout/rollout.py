@@ -29,7 +29,6 @@ from trainer.objectives.ppo.loss import RolloutData as Noted
 from trainer.objectives.reward.loss import score_places
 from trainer.rollout.reward_function import RewardError, by_function
 from trainer.rollout.sampling import SampledResponses, log_probs, log_probs_and_entropy, over_rows, sample_responses
-from trainer.rollout.vllm_engine import VllmRolloutEngine
 from trainer.stage.training import Training
 from trainer.transfer import on_device
 
@@ -68,7 +67,7 @@ def collect(training: Training) -> dict[str, float] | None:
     at.drawn.version, at.drawn.updates, at.drawn.left = drawn.version, 0, stage.updates_drawn
     show(training, drawn, given, noted)
     training.phase("training")
-    usage = training.local_engine().usage
+    usage = training.rollout_engine().usage
     if slots := sum(each.slots for each in usage):
         metrics["perf/kv_cache_utilization"] = sum(each.tokens for each in usage) / slots
         metrics["perf/kv_padded_ratio"] = sum(each.tokens for each in usage) / max(1, sum(each.padded for each in usage))
@@ -172,15 +171,15 @@ def _noted(training: Training, drawn: SampledResponses, given: Tensor) -> tuple[
 
 def _mismatched(training: Training, mismatch: float) -> bool:
     """Says that engine and trainer differ; whether the rollout is put off for it: what a server drew is not learned from then."""
-    policy, local_engine = training.stage.stage.rollout_settings, training.local_engine()
+    policy, rollout_engine = training.stage.stage.rollout_settings, training.rollout_engine()
     text = f"engine and trainer differ by {mismatch:.3g} nats a token about what was drawn"
-    text = f"{text} (more than policy.mismatch {policy.mismatch:g}): their weights or positions are not the same"
-    if not isinstance(local_engine, VllmRolloutEngine):
+    text = f"{text} (more than rollout.mismatch {policy.mismatch:g}): their weights or positions are not the same"
+    if rollout_engine.serves_from is None:
         training.note("alarm", text)
         return False
-    local_engine.forget()
+    rollout_engine.forget()
     processed = "" if policy.temperature == 1.0 else " with --logprobs-mode processed_logprobs"
-    training.hold_for_data(f"{text} (start the server again{processed} from {local_engine.latest})", retries=False)
+    training.hold_for_data(f"{text} (start the server again{processed} from {rollout_engine.serves_from})", retries=False)
     return True
 
 

@@ -19,7 +19,6 @@ from trainer.generate import Request, Response
 from trainer.generate.vllm_client import ServerError
 from trainer.model.sharded_model import ShardedModel
 from trainer.objectives.loss import real
-from trainer.rollout.vllm_engine import VllmRolloutEngine
 from trainer.stage.training import Training
 from trainer.transfer import on_device, sent
 
@@ -56,15 +55,13 @@ def sample_responses(
     context, stops = training.stage.stage.context, frozenset(training.tokenizer.stops)
     asked = [number for number, prompt in enumerate(prompts) if 0 < len(prompt) <= context - min(tokens, context - 1)]
     requests = [Request(tuple(map(int, prompts[number])), tokens, temperature, seed=seeds[number], stops=stops) for number in asked]
-    local_engine = training.local_engine()
-    local_engine.refresh(training.progress.step)
+    rollout_engine = training.rollout_engine()
+    rollout_engine.refresh(training.progress.step)
     peek = training.boundary.peek
     try:
-        if isinstance(local_engine, VllmRolloutEngine):
-            prompts_asked = [request.prompt for request in requests]
-            if not local_engine.hand_over(prompts_asked, partial(_of_prompts, training), peek):
-                return None
-        answers = local_engine.respond(requests, peek)
+        if not rollout_engine.hand_over([request.prompt for request in requests], partial(_of_prompts, training), peek):
+            return None
+        answers = rollout_engine.respond(requests, peek)
     except ServerError as error:
         training.hold_for_data(str(error))
         training.evaluated = None

@@ -27,11 +27,12 @@ from trainer.distributed.mesh import World, first_problem, together
 from trainer.model.sharded_model import ShardedModel
 from trainer.optimizer import Optimizer
 from trainer.progress import Rollout, TrainProgress, from_manifest, opening_settings, plain
-from trainer.rollout.buffer import RolloutBuffer, experience_of
-from trainer.rollout.local_engine import LocalRolloutEngine
-from trainer.rollout.reward_provenance import scored_by
-from trainer.rollout.vllm_engine import VllmRolloutEngine
+from trainer.rollout_engines.local_engine import LocalRolloutEngine
+from trainer.rollout_engines.rollout_engine import RolloutEngine
+from trainer.rollout_engines.vllm_engine import VllmRolloutEngine
 from trainer.stage.model_roles import ModelFactory, ModelRoles
+from trainer.stage.reward_provenance import scored_by
+from trainer.stage.rollout_buffer import RolloutBuffer, experience_of
 from trainer.stage.stage import StageRun, open_stage
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Training:
         """What the policy learns from at the moment, where it learns from its own responses."""
         self.sums: ReferenceSums | None = None
         """The reference's log-probabilities of the stage's pairs, where they are cached."""
-        self._local_engine: LocalRolloutEngine | VllmRolloutEngine | None = None
+        self._rollout_engine: RolloutEngine | None = None
         self.checkpointer = Checkpointer(root / "checkpoints", world, link, start.generation, recipe.checkpoint.asynchronous)
         self.reporter = MetricReporter(link, self.checkpointer.observe)
         self.heartbeat = Heartbeat.from_environment()
@@ -106,13 +107,13 @@ class Training:
     def models(self) -> list[ShardedModel]:
         return self.roles.models
 
-    def local_engine(self) -> LocalRolloutEngine | VllmRolloutEngine:
+    def rollout_engine(self) -> RolloutEngine:
         """What writes with the policy's weights; made when it is wanted. A server writes only what is learned from."""
-        if self._local_engine is None:
+        if self._rollout_engine is None:
             outside = self.recipe.generate.engine == "vllm" and (self.stage.stage.draws or self.stage.stage.makes)
-            kind = VllmRolloutEngine if outside else LocalRolloutEngine
-            self._local_engine = kind(self.recipe, self.stage.stage, self.model, self.world, self.tokenizer)
-        return self._local_engine
+            kind: type[LocalRolloutEngine] | type[VllmRolloutEngine] = VllmRolloutEngine if outside else LocalRolloutEngine
+            self._rollout_engine = kind(self.recipe, self.stage.stage, self.model, self.world, self.tokenizer)
+        return self._rollout_engine
 
     def load_reference(self) -> ShardedModel:
         """Anew. Raises CheckpointError."""
@@ -327,7 +328,7 @@ class Training:
         if roles.policy.model is not self.model:
             self.pace = Pace(roles.policy.model.blocks, self.world.device)
         self.roles, self.experience = roles, experience
-        self._local_engine, self.sums = None, None
+        self._rollout_engine, self.sums = None, None
         if old is not None:
             old.close()
         for model in self.models:

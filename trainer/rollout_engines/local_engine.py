@@ -19,6 +19,7 @@ from trainer.distributed.mesh import World, gather, reduce
 from trainer.generate import Engine, Request, Response, Usage
 from trainer.generate.engine import page_tokens
 from trainer.model.sharded_model import ShardedModel
+from trainer.rollout_engines.rollout_engine import Peek, Score
 
 ROUND = 8
 """Steps of the engines between two looks for orders."""
@@ -54,6 +55,17 @@ class LocalRolloutEngine:
         if self._version != version:
             self.engine.refresh(self._model.whole(), version)
             self._version = version
+
+    @property
+    def serves_from(self) -> str | None:
+        return None
+
+    def hand_over(self, prompts: Sequence[tuple[int, ...]], score: Score, peek: Peek) -> bool:
+        """The weights are there since `refresh`."""
+        return True
+
+    def forget(self) -> None:
+        """The engine cannot have others."""
 
     def respond(self, requests: Sequence[Request], peek: Callable[[], bool]) -> list[Response] | None:
         """Answers to all of them, in their order, on every rank; None if `peek` said to leave off. By all ranks alike."""

@@ -31,6 +31,7 @@ from trainer.generate.vllm_client import ConnectionPool, Server, ServerError, Un
 from trainer.huggingface import export
 from trainer.huggingface.tokenizer import TokenizerError
 from trainer.model.sharded_model import ShardedModel
+from trainer.rollout_engines.rollout_engine import Score
 
 LATEST = "latest"
 _NAMED = "policy-"
@@ -38,12 +39,11 @@ _ROUND = 0.05
 """Seconds between two looks for orders."""
 _PROBE_TOKENS = 512
 """Of the prompts by which a reload is checked, about."""
-Score = Callable[[Sequence[tuple[int, ...]]], Tensor]
 Found = TypeVar("Found")
 
 
 class VllmRolloutEngine:
-    """As `trainer.rollout.local_engine.LocalRolloutEngine` is, with the engine on the other side of a URL."""
+    """As `trainer.rollout_engines.local_engine.LocalRolloutEngine` is, with the engine on the other side of a URL."""
 
     def __init__(self, recipe: Recipe, stage: Stage, model: ShardedModel, world: World, tokenizer: Tokenizer) -> None:
         """For a stage's context; the server has the stage's positions from the directory that it was started with."""
@@ -70,6 +70,10 @@ class VllmRolloutEngine:
         self._check = ReloadCheck(stage.rollout_settings.mismatch)
         self.usage: list[Usage] = []
         """How the server uses its cache is its own matter."""
+
+    @property
+    def serves_from(self) -> str | None:
+        return self.latest
 
     def refresh(self, version: int) -> None:
         """The policy's weights of now, which `hand_over` gives to the server; by all ranks."""
