@@ -154,7 +154,7 @@ def test_an_answer_before_the_first_question_is_not_learned() -> None:
     assert read({"conversations": turns[:2]}) == "no question"
 
 
-@pytest.mark.parametrize(("clean", "workers"), [(None, 0), (None, 2), (Clean(exact=False, near=0), 0)])
+@pytest.mark.parametrize(("clean", "workers"), [(None, 0), (None, 2), (Clean(exact=False, near_dup_threshold=0), 0)])
 def test_fields_that_are_not_read_are_counted_and_shown(tmp_path: Path, clean: Clean | None, workers: int) -> None:
     records = [{"messages": [ASK | {"content": f"{n}?"}, ANSWER | {"mood": "glad"}], "id": n, "hint": "x"} for n in range(20)]
     records += [{"messages": [ASK, ANSWER | {"weight": 0}, ASK, ANSWER]}, {"messages": [ASK, ANSWER | {"tool_calls": [1]}]}]
