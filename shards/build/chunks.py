@@ -37,11 +37,12 @@ class StoredDocument(msgspec.Struct, array_like=True, frozen=True):
     label: str = ""
     masked: tuple[int, ...] = ()
     sampled: tuple[tuple[tuple[int, ...], bool], ...] = ()
+    desirable: bool = True
 
     def document(self) -> Document:
         key = self.parts[0] if self.key is None else self.key
         sampled = tuple(SampledAnswer(*each) for each in self.sampled)
-        return Document(key, self.parts, self.roles, self.where, masked=self.masked, sampled=sampled)
+        return Document(key, self.parts, self.roles, self.where, masked=self.masked, sampled=sampled, desirable=self.desirable)
 
 
 class ChunkFrame(msgspec.Struct, array_like=True, frozen=True):
@@ -61,7 +62,8 @@ def stored(document: Document) -> StoredDocument:
     alone = len(document.parts) == 1 and document.key == document.parts[0]
     key = None if alone else document.key
     sampled = tuple((each.ids, each.ended) for each in document.sampled)
-    return StoredDocument(key, document.parts, document.roles, document.where, document.label, document.masked, sampled)
+    about = document.label, document.masked, sampled, document.desirable
+    return StoredDocument(key, document.parts, document.roles, document.where, *about)
 
 
 def size_of(document: Document | StoredDocument) -> int:

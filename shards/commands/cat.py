@@ -98,7 +98,7 @@ def _cut(corpus: Corpus, start: int, stop: int) -> list[TokenRun]:
 def _sample(corpus: Corpus, sample: int, context: int | None) -> list[TokenRun]:
     """What the trainer reads at this context: a window of text, a row of packed conversations, or a pair."""
     from shards.sampling.packing import make
-    from shards.sampling.rows import PairView, TextView
+    from shards.sampling.rows import LabelledView, PairView, TextView
 
     if context is None or context < 1:
         raise SpecError("--sample needs --context, the tokens of a row (such as --context 4096)")
@@ -112,6 +112,14 @@ def _sample(corpus: Corpus, sample: int, context: int | None) -> list[TokenRun]:
         _check(name, sample, plan.rows, context)
         spans = [corpus.span(document) for document in plan.row(sample)]
         return [part for start, stop in spans for part in _cut(corpus, start, min(stop, start + context + 1))]
+    if kind == "unpaired":
+        labelled = LabelledView(corpus, context)
+        _check(name, sample, labelled.size, context)
+        prompt, ids, desirable = labelled.response(sample)
+        number = 1 if desirable else 2
+        mask = np.where(np.arange(len(ids)) < prompt, 0, number).astype(np.uint8)
+        title = f"document {sample}, {'desirable' if desirable else 'undesirable'}"
+        return [TokenRun(title, corpus.span(sample)[0], ids, mask)]
     pairs = PairView(corpus, context)
     _check(name, sample, pairs.size, context)
     prompt, *responses = pairs.pair(sample)

@@ -51,7 +51,8 @@ class SplitManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     rejected: dict[str, Count]  # records that were left out, by reason; of the whole source, the same in both splits
     shards: tuple[Shard, ...]
     notes: dict[str, Count] = {}  # notes on records that were kept, with their number, such as fields that were not read
-    # The mask column: for sft 1 where the assistant speaks, else 0; for preference 0 prompt, 1 chosen, 2 rejected.
+    # The mask column: for sft 1 where the assistant speaks, else 0; for preference 0 prompt, 1 chosen, 2 rejected;
+    # for unpaired 0 prompt, and the response 1 where it is a good example, 2 where it is a bad one.
     digest: str = ""
 
     def computed_digest(self) -> str:

@@ -18,7 +18,7 @@ from shards.readers.layouts import Placed, documents
 from shards.spec import Source
 
 SUFFIXES = (".csv", ".tsv", ".tab")
-KINDS = ("text", "sft", "preference")
+KINDS = ("text", "sft", "preference", "unpaired")
 OPTIONS = ("layout", "suffixes")
 TABS = (".tsv", ".tab")
 LIKELY = (",", "\t", ";", "|")

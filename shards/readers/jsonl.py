@@ -14,7 +14,7 @@ from shards.readers.layouts import Placed, documents
 from shards.spec import Source
 
 SUFFIXES = (".jsonl", ".ndjson")
-KINDS = ("text", "sft", "preference")
+KINDS = ("text", "sft", "preference", "unpaired")
 OPTIONS = ("layout", "suffixes")
 _BOM = b"\xef\xbb\xbf"
 

@@ -64,6 +64,8 @@ def told(record: Fields, source: Source) -> str:
     has = record.keys()
     said = record.get("conversations")
     first = said[0] if isinstance(said, list) and said else None
+    if source.kind == "unpaired":
+        return "plain"  # other layouts have no label
     if source.kind == "preference":
         if source.prompt_field not in has and isinstance(text := record.get("chosen"), str) and _SAID.match(text):
             return "hh"

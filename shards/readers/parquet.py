@@ -13,7 +13,7 @@ from shards.readers.layouts import Placed, documents
 from shards.spec import Source
 
 SUFFIXES = (".parquet",)
-KINDS = ("text", "sft", "preference")
+KINDS = ("text", "sft", "preference", "unpaired")
 OPTIONS = ("layout", "suffixes")
 BATCH_BYTES = 8 << 20  # of rows decoded at once, by the row group's mean
 BATCH_ROWS = 1024

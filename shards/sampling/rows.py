@@ -197,21 +197,35 @@ class LabelledView:
     rows_each = 1
 
     def __init__(self, corpus: Corpus, context: int) -> None:
-        self._pairs = PairView(corpus, context)
-        self.size = 2 * self._pairs.size
+        self._corpus = corpus
+        self._context = context
+        self._pairs = PairView(corpus, context) if corpus.manifest.kind == "preference" else None
+        self.size = corpus.documents if self._pairs is None else 2 * self._pairs.size
+
+    def response(self, sample: int) -> tuple[int, Array, bool]:
+        """The prompt's length, the sequence, of at most context + 1 tokens, and whether its response is a good example."""
+        if self._pairs is not None:
+            prompt, *both = self._pairs.pair(sample // 2)
+            return prompt, both[sample % 2], sample % 2 == 0
+        start, stop = self._corpus.span(sample)
+        tokens, mask = self._corpus.read(start, stop), self._corpus.read(start, stop, "mask")
+        said = np.flatnonzero(mask)
+        asked, answer = tokens[: said[0]], tokens[said]
+        room = max(1, self._context + 1 - len(answer))
+        asked = asked[-room:]
+        return len(asked), np.concatenate([asked, answer])[: self._context + 1], bool(mask[said[0]] == 1)
 
     def fill(self, batch: Batch, row: int, apart: int, sample: int) -> None:
-        prompt, *both = self._pairs.pair(sample // 2)
-        sequence = both[sample % 2]
+        prompt, sequence, desirable = self.response(sample)
         batch.put(row, 0, sequence, np.arange(1, len(sequence)) >= prompt, 0)
-        batch.desirable[row] = sample % 2 == 0
+        batch.desirable[row] = desirable
 
     def sequences(self, sample: int) -> list[Array]:
-        return [self._pairs.sequences(sample // 2)[sample % 2]]
+        return [self.response(sample)[1]]
 
 
 class PromptView:
-    """Prompts only, of sft or preference sources, for a policy to answer; a long one loses its beginning.
+    """Prompts only, of sources with answers, for a policy to answer; a long one loses its beginning.
 
     Of a conversation it is all up to where the assistant first speaks.
     """
@@ -235,6 +249,14 @@ class PromptView:
         return [self._corpus.read(start, start + length)[-self._context :]]
 
 
+NEEDED: dict[ObjectiveKind, str] = {
+    "prompt": "sft or preference or unpaired",
+    "scored": "preference",
+    "labelled": "preference or unpaired",
+}
+"""Kinds of source by how an objective reads them, where that is not the kind itself."""
+
+
 def view(
     corpus: Corpus,
     kind: ObjectiveKind,
@@ -250,7 +272,7 @@ def view(
     A packed conversation's last token is never an input, so whether documents are masked does not change such a row.
     """
     have = corpus.manifest.kind
-    needed = {"prompt": "sft or preference", "scored": "preference", "labelled": "preference"}.get(kind, kind)
+    needed = NEEDED.get(kind, kind)
     if have not in needed.split(" or "):
         raise ShardError(
             f'{corpus.directory}: a source of kind "{have}", but the stage needs "{needed}" (take it out of the mixture)'

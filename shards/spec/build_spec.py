@@ -15,7 +15,7 @@ from shards.common.extensions import ExtensionError, Registry
 from shards.filters.heuristics.settings import C4, FineWeb, GopherQuality, GopherRepetition, UniqueWords
 from shards.filters.settings import Contamination, Language, Perplexity, Pii, Quality, Toxicity
 
-Kind = Literal["text", "sft", "preference"]
+Kind = Literal["text", "sft", "preference", "unpaired"]
 ObjectiveKind = Literal["text", "sft", "preference", "labelled", "scored", "prompt"]
 """How an objective reads a source: see `shards.sampling.rows`."""
 Origin = str
@@ -45,7 +45,7 @@ READERS = Registry(
 NOT_READ = (*STDLIB_KINDS, "stage", "made")
 """Origins that are no readers of files."""
 LAYOUT_KINDS: dict[str, tuple[Kind, ...]] = {
-    **dict.fromkeys(("auto", "plain"), ("text", "sft", "preference")),
+    **dict.fromkeys(("auto", "plain"), ("text", "sft", "preference", "unpaired")),
     **dict.fromkeys(("messages", "alpaca", "sharegpt", "dolly", "lima", "flan"), ("sft",)),
     "oasst": ("sft", "preference"),
     "hh": ("preference",),
@@ -65,7 +65,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """One source of documents. `origin` says where they come from: this Python's standard library, or a path."""
 
     name: str  # letters, digits, `_`, `-`, `.`; names the directory of its shards and the source in mixtures
-    kind: Kind  # text: documents; sft: conversations; preference: prompt, chosen and rejected response
+    kind: Kind  # text: documents; sft: conversations; preference: prompt, chosen, rejected; unpaired: labelled conversations
     origin: Origin
     stage: str | None = None  # stage: the run's stage that makes it
     part: str | None = None  # stage: which of the things that it makes
@@ -75,7 +75,9 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     response_field: str = "response"
     chosen_field: str = "chosen"
     rejected_field: str = "rejected"
-    messages_field: str = "messages"  # sft: a conversation, where there is no response_field
+    messages_field: str = "messages"  # sft, unpaired: a conversation, where there is no response
+    completion_field: str = "completion"  # unpaired: the response
+    label_field: str = "label"  # unpaired: true where the last response is a good example, false where it is a bad one
     max_documents: int | None = None  # documents, held-out ones included
     max_tokens: int | None = None  # tokens, held-out ones included
     split_by: Literal["language", "quality", "length", "label"] | None = None  # clean: a separate source for each label, NAME.LABEL

@@ -43,7 +43,10 @@ class Encoded:
 
 
 def encode(tokenizer: Tokenizer, kind: Kind, batch: list[Document]) -> Encoded:
-    """Text: `[BOS] text [EOS]`. Sft: a chat. Preference: a chat's prompt, one response with its end, the other with its end."""
+    """Text: `[BOS] text [EOS]`. Sft: a chat. Unpaired: the same.
+
+    Preference: a chat's prompt, one response with its end, the other with its end.
+    """
     text_bytes = [sum(len(part.encode()) for part in document.parts) for document in batch]
     if kind == "text":
         tokens, counts = tokenizer.encode_texts([document.parts[0] for document in batch])
@@ -53,10 +56,10 @@ def encode(tokenizer: Tokenizer, kind: Kind, batch: list[Document]) -> Encoded:
     lengths: list[int] = []
     for document in batch:
         before = len(ids)
-        if kind == "sft":
+        if kind in ("sft", "unpaired"):
             found, said = _conversation(tokenizer, document)
             ids += found
-            mask += said
+            mask += said if document.desirable else [2 * each for each in said]
         else:
             (prompt, chosen), (_, rejected) = _pair(tokenizer, document)
             ids += prompt + chosen + rejected
@@ -74,7 +77,7 @@ def chats(document: Document, kind: Kind) -> list[list[Message]]:
     """The conversations that a document holds: of sft one, of preference two, with one answer and with the other."""
     if kind == "text":
         return []
-    if kind == "sft":
+    if kind in ("sft", "unpaired"):
         return [list(zip(document.roles or ("user", "assistant"), document.parts, strict=True))]
     prompt: list[Message] = list(zip(document.roles or ("user",), document.parts[:-2], strict=True))
     return [[*prompt, ("assistant", response)] for response in document.parts[-2:]]
@@ -98,7 +101,7 @@ def _bare(text: str) -> str:
 
 def notes(tokenizer: Tokenizer, kind: Kind, document: Document) -> list[str]:
     """Notes on a document that is trained on, to be counted: what of it is not used."""
-    return [*document.notes, *(tokenizer.notes(chats(document, kind)[0]) if kind == "sft" else [])]
+    return [*document.notes, *(tokenizer.notes(chats(document, kind)[0]) if kind in ("sft", "unpaired") else [])]
 
 
 def _conversation(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[int]]:

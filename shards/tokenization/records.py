@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import msgspec
 import xxhash
 
 from shards.spec import Source
@@ -30,6 +31,7 @@ class Document:
     label: str = ""  # if the source gives one: the programming language of a code file, the language of a book
     masked: tuple[int, ...] = ()  # of a conversation: places of the assistant's parts that are context, and not learned
     sampled: tuple[SampledAnswer, ...] = ()  # how a model sampled the last part, or the last two of a preference
+    desirable: bool = True  # whether the last part is a good example, where the source says
     unread: tuple[str, ...] = ()  # fields of its record that were not read and may matter
 
     @property
@@ -49,10 +51,29 @@ def in_record(record: Mapping[str, Any], source: Source, where: str) -> Document
         if not isinstance(text, str):
             return _no(record, source.text_field)
         return Document(text, (text,), (), where) if text.strip() else "empty"
+    if source.kind == "unpaired":
+        return _labelled(record, source, where)
     return _preference(record, source, where) if source.kind == "preference" else _conversation(record, source, where)
 
 
-def _conversation(record: Mapping[str, Any], source: Source, where: str) -> Document | str:
+def _labelled(record: Mapping[str, Any], source: Source, where: str) -> Document | str:
+    """A conversation whose last answer is a good example or a bad one; the answers before it are context."""
+    name = source.label_field
+    label = record.get(name)
+    if label is None:
+        return f'no field "{name}"'
+    if label not in (True, False):
+        return f'field "{name}" is neither true nor false'
+    rest = {key: value for key, value in record.items() if key != name}
+    found = _conversation(rest, msgspec.structs.replace(source, response_field=source.completion_field), where, labelled=True)
+    if isinstance(found, str):
+        return found
+    context = tuple(at for at, role in enumerate(found.roles[:-1]) if role == "assistant")
+    return replace(found, masked=context, desirable=bool(label))
+
+
+def _conversation(record: Mapping[str, Any], source: Source, where: str, labelled: bool = False) -> Document | str:
+    """labelled: the last answer must be one that is learned."""
     unread: dict[str, None] = {}
     if record.get(source.response_field) is None and record.get(source.messages_field) is not None:
         known: tuple[str, ...] = (source.messages_field,)
@@ -76,6 +97,8 @@ def _conversation(record: Mapping[str, Any], source: Source, where: str) -> Docu
         spoken = any(turn.role == "assistant" for turn in turns)
         return "no assistant turn that is to be learned" if spoken else "no assistant turn"
     turns, rest = turns[: last + 1], turns[last + 1 :]
+    if labelled and any(turn.role == "assistant" for turn in rest):
+        return "the last answer is not to be learned"
     sampled = _sampled(record, "")
     if isinstance(sampled, str):
         return sampled

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from midwatch.objectives.registry import built_in
 from midwatch.recipe import Checkpoint, Cluster, Data, Model, Probe, Report, Rope, Run, Source, Stage, TokenizerSpec, Watch
 from midwatch.recipe.generate import Generate
 from midwatch.recipe.live_settings import stage_settings
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 STRUCTS = [Run, Model, TokenizerSpec, Data, Source, Stage, Rope, Rollout, Generate, Cluster, Checkpoint, Report, Probe, Watch]
 
 
-@pytest.mark.parametrize("struct", STRUCTS)
+@pytest.mark.parametrize("struct", [*STRUCTS, *(pytest.param(spec.settings, id=spec.name) for spec in built_in())])
 def test_the_recipe_reference_names_every_key(struct: type[msgspec.Struct]) -> None:
     page = (ROOT / "docs/recipe.md").read_text()
     missing = [key for key in struct.__struct_encode_fields__ if not re.search(rf"\b{key}\b", page)]

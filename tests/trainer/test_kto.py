@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from trainer_harness import Step, fresh, same_bits, steer, write_recipe
 from midwatch.protocol import Op
 from midwatch.recipe import Recipe, Stage
 from midwatch.recipe.live_settings import check_setting, stage_settings
+from shards.build.build import build
 from shards.sampling.batches import Batch, BatchFeed
+from shards.spec import Build, Source
 from trainer.loop.reference_point import one_before, shifted
 from trainer.objectives.kto import loss as kto
 from trainer.objectives.objective import LabelledComparison
@@ -91,12 +94,34 @@ def test_a_preference_pair_is_two_labelled_responses(recipe: Recipe) -> None:
         assert np.array_equal(getattr(labelled, name), getattr(pairs, name)[[0, 2, 1, 3]]), name
 
 
-def test_a_run_is_the_same_on_one_rank_and_two_and_when_it_is_stopped(recipe: Recipe, tmp_path: Path) -> None:
-    stage = stage_of(recipe, desirable_weight=1.33, micro_batch=3)
-    short = msgspec.structs.replace(recipe.stage[0], steps=2, eval_every=100, eval_samples=1, prompts=())
+@pytest.fixture(scope="module")
+def rated(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """With responses that have a label besides the pairs."""
+    place = tmp_path_factory.mktemp("rated")
+    lines = [{"prompt": f"What is {n}?", "completion": f"A number, {n}.", "label": n % 2 == 0} for n in range(40)]
+    (place / "ratings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = tuple(source for source in recipe.data.source if source.name in ("topics", "prefer"))
+    ratings = Source(name="ratings", kind="unpaired", origin="jsonl", path=str(place / "ratings.jsonl"))
+    data = msgspec.structs.replace(recipe.data, source=(*kept, ratings), dir=str(place / "out"))
+    build(Build(data=data, tokenizer=recipe.tokenizer, out=str(place / "out"), seed=0), workers=0)
+    return msgspec.structs.replace(recipe, data=data)
+
+
+def test_a_run_is_the_same_on_one_rank_and_two_and_when_it_is_stopped(rated: Recipe, tmp_path: Path) -> None:
+    recipe, mixture = rated, {"prefer": 1.0, "ratings": 1.0}
+    stage = stage_of(recipe, desirable_weight=1.33, micro_batch=3, mixture=mixture)
+    short = msgspec.structs.replace(recipe.stage[0], steps=2, eval_every=100, eval_samples=1, prompts=(), mixture={"topics": 1.0})
     whole = msgspec.structs.replace(recipe, stage=(short, stage))
     told = {size: steer(write_recipe(tmp_path / f"on{size}", whole), size=size) for size in (1, 2)}
-    names = ("train/loss", "preference/margin", "preference/reference_point", "eval/prefer/loss", "eval/prefer/margin", "policy/kl")
+    names = (
+        "train/loss",
+        "preference/margin",
+        "preference/reference_point",
+        "eval/prefer/loss",
+        "eval/prefer/margin",
+        "eval/ratings/loss",
+        "policy/kl",
+    )
     for name in names:
         assert series(told[1], name) == pytest.approx(series(told[2], name), abs=2e-6), name
     losses, margins = series(told[1], "train/loss")[2:], series(told[1], "preference/margin")
