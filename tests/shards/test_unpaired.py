@@ -13,7 +13,7 @@ from test_shard_commands import shards as command
 
 from shards.build.build import build
 from shards.build.chunks import stored
-from shards.errors import ShardError, SpecError
+from shards.common.errors import ShardError, SpecError
 from shards.format.corpus import open_source
 from shards.format.seekable_zstd import Cache
 from shards.readers.layouts import told
