@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,7 @@ def guide() -> Recipe:
     """The rules of the guide."""
     page = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
     part = page.partition("### Rules for rollouts")[2].partition("\n## ")[0]
-    return parse_recipe(
-        RECIPE + textwrap.dedent("\n".join(line for line in part.splitlines() if line.startswith("    ") or not line))
-    )
+    return parse_recipe("\n".join([RECIPE, *re.findall(r"```toml\n(.*?)```", part, re.DOTALL)]))
 
 
 def fired(rules: tuple[Watch, ...], values: Callable[[int], Mapping[str, float]], steps: int = 1200) -> dict[str, int]:

@@ -30,7 +30,7 @@ def test_a_clock_that_is_set_costs_no_rank_and_no_step(run: Run, data: Path, clo
         controller = run.controller()
         run.kill(controller)
         assert gone([controller], 5)
-        done = run.midwatch("set", str(run.root), "clip", f"{1 + abs(offset) / 1e4 + offset / 1e5}", timeout=90)
+        done = run.midwatch("set", str(run.root), "max_grad_norm", f"{1 + abs(offset) / 1e4 + offset / 1e5}", timeout=90)
         assert done.returncode == 0, done.stdout + done.stderr
         seen = run.snapshot()
         assert seen.generation == 1, run.story()

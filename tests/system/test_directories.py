@@ -31,7 +31,7 @@ def test_a_copy_of_a_live_run_never_steers_the_original(run: Run, make_run: Call
     run.start(recipe_text(data, **LONG))
     run.wait(lambda s: bool(s.checkpoints))
     copy = copy_of(run, make_run)
-    for verb in (("pause",), ("stop",), ("rollback", "latest"), ("set", "clip", "0.5")):
+    for verb in (("pause",), ("stop",), ("rollback", "latest"), ("set", "max_grad_norm", "0.5")):
         done = copy.midwatch(verb[0], str(copy.root), *verb[1:])
         assert done.returncode != 0, done.stdout
         assert "copy" in done.stderr and f"midwatch resume {copy.root}" in done.stderr and str(run.root) in done.stderr
