@@ -399,7 +399,7 @@ class MidwatchApp(App[int]):
         key = keys.find(self.view_name, event.key)
         if key is None:
             if event.key == "ctrl+c" and not self.screen.get_selected_text():
-                self.say("q detaches (the run goes on); S stops the run, after asking")
+                self.say("q detaches (the run continues); S stops the run, after asking")
                 return True
             return event.is_printable
         if key.changes and self.scene.read_only:
@@ -419,7 +419,7 @@ class MidwatchApp(App[int]):
             if left_out:
                 self.say(left_out, Ink.WARNING)
         elif self.scene.snapshot is not None:
-            self.say("nothing was done with what was pasted: press : or / first, to type a line", Ink.WARNING)
+            self.say("the paste was ignored: press : or / first to type a line", Ink.WARNING)
 
     async def do_open(self, name: str) -> None:
         await self.open_view(name)
@@ -536,7 +536,7 @@ def run(directory: Path | RemoteRun, *, read_only: bool = False, prefer: protoco
         return app.return_code
     state = app.scene.snapshot.state if app.scene.snapshot is not None else ""
     over = state in ("finished", "failed", "released")
-    goes_on = f"the run is {state}" if over else "detached: the run goes on"
+    goes_on = f"the run is {state}" if over else "detached: the run continues"
     because = f"{ended.number.name}: " if ended.number is not None else ""
     write_out(f"{because}{goes_on}{app.steering.pending_words()} (midwatch attach {directory} comes back)")
     return app.return_code or 0

@@ -186,7 +186,7 @@ class HeadlessReporter:
         self._muted = True
         discard_out()
         if not error.reader_is_gone:
-            write_error(f"midwatch: {error}; the run goes on, and nothing more is printed (midwatch journal shows it)")
+            write_error(f"midwatch: {error}; the run continues, and nothing more is printed (midwatch journal shows it)")
         elif not self._stops:
             self._stop("nobody reads standard output any more")
 

@@ -30,7 +30,7 @@ def parse_script(text: str) -> tuple[ScriptStep, ...]:
     for part in filter(None, (p.strip() for p in text.split(";"))):
         step, colon, words = part.partition(":")
         if not colon or not step.strip().isdigit():
-            raise ScriptError(f"{part!r}: begins with no step (write it as `20: checkpoint`)")
+            raise ScriptError(f"{part!r}: does not begin with a step (write it as `20: checkpoint`)")
         commands = tuple(_command(c.strip()) for c in words.split(",") if c.strip())
         if not commands:
             raise ScriptError(f"{part!r}: has no command")

@@ -96,7 +96,7 @@ class Steering:
         """The alarm that is first among the notices."""
         snapshot = self._app.scene.snapshot
         if snapshot is None or not snapshot.alarms:
-            self._app.say("acknowledge: no alarm stands")
+            self._app.say("acknowledge: there is no alarm")
         else:
             self.give("acknowledge", {"alarm": snapshot.alarms[0].key})
 

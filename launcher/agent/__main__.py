@@ -53,7 +53,7 @@ def main() -> int:
         place = Place(paths, node)
         if not place.take():
             holder = place.holder()
-            words = msgspec.json.encode(holder).decode() if holder is not None else "another agent is only starting"
+            words = msgspec.json.encode(holder).decode() if holder is not None else "another agent is still starting"
             write_out(words, flush=True)
             return 0
         identity = _keep(keys, place) if keys is not None else None  # the agent before this one has deleted its own by now

@@ -302,7 +302,7 @@ class Agent:
                 self._tell_hung(generation, hang)
 
     def _tell_hung(self, generation: int, hang: Hang) -> None:
-        log.error("rank %s has not moved in %s for %.0f s", ", ".join(map(str, hang.ranks)), hang.phase, hang.seconds)
+        log.error("rank %s has made no progress in %s for %.0f s", ", ".join(map(str, hang.ranks)), hang.phase, hang.seconds)
         file, stuck = self._take_stacks(generation)
         told = p.Hung(generation=generation, phase=hang.phase, seconds=hang.seconds, limit=hang.limit, file=file, stuck=stuck)
         if not self._link.send(told):

@@ -185,11 +185,11 @@ class ForkServers:
             try:
                 return self._living().fork(arguments, whole)
             except StaleError:
-                log.info("the trainer's code has changed: it is read anew")
+                log.info("the trainer's code has changed: reloading it")
                 self._server = None  # it stays until its last child has ended
                 return self._living().fork(arguments, whole)
             except ForkServerError as error:
-                log.warning("another process is to fork the ranks: %s", error)
+                log.warning("starting another process to fork the ranks: %s", error)
                 self._abandon()
                 return self._living().fork(arguments, whole)
 

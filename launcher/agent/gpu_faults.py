@@ -29,17 +29,17 @@ class Xid(NamedTuple):
 
 
 XIDS: dict[int, Xid] = {
-    13: Xid("an exception in a kernel, mostly of the program's own making", False),
-    31: Xid("a page fault on the GPU, mostly of the program's own making", False),
+    13: Xid("an exception in a kernel, usually a bug in the program", False),
+    31: Xid("a page fault on the GPU, usually a bug in the program", False),
     43: Xid("it stopped a program after an error", False),
-    45: Xid("a program's work was cleared away after an earlier error", False),
+    45: Xid("a program was cleaned up after an earlier error", False),
     48: Xid("an uncorrectable ECC error"),
-    63: Xid("a memory row is to be remapped at the next reset"),
+    63: Xid("a memory row will be remapped at the next reset"),
     64: Xid("a memory row could not be remapped: the card must be replaced"),
     74: Xid("an NVLink error"),
     79: Xid("it has fallen off the bus"),
     92: Xid("many correctable ECC errors"),
-    94: Xid("a contained ECC error: the program that met it has to restart"),
+    94: Xid("a contained ECC error: the affected program must restart"),
     95: Xid("an uncontained ECC error: the card must be reset"),
     119: Xid("its own processor (GSP) does not answer"),
     120: Xid("its own processor (GSP) failed"),
@@ -49,7 +49,7 @@ XIDS: dict[int, Xid] = {
 THROTTLES = (
     (pynvml.nvmlClocksEventReasonHwThermalSlowdown, "slowed down by heat"),
     (pynvml.nvmlClocksEventReasonSwThermalSlowdown, "slowed down by the driver, to stay below its temperature"),
-    (pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown, "slowed down by the power brake: the rack's power is short"),
+    (pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown, "slowed down by the power brake: the rack lacks power"),
     (pynvml.nvmlClocksEventReasonHwSlowdown, "slowed down by the hardware (heat or power)"),
 )
 """What slows a sound card down (its power limit, idleness, clocks that were set) is no fault."""

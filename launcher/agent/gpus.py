@@ -139,7 +139,7 @@ class Card:
         """The card's handle, and what never changes."""
         handle = maybe(lambda: pynvml.nvmlDeviceGetHandleByIndex(self._index))
         if handle is None:
-            raise Gone("lost", "the driver does not know it any more")
+            raise Gone("lost", "the driver no longer knows it")
         self._name = _text(maybe(lambda: pynvml.nvmlDeviceGetName(handle)) or self._name)
         self._bus = _text(maybe(lambda: pynvml.nvmlDeviceGetPciInfo(handle).busId) or self._bus)
         self._slow["slowdown"] = maybe(

@@ -36,7 +36,7 @@ class Talk:
         if self._read is input:
             import readline  # noqa: F401  # it edits what `input` reads
 
-        write_out(f"talking to {' and '.join(self._ask.checkpoints)}; /help lists what else there is, Ctrl-D ends", to=self._out)
+        write_out(f"talking to {' and '.join(self._ask.checkpoints)}; /help lists the commands, Ctrl-D ends", to=self._out)
         while True:
             try:
                 line = self._read("> ")

@@ -53,7 +53,7 @@ def nodes_are_ready(recipe: Recipe, directory: Path | None) -> bool:
         render(reports, make_console(stderr=True))
     if ready(reports, recipe.fewest_nodes):
         return True
-    write_error(f"midwatch: {refusal(reports, recipe)}; to start nevertheless: --no-check")
+    write_error(f"midwatch: {refusal(reports, recipe)}; to start anyway: --no-check")
     return False
 
 
@@ -75,7 +75,7 @@ def refusal(reports: Sequence[NodeReport], recipe: Recipe) -> str:
     needed = recipe.fewest_nodes
     if len(reports) - len(wrong) >= needed:
         present = [r.host for r in reports if r.level == "problem" and not r.out_of_reach]
-        return f"put right first, or leave out of [cluster] hosts: {_some(present)}"
+        return f"fix these, or remove them from [cluster] hosts: {_some(present)}"
     return f"{len(wrong)} of {len(reports)} nodes cannot take part ({_some(wrong)}), and the run needs {needed}"
 
 

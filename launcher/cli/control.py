@@ -133,7 +133,7 @@ async def snapshot_of(root: Path | RemoteRun) -> p.Snapshot:
         try:
             await asyncio.wait_for(arrived.wait(), SNAPSHOT_SECONDS)
         except TimeoutError:
-            raise SilentError("the controller has taken the question and does not answer") from None
+            raise SilentError("the controller received the question but does not answer") from None
         assert client.snapshot is not None
         return client.snapshot
 

@@ -44,7 +44,7 @@ def _add_running(commands: Any) -> None:
     run = commands.add_parser("run", help="start a run of a recipe and watch it")
     run.add_argument("recipe", help="the recipe, a TOML file")
     run.add_argument("--dir", metavar="RUN", help="run directory to make (default: runs/NAME)")
-    run.add_argument("--headless", action="store_true", help="no screen: one line a report interval; ends when the run does")
+    run.add_argument("--headless", action="store_true", help="no screen: one line per report interval; ends when the run does")
     run.add_argument("--json", action="store_true", help="headless: one JSON object a line")
     run.add_argument(
         "--script", metavar="TEXT", help='headless: commands by step, as "20: checkpoint, golden; 40: rollback golden --skip 5"'
@@ -53,17 +53,17 @@ def _add_running(commands: Any) -> None:
     run.add_argument("--no-check", action="store_true", help="start without checking the nodes first")
     attach = commands.add_parser("attach", help="watch a run, starting its controller where none lives")
     attach.add_argument("run", metavar="RUN", nargs="?", help="default: the newest run")
-    attach.add_argument("--read-only", action="store_true", help="watch without the keys that command")
-    attach.add_argument("--headless", action="store_true", help="no screen: one line a report interval")
+    attach.add_argument("--read-only", action="store_true", help="watch without the keys that change the run")
+    attach.add_argument("--headless", action="store_true", help="no screen: one line per report interval")
     attach.add_argument("--json", action="store_true", help="headless: one JSON object a line")
     agent = commands.add_parser("agent", help="make this machine a node of a run whose nodes join by themselves")
     agent.add_argument("--join", required=True, metavar="URL", help="wss://HOST:PORT of the run's controller ([cluster] port)")
     agent.add_argument("--key-file", required=True, metavar="FILE", help="made by: midwatch node key RUN [NODE] > FILE")
     agent.add_argument("--node", metavar="NAME", help="this node's name in the run (default: its host name)")
     agent.add_argument("--run", metavar="DIR", help="the run's directory here (default: where it was when the key was made)")
-    relay = commands.add_parser("relay", help="connect a client beyond ssh with a run here; what ssh://HOST/RUN calls")
+    relay = commands.add_parser("relay", help="connect a client at the other end of ssh to a run here; ssh://HOST/RUN uses it")
     relay.add_argument("run", metavar="RUN")
-    relay.add_argument("--look", action="store_true", help="start no controller: where none runs, show the run from its files")
+    relay.add_argument("--look", action="store_true", help="start no controller: if none is running, show the run from its files")
     relay.add_argument("--look-when-over", action="store_true", help="the same for a run that has ended or was stopped")
     check = commands.add_parser("check", help="check a recipe, and the nodes that it names, without starting anything")
     check.add_argument("recipe")
@@ -72,19 +72,19 @@ def _add_running(commands: Any) -> None:
 
 
 def _add_planning(commands: Any) -> None:
-    plan = commands.add_parser("plan", help="what a recipe will take, or what a budget allows: size, memory, time, cost")
+    plan = commands.add_parser("plan", help="what a recipe needs, or what a budget allows: size, memory, time, cost")
     plan.add_argument("recipe", nargs="?", help="the recipe; without one, the plan of a budget")
     plan.add_argument("--json", action="store_true", help="the same figures as one JSON object")
     plan.add_argument("--gpu", metavar="NAME", help="accelerator, as h200, h100-sxm, a100-80gb, cpu; an unknown name lists them")
     plan.add_argument("--gpus", type=int, metavar="N", help="how many (default: the recipe's ranks)")
-    plan.add_argument("--mfu", type=float, default=0.4, metavar="X", help="part of the peak rate that is used (default: 0.4)")
+    plan.add_argument("--mfu", type=float, default=0.4, metavar="X", help="model FLOPs utilisation (default: 0.4)")
     plan.add_argument("--price", type=float, metavar="USD", help="of one GPU for an hour (default: a rough one)")
     plan.add_argument(
         "--precision", choices=("float32", "bfloat16", "fp8"), help="of the peak rate (default: the recipe's dtype, or bfloat16)"
     )
     recipes = plan.add_argument_group("with a recipe")
     recipes.add_argument("--pipeline", type=int, metavar="P", help="pipeline ranks (default: the recipe's)")
-    recipes.add_argument("--micro-batches", type=int, metavar="M", help="of a step (default: as the recipe's batches come to)")
+    recipes.add_argument("--micro-batches", type=int, metavar="M", help="of a step (default: from the recipe's batches)")
     recipes.add_argument("--virtual", type=int, metavar="V", help="interleaved: parts of the model on each pipeline stage")
     budgets = plan.add_argument_group("without a recipe, one or two of")
     budgets.add_argument("--days", type=float, metavar="D", help="time on the GPUs")
@@ -110,11 +110,13 @@ def _add_probe(commands: Any) -> None:
     forms = probe.add_mutually_exclusive_group()
     forms.add_argument("--text", action="store_true", help="continue the prompt as it is (default for pretraining checkpoints)")
     forms.add_argument("--chat", action="store_true", help="put it through the chat template (default for all others)")
-    probe.add_argument("--limit", type=int, default=256, metavar="N", help="tokens of an answer at the most (default: 256)")
+    probe.add_argument("--limit", type=int, default=256, metavar="N", help="most tokens of an answer (default: 256)")
     probe.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token (default: 0.8)")
-    probe.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens that make up this much")
-    probe.add_argument("--top-k", type=int, default=0, metavar="K", help="only so many of the likeliest tokens")
-    probe.add_argument("--seed", type=int, default=0, help="the same one draws the same answer (default: 0)")
+    probe.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample only from the most likely tokens with this total probability"
+    )
+    probe.add_argument("--top-k", type=int, default=0, metavar="K", help="sample only from the K most likely tokens")
+    probe.add_argument("--seed", type=int, default=0, help="the same seed gives the same answer (default: 0)")
     probe.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer once it contains this; repeatable"
     )
@@ -133,13 +135,17 @@ def _add_prefer(commands: Any) -> None:
         "--source", metavar="NAME", help="whose prompts are answered (default: those of the newest stage's mixture)"
     )
     prompts.add_argument("--prompts", metavar="FILE", help="prompts instead: one a line, or JSON objects with prompt or messages")
-    prefer.add_argument("--checkpoint", metavar="ID", help="what answers twice: its id, a step, golden or newest (default: newest)")
-    prefer.add_argument("--against", metavar="ID", help="each answers once: that one, and this one")
+    prefer.add_argument(
+        "--checkpoint", metavar="ID", help="checkpoint that answers twice: its id, a step, golden or newest (default: newest)"
+    )
+    prefer.add_argument("--against", metavar="ID", help="a second checkpoint; each then answers once")
     prefer.add_argument(
         "--shared", type=float, default=0.2, metavar="X", help="share of pairs that all annotators get (default: 0.2)"
     )
-    prefer.add_argument("--limit", type=int, default=256, metavar="N", help="tokens of an answer at the most (default: 256)")
-    prefer.add_argument("--temperature", type=float, default=0.8, metavar="X", help="that answers are drawn at (default: 0.8)")
+    prefer.add_argument("--limit", type=int, default=256, metavar="N", help="most tokens of an answer (default: 256)")
+    prefer.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="sampling temperature of the answers (default: 0.8)"
+    )
     told = prefer.add_mutually_exclusive_group()
     told.add_argument("--export", metavar="FILE", help="no screen: write the pairs (prompt, chosen, rejected) of all annotators")
     told.add_argument("--agreement", action="store_true", help="no screen: how far annotators and the reward model agree")
@@ -158,7 +164,7 @@ def _add_export(commands: Any) -> None:
 def _add_looking(commands: Any) -> None:
     ps = commands.add_parser("ps", help="list the runs of this machine")
     ps.add_argument("--json", action="store_true")
-    status = commands.add_parser("status", help="how a run stands")
+    status = commands.add_parser("status", help="the state of a run")
     status.add_argument("run", metavar="RUN", nargs="?")
     status.add_argument("--json", action="store_true", help="everything, as one JSON object")
     logs = commands.add_parser("logs", help="logs of ranks, agents and the controller")
@@ -192,9 +198,9 @@ def _add_looking(commands: Any) -> None:
 
 def _add_steering(commands: Any) -> None:
     """The commands that steer a run: each as its spec says, with the run before its arguments."""
-    nodes = commands.add_parser("node", help="look at nodes, and take them out or put them back")
+    nodes = commands.add_parser("node", help="list nodes, take them out of use or put them back")
     groups = {"node": nodes.add_subparsers(dest="node_command", required=True, metavar="COMMAND")}
-    listed = groups["node"].add_parser("list", help="every node, its ranks and how it fares")
+    listed = groups["node"].add_parser("list", help="every node with its ranks and state")
     listed.add_argument("run", metavar="RUN", nargs="?")
     listed.add_argument("--json", action="store_true")
     key = groups["node"].add_parser("key", help="make a key file for a node that joins by itself, on standard output")

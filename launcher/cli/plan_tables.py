@@ -22,13 +22,13 @@ _PARTS: tuple[tuple[str, Callable[[Memory], int]], ...] = (
     ("writing responses", lambda m: m.engine_bytes),
     ("gathered parameters", lambda m: m.gathered_bytes),
     ("activations", lambda m: m.activations_bytes),
-    ("a block computed again", lambda m: m.again_bytes),
+    ("a recomputed block", lambda m: m.again_bytes),
     ("logits", lambda m: m.logits_bytes),
 )
 _SCORES = {
     "fused": "fused attention",
     "masked": "fused attention with a mask",
-    "scores": "attention's scores kept whole",
+    "scores": "full attention scores",
 }
 
 

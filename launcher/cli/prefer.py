@@ -78,7 +78,7 @@ def report(found: p.Agreement) -> list[str]:
     made = ", ".join(f"{name} {count}" for name, count in found.decisions.items()) or "none yet"
     lines = [f"decisions     {made}"]
     if found.measure:
-        value = f"{found.value:.3f}" if found.value is not None else "not to be had (all labels are the same)"
+        value = f"{found.value:.3f}" if found.value is not None else "undefined (all labels are the same)"
         lines.append(f"annotators    {found.measure} {value} on {found.pairs} pairs that {found.annotators} annotators share")
         lines.append(f"              alike in {share(found.alike)}")
     else:

@@ -134,7 +134,7 @@ def ask_queue(arguments: argparse.Namespace) -> int | None:
         else:
             write_out(f"{root.name}: job {run.job} is {now}")
         return 0
-    raise ClientError(f"job {run.job} is {now}; the run goes on when it begins")
+    raise ClientError(f"job {run.job} is {now}; the run continues when it begins")
 
 
 def _resubmit(root: Path) -> int | None:

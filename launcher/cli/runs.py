@@ -147,7 +147,7 @@ def _notes(directory: Path) -> list[Path]:
 def find_run(name: str | None) -> Path:
     """The run that a directory or a name means; the newest for None. Raises NoSuchRun."""
     if name is not None and name.startswith("ssh://"):
-        raise NoSuchRun(f"{name}: this command reads the run's files; log in where they are and give it there")
+        raise NoSuchRun(f"{name}: this command reads the run's files; run it on the machine that has them")
     if name is not None and RunPaths(Path(name)).is_run():
         return Path(name).absolute()
     runs = known_runs()

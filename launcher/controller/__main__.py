@@ -80,7 +80,7 @@ async def serve(paths: RunPaths) -> int:
     room = _socket_directory(recipe, paths)
     lock = RunLock(paths)
     if not _take(lock):
-        log.info("another controller lives; leaving the run to it")
+        log.info("another controller is running; leaving the run to it")
         return 0
     journal = j.Journal(paths.journal, time.time(), host_name(), os.getpid(), installed_versions(), recovery.floors(paths))
     claimed = claim(paths, journal.entries)

@@ -50,7 +50,7 @@ class _PastJournal(j.Journal):
         self.term = max((term for term, _ in reading.entries), default=0)
 
     def append(self, *entries: j.Entry) -> None:
-        raise j.JournalError("this run is only being looked at")
+        raise j.JournalError("this run is shown from its files")
 
 
 class _ArchiveContext(ControllerContext):
@@ -99,7 +99,7 @@ class Archive:
         try:
             hello = p.decode(await connection.recv())
             if not peer.works or not isinstance(hello, p.ClientHello) or hello.version != p.VERSION:
-                await connection.send(p.encode(p.Refused(reason="the process that shows this run is not for you")))
+                await connection.send(p.encode(p.Refused(reason="this process serves another user")))
                 return
             welcome = p.ClientWelcome(
                 term=context.term, run=context.recipe.run.name, directory=str(context.paths.root), author=peer.name, archived=True

@@ -211,7 +211,7 @@ def part_bytes(setting: Setting, share: PipelineShare, part: int) -> int:
 
 
 def _shape(setting: Setting, share: PipelineShare, held: RankParameters, part: int, waiting: Sequence[int]) -> OptimizerShape:
-    """While the rank computes the part; waiting: the parts of all forwards that wait, this one's among them."""
+    """While the rank computes the part; waiting: the parts of all forwards that wait, this one's included."""
     model, stage, piece, block = setting.model, setting.stage, setting.piece, setting.block
     kept = [part_bytes(setting, share, n) - block.host_bytes * share.layers[n] for n in range(setting.mesh.parts)]
     last = share.last and part == setting.mesh.parts - 1

@@ -245,7 +245,11 @@ def _attention_notes(model: Model, stage: Stage, planned: StagePlan) -> Iterator
         text = "float32 with groups of heads has no fused attention on a GPU, and its scores are kept whole"
         yield f'{text} (use dtype = "bfloat16")'
     if needs_flash_attention(model, stage) and planned.fits is not None:
-        text = "ALiBi is reckoned with flash-attn" if model.position == "alibi" else "masked documents are reckoned with flash-attn"
+        text = (
+            "the estimate for ALiBi assumes flash-attn"
+            if model.position == "alibi"
+            else "the estimate for masked documents assumes flash-attn"
+        )
         yield f"{text} (install the extra `gpu`; without it attention keeps far more)"
     if mesh.context > 1 and not exchanges_heads(model, mesh.tensor, mesh.context):
         heads = math.gcd(model.num_heads // mesh.tensor, model.key_value_heads // mesh.tensor)

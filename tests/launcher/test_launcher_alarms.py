@@ -77,8 +77,8 @@ def test_alarms_that_differ_in_figures_alone_are_one() -> None:
         opened(1),
         noted("checkpoint 40-1 could not be written: full", 40, 2.0),
         noted("checkpoint 50-1 could not be written: full", 50, 3.0),
-        noted("the ranks hang: no move in training for 61 s (the limit is 60 s)", 50, 4.0),
-        noted("the ranks hang: no move in training for 62.5 s (the limit is 60 s)", 51, 5.0),
+        noted("the ranks hang: no progress in training for 61 s (the limit is 60 s)", 50, 4.0),
+        noted("the ranks hang: no progress in training for 62.5 s (the limit is 60 s)", 51, 5.0),
     )
     assert [(a.key, a.count, a.time, a.last_time) for a in ledger.standing_alarms()] == [
         ("alarm-2", 2, 4.0, 5.0),

@@ -154,7 +154,7 @@ async def test_an_agent_may_not_speak_for_another_node_and_nobody_commands_over_
         _, answer = await remote.hello(p.ClientHello(version=p.VERSION))
         assert isinstance(answer, p.Refused) and "ssh://HOST/RUN" in answer.reason
         _, answer = await remote.hello(p.Ack(number=1))
-        assert isinstance(answer, p.Refused) and "no hello" in answer.reason
+        assert isinstance(answer, p.Refused) and "not a hello" in answer.reason
         await remote.counts(3)
         assert remote.desk.ledger.commands == {}
 
@@ -359,7 +359,7 @@ async def test_three_hundred_slow_strangers_are_bounded_counted_and_keep_no_agen
             assert time.monotonic() - began < 10
         assert grown < 25e6
         await remote.still_serves()
-    lines = [r for r in caplog.records if "turned away" in r.message]
+    lines = [r for r in caplog.records if "rejected" in r.message]
     assert 1 <= len(lines) <= Refusals.LINES
 
 

@@ -258,8 +258,8 @@ def test_what_only_flash_attn_computes_is_told() -> None:
         return [note.partition(" (")[0] for note in plan.notes if "extra `gpu`" in note]
 
     assert told() == []
-    assert told(position="alibi") == ["pretrain, extend, dpo: ALiBi is reckoned with flash-attn"]
-    assert told(head_dim=68) == ["dpo: masked documents are reckoned with flash-attn"]
+    assert told(position="alibi") == ["pretrain, extend, dpo: the estimate for ALiBi assumes flash-attn"]
+    assert told(head_dim=68) == ["dpo: the estimate for masked documents assumes flash-attn"]
 
 
 def test_a_recipe_for_processors_is_planned_on_them_with_its_threads() -> None:

@@ -92,7 +92,7 @@ async def test_a_decision_is_on_disk_when_it_is_acknowledged_and_the_next_pair_i
         back = await ask(client, p.PreferenceUndo(id=0, undo="u1"))
         assert (back.total, back.pair) == (0, pair)
         assert (await ask(client, p.PreferenceUndo(id=0, undo="u1"))).total == 0
-        with pytest.raises(ClientError, match="nothing to take back"):
+        with pytest.raises(ClientError, match="nothing to undo"):
             await ask(client, p.PreferenceUndo(id=0, undo="u2"))
         await decide(client, pair, "left")
         exported = desk.paths.preferences / "pairs.jsonl"
@@ -178,4 +178,4 @@ async def test_what_cannot_be_drawn_is_said_and_what_cannot_be_written_is_not_de
         noted = ""
         while not noted:
             noted = (await ask(client, p.PreferenceNext(id=0))).note
-        assert "no pair can be drawn" in noted and "context" in noted
+        assert "no pair can be generated" in noted and "context" in noted

@@ -139,7 +139,7 @@ def test_the_command_checks_the_nodes_and_run_does_not_start_on_bad_ones(hosts: 
     assert (good.returncode, answer["good"], [n["host"] for n in answer["nodes"]]) == (0, True, ["a", "b"]), good.stdout
     refused = midwatch("run", recipe("/opt/none/python"), "--dir", str(tmp_path / "new" / "run"), "--detach")
     assert refused.returncode == 2
-    assert "2 of 2 nodes cannot take part (a, b), and the run needs 2; to start nevertheless: --no-check" in refused.stderr
+    assert "2 of 2 nodes cannot take part (a, b), and the run needs 2; to start anyway: --no-check" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert not (tmp_path / "new").exists()
 

@@ -548,11 +548,7 @@ def test_a_time_limit_that_leaves_no_time_to_train_is_refused_with_its_line(sbat
         ("lr = 1e-5", "lr = 1e-5\nwarmup = 1", "[[stage]] warmup is named warmup_steps now"),
         ("lr = 1e-5", "lr = 1e-5\npolicy = { tokens = 4 }", "[[stage]] policy is named rollout now"),
         ("lr = 1e-5", "lr = 1e-5\nrollout = { tokens = 4 }", "[stage.rollout] tokens is named max_new_tokens now"),
-        (
-            'objective = "sft"',
-            'objective = "rejection_sampling"',
-            '[[stage]] objective = "rejection_sampling" is "rejection_sampling" now',
-        ),
+        ('objective = "sft"', 'objective = "rejection"', '[[stage]] objective = "rejection" is "rejection_sampling" now'),
     ],
 )
 def test_an_old_key_is_refused_with_its_new_name(old: str, new: str, message: str) -> None:
@@ -565,8 +561,8 @@ def test_an_old_key_is_refused_with_its_new_name(old: str, new: str, message: st
 
 
 def test_a_rule_on_a_renamed_metric_is_refused() -> None:
-    with pytest.raises(RecipeError, match='"policy/logprob_mismatch" is "policy/logprob_mismatch" now'):
-        parse_recipe(GOOD + '[[watch]]\nname = "far"\nmetric = "policy/logprob_mismatch"\nabove = 1\n')
+    with pytest.raises(RecipeError, match='"policy/mismatch" is "policy/logprob_mismatch" now'):
+        parse_recipe(GOOD + '[[watch]]\nname = "far"\nmetric = "policy/mismatch"\nabove = 1\n')
 
 
 def test_a_setting_by_its_old_name_is_refused_with_the_new_one() -> None:

@@ -128,7 +128,7 @@ def test_what_is_sent_to_the_other_shell_is_quoted_and_a_screen_never_asks(monke
 
 
 def test_a_command_that_reads_files_says_where_to_give_it() -> None:
-    with pytest.raises(NoSuchRun, match="log in where they are"):
+    with pytest.raises(NoSuchRun, match="run it on the machine that has them"):
         find_run("ssh://head/demo")
 
 
@@ -230,7 +230,7 @@ async def test_every_command_that_needs_only_the_controller_takes_an_ssh_address
         )
         assert json.loads(golden.stdout)["state"] == "done"
         assert len(metrics.stdout.splitlines()) == 3
-        assert (logs.returncode, logs.stdout) == (2, "") and "log in where they are" in logs.stderr
+        assert (logs.returncode, logs.stdout) == (2, "") and "run it on the machine that has them" in logs.stderr
 
 
 async def test_a_headless_reporter_follows_a_run_on_another_machine(at: Open) -> None:

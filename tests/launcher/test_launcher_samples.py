@@ -178,7 +178,7 @@ async def test_where_there_is_no_room_for_samples_training_goes_on(desk: Desk, m
     for number in (100, 101):
         assert not desk.reports.metrics("1/telemetry", p.Numbered(number=number, body=sample(25)))
     assert [e.text for _, e in desk.journal.entries if "is not kept" in getattr(e, "text", "")] == [
-        f"{desk.paths.samples}: No space left on device; what the policy writes is not kept"
+        f"{desk.paths.samples}: No space left on device; the policy's samples are not stored"
     ]
 
 

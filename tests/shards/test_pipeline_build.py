@@ -182,7 +182,7 @@ def test_finished_tasks_are_not_done_again(spec: Build, tmp_path: Path) -> None:
     assert kept == done
 
 
-@pytest.mark.parametrize("clean", [Clean(near=0, chunk_bytes=1024), None], ids=["cleaned", "plain"])
+@pytest.mark.parametrize("clean", [Clean(near_dup_threshold=0, chunk_bytes=1024), None], ids=["cleaned", "plain"])
 def test_a_limited_source_is_read_as_far_by_a_resumed_build(
     make_spec: Callable[..., Build], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean: Clean | None
 ) -> None:

@@ -43,7 +43,7 @@ is ``done''.% trailing
 \item[Second] \href{http://x.y}{a link} \url{http://a.b/c_d}.
 \end{itemize}
 \begin{figure}[ht]
-\includegraphics[hidden_size=3cm]{fig.pdf}
+\includegraphics[width=3cm]{fig.pdf}
 \caption{The \ours{} loop.}
 \end{figure}
 \begin{table}\begin{tabular}{ll} a & b \\ c & d \end{tabular}\caption{Numbers.}\end{table}

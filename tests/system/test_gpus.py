@@ -114,7 +114,7 @@ def test_a_lost_gpu_keeps_its_place_and_says_so(gpus: tuple[Gpu, ...]) -> None:
 def test_xids_are_told_in_words_the_cards_own_before_a_programs(gpus: tuple[Gpu, ...]) -> None:
     assert _faults(gpus[1]) == [
         "xid: XID 79: it has fallen off the bus",
-        "xid: XID 31: a page fault on the GPU, mostly of the program's own making",
+        "xid: XID 31: a page fault on the GPU, usually a bug in the program",
     ]
 
 

@@ -136,7 +136,7 @@ def test_a_batch_systems_signal_stops_with_a_checkpoint_and_a_full_disk_under_th
     stop = next(c for c in run.ledger().commands.values() if c.verb == "stop")
     assert (process.returncode, stop.state) == (4, "done") and "SIGUSR1: stop, with a checkpoint" in told
     assert stop.detail["checkpoint"] in run.ledger().checkpoints
-    assert told.count("No space left on device; the run goes on, and nothing more is printed") == 1
+    assert told.count("No space left on device; the run continues, and nothing more is printed") == 1
 
 
 def test_a_run_whose_lines_nobody_reads_any_more_is_stopped_with_a_checkpoint(run: Run, data: Path) -> None:

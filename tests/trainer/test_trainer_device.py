@@ -199,7 +199,7 @@ class Fetched:
 
 @pytest.mark.parametrize("kernel", [False, True])
 def test_a_step_of_the_engine_waits_for_its_tokens_alone(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts in pieces, tokens one by one, top-k and top-p, greedy requests and alternatives among them."""
+    """Prompts in pieces, tokens one by one, top-k and top-p, greedy requests and alternatives included."""
     monkeypatch.setattr(sampling, "HostCopy", Fetched)
     monkeypatch.setattr(paged_attention, "_flash", lambda: lambda q, *_, **__: torch.empty_like(q))
     engine = Engine(CONFIG, VOCABULARY, ACCELERATOR, 64, page=16, running=4, step_tokens=8, kernel=kernel)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.model import activation_checkpointing, offloading
-from trainer.model.activation_checkpointing import again, recomputed
+from trainer.model.activation_checkpointing import checkpointed, recomputed
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def through(x: Tensor, weights: list[Tensor], buffers: offloading.HostBuffers) -
             return torch.tanh(x @ weight)
 
         with offloading.on_host(buffers):
-            x = again(run, x)
+            x = checkpointed(run, x)
     return x
 
 

@@ -239,7 +239,7 @@ def products_on_rank(root: Path) -> None:
 
     torch.set_num_threads(1)
     world = join(open_store(), "test", Cluster(device="cpu"), Parallel(tensor=2))
-    spread = sequence_parallel.Spread(world.tensor)
+    spread = sequence_parallel.SequenceSharding(world.tensor)
     same = []
     for dtype in (torch.float32, torch.bfloat16):
         for widths, biased in (((40,), True), ((24, 24), False)):
@@ -290,7 +290,7 @@ def test_weights_gradients_are_computed_while_the_inputs_is_on_the_wire(monkeypa
     monkeypatch.setattr(sequence_parallel, "_begin_scatter", begun)
     arrived = sequence_parallel._arrived
     x, weights = torch.randn(1, 4, 8, requires_grad=True), [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
-    found = sequence_parallel.Spread(sequence_parallel.Group(size=2)).gathered_products(x, weights, [None, None])
+    found = sequence_parallel.SequenceSharding(sequence_parallel.RankGroup(size=2)).gathered_products(x, weights, [None, None])
     monkeypatch.setattr(sequence_parallel, "_arrived", lambda x: (order.append("waited"), arrived(x))[1])
     with Products():
         torch.stack(found).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped

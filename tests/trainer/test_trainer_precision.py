@@ -20,7 +20,7 @@ from trainer.objectives import CRITIC
 from trainer.objectives.loss import summed
 from trainer.objectives.ppo import critic_metrics, value_loss
 
-CONFIG = Model(layers=2, width=32, heads=4, kv_heads=2, hidden=64)
+CONFIG = Model(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=64)
 VOCABULARY = 61
 torch.set_num_threads(1)
 
@@ -56,7 +56,7 @@ def test_top_p_of_one_leaves_nothing_out_beside_a_request_that_cuts(monkeypatch:
 
     def drawn(*requests: Request) -> int:
         sequences: list[Any] = [SimpleNamespace(request=request, drawn=0) for request in requests]
-        return sampling.draw(logits.expand(len(requests), -1), sequences).tokens[0]
+        return sampling.sample_tokens(logits.expand(len(requests), -1), sequences).tokens[0]
 
     assert int(whole.max()) > 2**52
     assert drawn(Request((1,), 1)) == drawn(Request((1,), 1), Request((1,), 1, top_k=3)) == 4999
@@ -78,7 +78,9 @@ def test_explained_variance_is_right_where_returns_hardly_differ(mean: float, de
     network: Any = SimpleNamespace(
         speaks=True, backward=lambda rows, loss_of: [loss_of(at, each) for at, (each, _) in enumerate(parts)]
     )
-    student = loop.Student(SimpleNamespace(network=network), SimpleNamespace(loss=loss, metrics=CRITIC.metrics, by_token=False), "")  # type: ignore[arg-type]
+    student = loop.TrainableObjective(
+        SimpleNamespace(network=network), SimpleNamespace(loss=loss, metrics=CRITIC.metrics, by_token=False), ""
+    )  # type: ignore[arg-type]
     training: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu")), progress=SimpleNamespace(settings={}))
     lesson: Any = SimpleNamespace(parts=parts, held=[given for _, given in parts], weight=values.numel())
     sums = loop._gradients(training, student, lesson)[1 : 1 + len(CRITIC.metrics)].tolist()
@@ -90,7 +92,7 @@ def test_explained_variance_is_right_where_returns_hardly_differ(mean: float, de
 
 def test_a_temperature_divides_logits_that_are_rounded_as_the_engines_are() -> None:
     """bfloat16 at temperature 0.3. What the output layer takes was divided, which rounded it again, by 0.03 nats a token."""
-    config = Model(layers=1, width=256, heads=4, kv_heads=2, hidden=64, dtype="bfloat16")
+    config = Model(num_layers=1, hidden_size=256, num_heads=4, num_kv_heads=2, intermediate_size=64, dtype="bfloat16")
     source = torch.Generator().manual_seed(0)
     model = Decoder(config, 4000).bfloat16()
     model.initialise(0)
@@ -126,7 +128,7 @@ def test_the_gradient_at_a_temperature_is_that_of_the_formula(tile: int) -> None
 
 def test_scores_are_not_rounded_to_bfloat16() -> None:
     """Of a reward or value model in bfloat16, whose scores lie around 30: they were multiples of 1/8."""
-    config = Model(layers=1, width=256, heads=4, kv_heads=2, hidden=64, dtype="bfloat16")
+    config = Model(num_layers=1, hidden_size=256, num_heads=4, num_kv_heads=2, intermediate_size=64, dtype="bfloat16")
     model = Decoder(config, VOCABULARY, scalar=True).bfloat16()
     model.initialise(0)
     assert model.score is not None and model.norm is not None

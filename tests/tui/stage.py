@@ -241,7 +241,7 @@ def log_lines(count: int) -> list[str]:
 
 
 LOGS = {
-    "controller.log": ["INFO term 1 began", "INFO generation 1: 2 ranks", "WARNING a peer is turned away: not understood"],
+    "controller.log": ["INFO term 1 began", "INFO generation 1: 2 ranks", "WARNING a peer is rejected: not understood"],
     "laptop/0.log": log_lines(600),
     "laptop/1.log": log_lines(40),
 }

@@ -301,7 +301,7 @@ async def test_an_alarm_stands_above_everything_until_a_acknowledges_it(stage: S
         stage.send(alarms=())
         await screen.until(lambda: "ALARM" not in screen.text())
         await screen.press("a")
-        await screen.sees("acknowledge: no alarm stands")
+        await screen.sees("acknowledge: there is no alarm")
 
 
 async def test_alarms_that_find_no_room_are_counted(stage: Stage) -> None:

@@ -40,7 +40,7 @@ def test_the_rollback_dialog_knows_what_the_last_rollback_left() -> None:
     assert unknown(scene, "undone") == ""
     assert choices(scene)[pick(choices(scene), "undone", scene)].id == left.id
     none = Scene("demo", before.time, snapshot=before, received=before.time)
-    assert unknown(none, "undone") == "rollback: no rollback has left a checkpoint that is still there"
+    assert unknown(none, "undone") == "rollback: no checkpoint of an undone lineage is left"
 
 
 async def test_a_dialog_whose_choice_is_gone_does_nothing_until_it_is_chosen_again(stage: Stage) -> None:

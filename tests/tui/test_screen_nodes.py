@@ -214,7 +214,7 @@ async def test_capitals_ask_before_a_node_is_taken_out(big: Stage) -> None:
         view = await _nodes(screen)
         view._node = "r1n02"
         for key, words, verb in (
-            ("D", "Writes a checkpoint, ends all ranks", "node-drain"),
+            ("D", "Writes a checkpoint, then restarts the ranks", "node-drain"),
             ("Q", "Ends all ranks at once and goes back to step-1100", "node-quarantine"),
             ("U", "It may be used again", "node-add"),
         ):

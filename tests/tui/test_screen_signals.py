@@ -108,7 +108,7 @@ def test_a_signal_restores_the_terminal_and_the_run_goes_on(stage: Stage, open_t
     os.kill(terminal.pid, number)
     last = terminal.read()
     assert terminal.status == 128 + number and is_restored(terminal), last
-    assert f"{number.name}: detached: the run goes on".encode() in last and b"Traceback" not in last
+    assert f"{number.name}: detached: the run continues".encode() in last and b"Traceback" not in last
     assert stage.verbs() == []
 
 

@@ -96,7 +96,7 @@ def test_an_operator_at_a_real_terminal(stage: Stage, tmux: Tmux) -> None:
     _until(lambda: stage.verbs() == ["pause", "set"], lambda: str(stage.verbs()))
 
     tmux.keys("q")
-    tmux.sees("detached: the run goes on", "status 0")
+    tmux.sees("detached: the run continues", "status 0")
 
 
 def test_after_many_changes_the_terminal_shows_what_a_fresh_one_does(stage: Stage, tmux: Tmux) -> None:
@@ -189,7 +189,7 @@ def test_a_terminal_that_does_not_read_holds_up_nothing_and_goes_on_after(stage:
         screen.read("pause: done")
         assert stage.verbs() == ["pause"]
         os.write(screen.terminal, b"q")
-        screen.read("detached: the run goes on")
+        screen.read("detached: the run continues")
         assert os.waitstatus_to_exitcode(os.waitpid(screen.pid, 0)[1]) == 0
     finally:
         screen.close()

@@ -203,7 +203,7 @@ async def test_logs_follow_filter_and_change_file(stage: Stage) -> None:
         await screen.press("slash", *["backspace"] * 5, "enter", "up")
         await screen.sees("held at")
         await screen.press("left")
-        await screen.sees("1 of 3", "W WARNING a peer is turned away")
+        await screen.sees("1 of 3", "W WARNING a peer is rejected")
 
 
 async def test_a_hundred_thousand_lines_draw_only_those_in_sight(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

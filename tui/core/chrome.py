@@ -154,7 +154,7 @@ def _lost(scene: Scene) -> Line:
         return [(" LINK LOST ", Ink.BADGE_ALARM), (f" for {duration(scene.now - since)}; trying again", Ink.ALARM)]
     old = age(scene.now - scene.received)
     at = clock(scene.received)
-    more = "; midwatch resume starts a controller where none lives" if scene.now - since > PATIENCE else ""
+    more = "; midwatch resume starts a controller if none is running" if scene.now - since > PATIENCE else ""
     words = f" this is {old} old, from {at}; the run goes on; trying again{more}"
     return [(" LINK LOST ", Ink.BADGE_ALARM), (words, Ink.ALARM)]
 

@@ -103,7 +103,7 @@ def page(exchanges: Sequence[Exchange], which: int, cells: int, cursor: int | No
         if answer.end is not None and answer.end.problem:
             lines += wrapped(answer.end.problem, cells, Ink.WARNING)
         elif answer.began is None and answer.end is None:
-            lines.append([("loading its weights; the first answer takes some seconds", Ink.FAINT)])
+            lines.append([("loading the weights; the first answer takes a few seconds", Ink.FAINT)])
     return Page(lines, marks)
 
 

@@ -92,7 +92,7 @@ def running_span(snapshot: Snapshot) -> StageSpan | None:
 def speaks_against(checkpoint: CheckpointView) -> str:
     """Why one should not go back to a checkpoint, in an operator's words; empty where nothing is known against it."""
     if checkpoint.missing:
-        return "its directory is out of sight; it is used again when it is back"
+        return "its directory is missing; it is used again when it is back"
     if checkpoint.suspect and not checkpoint.doubt:
         return "its step's metrics were not finite"
     return checkpoint.doubt

@@ -34,9 +34,7 @@ class NodeDialog(Dialog):
         elif not used:
             told.append(("No rank is on it: nothing is interrupted.", Ink.TITLE))
         elif self._verb == "node-drain":
-            told.append(
-                ("Writes a checkpoint, ends all ranks and gathers them without it: a restart, and no step is lost.", Ink.TITLE)
-            )
+            told.append(("Writes a checkpoint, then restarts the ranks without this node. No step is lost.", Ink.TITLE))
         else:
             told.append((self._lost(), Ink.ALARM))
         if self._verb != "node-add":
@@ -45,7 +43,7 @@ class NodeDialog(Dialog):
         return [[], *(line for words, ink in told for line in wrapped(words, cells, ink)), []]
 
     def _added(self, alive: bool) -> list[tuple[str, Ink]]:
-        told = [("It may be used again, and its failures are forgotten.", Ink.TITLE)]
+        told = [("It may be used again, and its failure count is reset.", Ink.TITLE)]
         if alive:
             told.append(("If the run has room for it: a checkpoint, and a restart with it.", Ink.WARNING))
         return told

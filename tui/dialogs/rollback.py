@@ -179,7 +179,7 @@ class RollbackDialog(Dialog):
         if against := speaks_against(chosen):
             lines += wrapped(f"Do not trust this checkpoint: {against}.", cells, Ink.ALARM)
         if not chosen.on_line:
-            lines += wrapped("It lies on a lineage that was itself rolled back.", cells, Ink.WARNING)
+            lines += wrapped("It is on a lineage that was itself rolled back.", cells, Ink.WARNING)
         lines.append([])
         return lines
 
@@ -199,7 +199,7 @@ class RollbackDialog(Dialog):
             if reach and last < bad:
                 lines += wrapped(f"{words}, but not that of the bad step {bad:,} (b: skip it).", cells, Ink.WARNING)
             else:
-                lines += wrapped(f"{words}, the bad step {bad:,} among them." if reach else f"{words}.", cells)
+                lines += wrapped(f"{words}, the bad step {bad:,} included." if reach else f"{words}.", cells)
         return lines
 
     def answer(self) -> Answer | str:
@@ -283,7 +283,7 @@ def unknown(scene: Scene, name: str) -> str:
         return ""
     if name == "undone":
         there = scene.snapshot is not None and scene.snapshot.undone
-        return "" if there else "rollback: no rollback has left a checkpoint that is still there"
+        return "" if there else "rollback: no checkpoint of an undone lineage is left"
     if name == "golden":
         return "" if any(c.golden and c.on_line for c in found) else "rollback: no checkpoint on this line is golden (g marks one)"
     near = ", ".join(c.id for c in sorted(found, key=lambda c: c.step)[-4:] if c.on_line)

@@ -29,7 +29,7 @@ class StopDialog(Dialog):
     def begin(self) -> None:
         self._list.show(
             [
-                [("with a checkpoint   ", Ink.TEXT), ("after the step under way, nothing is lost", Ink.FAINT)],
+                [("with a checkpoint   ", Ink.TEXT), ("after the current step; nothing is lost", Ink.FAINT)],
                 [("now                 ", Ink.TEXT), ("without a checkpoint", Ink.FAINT)],
             ]
         )

@@ -12,8 +12,8 @@ from tui.core.text_panel import Line, LineWindow, Panel
 
 HINT = (
     "Enter     type a prompt; f: for the chat template, or to be continued",
-    "1, 2      whom to ask: any checkpoint that is kept, or two side by side",
-    "arrows    go to a token: beneath it what else it could have been",
+    "1, 2      which checkpoint to ask, or two side by side",
+    "arrows    select a token; its alternatives appear below",
 )
 
 

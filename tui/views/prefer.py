@@ -177,14 +177,14 @@ class PreferView(View):
         elif isinstance(pending, p.PreferenceMade):
             self.midwatch.say(f"{preference_layout.WORDS[pending.choice]}: kept; u takes it back")
         else:
-            self.midwatch.say("taken back: decide it anew")
+            self.midwatch.say("undone: decide it again")
         self._redraw()
         return True
 
     def _say_waits(self) -> None:
         if not self._waits_said:
             self._waits_said = True
-            self.midwatch.say("the controller is out of reach: this is kept as soon as it is back", Ink.WARNING)
+            self.midwatch.say("the controller is out of reach: this is saved when it is back", Ink.WARNING)
 
     def _lost(self) -> bool:
         """Whether the last question came to nobody who knows this annotator, so that it can be asked again."""
@@ -206,8 +206,8 @@ class PreferView(View):
                 rows.top = 0
         if reply.note:
             self.midwatch.say(reply.note, Ink.WARNING)
-        self._words = reply.note or ("every prompt is decided (--prompts, --source or --checkpoint bring more)" if reply.over
-                                     else "the answers are being written; the first take some seconds")  # fmt: skip
+        self._words = reply.note or ("every prompt is decided (use --prompts, --source or --checkpoint for more)" if reply.over
+                                     else "generating the answers; the first take a few seconds")  # fmt: skip
         if not reply.annotator:
             self._words = "how far annotators agree is below"
         self._redraw()

@@ -224,7 +224,7 @@ class SamplesView(View):
             return "…" if UNICODE else "..."
         if self._pattern or self._stage:
             return "nothing matches"
-        return "nothing written yet: rollouts of PPO and GRPO come here, and what a stage's prompts give at its end"
+        return "nothing written yet: rollouts of PPO and GRPO appear here, and the answers to a stage's prompts at its end"
 
     # Asking
 

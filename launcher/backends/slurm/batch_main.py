@@ -105,10 +105,10 @@ class Keeper:
         self._queued_again = True
         try:
             requeue(self._job)
-            _say("the job is queued again")
+            _say("the job is requeued")
             time.sleep(600)  # until Slurm ends this one
         except SlurmError as error:
-            _say(f"the job cannot be queued again: {error}")
+            _say(f"the job cannot be requeued: {error}")
         try:
             job = submit(self._paths, load_recipe(self._paths.recipe))
             _say(f"the run goes on in the job {job.id}")

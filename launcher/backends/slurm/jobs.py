@@ -47,8 +47,8 @@ _STUCK = {
     "JobHeldAdmin": "an administrator holds it",
     "job requeued in held state": "it is held after it was queued again; scontrol release JOB lets it start",
     "launch failed requeued held": "it is held after a failed launch; scontrol release JOB lets it start",
-    "BadConstraints": "no node is what it asks for",
-    "DependencyNeverSatisfied": "what it depends on has failed",
+    "BadConstraints": "no node meets its requirements",
+    "DependencyNeverSatisfied": "a dependency has failed",
     "PartitionTimeLimit": "its time limit is above the partition's",
     "PartitionNodeLimit": "it asks for more nodes than the partition gives",
 }
@@ -258,7 +258,7 @@ def relay_step(run: SlurmRun) -> list[str]:
         raise SlurmError(f"the job has ended ({now.state.lower()}); midwatch resume {run.root} submits the run again")
     address = read_address(RunPaths(run.root).address)
     if not now.runs or address is None:
-        raise SlurmError(f"it is {now}; it takes commands when it runs" if not now.runs else "its controller is only starting")
+        raise SlurmError(f"it is {now}; it takes commands when it runs" if not now.runs else "its controller is still starting")
     unbuffered = "--unbuffered"  # else srun keeps what comes until a line is full
     return [*step(run.job, address.host), unbuffered, sys.executable, "-P", "-m", "midwatch", "relay", run.run]
 

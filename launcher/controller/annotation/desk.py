@@ -55,7 +55,7 @@ class Preferring:
         """A state, or why there is none."""
         try:
             if read_only and not isinstance(question, p.PreferenceQuery):
-                raise PreferenceError("this client is read-only, and annotates nothing")
+                raise PreferenceError("this client is read-only and cannot annotate")
             match question:
                 case p.PreferenceQuery():
                     measured = agreement.measure(await asyncio.to_thread(all_decisions, self._directory))
@@ -96,7 +96,7 @@ class Preferring:
         if not 0 <= begin.shared <= 1:
             raise PreferenceError(f"--shared is {begin.shared:g} (use a share from 0 to 1)")
         if len(begin.checkpoints) > 2:
-            raise PreferenceError("more than two checkpoints are to answer (name one, or two)")
+            raise PreferenceError("more than two checkpoints are named (name one or two)")
         if begin.checkpoints:
             self._drawing.checkpoints(begin.checkpoints)
         self.left(client)
@@ -155,7 +155,7 @@ class Preferring:
             return
         pair = self._drawing.drawn.get(made.pair)
         if pair is None or self._has_decided(session, made.pair):
-            raise PreferenceError("that pair is decided, or was never drawn")
+            raise PreferenceError("that pair is decided already, or does not exist")
         swapped = pair.swapped(session.begin.annotator)
         left, right = (pair.second, pair.first) if swapped else (pair.first, pair.second)
         decision = Decision(
@@ -185,7 +185,7 @@ class Preferring:
             return
         back = session.store.undo(undo.undo, utc(self._context.clock()))
         if back is None:
-            raise PreferenceError("there is nothing to take back")
+            raise PreferenceError("there is nothing to undo")
         self._by_pair.get(back.pair, {}).pop(back.annotator, None)
         self._measured = None
         pair = self._drawing.drawn.get(back.pair)
@@ -218,7 +218,7 @@ class Preferring:
                     put_off.add(prompt)
                     session.queue.append((prompt, shared))
                 if failures >= IN_A_ROW or not session.queue:
-                    session.problem = f"no pair can be drawn: {error}"
+                    session.problem = f"no pair can be generated: {error}"
                     session.news.set()
                     await asyncio.sleep(RETRY_SECONDS)
                 continue

@@ -87,7 +87,7 @@ class Drawing:
             if first.text != second.text:
                 break
         else:
-            raise DrawError(f"both answers are the same, {TRIES} times (a higher --temperature tells them apart)")
+            raise DrawError(f"both answers are the same, {TRIES} times (a higher --temperature makes them differ)")
         id = key_of(prompt)[:16] + f"-{len(self.drawn.of(prompt))}"
         now = utc(self._context.clock())
         pair = Pair(id=id, time=now, prompt=prompt, first=first, second=second, temperature=temperature, limit=limit)

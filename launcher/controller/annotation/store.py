@@ -64,7 +64,7 @@ class AppendOnlyFile:
         self.records = found.records
         self.notes: list[str] = []
         if found.damaged:
-            self.notes.append(f"{file}: {found.damaged} lines are damaged, and passed over")
+            self.notes.append(f"{file}: {found.damaged} lines are damaged and were skipped")
         self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             if found.torn:
@@ -73,7 +73,7 @@ class AppendOnlyFile:
                     out.write(found.torn + b"\n")
                     out.flush()
                     os.fsync(out.fileno())
-                self.notes.append(f"{file}: its last line was torn by a kill; it is put aside in {aside.name}")
+                self.notes.append(f"{file}: its last line is incomplete; it was moved to {aside.name}")
             self._size = found.whole
             os.ftruncate(self._handle, self._size)
             _sync(file.parent)

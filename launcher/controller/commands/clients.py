@@ -63,7 +63,7 @@ class Clients:
                 try:
                     self._frame = p.encode(self._view.snapshot())
                 except Exception:  # a picture that cannot be drawn must not end the controller
-                    log.exception("the snapshot cannot be drawn up")
+                    log.exception("the snapshot cannot be built")
                 for event in self._screens.values():
                     event.set()
             await asyncio.sleep(max(SNAPSHOT_SECONDS, len(self._frame) / SNAPSHOT_RATE if self._screens else 0.0))

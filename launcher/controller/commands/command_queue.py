@@ -123,13 +123,13 @@ class Dispatch:
         ledger = self._context.ledger
         if not any(c.verb in _REGROUPING for c in ledger.open_commands()):
             id = f"regroup/{ledger.term}/{ledger.generation}/{ledger.newest_command}"
-            self._context.note("info", f"gathering the ranks anew, with {event.names}", self._context.live.step)
+            self._context.note("info", f"restarting the ranks, with {event.names}", self._context.live.step)
             try:
                 self.accept(Command(id=id, verb="regroup"), "")
             except j.Ousted:
                 raise
             except j.JournalError as error:
-                log.warning("the ranks are not gathered anew: %s", error)
+                log.warning("the ranks are not restarted: %s", error)
 
     def _later_allows(self, view: CommandView) -> bool:
         """Whether commands still in line may bring about a state in which this one makes sense."""

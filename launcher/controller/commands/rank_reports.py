@@ -81,7 +81,7 @@ class Reports:
         except OSError as error:
             if not self._lost_samples:
                 context.note(
-                    "warning", f"{context.paths.samples}: {error.strerror}; what the policy writes is not kept", sample.step
+                    "warning", f"{context.paths.samples}: {error.strerror}; the policy's samples are not stored", sample.step
                 )
             self._lost_samples = True
             return False

@@ -96,7 +96,7 @@ class BatchJob:
                 while context.state in ("training", "paused", "starting", "recovering") or context.ledger.generation_live:
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            context.note("alarm", "there was no time for a checkpoint; the newest one stands")
+            context.note("alarm", "there was no time for a checkpoint; the newest one counts")
         except j.JournalError as error:
             log.error("%s", error)
         finally:

@@ -24,5 +24,5 @@ def settle_copy(context: ControllerContext, path: str) -> None:
         reason = f"it was given to the run{named}, which this one was copied from"
         context.record(j.CommandEnded(time=now, number=command.number, state="cancelled", reason=reason))
     if ledger.state in _AT_WORK:
-        context.change_state("released", f"a copy{named}, made while it trained; resume goes on from the newest checkpoint")
+        context.change_state("released", f"a copy{named}, made while it trained; resume continues from the newest checkpoint")
     context.note("info", f"this directory is a copy{named} and a run of its own")

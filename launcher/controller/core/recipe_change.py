@@ -54,9 +54,9 @@ def note_change(context: ControllerContext) -> None:
         more = f" and {len(changes) - MOST_TOLD} more" if len(changes) > MOST_TOLD else ""
         told = f"{'; '.join(changes[:MOST_TOLD])}{more}"
     elif before.stated:
-        told = "values that are secret"
+        told = "secret values"
     else:
-        told = "the journal, which is an earlier version's, does not hold what it said before"
+        told = "the journal, written by an earlier version, does not have its previous content"
     context.note("warning", f"recipe.toml was edited since the run last read it: {told}")
 
 

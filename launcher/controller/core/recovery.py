@@ -161,7 +161,7 @@ async def _adopt_one(context: ControllerContext, name: str) -> None:
             _record(context, manifest)
     except files.CheckpointError as error:
         if not hidden:  # a checkpoint's directory stays where it is
-            context.note_once(f"{root / name} is not in the journal and cannot be taken into it: {error}")
+            context.note_once(f"{root / name} is not in the journal and cannot be added to it: {error}")
             return
         log.info("%s is deleted: %s", root / name, error)
         await asyncio.to_thread(files.discard, root, name)
@@ -194,7 +194,7 @@ def _record(context: ControllerContext, manifest: files.Manifest) -> None:
     context.record(msgspec.structs.replace(entry, time=now, report=0, adopted=True))
     words = f" ({entry.doubt})" if entry.doubt else ""
     context.note(
-        "warning", f"checkpoint {manifest.id} was not in the journal; it is whole, and is taken into it{words}", state.step
+        "warning", f"checkpoint {manifest.id} was not in the journal; it is complete and has been added{words}", state.step
     )
 
 

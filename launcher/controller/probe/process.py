@@ -136,7 +136,7 @@ class Prober:
         except asyncio.IncompleteReadError:
             pass
         except p.ProtocolError as error:
-            said = f"it said what is no message ({error})"
+            said = f"it sent an invalid message ({error})"
             send_signal(process, signal.SIGKILL)
         status = await process.wait()
         if self._process is not process:

@@ -181,14 +181,14 @@ class Listener:
             )
             return made[0]
 
-        reason = "it went away before it had shown a key"
+        reason = "it disconnected before it presented a key"
         try:
             notice_cuts(wire)
             await asyncio.get_running_loop().connect_accepted_socket(
                 make, wire, ssl=self._tls, ssl_handshake_timeout=TLS_SECONDS, ssl_shutdown_timeout=1.0
             )
         except asyncio.CancelledError:
-            reason = "it was slow to show a key, and others waited"
+            reason = "it was slow to present a key while others waited"
             raise
         except (OSError, TimeoutError) as error:  # those of TLS are among them
             reason = f"it has no key of this run ({getattr(error, 'reason', None) or error.strerror or 'nothing came in time'})"

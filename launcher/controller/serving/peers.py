@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection, and the count of those turned away."""
+"""Who is at the other end of a connection, and the count of rejected peers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Refusals:
         now = self._clock()
         if now - self._since >= self.SPAN_SECONDS:
             if self._silent:
-                log.warning("%d more peers were turned away", self._silent)
+                log.warning("%d more peers were rejected", self._silent)
             self._since, self._lines, self._silent = now, 0, 0
         self._lines += 1
         if self._lines > self.LINES:
@@ -116,4 +116,4 @@ class Refusals:
             return
         told = safe(reason[:200])
         rest = "; more are only counted for a while" if self._lines == self.LINES else ""
-        log.warning("a peer (%s) is turned away: %s%s", who, told, rest)
+        log.warning("a peer (%s) is rejected: %s%s", who, told, rest)

@@ -104,7 +104,7 @@ class ConnectionServer:
             log.exception("serving a peer failed")
 
     async def serve(self, connection: ServerConnection, peer: Peer) -> None:
-        """Talks with one peer until it leaves or is turned away."""
+        """Talks with one peer until it leaves or is rejected."""
         if self._context.directory.missing():
             return  # a moment out of sight, or the end of this controller: either way the peer comes again
         try:
@@ -112,7 +112,7 @@ class ConnectionServer:
             if isinstance(hello, p.ClientHello):
                 await self._serve_client(connection, hello, peer)
             elif not isinstance(hello, p.RankHello | p.AgentHello):
-                raise p.ProtocolError(f"a {type(hello).__name__} is no hello")
+                raise p.ProtocolError(f"a {type(hello).__name__} is not a hello")
             elif not peer.works:
                 raise Unwelcome(f"you are {peer.name}; agents and ranks of this run are {user_name(self._roles.owner)}'s alone")
             elif isinstance(hello, p.RankHello):
@@ -123,7 +123,7 @@ class ConnectionServer:
                 await self._serve_agent(connection, hello)
         except ConnectionClosed as error:
             if error.sent is not None and error.sent.code in MISBEHAVIOUR and not error.rcvd_then_sent:
-                self.refusals.note(peer.name, error.sent.reason or "it breaks the rules of WebSocket")
+                self.refusals.note(peer.name, error.sent.reason or "it violates the WebSocket protocol")
         except (p.ProtocolError, TimeoutError, Unwelcome) as error:
             reason = str(error) if isinstance(error, Unwelcome) else f"not understood: {error or 'nothing was said'}"
             self.refusals.note(peer.name, reason)
@@ -135,11 +135,11 @@ class ConnectionServer:
             log.warning("a peer's message could not be stored: %s", error)
 
     async def _hello(self, connection: ServerConnection, peer: Peer) -> p.Message:
-        """The first message, waited for only so long and for only so many: whoever has shown a key is not among them."""
+        """The first message, waited for only so long and for only so many: whoever has shown a key is not included."""
         if peer.node is not None:
             return p.decode(await asyncio.wait_for(connection.recv(), HELLO_SECONDS))
         if self._waiting >= MOST_WAITING:
-            raise Unwelcome("too many connections have not said yet who they are; try again")
+            raise Unwelcome("too many connections have not sent their hello yet; try again")
         self._waiting += 1
         try:
             frame = await asyncio.wait_for(connection.recv(), HELLO_SECONDS)
@@ -155,7 +155,7 @@ class ConnectionServer:
         if not peer.commands:
             raise Unwelcome("clients come over the unix socket, or from elsewhere with ssh://HOST/RUN")
         if self.clients >= MOST_CLIENTS:
-            raise Unwelcome(f"{MOST_CLIENTS} clients are here already; close some")
+            raise Unwelcome(f"{MOST_CLIENTS} clients are connected already; close some")
         await self._clients.serve(connection, hello, peer.name)
 
     def _sender(self, connection: ServerConnection) -> Callable[[p.Message], None]:

@@ -42,7 +42,7 @@ def first_failure(told: Mapping[str, RanksEnded], gone: Mapping[str, str] | None
     ends = [(node, *end) for node, message in told.items() if (end := _end_of(message)) is not None]
     ends += [(node, _GONE, words) for node, words in (gone or {}).items()]
     if not ends:
-        return Failure(next(iter(told), ""), "they left without saying why")
+        return Failure(next(iter(told), ""), "they ended without giving a reason")
     node, kind, words = min(ends, key=lambda end: end[1])
     several = len(told) + len(gone or {}) > 1
     alike = (

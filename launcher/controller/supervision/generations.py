@@ -128,7 +128,7 @@ class Generations:
             return
         error = task.exception()
         if error is not None:
-            log.error("gathering the ranks failed", exc_info=error)
+            log.error("starting the ranks failed", exc_info=error)
             self._failed(f"internal error: {error!r}; see controller.log")
 
     async def _begin(self, cause: Cause) -> None:
@@ -375,14 +375,14 @@ class Generations:
         }
 
     def _count_against(self, node: str, reason: str) -> None:
-        """A failure of the node itself; after a few it is used no more."""
+        """A failure of the node itself; after a few of them it is quarantined."""
         context, cluster = self._context, self._context.recipe.cluster
         context.record(j.NodeFailed(time=context.clock(), node=node, generation=context.ledger.generation, reason=reason))
         record = context.ledger.node(node)
         if record.failures >= cluster.quarantine_after and record.mark == "in use" and self._pool.can_spare(node):
-            told = f"failed {record.failures} times, the last time: {reason}"
+            told = f"failed {record.failures} times; the last failure: {reason}"
             context.record(j.NodeMarked(time=context.clock(), node=node, mark="quarantined", reason=told))
-            context.note("alarm", f"{node} is used no more: it {told} (midwatch node add puts it back)")
+            context.note("alarm", f"{node} is quarantined: it {told} (midwatch node add uses it again)")
 
     def training(self) -> None:
         """The ranks have reported that they train or hold."""
@@ -406,7 +406,7 @@ class Generations:
             self.dismiss()
             context.over.set()
         elif cause == "released":
-            context.change_state("released", "the GPUs are given back; resume goes on")
+            context.change_state("released", "the GPUs are released; resume continues")
             self._pool.wanted = False
         elif cause == "regrouped":
             self.begin("go on")
@@ -428,7 +428,7 @@ class Generations:
         elif self._awaited is not None and time.monotonic() - self._gathered_at > GATHER_SECONDS:
             first = ledger.generation_nodes[0]
             self.ranks_ended(
-                first, RanksEnded(generation=ledger.generation, ok=False, reason=f"the agent of {first} opens no store")
+                first, RanksEnded(generation=ledger.generation, ok=False, reason=f"the agent of {first} did not open a store")
             )
         else:
             self._grow()
@@ -493,7 +493,7 @@ class Generations:
         context = self._context
         self._failures = 0
         if context.ledger.generation_live and any(self._pool.connected(n) for n in context.ledger.generation_nodes):
-            self._end_for("restart", "a restart was asked for")
+            self._end_for("restart", "a restart was requested")
         else:
             self.begin("go on")
 
@@ -548,7 +548,7 @@ class Generations:
             if ledger.generation_live:
                 self._generation_ended("the run directory was moved or deleted")
             if context.state not in ("finished", "failed", "released"):
-                context.change_state("released", "its directory was moved; resume goes on from the newest checkpoint")
+                context.change_state("released", "its directory was moved; resume continues from the newest checkpoint")
 
     # Inside
 
@@ -578,7 +578,7 @@ class Generations:
         """The ranks have ended; who asked for the stop is answered when the agents have ended, too."""
         context = self._context
         failed = f" (it had failed: {context.ledger.reason})" if context.state == "failed" else ""
-        context.change_state("released", f"stopped; resume goes on from the newest checkpoint{failed}")
+        context.change_state("released", f"stopped; resume continues from the newest checkpoint{failed}")
         context.events.publish(RanksStopped())
         self._send_agents_away()
 
@@ -595,9 +595,7 @@ class Generations:
         self.dismiss()
         try:
             if left:
-                self._context.note(
-                    "warning", f"the agent of {left} does not say that it has ended; it ends when it is in reach again"
-                )
+                self._context.note("warning", f"the agent of {left} has not reported its end; it ends when it is reachable again")
             self._context.events.publish(AgentsStopped())
         except j.Ousted:
             pass

@@ -36,7 +36,7 @@ class Hanging:
             self._first = (node, message)
             context.note(
                 "alarm",
-                f"the ranks hang: no move in {message.phase} for {message.seconds:.0f} s (the limit is {message.limit:.0f} s); "
+                f"the ranks hang: no progress in {message.phase} for {message.seconds:.0f} s (the limit is {message.limit:.0f} s); "
                 "H shows the stacks",
                 context.live.step,
             )

@@ -160,7 +160,7 @@ class Pool:
     def address(self, name: str) -> str:
         """Where a node's agent is, as it has said."""
         found = self._members[name].hello if name in self._members else None
-        return found.address if found is not None else "an address that it has not told yet"
+        return found.address if found is not None else "an address that it has not reported yet"
 
     def connected(self, name: str) -> bool:
         member = self._members.get(name)
@@ -321,7 +321,7 @@ class Pool:
                 if before is None or (before.pid, before.birth) != started[:2]:
                     context.record(j.AgentStarted(time=context.clock(), node=member.name, pid=started.pid, birth=started.birth))
             if member.started and time.monotonic() - member.started > ANSWER_SECONDS:
-                raise StartError(f"the agent of {member.name} runs and does not answer; see logs/{member.name}/agent.log")
+                raise StartError(f"the agent of {member.name} is running but does not answer; see logs/{member.name}/agent.log")
             member.started = member.started or time.monotonic()
         except StartError as error:
             self._trouble(member, member.refusal or str(error))

@@ -17,7 +17,7 @@ async def check_restart_point(context: ControllerContext, commits: Commits, *, t
         return context.live.storage_fault
     if not context.ledger.lineages and context.ledger.checkpoints:
         found = ", ".join(sorted(context.ledger.checkpoints))
-        return f"the journal does not say any more which checkpoint this run was at: roll back to the one to go on from ({found})"
+        return f"the journal no longer says which checkpoint this run was at: roll back to the one to continue from ({found})"
     while (view := context.ledger.restart_point()) is not None:
         try:
             files.check_sizes(context.paths.checkpoints / view.id, context.ledger.digests.get(view.id))
@@ -33,7 +33,7 @@ async def check_restart_point(context: ControllerContext, commits: Commits, *, t
             return fault
         if view.id in context.ledger.missing:
             continue
-        context.note("alarm", f"checkpoint {view.id} is damaged and passed over: {problem}")
+        context.note("alarm", f"checkpoint {view.id} is damaged and was skipped: {problem}")
         context.record(j.CheckpointDamaged(time=context.clock(), id=view.id, reason=problem))
     line = context.ledger.lineages.get(context.ledger.lineage)
     if line is not None and line.fork is not None:
@@ -41,7 +41,7 @@ async def check_restart_point(context: ControllerContext, commits: Commits, *, t
     ledger = context.ledger
     away = sorted(c.id for c in ledger.checkpoints.values() if c.lineage == ledger.lineage and c.id in ledger.missing)
     if away:
-        return f"no checkpoint of this line is in sight ({', '.join(away)} were there): put them back and resume, or roll back"
+        return f"no checkpoint of this lineage can be found ({', '.join(away)} were there): put them back and resume, or roll back"
     return ""
 
 
