@@ -15,6 +15,7 @@ from tui.chart.styles import Ink
 from tui.chart.widget import Chart
 from tui.core import chrome
 from tui.core.formatting import UNICODE, age, compact, duration, percent, plural, setting, size
+from tui.core.keys import Key, register
 from tui.core.scene import Scene, newest_checkpoint, running_span, silence
 from tui.core.text_panel import Line, Panel, Run, cut, fit, joined
 from tui.views.base import View
@@ -99,6 +100,13 @@ def _of_rollouts(latest: dict[str, float], coefficient: float | None) -> list[Sl
     return [slot for slot in wanted if slot.metrics[0] in latest]
 
 
+@register(
+    "w",
+    "watch",
+    "pipeline, state, loss, KL and reward, GPUs, newest events",
+    place=1,
+    keys=(Key(("z",), "z", "charts: this stage, or the whole run", "span", "span"),),
+)
 class WatchView(View):
     """Charts show the stage that trains, or with `z` the whole run."""
 
