@@ -64,12 +64,12 @@ class Remote:
         return connection, p.decode(await asyncio.wait_for(connection.recv(), 5))
 
     def agent(self, node: str = "n1", **changes: Any) -> p.AgentHello:
-        fields = {"version": p.VERSION, "run": self.desk.controller_context.run, "node": node, "pid": 1, "generation": 0}
+        fields = {"version": p.VERSION, "run": self.desk.context.run, "node": node, "pid": 1, "generation": 0}
         return p.AgentHello(**(fields | changes))
 
     @property
     def turned_away(self) -> int:
-        return self.desk.controller_context.live.refused_peers
+        return self.desk.context.live.refused_peers
 
     async def counts(self, number: int, seconds: float = 5.0) -> None:
         """So many are turned away, and no more."""
@@ -128,9 +128,9 @@ async def test_an_agent_with_its_key_is_welcomed_and_speaks_for_its_node(at: Ope
         assert welcome == p.AgentWelcome(term=1)
         stats = p.NodeStats(node="n1", time=1.0, cpus=(0.5,), memory_used=1, memory_total=2)
         await connection.send(p.encode(stats))
-        await remote.desk.until(lambda: remote.desk.controller_context.live.nodes["n1"].stats == stats)
+        await remote.desk.until(lambda: remote.desk.context.live.nodes["n1"].stats == stats)
         await connection.close()
-        await remote.desk.until(lambda: not remote.desk.controller_context.live.nodes["n1"].reachable)
+        await remote.desk.until(lambda: not remote.desk.context.live.nodes["n1"].reachable)
         assert remote.turned_away == 0
 
 
@@ -150,7 +150,7 @@ async def test_an_agent_may_not_speak_for_another_node_and_nobody_commands_over_
     async with at() as remote:
         _, answer = await remote.hello(remote.agent("n2"))
         assert isinstance(answer, p.Refused) and "the node n1, not of n2" in answer.reason
-        assert "n2" not in remote.desk.controller_context.live.nodes
+        assert "n2" not in remote.desk.context.live.nodes
         _, answer = await remote.hello(p.ClientHello(version=p.VERSION))
         assert isinstance(answer, p.Refused) and "ssh://HOST/RUN" in answer.reason
         _, answer = await remote.hello(p.Ack(number=1))
@@ -588,7 +588,7 @@ async def test_a_link_that_is_cut_without_a_word_is_noticed_on_both_sides(at: Op
             "a", address, remote.agent, lambda _: None, lambda _: None, lambda _: None, identity=identity_file(remote, "n1")
         )
         link.start()
-        await remote.desk.until(lambda: link.lost_since is None and "n1" in remote.desk.controller_context.live.nodes)
+        await remote.desk.until(lambda: link.lost_since is None and "n1" in remote.desk.context.live.nodes)
         network.cut = True
         began = time.monotonic()
         await remote.desk.until(lambda: link.lost_since is not None)

@@ -177,7 +177,7 @@ async def test_where_there_is_no_room_for_samples_training_goes_on(desk: Desk, m
     monkeypatch.setattr(desk.context.samples, "add", full)
     for number in (100, 101):
         assert not desk.reports.metrics("1/telemetry", p.Numbered(number=number, body=sample(25)))
-    assert [e.text for _, e in desk.journal.entries if "is not kept" in getattr(e, "text", "")] == [
+    assert [e.text for _, e in desk.journal.entries if "are not stored" in getattr(e, "text", "")] == [
         f"{desk.paths.samples}: No space left on device; the policy's samples are not stored"
     ]
 

@@ -134,7 +134,7 @@ async def test_before_an_alarm_the_newest_good_checkpoint_is_chosen_and_b_skips_
         await _rollback_dialog(screen)
         await screen.sees("▸ ★ step-1000", "The data of the bad step 1,150 is trained on again")
         await screen.press("b")
-        await screen.sees("The data of steps 1,001 to 1,150 is skipped, the bad step 1,150 among")
+        await screen.sees("The data of steps 1,001 to 1,150 is skipped, including the bad step")
         await screen.press("up")  # the skip follows the checkpoint
         await screen.sees("▸ · step-1100", "The data of steps 1,101 to 1,150 is skipped")
         await screen.press("right", "enter")
@@ -175,7 +175,7 @@ async def test_advance_says_what_is_cut_short_and_passed_over(stage: Stage) -> N
         await screen.press("A")
         await screen.sees("Ends extend at step 150 of 200: 50 steps", "[ Cancel ]")
         await screen.press("down")
-        await screen.sees("Passes over sft altogether")
+        await screen.sees("Skips sft entirely")
         await screen.press("right", "enter")
         await screen.until(lambda: stage.commands != [])
         assert (stage.commands[0].verb, stage.commands[0].arguments) == ("advance", {"to": "dpo"})

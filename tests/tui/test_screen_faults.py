@@ -28,7 +28,7 @@ async def test_the_checkpoints_view_says_what_is_missing_and_why_one_is_not_to_b
         await screen.press("k")
         await screen.sees("doubtful", "MISSING")
     scene = Scene("demo", before.time, snapshot=replace(before, checkpoints=(doubted, missing, *rest)), received=before.time)
-    assert speaks_against(doubted) == doubted.doubt and "out of sight" in speaks_against(missing)
+    assert speaks_against(doubted) == doubted.doubt and "is missing" in speaks_against(missing)
     assert "MISSING" in checkpoint_flags(missing)
     assert choices(scene)[0].id not in (doubted.id, missing.id), "good ones come first in the rollback dialog"
 

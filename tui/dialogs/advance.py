@@ -70,7 +70,7 @@ class AdvanceDialog(Dialog):
             lines += wrapped("There is no later stage: this ends the last one, and with it the run.", cells, Ink.WARNING)
         passed = [span.stage.name for span in self._later[: self._list.cursor]]
         if passed:
-            lines += wrapped(f"Passes over {', '.join(passed)} entirely.", cells, Ink.WARNING)
+            lines += wrapped(f"Skips {', '.join(passed)} entirely.", cells, Ink.WARNING)
         lines += wrapped("The ranks first write a checkpoint, from which the next stage starts.", cells, Ink.FAINT)
         return [*lines, []]
 

@@ -199,7 +199,7 @@ class RollbackDialog(Dialog):
             if reach and last < bad:
                 lines += wrapped(f"{words}, but not that of the bad step {bad:,} (b: skip it).", cells, Ink.WARNING)
             else:
-                lines += wrapped(f"{words}, the bad step {bad:,} included." if reach else f"{words}.", cells)
+                lines += wrapped(f"{words}, including the bad step {bad:,}." if reach else f"{words}.", cells)
         return lines
 
     def answer(self) -> Answer | str:
