@@ -327,7 +327,7 @@ class MidwatchApp(OperatorApp):
     async def open_view(self, name: str, *, remember: bool = True) -> None:
         """Brings a view into sight, making it first where it has not been seen."""
         if name not in self._views:
-            view = _make(name)
+            view: View = keys.view(name).make(id=f"view-{name}")
             view.display = False
             self._views[name] = view
             await self.screen_stack[0].query_one("#body", Container).mount(view)
@@ -506,15 +506,6 @@ def _news(snapshot: protocol.Snapshot) -> tuple[object, ...]:
     """What is more than progress."""
     event = snapshot.events[-1].index if snapshot.events else -1
     return snapshot.state, snapshot.reason, snapshot.stage, snapshot.lineage, snapshot.commands, event
-
-
-def _make(name: str) -> View:
-    """A view by its name; its module is imported here."""
-    import importlib
-
-    module = importlib.import_module("tui.views.nodes.view" if name == "nodes" else f"tui.views.{name}")
-    view: View = getattr(module, f"{name.capitalize()}View")(id=f"view-{name}")
-    return view
 
 
 def run(directory: Path | RemoteRun, *, read_only: bool = False, prefer: protocol.PreferenceBegin | None = None) -> int:

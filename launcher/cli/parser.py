@@ -198,9 +198,9 @@ def _add_looking(commands: Any) -> None:
 
 def _add_steering(commands: Any) -> None:
     """The commands that steer a run: each as its spec says, with the run before its arguments."""
-    nodes = commands.add_parser("node", help="look at nodes, and take them out or put them back")
+    nodes = commands.add_parser("node", help="list nodes, take them out of use or put them back")
     groups = {"node": nodes.add_subparsers(dest="node_command", required=True, metavar="COMMAND")}
-    listed = groups["node"].add_parser("list", help="every node, its ranks and how it fares")
+    listed = groups["node"].add_parser("list", help="every node with its ranks and state")
     listed.add_argument("run", metavar="RUN", nargs="?")
     listed.add_argument("--json", action="store_true")
     key = groups["node"].add_parser("key", help="make a key file for a node that joins by itself, on standard output")

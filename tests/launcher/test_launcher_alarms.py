@@ -67,7 +67,7 @@ async def test_an_acknowledged_alarm_stands_no_more_until_it_is_raised_again(at:
         assert desk.view(desk.give("acknowledge", alarm="all")).state == "done"
         assert desk.ledger.standing_alarms() == []
         refused = desk.view(desk.give("acknowledge", alarm="all"))
-        assert refused.state == "refused" and "unacknowledged: none" in refused.reason
+        assert refused.state == "refused" and "there is no unacknowledged alarm" in refused.reason
         replayed = ledger_of(*(entry for _, entry in desk.journal.entries))
         assert replayed.alarms == desk.ledger.alarms, "a takeover knows the same"
 

@@ -106,7 +106,7 @@ def test_a_bad_recipe_ends_with_2_before_anything_is_made(tmp_path: Path) -> Non
         (("attach", "nobody"), "neither a run directory nor the name of a run"),
         (("logs", "nobody"), "neither a run directory nor the name of a run"),
         (("status",), "there is no run yet"),
-        (("run", "good.toml", "--headless", "--script", "pause"), "begins with no step"),
+        (("run", "good.toml", "--headless", "--script", "pause"), "does not begin with a step"),
         (("run", "good.toml", "--headless", "--script", "5: dance"), "dance"),
         (("run", "good.toml", "--headless", "--script", ";"), "it is empty"),
         (("set", "run", "lr"), "set: VALUE is missing (usage: midwatch set RUN KEY VALUE)"),

@@ -79,7 +79,7 @@ async def test_each_command_does_in_each_state_what_the_table_says(verb: p.Verb,
             assert "nobody" in desk.view(command).reason
         elif verb == "acknowledge":
             assert desk.view(command).state == "refused"
-            assert "no alarm 'spike' stands" in desk.view(command).reason
+            assert "no unacknowledged alarm 'spike'" in desk.view(command).reason
         elif state in ("training", "paused"):
             await desk.until(lambda: desk.orders)
             assert (desk.orders[-1].number, desk.orders[-1].op) == (command.number, OPS[verb])

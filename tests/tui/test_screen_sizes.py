@@ -20,7 +20,7 @@ SIZES = ((1, 1), (2, 1), (1, 30), (20, 5), (300, 3), (80, 24))
 
 async def test_every_view_down_to_one_cell_and_back(stage: Stage) -> None:
     async with attached(stage) as screen:
-        for view in keys.VIEWS:
+        for view in keys.views():
             await screen.open(view.key, view.name)
             for size in SIZES:
                 await screen.pilot.resize_terminal(*size)

@@ -19,8 +19,8 @@ def _app(stage: Stage) -> MidwatchApp:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("view", keys.VIEWS, ids=lambda view: view.name)
-def test_view(stage: Stage, snap_compare: Callable[..., bool], view: keys.ViewName, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("view", keys.views(), ids=lambda view: view.name)
+def test_view(stage: Stage, snap_compare: Callable[..., bool], view: keys.ViewSpec, size: tuple[int, int]) -> None:
     async def open_view(pilot: Pilot[int]) -> None:
         app = pilot.app
         assert isinstance(app, MidwatchApp)

@@ -19,28 +19,28 @@ from tui.views.metrics import MetricsView, StepWindow, _order
 
 async def test_every_key_of_the_table_has_its_handler(stage: Stage) -> None:
     async with attached(stage) as screen:
-        for view in keys.VIEWS:
+        for view in keys.views():
             await screen.press(view.key)
             await screen.until(lambda: screen.app.view_name == view.name and screen.app.view is not None)  # noqa: B023
-            for key in keys.OF_VIEW.get(view.name, ()):
+            for key in keys.of_view(view.name):
                 action = key.action.partition(":")[0]
                 assert hasattr(screen.app.view, f"do_{action}") or hasattr(screen.app, f"do_{action}"), (view, key)
-        for key in keys.GLOBAL:
+        for key in keys.everywhere():
             assert hasattr(screen.app, f"do_{key.action.partition(':')[0]}"), key
 
 
 def test_no_key_means_two_things_in_one_view() -> None:
-    for table in (keys.GLOBAL, *keys.OF_VIEW.values()):
+    for table in (keys.everywhere(), *keys.all_of_views().values()):
         pressed = [name for key in table for name in key.keys]
         assert len(pressed) == len(set(pressed))
 
 
 async def test_views_open_by_letter_and_escape_goes_back(stage: Stage) -> None:
     async with attached(stage) as screen:
-        for view in keys.VIEWS[1:]:
+        for view in keys.views()[1:]:
             await screen.open(view.key, view.name)
             await screen.sees(f" {view.key} {view.name} ")
-        for view in reversed(keys.VIEWS[:-1]):
+        for view in reversed(keys.views()[:-1]):
             await screen.press("escape")
             await screen.until(lambda: screen.app.view_name == view.name, view.name)  # noqa: B023
 

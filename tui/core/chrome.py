@@ -85,7 +85,7 @@ def tabs(view: str, cells: int) -> list[Run]:
     """The views and their letters; short names where there is no room for long ones."""
     for length in (None, 5, 4, 3, 0):
         parts: list[Line] = []
-        for each in keys.VIEWS:
+        for each in keys.views():
             name = each.name[:length]
             if each.name == view:
                 parts.append([(f" {each.key} {each.name} ", Ink.HERE)])
@@ -100,11 +100,11 @@ def tabs(view: str, cells: int) -> list[Run]:
 
 def footer(view: str, read_only: bool, cells: int, *, paused: bool) -> list[Run]:
     """The keys that work here: the view's own, then commands; how to leave always, at the right."""
-    always = [key for key in keys.GLOBAL if key.short and key not in keys.COMMANDS]
+    always = [key for key in keys.everywhere() if key.short and key not in keys.COMMANDS]
     right = joined([_key(key, paused) for key in always]) if cells >= 60 else []
     shown: list[Line] = []
     room = cells - width(right) - 3
-    own = keys.OF_VIEW.get(view, ())
+    own = keys.of_view(view)
     taken = {pressed for key in own for pressed in key.keys}
     commands = [key for key in keys.COMMANDS if not taken & set(key.keys)]
     for key in (*own, *commands, *(() if right else always)):

@@ -18,8 +18,6 @@ class Typed(NamedTuple):
     problem: str = ""
 
 
-VIEWS = (*(view.name for view in keys.VIEWS), "help")
-LETTERS = {view.key: view.name for view in keys.VIEWS}
 FIRST_WORDS = tuple(dict.fromkeys(name.split(" ")[0] for name in BY_NAME))
 
 
@@ -32,12 +30,22 @@ def parse(line: str) -> Typed:
         name, rest = words[0], words[1:]
         if name.rstrip("!") in ("q", "quit", "detach", "exit"):
             return Typed(detach=True)
-        if not rest and (view := LETTERS.get(name, name if name in VIEWS else "")):
+        if not rest and (view := _view(name)):
             return Typed(view=view)
         verb, arguments = parse_command([name.rstrip("!"), *rest])
     except CommandError as error:
         return Typed(problem=str(error).replace("no such command", "no such command or view"))
     return Typed(verb, arguments, sure=name.endswith("!"))
+
+
+def view_names() -> list[str]:
+    return [*(view.name for view in keys.views()), "help"]
+
+
+def _view(word: str) -> str:
+    """The view that the word opens, by its name or its letter; empty: none."""
+    letters = {view.key: view.name for view in keys.views()}
+    return letters.get(word, word if word in view_names() else "")
 
 
 def number(word: str, name: str) -> float:
@@ -73,7 +81,7 @@ def complete(line: str, snapshot: Snapshot | None) -> tuple[str, list[str]]:
 
 def _choices(before: list[str], last: str, snapshot: Snapshot | None) -> list[str]:
     if not before:
-        return [*FIRST_WORDS, *VIEWS, "quit"]
+        return [*FIRST_WORDS, *view_names(), "quit"]
     words = [before[0].rstrip("!"), *before[1:]]
     if words[0] in GROUPS and len(words) == 1:
         return GROUPS[words[0]]

@@ -35,11 +35,11 @@ def meaning(name: str) -> str:
 
 
 def page() -> str:
-    views = [key for key in keys.GLOBAL if key.action.startswith("open:")]
-    planned = [key for key in keys.GLOBAL if key.planned]
-    rest = [key for key in keys.GLOBAL if key not in (*views, *planned, *keys.COMMANDS)]
+    views = [key for key in keys.everywhere() if key.action.startswith("open:")]
+    planned = [key for key in keys.everywhere() if key.planned]
+    rest = [key for key in keys.everywhere() if key not in (*views, *planned, *keys.COMMANDS)]
     parts = [HEAD, "\n## Views\n", table(views), "\n## Commands\n", table(list(keys.COMMANDS)), "\n## Everywhere\n", table(rest)]
-    for name, own in keys.OF_VIEW.items():
+    for name, own in keys.all_of_views().items():
         parts += [f"\n## In {name}\n", table(list(own))]
     usages = "\n".join(f"| `:{usage(name)}` | {meaning(name)} |" for name in BY_NAME)
     parts += [TAIL.rstrip("\n"), "\n", usages, "\n\n## Not there yet\n", table(planned)]

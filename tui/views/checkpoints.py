@@ -8,6 +8,7 @@ from textual.app import ComposeResult
 from midwatch.protocol import CheckpointView, Lineage, Snapshot, UndoQuery, UndoReply
 from tui.chart.formatting import UNICODE, age, compact, plural, size, when
 from tui.chart.styles import Ink
+from tui.core.keys import MOVE, Key, register
 from tui.core.scene import Scene, checkpoint_flags, newest_checkpoint, speaks_against
 from tui.core.text_panel import Line, LineWindow, Panel, Run, wrapped
 from tui.dialogs.rollback import undo_lines
@@ -51,6 +52,16 @@ def tree(snapshot: Snapshot) -> list[TreeRow]:
     return rows
 
 
+@register(
+    "k",
+    "checkpoints",
+    "lineages as a tree, goldens marked; mark, compare, roll back",
+    place=4,
+    keys=(
+        Key(("enter",), "Enter", "details, and what a rollback to it would undo", "details", "details"),
+        *MOVE,
+    ),
+)
 class CheckpointsView(View):
     DEFAULT_CSS = """
     CheckpointsView #details { height: 0; background: $surface; }

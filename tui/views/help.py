@@ -6,11 +6,19 @@ from midwatch.commands import BY_NAME, usage
 from tui.chart.styles import Ink
 from tui.core import keys
 from tui.core.chrome import shown_key
+from tui.core.keys import MOVE, register
 from tui.core.scene import Scene
 from tui.core.text_panel import Line, LineWindow
 from tui.views.base import View
 
 
+@register(
+    "",
+    "help",
+    "",
+    place=99,
+    keys=MOVE,
+)
 class HelpView(View):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -35,12 +43,12 @@ class HelpView(View):
 def lines(read_only: bool) -> list[Line]:
     """The help's text."""
     found: list[Line] = []
-    views = [key for key in keys.GLOBAL if key.action.startswith("open:")]
-    rest = [key for key in keys.GLOBAL if key not in views and key not in keys.COMMANDS and not key.planned]
+    views = [key for key in keys.everywhere() if key.action.startswith("open:")]
+    rest = [key for key in keys.everywhere() if key not in views and key not in keys.COMMANDS and not key.planned]
     commands = "Commands" + (" (not bound: this screen is read-only)" if read_only else "; those that lose something ask first")
     sections: list[tuple[str, list[keys.Key]]] = [("Views", views), (commands, list(keys.COMMANDS)), ("Everywhere", rest)]
-    sections += [(f"In {name}", list(own)) for name, own in keys.OF_VIEW.items()]
-    sections.append(("Not there yet", [key for key in keys.GLOBAL if key.planned]))
+    sections += [(f"In {name}", list(own)) for name, own in keys.all_of_views().items()]
+    sections.append(("Not there yet", [key for key in keys.everywhere() if key.planned]))
     for title, table in sections:
         found.append([(f" {title}", Ink.TITLE)])
         for key in table:

@@ -6,6 +6,7 @@ from midwatch.protocol import JournalLine, JournalQuery, JournalReply
 from tui.chart.formatting import plural
 from tui.chart.styles import Ink
 from tui.core import chrome
+from tui.core.keys import FILTER, MOVE, READ, Key, register
 from tui.core.scene import Scene
 from tui.core.text_panel import Lazy, Line
 from tui.views.reader import ReaderView
@@ -13,6 +14,13 @@ from tui.views.reader import ReaderView
 BATCH = 2000
 
 
+@register(
+    "j",
+    "journal",
+    "who did what, when, and what came of it",
+    place=10,
+    keys=(FILTER, Key(("f",), "f", "follow the end, or hold", "follow", "follow"), *READ, *MOVE),
+)
 class JournalView(ReaderView):
     """Asks for what is new when the snapshot tells of it; follows the end until the operator scrolls up."""
 

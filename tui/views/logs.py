@@ -7,6 +7,7 @@ from textual.app import ComposeResult
 from midwatch.protocol import LogQuery, LogReply
 from tui.chart.formatting import plural
 from tui.chart.styles import Ink
+from tui.core.keys import FILTER, MOVE, READ, Key, register
 from tui.core.scene import Scene
 from tui.core.text_panel import Lazy, Line, Panel, joined
 from tui.views.chart_data import Fetcher
@@ -23,6 +24,20 @@ _WARNING = re.compile(r"\b(WARN|WARNING)\b")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
 
+@register(
+    "l",
+    "logs",
+    "every rank, node and the controller, searchable",
+    place=9,
+    keys=(
+        FILTER,
+        Key(("left",), "←", "the file before", "file:-1", "file"),
+        Key(("right",), "→", "the next file", "file:1"),
+        Key(("f",), "f", "follow the end, or hold", "follow", "follow"),
+        *READ,
+        *MOVE,
+    ),
+)
 class LogsView(ReaderView):
     """Home goes back to the file's beginning, which is fetched then."""
 

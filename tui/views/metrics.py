@@ -13,6 +13,7 @@ from tui.chart.formatting import UNICODE, plural
 from tui.chart.render import Picture, Series
 from tui.chart.styles import Ink
 from tui.chart.widget import Chart
+from tui.core.keys import FILTER, MOVE, Key, register
 from tui.core.scene import Scene
 from tui.core.text_panel import Line
 from tui.views.base import View
@@ -57,6 +58,27 @@ class StepWindow(NamedTuple):
         return StepWindow(self.length, None if moved > newest else moved)
 
 
+@register(
+    "m",
+    "metrics",
+    "every metric on one time line, with stage borders and rolled-back lineages",
+    place=2,
+    keys=(
+        FILTER,
+        Key(("plus", "equals_sign"), "+", "zoom in", "zoom:in", "zoom in"),
+        Key(("minus",), "-", "zoom out", "zoom:out", "out"),
+        Key(("0",), "0", "the whole run again", "zoom:all", "all"),
+        Key(("left",), "←", "pan to earlier steps", "pan:-1"),
+        Key(("right",), "→", "pan to later steps", "pan:1"),
+        Key(("left_square_bracket",), "[", "crosshair to the left", "cross:-1", "crosshair"),
+        Key(("right_square_bracket",), "]", "crosshair to the right", "cross:1"),
+        Key(("enter",), "Enter", "one chart alone, and all again", "maximise", "one"),
+        Key(("s",), "s", "smoothing: none, then wider", "smooth", "smooth"),
+        Key(("L",), "L", "logarithmic y axis", "log", "log"),
+        Key(("x",), "x", "x-axis labels: steps, tokens or time (columns are always steps)", "axis", "axis"),
+        *MOVE,
+    ),
+)
 class MetricsView(View):
     DEFAULT_CSS = "MetricsView #board { height: 1fr; grid-gutter: 0 1; }"
     filterable = True

@@ -17,6 +17,7 @@ from textual.worker import Worker
 
 from midwatch import protocol as p
 from tui.chart.styles import Ink
+from tui.core.keys import MOVE, Key, register
 from tui.core.scene import Scene
 from tui.core.text_panel import Line, LineWindow, Panel, wrapped
 from tui.views import preference_layout
@@ -30,6 +31,24 @@ AGAIN_SECONDS = 3.0
 """Between two tries to begin."""
 
 
+@register(
+    "o",
+    "prefer",
+    "preferences by hand: two answers side by side, and which is better",
+    place=8,
+    keys=(
+        Key(("left", "1"), "←", "the left answer (or the upper one) is better; also 1", "choose:left", "left", changes=True),
+        Key(("right", "2"), "→", "the right answer (or the lower one) is better; also 2", "choose:right", "right", changes=True),
+        Key(("t",), "t", "a tie: neither is better", "choose:tie", "tie", changes=True),
+        Key(("x",), "x", "both are bad", "choose:both-bad", "both bad", changes=True),
+        Key(("s",), "s", "skip the pair", "choose:skip", "skip", changes=True),
+        Key(("u",), "u", "undo: the last decision is taken back, and its pair comes again", "undo", "undo", changes=True),
+        Key(("tab",), "Tab", "what is scrolled: the answers, or the prompt", "part"),
+        Key(("enter", "space"), "Enter", "nothing, like Space: a slip decides nothing", "nothing"),
+        Key(("p", "c", "g", "a"), "p", "disabled here, like c, g and a, to avoid steering the run by accident", "unbound"),
+        *(key._replace(keys=tuple(each for each in key.keys if each != "space")) for key in MOVE),
+    ),
+)
 class PreferView(View):
     DEFAULT_CSS = """
     PreferView #prefer-prompt { height: 1; }

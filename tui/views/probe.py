@@ -12,6 +12,7 @@ from midwatch.protocol import ProbeAnswer, ProbeAsk
 from tui.chart.styles import Ink
 from tui.core import conversation
 from tui.core.conversation import Answer, Exchange
+from tui.core.keys import MOVE, Key, register
 from tui.core.scene import Scene
 from tui.core.text_panel import Line, Panel, joined
 from tui.views.answer_pane import Column
@@ -25,6 +26,27 @@ DRAW_SECONDS = 0.08
 FORMS = ("auto", "chat", "text")
 
 
+@register(
+    "b",
+    "probe",
+    "talk to a checkpoint, next-token probabilities, two side by side",
+    place=6,
+    keys=(
+        Key(("enter",), "Enter", "type a prompt; in the list: ask this checkpoint", "enter", "prompt"),
+        Key(("1",), "1", "choose the checkpoint that answers", "choose:0", "whom"),
+        Key(("2",), "2", "choose a second one beside it, or none", "choose:1", "beside"),
+        Key(("a",), "a", "the prompt again, with another seed", "again", "again"),
+        Key(("x",), "x", "stop the answer", "halt", "stop it"),
+        Key(("e",), "e", "erase the conversation", "clear", "erase"),
+        Key(("f",), "f", "form of the prompt: by the checkpoint's stage, chat, or text to be continued", "form", "form"),
+        Key(("plus", "equals_sign"), "+", "higher temperature", "warm:0.1"),
+        Key(("minus",), "-", "lower temperature; at 0 always the likeliest token", "warm:-0.1"),
+        Key(("left",), "←", "the token before", "token:-1", "token"),
+        Key(("right",), "→", "the next token", "token:1"),
+        Key(("tab",), "Tab", "the other checkpoint's answer", "column"),
+        *MOVE,
+    ),
+)
 class ProbeView(View):
     DEFAULT_CSS = """
     ProbeView #probe-settings { height: 1; }

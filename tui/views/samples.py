@@ -9,6 +9,7 @@ from textual.containers import Horizontal, Vertical
 from midwatch.protocol import SampleQuery, SampleReply, SampleView
 from tui.chart.formatting import UNICODE, compact, plural
 from tui.chart.styles import Ink
+from tui.core.keys import FILTER, MOVE, Key, register
 from tui.core.scene import Scene
 from tui.core.text_panel import Lazy, Line, LineWindow, Panel, Run, cut, fit, spread, wrapped
 from tui.views.base import View
@@ -32,6 +33,26 @@ UNDONE = "×" if UNICODE else "x"
 FALLING, RISING = ("▾", "▴") if UNICODE else ("v", "^")
 
 
+@register(
+    "y",
+    "samples",
+    "what the model writes, with reward and KL: newest, best, worst, longest, furthest",
+    place=7,
+    keys=(
+        FILTER,
+        Key(("s",), "s", "sort: newest, best, worst, longest, furthest from the reference first", "sort:next", "sort"),
+        Key(("1",), "1", "newest first", "sort:step"),
+        Key(("2",), "2", "best first", "sort:reward"),
+        Key(("3",), "3", "worst first", "sort:worst"),
+        Key(("4",), "4", "longest first", "sort:longest"),
+        Key(("5",), "5", "furthest from the reference first", "sort:kl"),
+        Key(("enter",), "Enter", "one whole: prompt, response, reward, KL; up and down go to others", "enter", "whole"),
+        Key(("f",), "f", "follow the newest", "follow", "follow"),
+        Key(("left",), "←", "the stage before, or all", "stage:-1", "stage"),
+        Key(("right",), "→", "the next stage, or all", "stage:1"),
+        *MOVE,
+    ),
+)
 class SamplesView(View):
     """While the cursor stands on the newest, newer ones come in above; else it stays on its sample."""
 

@@ -7,6 +7,7 @@ from midwatch.protocol import Sampled, Snapshot, StageView, TextQuery, TextReply
 from tui.chart.formatting import UNICODE, compact, duration, percent, plural, setting
 from tui.chart.sparkline import bar
 from tui.chart.styles import Ink
+from tui.core.keys import MOVE, register
 from tui.core.scene import Scene, silence
 from tui.core.text_panel import Line, LineWindow, Run, wrapped
 from tui.views.base import View
@@ -17,6 +18,13 @@ SAMPLES = 3
 ARROW = "→" if UNICODE else "->"
 
 
+@register(
+    "t",
+    "stages",
+    "objective, mixture, cost, held-out losses, samples; advance",
+    place=5,
+    keys=MOVE,
+)
 class StagesView(View):
     """A list of the stages above, the chosen one in full below; on a wide screen side by side."""
 

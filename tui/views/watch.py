@@ -15,6 +15,7 @@ from tui.chart.sparkline import bar, spark
 from tui.chart.styles import Ink
 from tui.chart.widget import Chart
 from tui.core import chrome
+from tui.core.keys import Key, register
 from tui.core.scene import Scene, newest_checkpoint, running_span, silence
 from tui.core.text_panel import Line, Panel, Run, cut, fit, joined
 from tui.views.base import View
@@ -48,6 +49,13 @@ def layout(width: int, height: int, nodes: int, draws: bool = False) -> Layout:
     return Layout(state, pipeline, machines, events, across, down or (1 if left >= 5 else 0), rollout)
 
 
+@register(
+    "w",
+    "watch",
+    "pipeline, state, loss, KL and reward, GPUs, newest events",
+    place=1,
+    keys=(Key(("z",), "z", "charts: this stage, or the whole run", "span", "span"),),
+)
 class WatchView(View):
     """Charts show the stage that trains, or with `z` the whole run."""
 

@@ -13,6 +13,7 @@ from midwatch.protocol import NodeView, Verb
 from tui.chart.formatting import age, plural
 from tui.chart.heatmap import Heat
 from tui.chart.styles import Ink
+from tui.core.keys import FILTER, Key, commands, register
 from tui.core.scene import Scene
 from tui.core.text_panel import Line, LineWindow, Panel, Run, cut, fit, joined
 from tui.views.base import View
@@ -22,6 +23,24 @@ from tui.views.nodes.map import LEVELS, NodeMap, arrange, legend
 from tui.views.nodes.table import BY_KEY, GRAVE, Fleet, fleet_of, known_quantities, rack_of, rank_at
 
 
+@register(
+    "n",
+    "nodes",
+    "every GPU as a heat map, faults, stragglers; down to one GPU and its rank",
+    place=3,
+    keys=(
+        FILTER,
+        Key(("v",), "v", "what is shown: utilisation, memory, power, temperature, SM, tensor, own time", "quantity", "values"),
+        Key(("z",), "z", "by GPU, by node, by rack, or whichever fits", "level", "roll up"),
+        Key(("f",), "f", "to the next one that is faulty or slow", "fault", "faulty"),
+        Key(("enter",), "Enter", "one GPU: figures, last minutes, rank, faults; a rack: its nodes", "enter", "one"),
+        Key(("left",), "←", "to the left", "walk:left"),
+        Key(("right",), "→", "to the right", "walk:right"),
+        Key(("up",), "↑", "up; on a GPU's page to the node before", "walk:up"),
+        Key(("down",), "↓", "down; on a GPU's page to the next node", "walk:down"),
+        *commands("nodes"),
+    ),
+)
 class NodesView(View):
     """The cursor is a node and a place on it, whatever the map's level; a rack that was entered is all that is shown."""
 
