@@ -86,7 +86,7 @@ async def test_every_key_decides_what_it_says(stage: Stage, size: tuple[int, int
         await screen.sees("skipped: kept; u takes it back", "7 today", "7 in all")
         await decide(screen, stage, "u", 8)
         assert lines(stage)[-1]["decision"] == lines(stage)[-2]["id"]
-        await screen.sees("taken back", "6 in all")
+        await screen.sees("undone", "6 in all")
         told = lines(stage)[0]
         assert (told["left"]["text"], told["right"]["text"]) == (first.pair.left, first.pair.right)
         assert {told["left"]["score"], told["right"]["score"]} == {1.25, -0.5}
