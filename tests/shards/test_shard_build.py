@@ -362,7 +362,7 @@ def test_sigterm_ends_it_cleanly_to_be_gone_on_with(tmp_path: Path, long_spec: P
     assert workers
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=20)[1].decode()
-    assert process.returncode == 1 and "the same command goes on" in error and "Traceback" not in error
+    assert process.returncode == 1 and "the same command resumes" in error and "Traceback" not in error
     assert not list(tmp_path.rglob("*.tmp")) and (tmp_path / "o/code/progress.json").exists()
     assert wait_for(lambda: not any(worker.is_running() for worker in workers), 5)
 
