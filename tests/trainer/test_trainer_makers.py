@@ -249,7 +249,7 @@ steps = 1
 context = 64
 global_batch = 1
 mixture = {{asked = 1}}
-rollout = {{max_new_tokens = 8, num_generations = {responses}, function = "rewards.py:f"}}
+rollout = {{max_new_tokens = 8, num_generations = {num_generations}, function = "rewards.py:f"}}
 [[stage]]
 name = "dpo"
 objective = "dpo"
@@ -261,8 +261,8 @@ mixture = {{pairs = 1}}
 """
 
 
-def parsed(part: str = "pairs", responses: int = 2, repeat: str = "") -> Recipe:
-    return parse_recipe(MADE.format(part=part, responses=responses, repeat=repeat), base=Path("/"))
+def parsed(part: str = "pairs", num_generations: int = 2, repeat: str = "") -> Recipe:
+    return parse_recipe(MADE.format(part=part, num_generations=num_generations, repeat=repeat), base=Path("/"))
 
 
 def test_a_recipe_says_what_its_stages_make() -> None:
@@ -283,7 +283,10 @@ def test_rounds_are_written_out_with_names_of_their_own() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"part": "best"}, 'rejection makes "best" of kind "sft", "pairs" of kind "preference", not "best" of kind "preference"'),
+    (
+        {"part": "best"},
+        'rejection_sampling makes "best" of kind "sft", "pairs" of kind "preference", not "best" of kind "preference"',
+    ),
     ({"num_generations": 1}, "responses to one prompt are held against each other"),
     ({"repeat": 'repeat = {times = 2, since = "nowhere"}'}, '"nowhere" is not an earlier stage'),
     ({"repeat": 'repeat = {times = 0, since = "rejection"}'}, "repeat.times must be 1 to 1000"),

@@ -217,7 +217,7 @@ def test_a_checkpoint_holds_all_that_rl_needs(whole: tuple[Path, Told]) -> None:
         assert any(name.startswith(beginning) for name in names), beginning
     found = state(whole[0] / "checkpoints" / "18-1")
     assert (found["reward_model"], found["reference"]) == ("16-1-reward", "12-1-pretrain")
-    assert found["settings"]["kl"] == 0.1
+    assert found["settings"]["kl_coef"] == 0.1
     assert found["drawn"]["kl_scale"] != 1.0
 
 
