@@ -24,10 +24,10 @@ def test_a_reward_model_and_dpo_tell_better_from_worse_and_ppo_writes_what_the_r
     accuracy, reward = (series(run, f"eval/preferences/{name}") for name in ("accuracy_low", "reward"))
     # With 121 held-out pairs: the lower end of the interval in which the share of pairs told apart lies 19 times in 20.
     assert accuracy[980] > 0.5, "the reward model, over chance"
-    assert accuracy[1140] > 0.5, "DPO, over chance"
-    assert reward[1040] > reward[980] + 0.3, "on prompts that nothing was trained on"
+    assert accuracy[1160] > 0.5, "DPO, over chance"
+    assert reward[1060] > reward[980] + 0.3, "on prompts that nothing was trained on"
     explained = series(run, "value/explained_variance")
-    assert statistics.mean(explained[step] for step in range(1031, 1041)) > 0.5, "the value model foresees what responses score"
+    assert statistics.mean(explained[step] for step in range(1051, 1061)) > 0.5, "the value model foresees what responses score"
 
 
 def series(run: Run, name: str) -> dict[int, float]:

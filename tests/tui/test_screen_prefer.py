@@ -152,7 +152,7 @@ async def test_a_lost_link_loses_no_decision_and_makes_none_twice(stage: Stage) 
         await screen.press("right")
         await screen.pilot.pause(0.3)
         assert len(lines(stage)) == 1
-        await screen.sees("kept as soon as it is back")
+        await screen.sees("this is saved when it is back")
         stage.listen()
         await screen.until(lambda: len(lines(stage)) == 2 and view(screen)._pending is None, "it is sent again")
         assert [each["choice"] for each in lines(stage)] == ["left", "right"] and lines(stage)[1]["pair"] == pair

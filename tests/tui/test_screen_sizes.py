@@ -84,12 +84,12 @@ ASCII_RUN = """
 import asyncio
 from tests.tui.conftest import attached
 from tests.tui.stage import Stage
-from tui.core.keys import VIEWS
+from tui.core.keys import views
 async def main():
     with Stage() as stage:
         async with attached(stage) as screen:
             seen = set()
-            for key, name, _ in VIEWS:
+            for key, name in ((view.key, view.name) for view in views()):
                 await screen.open(key, name)
                 seen |= set(screen.text())
             await screen.press("R"); await screen.sees("Undoes"); seen |= set(screen.text())
