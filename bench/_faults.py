@@ -20,7 +20,7 @@ from typing import NamedTuple
 import psutil
 
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from tests.system.chaos.faults import Fault, Theatre
 from tests.system.harness import Run, recipe_text
 from tests.system.hosts import Hosts

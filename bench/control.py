@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.transport.client import Client
 from tests.system.harness import MIDWATCH, Run, recipe_text
 

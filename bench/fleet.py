@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.journal.journal import read_journal
 from midwatch.recipe import dump_recipe, load_recipe
 from midwatch.run_directory import RunPaths, read_address

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.transport.ssh import SILENT
 from shards.common.decoding import Count, DecodeError, json_as
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from launcher.backends.base import Started, StartError
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.recipe import Cluster
 from midwatch.run_directory import RunPaths
 

@@ -8,7 +8,7 @@ import sys
 
 from launcher.agent.place import holder_of
 from launcher.backends.base import FIRST_SECONDS, Started, StartError
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.processes import birth_of, lives
 from midwatch.recipe import Cluster
 from midwatch.run_directory import RunPaths, host_name

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from launcher.backends.base import Started, StartError, started
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.recipe import Cluster
 from midwatch.run_directory import RunPaths
 from midwatch.signals import SHELL_TRAP

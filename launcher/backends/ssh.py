@@ -7,7 +7,7 @@ starting twice is harmless.
 from __future__ import annotations
 
 from launcher.backends.base import FIRST_SECONDS, Started, StartError, started
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.recipe import Cluster
 from midwatch.run_directory import RunPaths
 from midwatch.transport.ssh import Ssh, SshError, remote_command

@@ -41,7 +41,7 @@ from launcher.controller.supervision.node_pool import Pool
 from launcher.controller.supervision.stragglers import Stragglers
 from launcher.metrics.store import MetricStore, usable_index
 from midwatch.directory_identity import DirectoryId
-from midwatch.journal import journal as j
+from midwatch.journal.journal import Journal, JournalError, Ousted
 from midwatch.journal.run_identity import claim
 from midwatch.protocol import Command
 from midwatch.recipe import Recipe, RecipeError, Watch, load_recipe
@@ -82,7 +82,7 @@ async def serve(paths: RunPaths) -> int:
     if not _take(lock):
         log.info("another controller is running; leaving the run to it")
         return 0
-    journal = j.Journal(paths.journal, time.time(), host_name(), os.getpid(), installed_versions(), recovery.floors(paths))
+    journal = Journal(paths.journal, time.time(), host_name(), os.getpid(), installed_versions(), recovery.floors(paths))
     claimed = claim(paths, journal.entries)
     index = usable_index([place / f"{claimed.run}.metrics.sqlite" for place in cache_directories()])
     metrics = MetricStore.open(paths.metrics, index, journal.term)
@@ -121,7 +121,7 @@ async def serve(paths: RunPaths) -> int:
         context.events.subscribe(GenerationBegan, lambda event: _note_generation(paths, address, event.generation))
         beats = asyncio.create_task(_beat(paths, address), name="beat")
         await term.run()
-    except j.Ousted as error:
+    except Ousted as error:
         log.warning("ousted: %s", error)
     finally:
         if beats is not None:
@@ -132,7 +132,7 @@ async def serve(paths: RunPaths) -> int:
         server.close()
         await server.wait_closed()
         Path(socket).unlink(missing_ok=True)
-        with contextlib.suppress(OSError, j.JournalError):
+        with contextlib.suppress(OSError, JournalError):
             context.retry_backlog()
         with contextlib.suppress(OSError):
             metrics.close()
@@ -248,10 +248,10 @@ class Term:
             if lost := self._context.directory.lost():
                 self.generations.abandon(lost)
                 await asyncio.sleep(FAREWELL_SECONDS)
-                raise j.Ousted(lost)
+                raise Ousted(lost)
             with contextlib.suppress(OSError):  # storage that errs does not say that
                 if (self._context.paths.journal / f"{self._context.term + 1:06d}.log").exists():
-                    raise j.Ousted("a later term has begun")
+                    raise Ousted("a later term has begun")
             if beat % 4 == 0:
                 await self._flush_metrics()
             if beat % 10 == 0:
@@ -300,9 +300,9 @@ class Term:
     def _give(self, command: Command, author: str) -> None:
         try:
             self.dispatch.accept(command, author)
-        except j.Ousted:
+        except Ousted:
             raise
-        except j.JournalError as error:
+        except JournalError as error:
             log.error("%s of %s is lost: %s", command.verb, author, error)
 
 
@@ -314,7 +314,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
     try:
         return asyncio.run(serve(RunPaths(Path(sys.argv[1]))))
-    except (RecipeError, j.JournalError, KeysError, ListenError, PermissionError) as error:
+    except (RecipeError, JournalError, KeysError, ListenError, PermissionError) as error:
         log.error("%s", error)
         return 2
     except OSError as error:

@@ -29,7 +29,8 @@ from launcher.controller.serving.peers import Roles, quiet
 from launcher.metrics.store import MetricStore
 from midwatch import protocol as p
 from midwatch.checkpoint_format.directory import listed
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import Journal, JournalError, read_journal
 from midwatch.journal.run_identity import run_id
 from midwatch.recipe import load_recipe
 from midwatch.run_directory import Address, RunPaths, cache_directories, host_name, read_address
@@ -40,17 +41,17 @@ LOOK_SECONDS = 0.5
 OVER = ("finished", "failed", "released")
 
 
-class _PastJournal(j.Journal):
+class _PastJournal(Journal):
     """A journal that only reads."""
 
     def __init__(self, directory: Path) -> None:
-        reading = j.read_journal(directory)
+        reading = read_journal(directory)
         self.entries = reading.entries
         self.damaged = reading.damaged
         self.term = max((term for term, _ in reading.entries), default=0)
 
     def append(self, *entries: j.Entry) -> None:
-        raise j.JournalError("this run is shown from its files")
+        raise JournalError("this run is shown from its files")
 
 
 class _ArchiveContext(ControllerContext):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.protocol import Alarm
 
 FAILED = "run failed"

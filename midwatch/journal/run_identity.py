@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from midwatch.directory_identity import DirectoryId
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.run_directory import PUBLIC_FILE, RunPaths
 from shards.common.decoding import DecodeError, json_as
 from shards.common.files import write_atomically

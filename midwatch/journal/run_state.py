@@ -11,7 +11,7 @@ from typing import Literal, cast
 import msgspec
 
 from midwatch.journal import alarms
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.protocol import Alarm, CheckpointView, CommandView, Lineage, Replay, Sampled, State
 

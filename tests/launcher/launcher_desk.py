@@ -24,7 +24,8 @@ from launcher.metrics.store import MetricStore
 from midwatch import protocol as p
 from midwatch.checkpoint_format.manifest import FILE_NAME
 from midwatch.directory_identity import DirectoryId
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import Journal
 from midwatch.journal.run_identity import RunRecord
 from midwatch.recipe import Recipe, Watch, dump_recipe, parse_recipe
 from midwatch.run_directory import RunPaths
@@ -129,7 +130,7 @@ class Desk:
             record = RunRecord(id=RUN, directory=DirectoryId.of(root), path=str(root))
             self.paths.record.write_bytes(msgspec.json.encode(record))
         self.now = 1000.0
-        self.journal = j.Journal(self.paths.journal, self.now, "host", 1, None, recovery.floors(self.paths))
+        self.journal = Journal(self.paths.journal, self.now, "host", 1, None, recovery.floors(self.paths))
         self.metrics = MetricStore.open(self.paths.metrics, root / "index.sqlite", self.journal.term)
         self.context = ControllerContext(self.paths, recipe, self.journal, self.metrics, clock=self._clock)
         if not self.context.ledger.started:

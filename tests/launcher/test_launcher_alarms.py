@@ -10,7 +10,7 @@ import pytest
 from launcher_desk import desk_at, make_recipe
 
 from launcher.controller.core.snapshot import SnapshotBuilder
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.journal.run_state import Ledger
 from midwatch.protocol import Alarm, Lineage
 from midwatch.recipe import Watch

@@ -17,7 +17,8 @@ from launcher.cli.parser import make_parser
 from launcher.cli.runs import NoSuchRun, find_run, known_runs, line_of, prepare, remember
 from launcher.controller import __main__ as controller
 from launcher.preflight.logout import kills_at_logout
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import Journal, JournalError, read_journal
 from midwatch.recipe import RecipeError
 from midwatch.run_directory import RunPaths, runtime_directory
 from shards.common.files import write_atomically
@@ -212,7 +213,7 @@ def test_a_reader_that_leaves_early_is_no_traceback() -> None:
 def test_a_signal_ends_the_controller_and_not_the_run(tmp_path: Path, recipe: Path) -> None:
     """A real process over a run that has failed: it leaves its socket and lock in order."""
     paths = prepare(recipe, tmp_path / "run")
-    journal = j.Journal(paths.journal, 1.0, "h", 1)
+    journal = Journal(paths.journal, 1.0, "h", 1)
     journal.append(j.RunBegan(time=1.0, name="cli", recipe="x"), j.StateChanged(time=1.0, state="failed", reason="by a test"))
     journal.close()
     refused = midwatch("checkpoint", str(paths.root))
@@ -248,14 +249,14 @@ async def test_a_run_on_a_full_disk_trains_on_and_journals_what_it_owes(tmp_path
             assert (await given(desk)).state == "sent", "the ballast has made room"
             for number in range(20, 120):
                 desk.context.note("info", f"{number}" + "y" * 4000)
-            with pytest.raises(j.JournalError):
+            with pytest.raises(JournalError):
                 desk.give("checkpoint")
             filler.unlink()
             desk.context.retry_backlog()
             desk.give("checkpoint")
-        notes = [e.text.rstrip("y") for _, e in j.read_journal(disk / "run" / "journal").entries if isinstance(e, j.Noted)]
+        notes = [e.text.rstrip("y") for _, e in read_journal(disk / "run" / "journal").entries if isinstance(e, j.Noted)]
         assert [n for n in notes if n.isdigit()] == [str(n) for n in range(120)]
-        assert j.read_journal(disk / "run" / "journal").damaged == []
+        assert read_journal(disk / "run" / "journal").damaged == []
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 

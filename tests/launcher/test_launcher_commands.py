@@ -18,7 +18,8 @@ from midwatch import protocol as p
 from midwatch.checkpoint_format import verify
 from midwatch.commands import BY_VERB, SPECS, STATES, VERBS, Doing, check_arguments, describe
 from midwatch.commands.orders import OPS
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import JournalError
 from midwatch.recipe import Watch
 
 At = Callable[..., Any]
@@ -675,10 +676,10 @@ async def test_a_command_that_cannot_be_journaled_is_not_carried_out(at: At, mon
     async with at("training") as desk:
 
         def full(*_: j.Entry) -> None:
-            raise j.JournalError("no space left")
+            raise JournalError("no space left")
 
         monkeypatch.setattr(desk.journal, "append", full)
-        with pytest.raises(j.JournalError):
+        with pytest.raises(JournalError):
             desk.give("pause")
         await asyncio.sleep(0.02)
         assert not desk.orders

@@ -18,7 +18,7 @@ from launcher.backends import local as local_module
 from launcher.backends.local import LocalBackend
 from launcher.backends.slurm.jobs import Job, read_job, write_job
 from midwatch.directory_identity import DirectoryId, DirectoryWatch
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.journal.run_identity import claim, read_record, run_id
 from midwatch.processes import birth_of, lives
 from midwatch.recipe import Cluster

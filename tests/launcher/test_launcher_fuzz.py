@@ -24,6 +24,7 @@ from launcher.preflight.node_report import look
 from midwatch import protocol
 from midwatch.checkpoint_format import verify
 from midwatch.checkpoint_format.manifest import FILE_NAME, CheckpointError
+from midwatch.journal import entries as journal_entries
 from midwatch.journal import journal
 from midwatch.journal.run_state import Ledger
 from midwatch.metrics.m4_columns import LineageSegment
@@ -126,7 +127,7 @@ def fuzz_hugging_face(tmp_path: Path, what: str) -> Subject:
 def fuzz_journal(tmp_path: Path) -> Subject:
     folder = tmp_path / "journal"
     folder.mkdir()
-    entries = [msgspec.convert(example(kind) | {"report": 0}, kind) for kind in journal.Entry.__args__]
+    entries = [msgspec.convert(example(kind) | {"report": 0}, kind) for kind in journal_entries.Entry.__args__]
 
     def seal(raw: bytes) -> bytes:
         return b"".join(b"%08x " % zlib.crc32(line) + line + b"\n" for line in raw.split(b"\n") if line)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal import journal as journal_module
+from midwatch.journal.journal import Journal, JournalContents, JournalError, Ousted, read_journal
 
 
-def opened(directory: Path, now: float = 1.0) -> j.Journal:
-    return j.Journal(directory, now, "host", os.getpid())
+def opened(directory: Path, now: float = 1.0) -> Journal:
+    return Journal(directory, now, "host", os.getpid())
 
 
 def noted(text: str) -> j.Noted:
@@ -22,7 +24,7 @@ def noted(text: str) -> j.Noted:
 
 
 def texts(directory: Path) -> list[str]:
-    return [e.text for _, e in j.read_journal(directory).entries if isinstance(e, j.Noted)]
+    return [e.text for _, e in read_journal(directory).entries if isinstance(e, j.Noted)]
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_a_torn_tail_is_left_out_and_no_damage(room: Path) -> None:
     line = whole.splitlines(keepends=True)[-1]
     for cut in range(len(line)):
         file.write_bytes(whole + line[:cut])
-        reading = j.read_journal(room)
+        reading = read_journal(room)
         assert reading.damaged == []
         assert reading.lengths["000001.log"] == len(whole)
     assert texts(room) == ["whole"]
@@ -70,7 +72,7 @@ def test_a_flipped_bit_is_reported_and_its_entry_alone_passed_over(room: Path) -
             damaged = bytearray(content)
             damaged[place] ^= 1 << bit
             file.write_bytes(damaged)
-            reading = j.read_journal(room)
+            reading = read_journal(room)
             found = [e.text for _, e in reading.entries if isinstance(e, j.Noted)]
             assert found[0] == "one" and found[-1] == "three" and "two" not in found
             assert reading.damaged and all("000001.log" in d for d in reading.damaged)
@@ -90,7 +92,7 @@ def test_a_term_is_claimed_by_one_of_two_at_once(room: Path, monkeypatch: pytest
     def claim() -> None:
         try:
             outcomes.append(opened(room).term)
-        except j.JournalError as error:
+        except JournalError as error:
             outcomes.append(type(error))
 
     threads = [threading.Thread(target=claim) for _ in range(2)]
@@ -98,12 +100,12 @@ def test_a_term_is_claimed_by_one_of_two_at_once(room: Path, monkeypatch: pytest
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(map(str, outcomes)) == ["1", str(j.Ousted)]
+    assert sorted(map(str, outcomes)) == ["1", str(Ousted)]
 
 
 def test_an_ousted_controller_cannot_append(room: Path) -> None:
     first, second = opened(room), opened(room)
-    with pytest.raises(j.Ousted):
+    with pytest.raises(Ousted):
         first.append(noted("too late"))
     second.append(noted("in office"))
     assert texts(room) == ["in office"]
@@ -114,7 +116,7 @@ def test_what_an_ousted_controller_still_writes_does_not_count(room: Path) -> No
     first.append(noted("before"))
     opened(room).append(noted("after"))
     with (room / "000001.log").open("ab") as file:
-        file.write(j._line(noted("ghost")))
+        file.write(journal_module._line(noted("ghost")))
     assert texts(room) == ["before", "after"]
     opened(room)
     assert texts(room) == ["before", "after"]
@@ -124,19 +126,19 @@ def test_an_entry_whose_append_returned_is_the_next_terms_too_wherever_the_takeo
     room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old controller writes at the worst moment, while the new one reads: it is ousted, or its entry counts."""
-    first, real = opened(room), j.read_journal
+    first, real = opened(room), read_journal
     returned = []
 
-    def reading(directory: Path, newest_term: int = 0) -> j.JournalContents:
+    def reading(directory: Path, newest_term: int = 0) -> JournalContents:
         found = real(directory, newest_term)
         try:
             first.append(noted("at the worst moment"))
             returned.append(True)
-        except j.Ousted:
+        except Ousted:
             returned.append(False)
         return found
 
-    monkeypatch.setattr(j, "read_journal", reading)
+    monkeypatch.setattr(journal_module, "read_journal", reading)
     second = opened(room)
     counted = any(isinstance(e, j.Noted) for _, e in second.entries)
     assert returned == [counted]
@@ -151,14 +153,15 @@ def test_a_takeover_during_an_append_is_noticed_by_the_append(room: Path, monkey
         real(handle)
 
     monkeypatch.setattr(os, "fsync", syncing)
-    with pytest.raises(j.Ousted):
+    with pytest.raises(Ousted):
         first.append(noted("perhaps not read by the next one"))
 
 
 SMALL_FILES = """
 import os, resource, signal, sys
 from pathlib import Path
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import Journal, JournalError
 
 def noted(text):
     return j.Noted(time=2.0, level="info", text=text)
@@ -166,12 +169,12 @@ def noted(text):
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 log = Path(sys.argv[1]) / "000001.log"
-journal = j.Journal(log.parent, 1.0, "host", os.getpid())
+journal = Journal(log.parent, 1.0, "host", os.getpid())
 journal.append(noted("fits"))
 size = log.stat().st_size
 try:
     journal.append(noted("small"), noted("x" * 5000))
-except j.JournalError:
+except JournalError:
     assert log.stat().st_size == size, "something half-written stayed"
 else:
     raise AssertionError("the write went through")
@@ -191,15 +194,16 @@ def test_a_write_that_fails_in_the_middle_leaves_nothing_half_written(room: Path
 
 
 def test_a_journal_that_cannot_be_made_says_where(tmp_path: Path) -> None:
-    with pytest.raises(j.JournalError, match="nowhere"):
+    with pytest.raises(JournalError, match="nowhere"):
         opened(tmp_path / "nowhere")
 
 
 WRITER = """
 import os, sys
 from pathlib import Path
-from midwatch.journal import journal as j
-journal = j.Journal(Path(sys.argv[1]), 1.0, "host", os.getpid())
+from midwatch.journal import entries as j
+from midwatch.journal.journal import Journal
+journal = Journal(Path(sys.argv[1]), 1.0, "host", os.getpid())
 for number in range(100_000):
     journal.append(j.Noted(time=1.0, level="info", text=f"{journal.term}/{number}/" + "x" * (number % 997)))
     os.write(1, f"{journal.term}/{number}\\n".encode())
@@ -218,6 +222,6 @@ def test_kill_9_in_the_middle_of_writing_loses_nothing_acknowledged(room: Path) 
         writer.stdout.close()
         writer.wait()
     found = [text.rsplit("/", 1)[0] for text in texts(room)]
-    assert j.read_journal(room).damaged == []
+    assert read_journal(room).damaged == []
     assert [text for text in found if text in set(acknowledged)] == acknowledged
     assert len(found) <= len(acknowledged) + 6

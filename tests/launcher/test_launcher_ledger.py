@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.journal.run_state import Ledger
 from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.protocol import Lineage, Replay

@@ -18,7 +18,7 @@ from launcher.backends.base import Started, StartError
 from launcher.controller.supervision import generations as generations_module
 from launcher.controller.supervision import node_pool as pool_module
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.recipe import Parallel
 
 

@@ -17,7 +17,8 @@ import pexpect
 import pytest
 from launcher_model import talking_recipe, write_model, write_tokenizer
 
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import Journal
 from midwatch.protocol import Lineage
 from midwatch.recipe import dump_recipe
 from midwatch.run_directory import read_address
@@ -40,7 +41,7 @@ def over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (root / "recipe.toml").write_text(dump_recipe(recipe))
     write_tokenizer(root)
     digest = write_model(recipe, root, "a", "a", 50)
-    journal = j.Journal(root / "journal", 1.0, "host", 1)
+    journal = Journal(root / "journal", 1.0, "host", 1)
     committed = j.CheckpointCommitted(
         time=2.0, id="a", digest=digest, step=50, lineage=1, stage="first", stage_step=50, ended=True, generation=1, bytes=1,
         suspect=False, seconds=0.1, stall_seconds=0.0,

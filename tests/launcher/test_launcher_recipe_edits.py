@@ -9,7 +9,7 @@ import pytest
 from launcher_desk import Desk, desk_at, make_recipe
 
 from launcher.controller.core.recipe_change import note_change, run_began, stated
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 
 
 def changes(desk: Desk) -> list[tuple[str, ...]]:
@@ -56,5 +56,5 @@ def test_tables_of_a_list_are_told_by_their_names() -> None:
 
 
 def test_the_journal_of_an_earlier_version_is_no_edit() -> None:
-    entry = j._decoder.decode(b'{"type":"RunBegan","time":1.0,"name":"x","recipe":"y"}')
+    entry = j.decoder.decode(b'{"type":"RunBegan","time":1.0,"name":"x","recipe":"y"}')
     assert isinstance(entry, j.RunBegan) and (entry.file, entry.stated) == ("", {})

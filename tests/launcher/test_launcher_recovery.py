@@ -17,7 +17,9 @@ from launcher.controller.core.events import CommandEnded, NodesToSpare
 from launcher.controller.core.snapshot import SnapshotBuilder
 from midwatch import protocol as p
 from midwatch.checkpoint_format import directory as files
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal import journal as journal_module
+from midwatch.journal.journal import Journal, JournalError, read_journal
 from midwatch.recipe import Watch
 from midwatch.run_directory import PUBLIC_FILE, Address, RunPaths, write_address
 from shards.common.files import write_atomically
@@ -35,10 +37,10 @@ class Storage:
                 raise OSError(number, os.strerror(number))
             self._write(handle)
 
-        self._patch.setattr(j.os, "fsync", refused)
+        self._patch.setattr(journal_module.os, "fsync", refused)
 
     def works(self) -> None:
-        self._patch.setattr(j.os, "fsync", self._write)
+        self._patch.setattr(journal_module.os, "fsync", self._write)
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ async def test_while_nothing_can_be_journaled_nothing_is_pruned_acknowledged_or_
         shown = SnapshotBuilder(desk.context).snapshot()
         assert next(c for c in shown.commands if c.number == command.number).state == "sent"
         assert len(shown.faults) == 1 and way in shown.faults[0] and " at /" in shown.faults[0]
-        with pytest.raises(j.JournalError, match=way):
+        with pytest.raises(JournalError, match=way):
             desk.give("pause")
         assert messages(desk, p.Hold) == [p.Hold(on=True)], "it has waited for longer than checkpoints are kept"
 
@@ -163,7 +165,7 @@ async def test_checkpoints_that_could_not_be_journaled_are_found_by_the_next_con
         assert {"a", "b", "c26", "c27", "c28", "c29"} <= set(desk.ledger.checkpoints)
         assert desk.ledger.restart_point().id == "c28"
         assert desk.ledger.checkpoints["c29"].suspect
-        assert any("c28 was not in the journal; it is whole" in text for text in notes(desk, "warning"))
+        assert any("c28 was not in the journal; it is complete" in text for text in notes(desk, "warning"))
         desk.agent_comes()
         desk.ranks_die()
         await desk.until(lambda: desk.starts)
@@ -265,14 +267,14 @@ async def test_a_term_that_is_gone_is_an_alarm_and_no_number_goes_back(
 
 
 def test_a_term_file_that_is_put_back_counts_again(tmp_path: Path) -> None:
-    first = j.Journal(tmp_path, 1.0, "h", 1)
+    first = Journal(tmp_path, 1.0, "h", 1)
     first.append(j.Noted(time=1.0, level="info", text="once"))
     first.close()
-    j.Journal(tmp_path, 2.0, "h", 1).close()
+    Journal(tmp_path, 2.0, "h", 1).close()
     (tmp_path / "000001.log").rename(tmp_path / "away")
-    j.Journal(tmp_path, 3.0, "h", 1).close()
+    Journal(tmp_path, 3.0, "h", 1).close()
     (tmp_path / "away").rename(tmp_path / "000001.log")
-    again = j.Journal(tmp_path, 4.0, "h", 1)
+    again = Journal(tmp_path, 4.0, "h", 1)
     assert [e.text for _, e in again.entries if isinstance(e, j.Noted)] == ["once"]
     assert again.lost == []
 
@@ -411,7 +413,7 @@ def test_what_may_hold_secrets_is_for_the_owner_and_the_operators_alone(tmp_path
         own.create()
         shared.create(os.getgid())
         for paths in (own, shared):
-            j.Journal(paths.journal, 1.0, "h", 1).close()
+            Journal(paths.journal, 1.0, "h", 1).close()
             write_atomically(paths.metrics / "x", b"", PUBLIC_FILE)
 
         def mode(path: Path) -> str:
@@ -441,13 +443,13 @@ async def test_storage_that_errs_when_looked_at_is_no_end_of_the_term(tmp_path: 
             return real(path, *more, **options)  # type: ignore[arg-type]
 
         with monkeypatch.context() as patch:
-            patch.setattr(j.os, "stat", stat)
+            patch.setattr(journal_module.os, "stat", stat)
             desk.says(p.Note(level="warning", text="kept", step=25))
             assert "Stale file handle" in desk.context.journal_fault
         desk.context.retry_backlog()
         assert desk.context.journal_fault == ""
         desk.context.note("info", "and this")
-        texts = [e.text for _, e in j.read_journal(desk.paths.journal).entries if isinstance(e, j.Noted)]
+        texts = [e.text for _, e in read_journal(desk.paths.journal).entries if isinstance(e, j.Noted)]
         assert texts[-1] == "and this" and texts.count("kept") == 1
 
 
@@ -508,7 +510,7 @@ async def test_a_run_whose_whole_journal_is_gone_asks_where_to_go_on_and_does_no
     (journal / "000001.log").unlink()
     async with desk_at(root, monkeypatch) as desk:
         await desk.until(lambda: desk.ledger.state == "failed")
-        assert "roll back to the one to go on from (a, b)" in desk.ledger.reason and not desk.starts
+        assert "roll back to the one to continue from (a, b)" in desk.ledger.reason and not desk.starts
         desk.give("rollback", checkpoint="b")
         await desk.until(lambda: desk.starts)
         assert desk.starts[-1].checkpoint == "b" and desk.starts[-1].generation > 1

@@ -23,7 +23,8 @@ from websockets.exceptions import ConnectionClosed
 
 from launcher.controller.serving import server as server_module
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import JournalError
 from midwatch.run_directory import Address, RunLock, host_name, write_address
 from midwatch.transport import discovery as reach_module
 from midwatch.transport.client import Client, ClientError
@@ -405,7 +406,7 @@ async def test_a_journal_that_cannot_be_written_refuses_the_command(at: Open, mo
     async with at() as served, Client(served.desk.paths.root) as client:
 
         def full(*_: j.Entry) -> None:
-            raise j.JournalError("no space left")
+            raise JournalError("no space left")
 
         monkeypatch.setattr(served.desk.journal, "append", full)
         view = await client.command("pause", timeout=5)

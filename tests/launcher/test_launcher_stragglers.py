@@ -10,7 +10,7 @@ from launcher_desk import NODE, Desk, desk_at, make_recipe
 
 from launcher.controller.supervision.stragglers import Stragglers
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 
 
 class Watched:

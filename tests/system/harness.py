@@ -17,7 +17,7 @@ import msgspec
 import psutil
 
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.journal.journal import read_journal
 from midwatch.journal.run_state import Ledger
 from midwatch.run_directory import read_address

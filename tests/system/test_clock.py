@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from tests.system.harness import Run, gone, recipe_text
 
 CREATED = "import psutil, sys; print(psutil.Process(int(sys.argv[1])).create_time())"

@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from tests.system.harness import Run, recipe_text
 
 

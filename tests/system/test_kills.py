@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from tests.system.harness import Run, gone, recipe_text
 
 LONG = {"steps": 3000, "every": 20}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from tests.system.harness import Run, recipe_text
 from tests.system.hosts import Hosts, require
 

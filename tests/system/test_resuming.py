@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from tests.system.harness import MIDWATCH, Run, gone, recipe_text
 
 LONG = {"steps": 100_000, "every": 20}

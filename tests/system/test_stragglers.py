@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from tests.system.harness import Run, recipe_text
 
 

@@ -17,7 +17,7 @@ from launcher.backends.slurm.jobs import (
     write_job,
 )
 from launcher.backends.slurm.kept_agents import START_SECONDS, KeptAgents
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.recipe import Cluster
 from midwatch.recipe.hosts import expand
 from midwatch.run_directory import RunPaths

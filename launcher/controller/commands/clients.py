@@ -21,7 +21,8 @@ from launcher.controller.core.queries import Queries
 from launcher.controller.core.snapshot import SnapshotBuilder
 from launcher.controller.probe.sessions import Probing
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import JournalError, Ousted
 
 log = logging.getLogger("launcher.controller")
 
@@ -129,12 +130,12 @@ class Clients:
         context = self._context
         try:
             if missing := context.directory.missing():
-                raise j.JournalError(missing)
+                raise JournalError(missing)
             view = context.as_durable(self._dispatch.accept(command, author))
-        except j.Ousted:
+        except Ousted:
             context.over.set()
             return
-        except j.JournalError as error:
+        except JournalError as error:
             view = refused_command(command, author, context.clock(), str(error))
         if command.wait and view.state in ("queued", "sent"):
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -28,7 +28,8 @@ from launcher.controller.supervision.generations import Generations
 from midwatch.commands import BY_VERB, Doing, check_arguments
 from midwatch.commands.orders import OPS
 from midwatch.commands.states import Cell
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import JournalError, Ousted
 from midwatch.protocol import CheckpointView, Command, CommandView, Committed, Hold, Lineage, Message, Op, Order, Outcome
 from midwatch.recipe import Stage
 from midwatch.recipe.live_settings import check_setting
@@ -126,9 +127,9 @@ class Dispatch:
             self._context.note("info", f"restarting the ranks, with {event.names}", self._context.live.step)
             try:
                 self.accept(Command(id=id, verb="regroup"), "")
-            except j.Ousted:
+            except Ousted:
                 raise
-            except j.JournalError as error:
+            except JournalError as error:
                 log.warning("the ranks are not restarted: %s", error)
 
     def _later_allows(self, view: CommandView) -> bool:
@@ -172,9 +173,9 @@ class Dispatch:
         if self._rank is not None and self._context.state in ("training", "paused"):
             try:
                 self._send(view)
-            except j.Ousted:
+            except Ousted:
                 raise
-            except j.JournalError:
+            except JournalError:
                 return  # it is accepted, and sent in its turn
             asyncio.get_running_loop().call_later(STOP_NOW_SECONDS, self._force_stop, view.number)
         else:
@@ -373,9 +374,9 @@ class Dispatch:
             while (command := self._next()) is not None:
                 try:
                     moved = await self._carry_out(command)
-                except j.Ousted:
+                except Ousted:
                     raise
-                except j.JournalError as error:
+                except JournalError as error:
                     self._end(command, "failed", reason=str(error))
                     moved = True
                 if not moved:

@@ -15,7 +15,7 @@ from launcher.controller.core.watch_rules import WatchRules
 from launcher.controller.supervision.generations import Generations
 from launcher.metrics.chunks import MetricFrame, StepMetrics
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.metrics.m4_columns import LineageSegment
 
 log = logging.getLogger("launcher.controller")

@@ -16,7 +16,8 @@ from launcher.backends.slurm.jobs import BATCH_VARIABLE, RESUME_VARIABLE
 from launcher.controller.commands.command_queue import Dispatch
 from launcher.controller.core.context import ControllerContext
 from launcher.controller.supervision.generations import Generations
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import JournalError
 from midwatch.protocol import Command, CommandView, Verb
 
 log = logging.getLogger("launcher.controller")
@@ -97,7 +98,7 @@ class BatchJob:
                     await asyncio.sleep(0.05)
         except TimeoutError:
             context.note("alarm", "there was no time for a checkpoint; the newest one counts")
-        except j.JournalError as error:
+        except JournalError as error:
             log.error("%s", error)
         finally:
             self._over.set()

@@ -13,7 +13,8 @@ from launcher.controller.core.context import ControllerContext
 from midwatch.checkpoint_format import directory as files
 from midwatch.checkpoint_format import verify
 from midwatch.checkpoint_format.manifest import CheckpointError
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import JournalError, Ousted
 from midwatch.protocol import CheckpointReady, CheckpointView, CommitRefused, Committed
 from midwatch.run_directory import PUBLIC_FILE
 from shards.common.files import write_atomically
@@ -144,9 +145,9 @@ class Commits:
                 continue
             try:
                 context.promise(j.CheckpointPruned(time=context.clock(), id=name))
-            except j.Ousted:
+            except Ousted:
                 raise
-            except j.JournalError as error:
+            except JournalError as error:
                 log.warning("nothing is pruned: %s", error)
                 return
             files.remove(root, name)

@@ -18,7 +18,8 @@ from launcher.controller.core.events import CommandEnded, Events, StateChanged
 from launcher.controller.core.rollout_samples import Samples
 from launcher.metrics.store import MetricStore
 from midwatch.directory_identity import DirectoryWatch
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import BALLAST, Journal, JournalError, Ousted
 from midwatch.journal.run_identity import claim
 from midwatch.journal.run_state import Ledger
 from midwatch.protocol import CommandView, NodeStats, Phase, State, Straggler
@@ -82,7 +83,7 @@ class ControllerContext:
         self,
         paths: RunPaths,
         recipe: Recipe,
-        journal: j.Journal,
+        journal: Journal,
         metrics: MetricStore,
         clock: Callable[[], float] = time.time,
         run: str | None = None,
@@ -111,7 +112,7 @@ class ControllerContext:
         """What waits for the backlog to be durable."""
         self._fault = ""
         self._unwritten_since = 0.0
-        self._ballast = paths.journal / j.BALLAST
+        self._ballast = paths.journal / BALLAST
         self._lay_ballast()
 
     @property
@@ -189,7 +190,7 @@ class ControllerContext:
     def promise(self, *entries: j.Entry) -> None:
         """Journals what is about to be done; raises JournalError, and nothing is done, where that cannot be made durable."""
         if self._backlog or not self._write(entries):
-            raise j.JournalError(f"nothing can be journaled: {self._fault}")
+            raise JournalError(f"nothing can be journaled: {self._fault}")
         for entry in entries:
             self.ledger.apply(self.term, entry)
         self.touch()
@@ -242,9 +243,9 @@ class ControllerContext:
             try:
                 self.journal.append(*entries)
                 return True
-            except j.Ousted:
+            except Ousted:
                 raise
-            except j.JournalError as error:
+            except JournalError as error:
                 if not self._backlog:
                     log.error("journal: %s", error)
                 self._fault = f"{error} ({mount_of(self.paths.journal)})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from launcher.controller.core.context import ControllerContext
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 
 log = logging.getLogger("launcher.controller")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from launcher.controller.core.context import ControllerContext
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.recipe import Recipe
 from midwatch.recipe.data_sufficiency import shortages
 from midwatch.run_directory import SECRET_FILE

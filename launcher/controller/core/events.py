@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 
 Event = TypeVar("Event")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.agent.environment import MASK, SECRET, mask_url
 from launcher.controller.core.context import ControllerContext
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.journal.run_state import differences
 from midwatch.recipe import Recipe
 

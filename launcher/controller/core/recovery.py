@@ -23,7 +23,8 @@ from launcher.controller.core.context import ControllerContext
 from midwatch.checkpoint_format import directory as files
 from midwatch.checkpoint_format import verify
 from midwatch.checkpoint_format.manifest import CheckpointError, ManifestHeader, digest_of, read_header
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import Floors
 from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.run_directory import RunPaths, mount_of, read_address
 from shards.common.decoding import DecodeError, json_as
@@ -35,7 +36,7 @@ MARK = ".storage"
 UNKNOWN = "it was found on disk, and the metrics of its step are not known"
 
 
-def floors(paths: RunPaths) -> j.Floors:
+def floors(paths: RunPaths) -> Floors:
     """The highest numbers that the run directory speaks of outside the journal."""
     address = read_address(paths.address)
     term = address.term if address is not None else 0
@@ -50,7 +51,7 @@ def floors(paths: RunPaths) -> j.Floors:
         except CheckpointError:
             continue
         generation, lineage = max(generation, manifest.generation), max(lineage, manifest.position.lineage)
-    return j.Floors(term=term, generation=generation, lineage=lineage)
+    return Floors(term=term, generation=generation, lineage=lineage)
 
 
 def report_losses(context: ControllerContext) -> None:

@@ -9,7 +9,7 @@ import msgspec
 
 from launcher.controller.core.context import ControllerContext, Node
 from midwatch.commands import describe
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.metrics.m4_columns import LineageSegment
 from midwatch.objectives.build_stage import BUILD, is_build
 from midwatch.protocol import CheckpointView, JournalLine, NodeView, Snapshot, StageView

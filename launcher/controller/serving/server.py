@@ -28,7 +28,7 @@ from launcher.controller.probe.sessions import Probing
 from launcher.controller.serving.peers import Peer, Refusals, Rivals, Roles, quiet
 from launcher.controller.supervision.generations import Generations
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal.journal import Ousted
 from midwatch.transport.access import group_id, user_name
 
 log = logging.getLogger("launcher.controller")
@@ -129,7 +129,7 @@ class ConnectionServer:
             self.refusals.note(peer.name, reason)
             with contextlib.suppress(ConnectionClosed):
                 await connection.send(p.encode(p.Refused(reason=reason)))
-        except j.Ousted:
+        except Ousted:
             self._context.over.set()
         except OSError as error:
             log.warning("a peer's message could not be stored: %s", error)

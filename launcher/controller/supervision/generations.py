@@ -27,7 +27,8 @@ from launcher.controller.supervision.node_pool import Pool, Send, TooFewNodes
 from launcher.controller.supervision.rank_progress import Moves
 from launcher.controller.supervision.restart import check_restart_point, compose, environment_of
 from midwatch import protocol as p
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import JournalError, Ousted
 from midwatch.journal.run_state import differences
 from midwatch.protocol import AgentHello, EndRanks, Gather, Gathered, Leave, NodeStats, RankExit, RanksEnded, Start
 
@@ -182,9 +183,9 @@ class Generations:
                 repeats = False  # its lineage is open
                 self._gather(start, nodes)
                 return
-            except j.Ousted:
+            except Ousted:
                 raise
-            except j.JournalError as error:
+            except JournalError as error:
                 context.change_state(state, str(error))
                 await asyncio.sleep(STORAGE_SECONDS)
 
@@ -543,7 +544,7 @@ class Generations:
         if ledger.generation_live:
             self._end_ranks(why)
         self.dismiss()
-        with contextlib.suppress(j.JournalError):
+        with contextlib.suppress(JournalError):
             context.note("alarm", f"{why}; the ranks are ended")
             if ledger.generation_live:
                 self._generation_ended("the run directory was moved or deleted")
@@ -597,6 +598,6 @@ class Generations:
             if left:
                 self._context.note("warning", f"the agent of {left} has not reported its end; it ends when it is reachable again")
             self._context.events.publish(AgentsStopped())
-        except j.Ousted:
+        except Ousted:
             pass
         self._context.over.set()

@@ -17,7 +17,8 @@ from typing import Literal
 
 from launcher.backends.base import Backend, StartError
 from launcher.controller.core.context import ControllerContext, Node
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import Ousted
 from midwatch.protocol import AgentHello, Message, NodeStats
 
 log = logging.getLogger("launcher.controller")
@@ -327,7 +328,7 @@ class Pool:
             self._trouble(member, member.refusal or str(error))
             member.out_of_reach = error.out_of_reach
             member.failures += 1
-        except j.Ousted:
+        except Ousted:
             context.over.set()
         finally:
             member.starting = None

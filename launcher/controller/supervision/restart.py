@@ -8,7 +8,7 @@ from launcher.controller.core.context import ControllerContext
 from launcher.controller.core.versions import installed_versions
 from midwatch.checkpoint_format.manifest import CheckpointError
 from midwatch.checkpoint_format.verify import check_sizes
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.protocol import Lineage, Start
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from midwatch.checkpoint_format.manifest import CheckpointError
 from midwatch.checkpoint_format.verify import verify
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
+from midwatch.journal.journal import read_journal
 from midwatch.journal.run_state import Ledger
 from tests.system.harness import Run
 
@@ -18,7 +19,7 @@ def broken(run: Run) -> list[str]:
         *_commits(entries),
         *_steps(run),
         *_checkpoints(run, ledger),
-        *(f"the journal is damaged: {place}" for place in j.read_journal(run.root / "journal").damaged),
+        *(f"the journal is damaged: {place}" for place in read_journal(run.root / "journal").damaged),
     ]
 
 

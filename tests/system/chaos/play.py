@@ -7,7 +7,7 @@ import random
 import time
 from typing import NamedTuple
 
-from midwatch.journal import journal as j
+from midwatch.journal import entries as j
 from midwatch.transport.client import ClientError
 from tests.system.chaos.faults import MILD, Fault, Theatre
 
@@ -103,7 +103,7 @@ class Play:
         run = self._theatre.run
         entries = [e for _, e in run.entries()][known:]
 
-        def first(kind: type[j._Entry], after: int = 0, **fields: str) -> tuple[int, float] | None:
+        def first(kind: type[j.JournalEntry], after: int = 0, **fields: str) -> tuple[int, float] | None:
             for place, e in enumerate(entries[after:], after):
                 if isinstance(e, kind) and all(getattr(e, k) == v for k, v in fields.items()):
                     return place, e.time - struck
