@@ -19,7 +19,7 @@ def test_ranks_that_hang_leave_their_stacks_and_are_restarted(run: Run, data: Pa
     run.ranks()[1].send_signal(signal.SIGSTOP)
     run.wait(lambda s: s.generation == 2 and s.state == "training" and s.step > before.step, 60)
     notes = [e.text for _, e in run.entries() if isinstance(e, j.Noted)]
-    assert any("hang: no move in training" in text for text in notes), run.story()
+    assert any("hang: no progress in training" in text for text in notes), run.story()
     ended = next(e for _, e in run.entries() if isinstance(e, j.GenerationEnded))
     assert "rank 1 does not answer" in ended.cause
     (file,) = run.root.glob("logs/*/hang-*.txt")

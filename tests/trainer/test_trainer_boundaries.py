@@ -26,7 +26,7 @@ def rows_of(segments: Tensor) -> DeviceRows:
 
 
 def test_near_are_the_first_tokens_of_every_document_but_the_rows_first() -> None:
-    found = near_boundaries(torch.stack([segments_of(5, 2, 4, padding=1), segments_of(12)]), near_dup_threshold=3)
+    found = near_boundaries(torch.stack([segments_of(5, 2, 4, padding=1), segments_of(12)]), near=3)
     assert found.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0], [0] * 12]
 
 

@@ -91,7 +91,7 @@ def test_the_format_is_as_described(saved: tuple[Path, dict[str, Tensor]]) -> No
     assert sorted(path.name for path in directory.iterdir()) == ["manifest.msgpack", "rank-00000.bin"]
     raw = msgspec.msgpack.decode((directory / "manifest.msgpack").read_bytes())
     assert manifest.read_header(directory).files == manifest.read(directory)[0].files, "which the controller reads"
-    assert (raw["format"], raw["id"], raw["generation"], raw["world"], raw["state"]) == (2, "7-1", 1, 1, {"step": 7})
+    assert (raw["format"], raw["id"], raw["generation"], raw["world"], raw["state"]) == (3, "7-1", 1, 1, {"step": 7})
     assert all(chunk["start"] % 64 == 0 for entry in raw["tensors"].values() for chunk in entry["chunks"])
     entry = raw["tensors"].pop("half")
     assert entry["dtype"] == "bfloat16"

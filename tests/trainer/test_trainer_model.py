@@ -111,7 +111,14 @@ def every_model() -> Iterator[Model]:
     ):
         more = shapes[(bias + 2 * tied + len(mlp)) % len(shapes)]
         rows = 24 if position == "learned" else None
-        choices: dict[str, Any] = {"position": position, "norm": norm, "norm_place": place, "mlp": mlp, "bias": bias, "tied": tied}
+        choices: dict[str, Any] = {
+            "position": position,
+            "norm": norm,
+            "norm_place": place,
+            "mlp": mlp,
+            "bias": bias,
+            "tie_embeddings": tied,
+        }
         odd = (len(position) + len(norm) + len(place) + len(mlp)) % 2 == 1
         extras = {"embedding_norm": odd, "attention_bias": not bias if odd else None, "max_positions": rows}
         yield Model(num_layers=2, hidden_size=16, num_heads=4, **choices, **extras, **more)

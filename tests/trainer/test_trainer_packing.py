@@ -97,7 +97,7 @@ def test_a_stage_and_its_exams_read_positions_as_it_says(recipe: Recipe, index: 
     changed = msgspec.structs.replace(recipe, stage=(*recipe.stage[:index], stage, *recipe.stage[index + 1 :]))
     opened = open_stage(changed, Path(recipe.data.dir or ""), index, None)
     try:
-        batches = [opened.feed.read(0, 64), *(exam.samples.read(0, 64) for exam in opened.exams if exam.stage is stage)]
+        batches = [opened.feed.read(0, 64), *(task.samples.read(0, 64) for task in opened.tasks if task.stage is stage)]
         assert len(batches) > 1
         for batch in batches:
             second = batch.segments == 1

@@ -269,7 +269,7 @@ def test_the_engine_and_the_trainer_agree(whole: tuple[Path, Told]) -> None:
 def test_an_engine_that_computes_another_model_raises_an_alarm(build: Build) -> None:
     told = steer(build(ppo(2, lr=1e-3, mismatch=1e-12)), size=1)
     (alarm,) = [note for note in told.all("Note") if note["level"] == "alarm"]
-    assert "more than policy.mismatch 1e-12" in alarm["text"]
+    assert "more than rollout.mismatch 1e-12" in alarm["text"]
 
 
 def test_responses_are_reported_with_what_they_are_worth(whole: tuple[Path, Told]) -> None:

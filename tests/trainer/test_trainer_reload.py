@@ -64,7 +64,7 @@ def test_a_small_part_that_stays_behind_at_every_reload_is_found() -> None:
 
 def test_another_model_is_found_by_its_distance_even_at_first() -> None:
     problem = ReloadCheck(LIMIT).problem(BEFORE, BEFORE + drawn(1, 0.2))
-    assert problem is not None and "more than policy.mismatch 0.05" in problem
+    assert problem is not None and "more than rollout.mismatch 0.05" in problem
 
 
 def test_what_is_not_a_number_is_a_problem() -> None:

@@ -269,7 +269,7 @@ def keeping_its_head(stand_in: StandIn, load: Load) -> Load:
 def test_a_reload_that_did_not_take_is_found_before_anything_is_drawn(
     fault: Callable[[StandIn, Load], Load], lr: float, own: Path, recipe: Recipe, stand_in: StandIn, tmp_path: Path
 ) -> None:
-    """The difference is far below `policy.mismatch`. Once the server takes the weights, the run goes on as if nothing had been."""
+    """The difference is far below `rollout.mismatch`. Once the server takes the weights, the run goes on as if nothing had been."""
     root, load = policy_run(recipe, tmp_path, "run", stand_in.url, lr=lr), stand_in.load
     stand_in.load = fault(stand_in, load)  # type: ignore[method-assign]
     ranks = start_ranks(root, 1, steered, [], fresh())

@@ -67,4 +67,6 @@ def test_float8_wants_sizes_by_sixteens() -> None:
         return msgspec.structs.replace(SHAPE, float8="tensorwise", **keys).problems()
 
     assert problems() == []
-    assert problems(hidden=100) == [("float8", "needs sizes that are multiples of 16, and hidden is 100 (drop it)")]
+    assert problems(intermediate_size=100) == [
+        ("float8", "needs sizes that are multiples of 16, and intermediate_size is 100 (drop it)")
+    ]

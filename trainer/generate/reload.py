@@ -38,7 +38,7 @@ class ReloadCheck:
         trainer, server = trainer.double(), server.double()
         apart = float((server - trainer).abs().mean())
         if not apart <= self._limit:
-            return f"differs from the policy by {apart:.3g} nats a token (more than policy.mismatch {self._limit:g})"
+            return f"differs from the policy by {apart:.3g} nats a token (more than rollout.mismatch {self._limit:g})"
         if self._base is None:
             self._base, self._rounding = (trainer, server), max(_root_mean_square(server - trainer), LEAST)
             return None
