@@ -1,8 +1,8 @@
-"""The networks of a stage: which one learns, what it is held against, what judges it; and where each one's weights come from.
+"""The models of a stage by their roles: the trained one, the reference, the reward model; and where the weights of each come from.
 
-The one that learns is a language model, or the reward model while that is trained. PPO has a second learner beside it, the value
-model. The reference and the reward model that judges are frozen, and are named by the checkpoints that they were saved in, so
-that these hold them once.
+The trained model is a language model, or a reward model in a reward stage. PPO trains a second one, the value model. The reference
+and the reward model that scores responses are frozen. A checkpoint names them by the checkpoints that hold their weights, so that
+these are stored once.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class ModelFactory:
     ) -> ModelRoles:
         """As a stage begins. Raises CheckpointError.
 
-        base: checkpoint whose weights it begins with; None: those that the run began with. at_hand: the cast has them already.
+        base: checkpoint whose weights it begins with; None: those that the run began with. at_hand: `roles` has them already.
         reward_model: checkpoint of the reward model.
         """
         policy = roles.policy
@@ -129,7 +129,7 @@ class ModelFactory:
         return ModelRoles(policy, critic, reference, key, reward_model, reward_model_key)
 
     def reference(self, standing: FrozenModels) -> ShardedModel:
-        """The frozen network that a stage is held against. Raises CheckpointError."""
+        """The frozen reference of a stage. Raises CheckpointError."""
         return self._frozen(standing.reference or INITIAL)
 
     def _value_model(self, roles: ModelRoles) -> ShardedModel:
