@@ -272,7 +272,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             found.append(f"{response} tokens of a response leave no room for a prompt in a context of {self.context}")
         fewest = self.spec.fewest_generations
         if self.rollout_settings.num_generations < fewest:
-            found.append(f"responses to one prompt are held against each other (set num_generations to {fewest} or more)")
+            found.append(f"responses to one prompt are compared with each other (set num_generations to {fewest} or more)")
         return found
 
     def _unread_rollout_keys(self, spec: ObjectiveSpec) -> list[str]:

@@ -287,7 +287,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"part": "best"},
         'rejection_sampling makes "best" of kind "sft", "pairs" of kind "preference", not "best" of kind "preference"',
     ),
-    ({"num_generations": 1}, "responses to one prompt are held against each other"),
+    ({"num_generations": 1}, "responses to one prompt are compared with each other"),
     ({"repeat": 'repeat = {times = 2, since = "nowhere"}'}, '"nowhere" is not an earlier stage'),
     ({"repeat": 'repeat = {times = 0, since = "rejection"}'}, "repeat.times must be 1 to 1000"),
 ]
